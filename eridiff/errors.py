@@ -1,0 +1,17 @@
+"""Everything that eridiff raises on bad input: one sentence that says what is wrong, where, and what to do."""
+
+
+class EridiffError(Exception):
+    """Base of all errors of this package; its text is one sentence for a person."""
+
+
+class CheckpointError(EridiffError):
+    """A model file or folder, a tokenizer included, is damaged, incomplete, or of a kind that cannot be loaded."""
+
+
+class ConfigError(EridiffError):
+    """A setting has an unknown name, a wrong type or an impossible value."""
+
+
+class TraceError(EridiffError):
+    """Two recordings cannot be compared."""

@@ -1,0 +1,318 @@
+"""Flux.1: the rectified-flow transformer of Black Forest Labs, from top to bottom.
+
+Sources: `model.py`, `modules/layers.py`, `math.py` and `sampling.py` of black-forest-labs/flux; Esser et al. 2024
+("Scaling Rectified Flow Transformers", the double blocks); Dehghani et al. 2023 (the parallel single blocks); Su et al.
+2021 (rope). Loads flux1-dev, -schnell, -krea, -kontext, -fill, -canny and -depth, in float64 too.
+
+Letters: B batch, N picture tokens, L text tokens, S = L + N, H heads, D features of one head, T steps of a run.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from eridiff.errors import ConfigError
+from eridiff.models.layers import Attention, RMSNorm, timestep_sinusoid, wide
+
+
+@dataclass(frozen=True)
+class FluxConfig:
+    """Sizes of a Flux; the defaults are flux1-dev's."""
+
+    in_channels: int = 64  # 16 latent channels x 2 x 2 pixels of a patch, and what Fill, Canny and Depth append
+    out_channels: int = 64
+    pooled_width: int = 768
+    text_width: int = 4096
+    hidden: int = 3072
+    heads: int = 24
+    mlp_ratio: float = 4.0
+    double_depth: int = 19
+    single_depth: int = 38
+    rope_axes: tuple[int, ...] = (16, 56, 56)  # features of a head for: reference picture, row, column
+    theta: int = 10000
+    guidance: bool = True
+
+    def __post_init__(self) -> None:
+        if self.hidden % self.heads or sum(self.rope_axes) != self.hidden // self.heads:
+            raise ConfigError(
+                f"hidden {self.hidden} over {self.heads} heads must be the sum of rope_axes {self.rope_axes}"
+            )
+
+    @property
+    def mlp(self) -> int:
+        return int(self.hidden * self.mlp_ratio)
+
+    @classmethod
+    def preset(cls, name: str) -> "FluxConfig":
+        """The sizes of a published checkpoint: dev, schnell, fill, canny or depth (krea and kontext equal dev)."""
+        if name not in PRESETS:
+            raise ConfigError(f"'{name}' is no preset of Flux; there are {', '.join(PRESETS)}")
+        return PRESETS[name]
+
+
+PRESETS = {
+    "dev": FluxConfig(),
+    "krea": FluxConfig(),
+    "kontext": FluxConfig(),
+    "schnell": replace(FluxConfig(), guidance=False),
+    "fill": replace(FluxConfig(), in_channels=64 + 64 + 256),
+    "canny": replace(FluxConfig(), in_channels=64 + 64),
+    "depth": replace(FluxConfig(), in_channels=64 + 64),
+}
+
+
+def patchify(latents: Tensor) -> Tensor:
+    """`[B, C, 2h, 2w]` -> `[B, h * w, 4C]`: tokens row by row, features channel first, then row and column in a patch."""
+    b, c, height, width = latents.shape
+    patches = latents.reshape(b, c, height // 2, 2, width // 2, 2)
+    return patches.permute(0, 2, 4, 1, 3, 5).reshape(b, (height // 2) * (width // 2), c * 4)
+
+
+def unpatchify(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
+    """`[B, h * w, 4C]` with `grid = (h, w)` -> `[B, C, 2h, 2w]`, the inverse of `patchify`."""
+    b, _, features = tokens.shape
+    h, w = grid
+    patches = tokens.reshape(b, h, w, features // 4, 2, 2)
+    return patches.permute(0, 3, 1, 4, 2, 5).reshape(b, features // 4, 2 * h, 2 * w)
+
+
+def position_ids(grid: tuple[int, int], index: int = 0, device: torch.device | str | None = None) -> Tensor:
+    """`[h * w, 3]` float64: picture index (0, or 1 for a Kontext reference), row and column of each token."""
+    h, w = grid
+    rows = torch.arange(h, dtype=torch.float64, device=device)[:, None].expand(h, w)
+    columns = torch.arange(w, dtype=torch.float64, device=device)[None, :].expand(h, w)
+    return torch.stack([torch.full_like(rows, index), rows, columns], dim=-1).reshape(h * w, 3)
+
+
+def rope_table(ids: Tensor, axes: Sequence[int], theta: int) -> Tensor:
+    """Cosines and sines of the rotary embedding: ids `[S, A]` -> `[2, S, sum(axes) / 2]` float64.
+
+    float64 angles as in the original until January 2025 and in diffusers; the later original's float32 angles are off by
+    7e-6 at position 128.
+    """
+    angles = []
+    for axis, width in enumerate(axes):
+        exponents = torch.arange(0, width, 2, dtype=torch.float64, device=ids.device) / width
+        angles.append(ids[:, axis, None].double() * theta**-exponents)
+    joined = torch.cat(angles, dim=-1)
+    return torch.stack([joined.cos(), joined.sin()])
+
+
+def apply_rope(x: Tensor, rope: Tensor) -> Tensor:
+    """Rotate neighbouring features: x `[B, H, S, D]`, rope `[2, S, D / 2]` (float32 or float64), in the table's dtype."""
+    even, odd = x.to(rope.dtype).unflatten(-1, (-1, 2)).unbind(-1)
+    cos, sin = rope
+    return torch.stack([cos * even - sin * odd, sin * even + cos * odd], dim=-1).flatten(-2).to(x.dtype)
+
+
+def modulated(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """Layer norm without affine (eps 1e-6), then `(1 + scale) * x + shift`; `[B, L, D]`, shift and scale `[B, 1, D]`."""
+    return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=1e-6), 1 + scale)
+
+
+def split_heads(qkv: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """`[B, L, 3 * H * D]`, all of q, then k, then v -> three `[B, H, L, D]`."""
+    q, k, v = qkv.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)
+    return q, k, v
+
+
+class VectorMLP(nn.Module):
+    """Linear, SiLU, Linear: how time, guidance and the pooled prompt enter."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.in_layer = nn.Linear(width, hidden)
+        self.out_layer = nn.Linear(hidden, hidden)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out_layer(F.silu(self.in_layer(x)))
+
+
+class Stream(nn.Module):
+    """One stream (picture or text) of a double block: its own weights, a common attention."""
+
+    def __init__(self, config: FluxConfig) -> None:
+        super().__init__()
+        hidden, head = config.hidden, config.hidden // config.heads
+        self.heads = config.heads
+        self.modulation = nn.Linear(hidden, 6 * hidden)
+        self.qkv = nn.Linear(hidden, 3 * hidden)
+        self.q_norm = RMSNorm(head)
+        self.k_norm = RMSNorm(head)
+        self.proj = nn.Linear(hidden, hidden)
+        self.mlp = nn.Sequential(
+            nn.Linear(hidden, config.mlp), nn.GELU(approximate="tanh"), nn.Linear(config.mlp, hidden)
+        )
+
+    def attention_inputs(self, x: Tensor, shift: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = split_heads(self.qkv(modulated(x, shift, scale)), self.heads)
+        return self.q_norm(q), self.k_norm(k), v
+
+    def update(self, x: Tensor, attention: Tensor, modulation: Sequence[Tensor]) -> Tensor:
+        _, _, gate1, shift2, scale2, gate2 = modulation
+        x = x + gate1 * self.proj(attention)
+        return x + gate2 * self.mlp(modulated(x, shift2, scale2))
+
+
+class DoubleBlock(nn.Module):
+    """Picture and text attend together; each has its own projections, MLP and modulation."""
+
+    def __init__(self, config: FluxConfig) -> None:
+        super().__init__()
+        self.image = Stream(config)
+        self.text = Stream(config)
+        self.attention = Attention()
+
+    def modulate(self, vec: Tensor) -> tuple[Tensor, Tensor]:
+        """SiLU of the conditioning vector `[B, T, hidden]` -> modulation of picture and text, `[B, T, 6 * hidden]`."""
+        return self.image.modulation(vec), self.text.modulation(vec)
+
+    def forward(
+        self, image: Tensor, text: Tensor, rope: Tensor, image_modulation: Tensor, text_modulation: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """image `[B, N, hidden]`, text `[B, L, hidden]`, rope `[2, S, D / 2]`, modulations `[B, 1, 6 * hidden]`."""
+        image_mod, text_mod = image_modulation.chunk(6, dim=-1), text_modulation.chunk(6, dim=-1)
+        image_qkv = self.image.attention_inputs(image, *image_mod[:2])
+        text_qkv = self.text.attention_inputs(text, *text_mod[:2])
+        q, k, v = (torch.cat(pair, dim=2) for pair in zip(text_qkv, image_qkv, strict=True))  # B H S D
+        joint = self.attention(apply_rope(q, rope), apply_rope(k, rope), v)  # B S hidden
+        text_attention, image_attention = joint.split([text.shape[1], image.shape[1]], dim=1)
+        return self.image.update(image, image_attention, image_mod), self.text.update(text, text_attention, text_mod)
+
+
+class SingleBlock(nn.Module):
+    """Text and picture in one sequence, attention and MLP side by side behind one matrix each way."""
+
+    def __init__(self, config: FluxConfig) -> None:
+        super().__init__()
+        hidden, head = config.hidden, config.hidden // config.heads
+        self.heads = config.heads
+        self.sizes = [3 * hidden, config.mlp]
+        self.modulation = nn.Linear(hidden, 3 * hidden)
+        self.linear1 = nn.Linear(hidden, 3 * hidden + config.mlp)
+        self.q_norm = RMSNorm(head)
+        self.k_norm = RMSNorm(head)
+        self.linear2 = nn.Linear(hidden + config.mlp, hidden)
+        self.mlp_act = nn.GELU(approximate="tanh")
+        self.attention = Attention()
+
+    def modulate(self, vec: Tensor) -> Tensor:
+        """SiLU of the conditioning vector `[B, T, hidden]` -> `[B, T, 3 * hidden]`."""
+        return self.modulation(vec)
+
+    def forward(self, x: Tensor, rope: Tensor, modulation: Tensor) -> Tensor:
+        """x `[B, S, hidden]`, text first; rope `[2, S, D / 2]`, modulation `[B, 1, 3 * hidden]`."""
+        shift, scale, gate = modulation.chunk(3, dim=-1)
+        qkv, mlp = self.linear1(modulated(x, shift, scale)).split(self.sizes, dim=-1)
+        q, k, v = split_heads(qkv, self.heads)
+        attention = self.attention(apply_rope(self.q_norm(q), rope), apply_rope(self.k_norm(k), rope), v)
+        return x + gate * self.linear2(torch.cat([attention, self.mlp_act(mlp)], dim=-1))
+
+
+class FinalLayer(nn.Module):
+    """Modulated norm and a projection to the velocity of each patch."""
+
+    def __init__(self, hidden: int, out_channels: int) -> None:
+        super().__init__()
+        self.modulation = nn.Linear(hidden, 2 * hidden)
+        self.linear = nn.Linear(hidden, out_channels)
+
+    def modulate(self, vec: Tensor) -> Tensor:
+        """SiLU of the conditioning vector `[B, T, hidden]` -> shift, scale `[B, T, 2 * hidden]`."""
+        return self.modulation(vec)  # diffusers stores scale, shift: the key map swaps the halves
+
+    def forward(self, x: Tensor, modulation: Tensor) -> Tensor:
+        return self.linear(modulated(x, *modulation.chunk(2, dim=-1)))
+
+
+@dataclass(frozen=True)
+class FluxRun:
+    """What stays the same over the steps of one picture; made by `Flux.prepare`, valid while the weights stand still."""
+
+    text: Tensor  # [B, L, hidden]
+    rope: Tensor  # [2, S, D / 2]
+    double: tuple[tuple[Tensor, Tensor], ...]  # of each block: picture and text modulation [B, T, 6 * hidden]
+    single: tuple[Tensor, ...]  # [B, T, 3 * hidden]
+    final: Tensor  # [B, T, 2 * hidden]
+
+
+class Flux(nn.Module):
+    """The network of all Flux.1 checkpoints: it maps noised latents, a prompt and a time to a velocity, noise - clean."""
+
+    def __init__(self, config: FluxConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.image_in = nn.Linear(config.in_channels, config.hidden)
+        self.text_in = nn.Linear(config.text_width, config.hidden)
+        self.time_in = VectorMLP(256, config.hidden)
+        self.guidance_in = VectorMLP(256, config.hidden) if config.guidance else None
+        self.pooled_in = VectorMLP(config.pooled_width, config.hidden)
+        self.double_blocks = nn.ModuleList(DoubleBlock(config) for _ in range(config.double_depth))
+        self.single_blocks = nn.ModuleList(SingleBlock(config) for _ in range(config.single_depth))
+        self.final = FinalLayer(config.hidden, config.out_channels)
+
+    def conditioning_vector(self, pooled: Tensor, times: Tensor, guidance: Tensor | None) -> Tensor:
+        """pooled `[B, P]`, times `[T]` or `[T, B]` in [0, 1], guidance `[B]` -> `[B, T, hidden]`."""
+        dtype = self.time_in.in_layer.weight.dtype
+        times = times[:, None] if times.ndim == 1 else times
+        vec = self.time_in(timestep_sinusoid(times.T).to(dtype))  # B T hidden, B = 1 if the times are shared
+        if self.guidance_in is not None:
+            if guidance is None:
+                raise ConfigError("this Flux has a guidance embedding: give guidance [B], 3.5 for dev")
+            vec = vec + self.guidance_in(timestep_sinusoid(guidance).to(dtype))[:, None]
+        return vec + self.pooled_in(pooled)[:, None]
+
+    def prepare(
+        self,
+        text: Tensor,
+        pooled: Tensor,
+        times: Tensor,
+        grid: tuple[int, int] | None = None,
+        guidance: Tensor | None = None,
+        ids: Tensor | None = None,
+    ) -> FluxRun:
+        """Compute once what no step changes.
+
+        text `[B, L, text_width]`, pooled `[B, pooled_width]`; times `[T]` or `[T, B]` in [0, 1], every evaluation point
+        of the run; guidance `[B]`, only for networks with that embedding; either the `grid = (h, w)` of the picture's
+        tokens or `ids` `[N, 3]`, the explicit positions (`position_ids`; Kontext appends its reference's).
+        """
+        if ids is None:
+            if grid is None:
+                raise ConfigError("Flux.prepare needs the grid of the picture's tokens or their position ids")
+            ids = position_ids(grid, device=text.device)
+        all_ids = torch.cat([ids.new_zeros(text.shape[1], ids.shape[1]), ids])  # text tokens stand at zero, unrotated
+        vec = F.silu(self.conditioning_vector(pooled, times, guidance))
+        return FluxRun(
+            text=self.text_in(text),
+            rope=rope_table(all_ids, self.config.rope_axes, self.config.theta).to(wide(text.dtype)),
+            double=tuple(block.modulate(vec) for block in self.double_blocks),
+            single=tuple(block.modulate(vec) for block in self.single_blocks),
+            final=self.final.modulate(vec),
+        )
+
+    def step(self, latents: Tensor, run: FluxRun, i: int) -> Tensor:
+        """Velocity at evaluation point `i`: latents `[B, N, in_channels]` -> `[B, N, out_channels]`."""
+        image, text = self.image_in(latents), run.text
+        for block, (image_mod, text_mod) in zip(self.double_blocks, run.double, strict=True):
+            image, text = block(image, text, run.rope, image_mod[:, i : i + 1], text_mod[:, i : i + 1])
+        joint = torch.cat([text, image], dim=1)  # B S hidden
+        for block, modulation in zip(self.single_blocks, run.single, strict=True):
+            joint = block(joint, run.rope, modulation[:, i : i + 1])
+        return self.final(joint[:, text.shape[1] :], run.final[:, i : i + 1])
+
+    def forward(
+        self,
+        latents: Tensor,
+        text: Tensor,
+        pooled: Tensor,
+        times: Tensor,
+        grid: tuple[int, int] | None = None,
+        guidance: Tensor | None = None,
+        ids: Tensor | None = None,
+    ) -> Tensor:
+        """One evaluation, the way training calls it: times `[1, B]`; the rest as in `prepare` and `step`."""
+        return self.step(latents, self.prepare(text, pooled, times, grid, guidance, ids), 0)

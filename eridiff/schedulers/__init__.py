@@ -1,0 +1,23 @@
+"""Numbers only: where to look (tables), how to move (samplers), how to steer (guidance)."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The points of one run, each `x = alpha * clean + sigma * noise`; all fields float64 on the CPU.
+
+    `times` has one entry less than the others: the network is not asked at the last point.
+    """
+
+    alphas: Tensor  # [steps + 1]
+    sigmas: Tensor  # [steps + 1]
+    times: Tensor  # [steps], what the network is told
+    input_scale: Tensor  # [steps], what the latents are multiplied with before they enter it
+    prediction: str  # "velocity", "epsilon", "v" or "sample"
+
+    @property
+    def steps(self) -> int:
+        return len(self.times)

@@ -1,0 +1,431 @@
+"""Headers of safetensors files, read and checked before anything is mapped; single files and sharded folders.
+
+The format: 8 bytes, little-endian, say how long the header is; the header is one JSON object in UTF-8 that gives
+each tensor its dtype, shape and byte range; the data follows without gaps. The safetensors library accepts some
+damaged files silently (a name given twice) and its errors never name the file, hence an own parser. The data itself
+is read by the library.
+"""
+
+import json
+import logging
+import math
+import os
+import re
+import reprlib
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path, PureWindowsPath
+from typing import Any, BinaryIO, NoReturn
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from eridiff.errors import CheckpointError, ConfigError
+
+MAXIMUM_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
+MAXIMUM_TENSORS = 20_000  # published files stay below 3,000
+MAXIMUM_DIMENSIONS = 8
+MAXIMUM_JSON_VALUES = 2_000_000  # bounds the memory that a hostile header can take
+INTEGER_LIMIT = 2**63
+
+DTYPES = {
+    "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "U16": torch.uint16, "I16": torch.int16,
+    "U32": torch.uint32, "I32": torch.int32, "U64": torch.uint64, "I64": torch.int64,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz, "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
+    "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64, "C64": torch.complex64,
+}  # fmt: skip
+UNREADABLE_DTYPES = ("F4", "F6_E2M3", "F6_E3M2", "F8_E8M0")  # in the format, but no plain tensors in torch
+
+PICKLED = "a pickled checkpoint, never opened because it can run code; convert it to safetensors elsewhere"
+WEB_PAGE = "a web page or a server's error message saved as a model; download it again"
+FIRST_BYTES = {
+    b"PK\x03\x04": PICKLED,
+    **{bytes([0x80, protocol]): PICKLED for protocol in range(2, 6)},
+    b"GGUF": "a GGUF file, quantised by llama.cpp's tools and not supported; use a safetensors file",
+    b"<!do": WEB_PAGE, b"<htm": WEB_PAGE, b"<?xm": WEB_PAGE, b'{"er': WEB_PAGE,
+    b"{": "JSON text and no weights; give the folder if it is an index, or download the file again",
+    b"\x93numpy": "a NumPy file; convert it to safetensors",
+    b"\x1f\x8b": "a gzip archive; unpack it",
+    b"\x89hdf": "an HDF5 file; convert it to safetensors",
+}  # fmt: skip
+
+INDEX_NAMES = ("diffusion_pytorch_model.safetensors.index.json", "model.safetensors.index.json")
+SINGLE_NAMES = ("diffusion_pytorch_model.safetensors", "model.safetensors")
+HALF_INDEX_NAMES = ("diffusion_pytorch_model.safetensors.index.fp16.json", "model.safetensors.index.fp16.json")
+HALF_SINGLE_NAMES = ("diffusion_pytorch_model.fp16.safetensors", "model.fp16.safetensors")
+SHARD_NAME = re.compile(r"-\d+-of-\d+\b")
+PICKLED_SUFFIXES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
+
+log = logging.getLogger(__name__)
+_short = reprlib.Repr()
+_short.maxstring = _short.maxother = 120
+_short.maxlist = MAXIMUM_DIMENSIONS
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """One tensor as a header declares it: `begin` and `end` are absolute byte positions in `file`."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    file: Path
+    begin: int
+    end: int
+
+
+@dataclass
+class Checkpoint:
+    """A safetensors file or a sharded folder: headers checked, no data read yet.
+
+    `metadata` of several shards is merged, the first shard by name wins. `config` is the folder's config.json,
+    `{}` for a single file and where there is none.
+    """
+
+    path: Path
+    tensors: dict[str, TensorEntry]
+    metadata: dict[str, str]
+    config: dict[str, Any]
+    _handles: dict[Path, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def read(self, name: str) -> torch.Tensor:
+        """The tensor `name`, mapped from its file without a copy, in the file's dtype and shape.
+
+        Raises CheckpointError if there is no such tensor or the file was changed since it was opened.
+        """
+        entry = self.tensors.get(name)
+        if entry is None:
+            _refuse(self.path, f"has no tensor {_short.repr(name)}", "look at the names it holds")
+        try:
+            if entry.file not in self._handles:
+                self._handles[entry.file] = safe_open(entry.file, framework="pt")
+            tensor: torch.Tensor = self._handles[entry.file].get_tensor(name)
+        except (SafetensorError, OSError, RuntimeError, TypeError, ValueError, AttributeError) as error:
+            _refuse(entry.file, f"cannot be read at tensor {_short.repr(name)} ({' '.join(str(error).split())})")
+        if tensor.dtype != entry.dtype or tuple(tensor.shape) != entry.shape:
+            _refuse(entry.file, f"was changed after it was opened: tensor {_short.repr(name)}", "open it again")
+        return tensor
+
+
+def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
+    """Open a safetensors file, or a folder that holds one or an index of shards; only headers are read.
+
+    Raises CheckpointError, one sentence that names the file, or ConfigError for a broken config.json.
+    """
+    if not os.fspath(path):
+        raise CheckpointError("the path of the checkpoint is empty; give a safetensors file or a folder")
+    location = Path(path)
+    if stat.S_ISDIR(_status(location).st_mode):
+        return _open_folder(location)
+    return Checkpoint(location, *read_header(location), config={})
+
+
+def read_header(path: Path) -> tuple[dict[str, TensorEntry], dict[str, str]]:
+    """Tensors and metadata of one safetensors file, every declaration checked; raises CheckpointError."""
+    size = _file_size(path)
+    with _open(path) as file:
+        raw = _header_bytes(path, file, size)
+    try:
+        declared = _parse_json(raw)
+    except _JsonError as error:
+        _refuse(path, f"has a header that {error}")
+    metadata = declared.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(_is_text(value) for value in metadata.values()):
+        _refuse(path, "has __metadata__ that is not an object of strings", "save it again without")
+    if not declared:
+        _refuse(path, "declares no tensors")
+    if len(declared) > MAXIMUM_TENSORS:
+        _refuse(path, f"declares {len(declared)} tensors, the limit is {MAXIMUM_TENSORS}", "use another file")
+    start = 8 + len(raw)
+    tensors = {name: _entry(path, name, value, start) for name, value in declared.items()}
+    _check_layout(path, tensors, start, size)
+    return tensors, metadata
+
+
+def _refuse(path: Path, problem: str, remedy: str = "download it again") -> NoReturn:
+    """`repr` keeps a newline in a file's name from breaking the sentence."""
+    raise CheckpointError(f"{str(path)!r} {problem}; {remedy}")
+
+
+def _status(path: Path) -> os.stat_result:
+    try:
+        return os.stat(path)
+    except FileNotFoundError:
+        if os.path.islink(path):
+            _refuse(path, "is a link to a file that does not exist")
+        _refuse(path, "does not exist", "check the name")
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        _refuse(path, f"cannot be opened ({getattr(error, 'strerror', None) or error})", "check the name")
+
+
+def _file_size(path: Path) -> int:
+    """Bytes of a regular file. Asked before `open`, because opening a pipe waits for its writer for ever."""
+    status = _status(path)
+    if stat.S_ISDIR(status.st_mode):
+        _refuse(path, "is a folder where a file is expected", "give a file")
+    if not stat.S_ISREG(status.st_mode):
+        _refuse(path, "is a device, a pipe or a socket", "give a regular file")
+    return status.st_size
+
+
+@contextmanager
+def _open(path: Path) -> Iterator[BinaryIO]:
+    try:
+        with open(path, "rb") as file:
+            yield file
+    except OSError as error:
+        _refuse(path, f"cannot be read ({error.strerror})", "check its permissions and the disk")
+
+
+def _header_bytes(path: Path, file: BinaryIO, size: int) -> bytes:
+    """The header's bytes; its length is compared with the file's `size` before anything is allocated."""
+    first = file.read(512)
+    if size == 0:
+        _refuse(path, "is empty")
+    if foreign := _foreign_kind(first):
+        raise CheckpointError(f"{str(path)!r} is {foreign}")
+    if size < 8:
+        _refuse(path, f"is too short for a header: {size} bytes")
+    length = int.from_bytes(first[:8], "little")
+    if length > MAXIMUM_HEADER_BYTES and length > size - 8:
+        _refuse(path, f"is not a safetensors file: its first 8 bytes would mean a header of {length} bytes")
+    if length > MAXIMUM_HEADER_BYTES:
+        _refuse(path, f"has a header of {length} bytes, larger than the limit of {MAXIMUM_HEADER_BYTES}")
+    if length > size - 8:
+        _refuse(path, f"is an incomplete download: its header says {length} bytes and the file has {size}")
+    file.seek(8)
+    raw = file.read(length)
+    if len(raw) != length:
+        _refuse(path, "became shorter while it was read")
+    return raw
+
+
+def _foreign_kind(first: bytes) -> str | None:
+    """What a file that is not safetensors is, and what to do, told by its `first` 512 bytes."""
+    if len(first) >= 8 and not first.strip(b"\0"):
+        return "an unfinished download: it begins with zeros only; download it again"
+    if first[2:8] == bytes(6) or first[4:8] == bytes(4) and first[8:9] in (b"{", b" "):
+        return None  # a header's length, which may happen to look like the first bytes of another format
+    if first.startswith(b"version https://git-lfs"):
+        found = re.search(rb"\nsize (\d{1,19})", first)
+        wanted = f"to a file of {found[1].decode()} bytes" if found else "to a file of unknown size"
+        return f"a Git LFS pointer {wanted}, not the file itself; fetch it with `git lfs pull` or download it again"
+    if first[257:262] == b"ustar":
+        return "a tar archive; unpack it, and convert it to safetensors if it is a checkpoint"
+    start = first.lstrip(b" \t\r\n").lower()
+    for beginning, kind in FIRST_BYTES.items():
+        if first.startswith(beginning) or start.startswith(beginning):
+            return kind
+    return None
+
+
+class _JsonError(ValueError):
+    """A JSON text is refused; the message is a predicate: 'is not UTF-8'."""
+
+
+def _is_text(value: object) -> bool:
+    """A string without lone surrogates, which JSON's escapes can smuggle in and no file name or print can hold."""
+    return isinstance(value, str) and not re.search("[\ud800-\udfff]", value)
+
+
+def _unique_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result: dict[str, Any] = {}
+    for name, value in pairs:
+        if not _is_text(name):
+            raise _JsonError(f"has a name that is not valid Unicode, {_short.repr(name)}")
+        if name in result:
+            raise _JsonError(f"has the duplicate name {_short.repr(name)}")
+        result[name] = value
+    return result
+
+
+def _finite_number(text: str) -> float:
+    """Also called for the constants NaN and Infinity, which JSON does not have and Python reads."""
+    number = float(text)
+    if not math.isfinite(number):
+        raise _JsonError(f"has the number {_short.repr(text)}, not a finite one")
+    return number
+
+
+def _parse_json(raw: bytes) -> dict[str, Any]:
+    """One JSON object from strict UTF-8, without duplicate names and without NaN; raises _JsonError."""
+    try:
+        text = raw.decode("utf-8")  # Given bytes, json.loads would accept UTF-16 too.
+        if sum(map(text.count, "[{,")) > MAXIMUM_JSON_VALUES:
+            raise _JsonError(f"has more than {MAXIMUM_JSON_VALUES} values")
+        hooks: Any = {"parse_constant": _finite_number, "parse_float": _finite_number}
+        document = json.loads(text, object_pairs_hook=_unique_names, **hooks)
+    except _JsonError:
+        raise
+    except UnicodeDecodeError as error:
+        raise _JsonError(f"is not UTF-8 at byte {error.start}") from None
+    except RecursionError:
+        raise _JsonError("is not valid JSON (nested too deeply)") from None
+    except ValueError as error:
+        raise _JsonError(f"is not valid JSON ({error})") from None
+    if not isinstance(document, dict):
+        raise _JsonError(f"is not an object but {_short.repr(document)}")
+    return document
+
+
+def _are_sizes(value: object) -> bool:
+    """`type` and not `isinstance`, because JSON's true is an int to Python."""
+    return isinstance(value, list) and all(type(item) is int and 0 <= item < INTEGER_LIMIT for item in value)
+
+
+def _entry(path: Path, name: str, declared: Any, start: int) -> TensorEntry:
+    """The entry that a header declares for `name`; the data begins at byte `start` of the file."""
+    label = f"tensor {_short.repr(name)}"
+    if not name:
+        _refuse(path, "has a tensor without a name")
+    if not isinstance(declared, dict) or set(declared) != {"dtype", "shape", "data_offsets"}:
+        _refuse(path, f"declares {label} not by dtype, shape and data_offsets but by {_short.repr(declared)}")
+    kind, shape, offsets = declared["dtype"], declared["shape"], declared["data_offsets"]
+    if kind in UNREADABLE_DTYPES:
+        _refuse(path, f"has {label} in the dtype {kind}, which is not supported", "use a 16-bit or fp8 file")
+    if not isinstance(kind, str) or kind not in DTYPES:
+        _refuse(path, f"has {label} in the unknown dtype {_short.repr(kind)}")
+    if not _are_sizes(shape):
+        _refuse(path, f"has {label} with the impossible shape {_short.repr(shape)}")
+    if len(shape) > MAXIMUM_DIMENSIONS:
+        _refuse(path, f"has {label} with {len(shape)} dimensions, the limit is {MAXIMUM_DIMENSIONS}", "use another")
+    if not _are_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
+        _refuse(path, f"has {label} with the impossible offsets {_short.repr(offsets)}")
+    size = math.prod(shape) * DTYPES[kind].itemsize
+    if size != offsets[1] - offsets[0]:
+        held = f"{offsets[1] - offsets[0]} bytes"
+        _refuse(path, f"has {label} in {held} although its shape {shape} of {kind} takes {size}")
+    if math.prod(length for length in shape if length) >= INTEGER_LIMIT // 16:  # strides of an empty tensor
+        _refuse(path, f"has {label} with the impossible shape {shape}")
+    return TensorEntry(DTYPES[kind], tuple(shape), path, start + offsets[0], start + offsets[1])
+
+
+def _check_layout(path: Path, tensors: dict[str, TensorEntry], start: int, size: int) -> None:
+    """The data of all tensors fills the file from byte `start` to its `size` without a gap or an overlap."""
+    position, previous = start, "the header"
+    for name, entry in sorted(tensors.items(), key=lambda item: (item[1].begin, item[1].end)):
+        label = f"tensor {_short.repr(name)}"
+        if entry.begin > position:
+            _refuse(path, f"has a gap of {entry.begin - position} bytes between {previous} and {label}")
+        if entry.begin < position:
+            _refuse(path, f"has an overlap of {previous} and {label}")
+        position, previous = entry.end, label
+    if size < position:
+        _refuse(path, f"is an incomplete download: {position - size} of {position} bytes short")
+    if size > position:
+        _refuse(path, f"has {size - position} byte{'s' * (size - position > 1)} more than its header declares")
+
+
+def _read_json_file(path: Path) -> dict[str, Any]:
+    """Raises CheckpointError."""
+    size = _file_size(path)
+    if size > MAXIMUM_HEADER_BYTES:
+        _refuse(path, f"has {size} bytes, too many for a JSON file")
+    try:
+        with _open(path) as file:
+            return _parse_json(file.read(MAXIMUM_HEADER_BYTES))
+    except _JsonError as error:
+        _refuse(path, str(error))
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    path = folder / "config.json"
+    if not os.path.lexists(path):
+        return {}
+    try:
+        return _read_json_file(path)
+    except CheckpointError as error:
+        raise ConfigError(str(error)) from error
+
+
+def _open_folder(folder: Path) -> Checkpoint:
+    try:
+        names = sorted(name for name in os.listdir(folder) if not name.startswith("."))
+    except OSError as error:
+        _refuse(folder, f"cannot be listed ({error.strerror})", "check its permissions")
+    index, single = _choose_index(folder, names), _choose_single(names)
+    shards = _read_index(folder / index) if index else {}
+    missing = [shard for shard in sorted(set(shards.values())) if not os.path.exists(folder / shard)]
+    alone = single and single not in shards.values()
+    if index and missing and not alone:
+        _refuse(folder / index, f"names the file {missing[0]!r}, which is not there", "download that file too")
+    if index and not missing:
+        if alone:
+            log.info("%r: %r is used, not %r", str(folder), index, single)
+        return Checkpoint(folder, *_read_shards(folder, index, shards), config=_read_config(folder))
+    if not single:
+        _refuse_folder(folder, names)
+    if missing:
+        log.warning("%r: %r lacks %r, so %r is used", str(folder), index, missing[0], single)
+    return Checkpoint(folder, *read_header(folder / single), config=_read_config(folder))
+
+
+def _choose_index(folder: Path, names: list[str]) -> str | None:
+    """An index in half precision counts only where there is no plain file, single or sharded."""
+    plain = [name for name in names if name.endswith(".safetensors.index.json")]
+    if len(plain) > 1 and not set(plain) & set(INDEX_NAMES):
+        _refuse(folder, f"holds several indexes, {_short.repr(plain)}", "keep one")
+    half = () if set(names) & set(SINGLE_NAMES) else HALF_INDEX_NAMES
+    return next((name for name in (*INDEX_NAMES, *plain, *half) if name in names), None)
+
+
+def _choose_single(names: list[str]) -> str | None:
+    files = [name for name in names if name.endswith(".safetensors")]
+    only = files if len(files) == 1 and not SHARD_NAME.search(files[0]) else ()
+    return next((name for name in (*SINGLE_NAMES, *HALF_SINGLE_NAMES, *only) if name in names), None)
+
+
+def _refuse_folder(folder: Path, names: list[str]) -> NoReturn:
+    files = [name for name in names if name.endswith(".safetensors")]
+    pickled = [name for name in names if name.endswith(PICKLED_SUFFIXES)]
+    if any(map(SHARD_NAME.search, files)):
+        _refuse(folder, f"holds shards such as {files[0]!r} but not their index", "download the index too")
+    if files:
+        _refuse(folder, f"holds several safetensors files, {_short.repr(files)}", "give one of them")
+    if pickled:
+        raise CheckpointError(f"{str(folder)!r} holds no safetensors file but {_short.repr(pickled[0])}, {PICKLED}")
+    if "model_index.json" in names:
+        _refuse(folder, "is a whole pipeline and holds no weights itself", "give a folder in it such as 'transformer'")
+    _refuse(folder, "holds no safetensors file", "check the name or download it again")
+
+
+def _read_index(path: Path) -> dict[str, str]:
+    """Tensor name to shard, as the index says; every shard is a plain name in the index's own folder."""
+    shards = _read_json_file(path).get("weight_map")
+    if not isinstance(shards, dict) or not shards or not all(_is_text(shard) for shard in shards.values()):
+        _refuse(path, f"has a weight_map that is not an object of strings but {_short.repr(shards)}")
+    for shard in set(shards.values()):
+        # The Windows rules know every separator and drive letters, so the answer is the same on all systems.
+        if shard in ("", ".", "..") or "\0" in shard or PureWindowsPath(shard).name != shard:
+            _refuse(path, f"names the shard {_short.repr(shard)}, not a plain file name", "do not trust this folder")
+        _check_link(path, shard)
+    return shards
+
+
+def _check_link(index: Path, shard: str) -> None:
+    """A shard may be a link only inside its folder or, as in Hugging Face's cache, inside one `models--*` folder."""
+    home = Path(os.path.realpath(index.parent))
+    target = Path(os.path.realpath(home / shard))
+    cache = next((parent for parent in (home, *home.parents) if parent.name.startswith("models--")), home)
+    if not target.is_relative_to(cache):
+        _refuse(index, f"names the shard {shard!r}, a link that leads out of the folder", "put the file itself there")
+
+
+def _read_shards(folder: Path, index: str, shards: dict[str, str]) -> tuple[dict[str, TensorEntry], dict[str, str]]:
+    """Tensors and metadata of all shards; the index and the headers say the same of every tensor."""
+    tensors: dict[str, TensorEntry] = {}
+    metadata: dict[str, str] = {}
+    for shard in sorted(set(shards.values())):
+        found, claims = read_header(folder / shard)
+        for name in found:
+            if shards.get(name) != shard:
+                place = f"maps it to {shards[name]!r}" if name in shards else "does not map it"
+                _refuse(folder / shard, f"holds the tensor {_short.repr(name)} but the index {index!r} {place}")
+        tensors |= found
+        metadata = claims | metadata
+    for name, shard in shards.items():
+        if name not in tensors:
+            _refuse(folder / index, f"maps the tensor {_short.repr(name)} to {shard!r}, which lacks it")
+    return tensors, metadata
