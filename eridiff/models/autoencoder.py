@@ -1,8 +1,8 @@
 """The convolutional autoencoder between pictures and latents: one class for Flux, SD 3 and SDXL.
 
 Sources: `modules/autoencoder.py` of black-forest-labs/flux and `diffusionmodules/model.py` of
-Stability-AI/generative-models; Rombach et al. 2022. Loads ae.safetensors (16 channels) and the 4-channel one of SDXL with
-its 1x1 convolutions around the latents.
+Stability-AI/generative-models; Rombach et al. 2022. Loads ae.safetensors (16 channels) and SDXL's (4 channels) with its
+1x1 convolutions around the latents.
 
 Letters: B batch, C channels, Z latent channels; a picture is `[B, 3, H, W]` in [-1, 1], 8 pixels a latent by default.
 """

@@ -65,7 +65,7 @@ PRESETS = {
 
 
 def patchify(latents: Tensor) -> Tensor:
-    """`[B, C, 2h, 2w]` -> `[B, h * w, 4C]`: tokens row by row, features channel first, then row and column in a patch."""
+    """`[B, C, 2h, 2w]` -> `[B, h * w, 4C]`: tokens row by row; channel, row, column inside a patch."""
     b, c, height, width = latents.shape
     patches = latents.reshape(b, c, height // 2, 2, width // 2, 2)
     return patches.permute(0, 2, 4, 1, 3, 5).reshape(b, (height // 2) * (width // 2), c * 4)
@@ -90,8 +90,8 @@ def position_ids(grid: tuple[int, int], index: int = 0, device: torch.device | s
 def rope_table(ids: Tensor, axes: Sequence[int], theta: int) -> Tensor:
     """Cosines and sines of the rotary embedding: ids `[S, A]` -> `[2, S, sum(axes) / 2]` float64.
 
-    float64 angles as in the original until January 2025 and in diffusers; the later original's float32 angles are off by
-    7e-6 at position 128.
+    float64 angles as in the original until January 2025 and in diffusers; the later original's float32 angles are off
+    by 7e-6 at position 128.
     """
     angles = []
     for axis, width in enumerate(axes):
@@ -102,14 +102,14 @@ def rope_table(ids: Tensor, axes: Sequence[int], theta: int) -> Tensor:
 
 
 def apply_rope(x: Tensor, rope: Tensor) -> Tensor:
-    """Rotate neighbouring features: x `[B, H, S, D]`, rope `[2, S, D / 2]` (float32 or float64), in the table's dtype."""
+    """Rotate neighbouring features: x `[B, H, S, D]`, rope `[2, S, D / 2]` in float32 or float64."""
     even, odd = x.to(rope.dtype).unflatten(-1, (-1, 2)).unbind(-1)
     cos, sin = rope
     return torch.stack([cos * even - sin * odd, sin * even + cos * odd], dim=-1).flatten(-2).to(x.dtype)
 
 
 def modulated(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """Layer norm without affine (eps 1e-6), then `(1 + scale) * x + shift`; `[B, L, D]`, shift and scale `[B, 1, D]`."""
+    """Layer norm without affine (eps 1e-6), then `(1 + scale) * x + shift`: `[B, L, D]` and `[B, 1, D]`."""
     return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=1e-6), 1 + scale)
 
 
@@ -230,7 +230,7 @@ class FinalLayer(nn.Module):
 
 @dataclass(frozen=True)
 class FluxRun:
-    """What stays the same over the steps of one picture; made by `Flux.prepare`, valid while the weights stand still."""
+    """What stays the same over the steps of a picture, by `Flux.prepare`; valid while the weights are."""
 
     text: Tensor  # [B, L, hidden]
     rope: Tensor  # [2, S, D / 2]
@@ -240,7 +240,7 @@ class FluxRun:
 
 
 class Flux(nn.Module):
-    """The network of all Flux.1 checkpoints: it maps noised latents, a prompt and a time to a velocity, noise - clean."""
+    """The network of every Flux.1: noised latents, a prompt and a time become a velocity, noise - clean."""
 
     def __init__(self, config: FluxConfig) -> None:
         super().__init__()

@@ -1,7 +1,7 @@
 """How to move from one point of a schedule to the next; pure functions, float32 or float64 latents.
 
-Every point is `x = alpha * clean + sigma * noise`; `clean_noise` reads both off a network's output, and a sampler step is
-written on the pair, so one step serves every prediction type and every space.
+Every point is `x = alpha * clean + sigma * noise`; `clean_noise` reads both off a network's output, and a sampler step
+is written on the pair, so one step serves every prediction type and every space.
 """
 
 from torch import Tensor

@@ -1,0 +1,34 @@
+PYTHON ?= python3
+BIN = .venv/bin
+
+.PHONY: test check slow wheel
+
+.venv/.base:
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install -q "torch==2.13.0"
+	$(BIN)/pip install -q -c constraints.txt -e .
+	touch $@
+
+.venv/.dev: .venv/.base
+	$(BIN)/pip install -q -c constraints.txt -e ".[dev]"
+	touch $@
+
+test: .venv/.dev
+	$(BIN)/python -m pytest
+
+check: .venv/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	PYTHONPATH=. $(BIN)/lint-imports
+
+slow: .venv/.dev
+	$(BIN)/python -m pytest -m slow
+
+# a wheel, built and used in an empty environment
+wheel: .venv/.dev
+	rm -rf dist build/wheel && $(BIN)/python -m build -q --wheel
+	$(PYTHON) -m venv build/wheel
+	build/wheel/bin/pip install -q "torch==2.13.0"
+	build/wheel/bin/pip install -q -c constraints.txt dist/*.whl
+	cd build && wheel/bin/python -c "from eridiff.weights import KeyMap; print(sorted(KeyMap('flux').layouts))"

@@ -1,0 +1,31 @@
+"""Gradient checkpointing of repeated blocks, from outside the network."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from eridiff.errors import ConfigError
+
+
+@contextmanager
+def checkpoint_blocks(model: nn.Module) -> Iterator[None]:
+    """Within the block, the model's repeated blocks keep no activations and compute them again in the backward pass.
+
+    Repeated blocks are the members of its `nn.ModuleList`s. Outputs and gradients stay the same; raises ConfigError for
+    a model that has none.
+    """
+    blocks = [block for child in model.modules() if isinstance(child, nn.ModuleList) for block in child]
+    if not blocks:
+        raise ConfigError(f"{type(model).__name__} has no repeated blocks to checkpoint")
+    originals: list[Callable[..., Any]] = [block.forward for block in blocks]
+    for block, forward in zip(blocks, originals, strict=True):
+        block.forward = partial(checkpoint, forward, use_reentrant=False)
+    try:
+        yield
+    finally:
+        for block in blocks:
+            del block.forward

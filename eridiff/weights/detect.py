@@ -1,0 +1,265 @@
+"""What is in a checkpoint: family, layout, prefix and configuration, from names first, then shapes, then metadata."""
+
+import json
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields, replace
+from difflib import get_close_matches
+from typing import Any
+
+from eridiff.errors import CheckpointError, ConfigError
+from eridiff.models.autoencoder import PRESETS as AUTOENCODER_PRESETS
+from eridiff.models.autoencoder import AutoencoderConfig
+from eridiff.models.flux import FluxConfig
+from eridiff.weights.header import Checkpoint
+from eridiff.weights.keymap import Layout, Shape, key_map
+
+ShapeOf = Callable[[str], Shape | None]
+
+
+@dataclass(frozen=True)
+class Component:
+    """One network inside a checkpoint."""
+
+    network: str  # flux, vae, clip or t5
+    layout: Layout
+    prefix: str
+    checkpoint: Checkpoint
+    config: Any  # FluxConfig, AutoencoderConfig, or for a text encoder a dict of transformers' names
+    old: bool = False  # names of older writers
+    notices: tuple[str, ...] = ()
+    keys: frozenset[str] = field(default=frozenset())  # of the file, this component's, prefix removed
+
+    @property
+    def sizes(self) -> dict[str, Any]:
+        """What the expressions of a key map may name."""
+        if isinstance(self.config, Mapping):
+            return dict(self.config)
+        names = [
+            *(f.name for f in fields(self.config)),
+            *(n for n, v in vars(type(self.config)).items() if isinstance(v, property)),
+        ]
+        return {name: getattr(self.config, name) for name in names}
+
+
+# a file is one of these when its names say so: (pattern of a name, what to say)
+REFUSED = [
+    (
+        r"lora_(A|B|up|down)\b|^lora_(unet|te\d?|transformer)_|\.(lokr_w1|hada_w1_a)",
+        "a LoRA, not a model; give the model it was made for",
+    ),
+    (
+        r"^(redux_up|redux_down|image_proj)\.",
+        "an image-prompt adapter (Redux or IP-Adapter), which eridiff does not load",
+    ),
+    (r"control_model\.|controlnet_|input_hint_block\.", "a ControlNet, which eridiff does not load"),
+    (
+        r"weight\.(absmax|quant_map|quant_state)|\.(qweight|qzeros)$",
+        "quantised to 4 bits (NF4, GPTQ or AWQ), which is not supported; use the bf16 or fp8 file",
+    ),
+    (r"single_stream_modulation\.lin\.", "FLUX.2, which is not supported"),
+    (r"distilled_guidance_layer\.", "Chroma, which is not supported"),
+    (
+        r"double_stream_blocks\.|patchify_proj\.|cap_embedder\.|txt_in\.individual_token_refiner|head\.modulation",
+        "a network of another family, which is not supported",
+    ),
+    (r"motion_modules\.", "an AnimateDiff module, which is not supported"),
+    (r"string_to_param|^emb_params$", "a textual inversion, not a model"),
+    (
+        r"joint_blocks\.0\.|pos_embed\.proj|transformer_blocks\.0\.attn\.add_q_proj\.",
+        "Stable Diffusion 3, which this version does not load yet",
+    ),
+]
+
+
+def detect(checkpoint: Checkpoint) -> list[Component]:
+    """The components of a checkpoint, at most one a network; CheckpointError when there is none or a name is unclear."""
+    names = set(checkpoint.tensors)
+    found = [component for network in FAMILIES for component in _candidates(network, checkpoint, names)]
+    if not found:
+        raise CheckpointError(f"{checkpoint.path} {_refusal(checkpoint)}")
+    return [_with_keys(component, found, names) for component in found]
+
+
+def component_of(checkpoint: Checkpoint, network: str) -> Component:
+    """The one component of a kind; CheckpointError that says what the file holds instead."""
+    found = detect(checkpoint)
+    for component in found:
+        if component.network == network:
+            return component
+    held = ", ".join(DESCRIPTIONS[component.network] for component in found)
+    raise CheckpointError(f"{checkpoint.path} holds {held}, not {DESCRIPTIONS[network]}; give it under its own option")
+
+
+def _candidates(network: str, checkpoint: Checkpoint, names: set[str]) -> list[Component]:
+    signature, configure = FAMILIES[network]
+    found = []
+    for layout in key_map(network).layouts.values():
+        for prefix in layout.prefixes:
+            for old in (False, True):
+                shape_of = _shapes(layout, prefix, checkpoint, old)
+                if all(shape_of(native) for native in signature):
+                    found.append((layout, prefix, shape_of, old))
+    found = [item for i, item in enumerate(found) if not any(item[:2] == other[:2] for other in found[:i])]
+    if len(found) > 1:
+        places = " and ".join(f"'{prefix}' ({layout.name})" for layout, prefix, *_ in found)
+        raise CheckpointError(f"{checkpoint.path} holds {DESCRIPTIONS[network]} twice, under the prefixes {places}")
+    result = []
+    for layout, prefix, shape_of, old in found:
+        config = configure(shape_of, checkpoint)
+        result.append(Component(network, layout, prefix, checkpoint, _declared(network, config, checkpoint), old))
+    return result
+
+
+def _shapes(layout: Layout, prefix: str, checkpoint: Checkpoint, old: bool) -> ShapeOf:
+    """A function from a native name to the shape that the file gives it, None where it is absent."""
+
+    def shape_of(native: str) -> Shape | None:
+        entry = layout.entry(native, {"levels": 4, "hidden": 0, "mlp": 0}, old)
+        present = [name for name in entry.foreign if prefix + name in checkpoint.tensors]
+        if len(present) != len(entry.foreign) and not (present and entry.operation == "alias"):
+            return None
+        return entry.native_shape([checkpoint.tensors[prefix + name].shape for name in present])
+
+    return shape_of
+
+
+def _count(shape_of: ShapeOf, *patterns: str) -> int:
+    """One more than the highest number for which a pattern's tensor exists."""
+    return max((i + 1 for i in range(200) for pattern in patterns if shape_of(pattern.format(i))), default=0)
+
+
+def _flux_config(shape_of: ShapeOf, checkpoint: Checkpoint) -> FluxConfig:
+    def shape(name: str) -> Shape:
+        found = shape_of(name)
+        if found is None or len(found) != 2:
+            raise CheckpointError(f"{checkpoint.path} looks like Flux but has no matrix for {name}; it is incomplete")
+        return found
+
+    hidden, in_channels = shape("image_in.weight")
+    head = (shape_of("double_blocks.0.image.k_norm.weight") or (128,))[0]
+    axes = checkpoint.config.get("axes_dims_rope") or ((16, 56, 56) if head == 128 else (0, 0, head))
+    return FluxConfig(
+        in_channels=in_channels,
+        out_channels=shape("final.linear.weight")[0],
+        pooled_width=shape("pooled_in.in_layer.weight")[1],
+        text_width=shape("text_in.weight")[1],
+        hidden=hidden,
+        heads=hidden // head,
+        mlp_ratio=shape("double_blocks.0.image.mlp.0.weight")[0] / hidden,
+        double_depth=_count(shape_of, "double_blocks.{}.image.proj.weight", "double_blocks.{}.text.proj.weight"),
+        single_depth=_count(shape_of, "single_blocks.{}.linear2.weight", "single_blocks.{}.modulation.weight"),
+        rope_axes=tuple(axes),
+        guidance=shape_of("guidance_in.in_layer.weight") is not None,
+    )
+
+
+def _autoencoder_config(shape_of: ShapeOf, checkpoint: Checkpoint) -> AutoencoderConfig:
+    channels = (shape_of("encoder.conv_in.weight") or (128,))[0]
+    levels = _count(shape_of, "encoder.down.{}.block.0.conv1.weight")
+    widths = [(shape_of(f"encoder.down.{level}.block.0.conv1.weight") or (0,))[0] for level in range(levels)]
+    latent_channels = (shape_of("decoder.conv_in.weight") or (0, 16))[1]
+    published = AUTOENCODER_PRESETS["sdxl" if latent_channels == 4 else "flux"]
+    return AutoencoderConfig(
+        channels=channels,
+        channel_multipliers=tuple(width // channels for width in widths),
+        residual_blocks=_count(shape_of, "encoder.down.0.block.{}.conv1.weight"),
+        latent_channels=latent_channels,
+        scale=float(checkpoint.config.get("scaling_factor") or published.scale),
+        shift=float(checkpoint.config.get("shift_factor") or published.shift),
+        quant_convolutions=shape_of("quant_conv.weight") is not None,
+    )
+
+
+def _clip_config(shape_of: ShapeOf, checkpoint: Checkpoint) -> dict[str, Any]:
+    vocabulary, width = shape_of("text_model.embeddings.token_embedding.weight") or (49408, 768)
+    positions = (shape_of("text_model.embeddings.position_embedding.weight") or (77,))[0]
+    mlp = (shape_of("text_model.encoder.layers.0.mlp.fc1.weight") or (4 * width,))[0]
+    return {
+        "vocab_size": vocabulary,
+        "hidden_size": width,
+        "intermediate_size": mlp,
+        "projection_dim": (shape_of("text_projection.weight") or (width,))[0],
+        "num_hidden_layers": _count(shape_of, "text_model.encoder.layers.{}.mlp.fc1.weight"),
+        "num_attention_heads": checkpoint.config.get("num_attention_heads") or width // 64,  # 64 wide in every CLIP
+        "max_position_embeddings": positions,
+        # the activation is not in the file: OpenAI's CLIP-L has the quick one, OpenCLIP's the exact one
+        "hidden_act": checkpoint.config.get("hidden_act") or ("quick_gelu" if width == 768 else "gelu"),
+    }
+
+
+def _t5_config(shape_of: ShapeOf, checkpoint: Checkpoint) -> dict[str, Any]:
+    vocabulary, width = shape_of("shared.weight") or (32128, 4096)
+    first = "encoder.block.0.layer.0.SelfAttention."
+    buckets, heads = shape_of(first + "relative_attention_bias.weight") or (32, 64)
+    return {
+        "vocab_size": vocabulary,
+        "d_model": width,
+        "d_kv": (shape_of(first + "q.weight") or (heads * 64,))[0] // heads,
+        "d_ff": (shape_of("encoder.block.0.layer.1.DenseReluDense.wi_0.weight") or (0,))[0],
+        "num_layers": _count(shape_of, "encoder.block.{}.layer.0.SelfAttention.q.weight"),
+        "num_heads": heads,
+        "relative_attention_num_buckets": buckets,
+    }
+
+
+def _declared(network: str, config: Any, checkpoint: Checkpoint) -> Any:
+    """The configuration with what the file's own metadata says; shapes were only evidence."""
+    text = checkpoint.metadata.get("eridiff.config")
+    if text is None:
+        return _checked(network, config, checkpoint)
+    try:
+        given = json.loads(text).get(network, {})
+        given = {key: tuple(value) if isinstance(value, list) else value for key, value in given.items()}
+        return {**config, **given} if isinstance(config, dict) else replace(config, **given)
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ConfigError(
+            f"{checkpoint.path}: the metadata eridiff.config is not a configuration of {network}: {error}"
+        ) from None
+
+
+def _checked(network: str, config: Any, checkpoint: Checkpoint) -> Any:
+    if network == "flux" and config.rope_axes[0] == 0:
+        raise ConfigError(
+            f"{checkpoint.path}: heads of {sum(config.rope_axes)} features are in no published Flux; "
+            "give rope_axes in the metadata eridiff.config"
+        )
+    return config
+
+
+def _with_keys(component: Component, found: list[Component], names: set[str]) -> Component:
+    """The component with its names of the file: each name goes to the longest prefix that it has."""
+    longer = [c.prefix for c in found if c.prefix != component.prefix and c.prefix.startswith(component.prefix)]
+    own = frozenset(
+        name.removeprefix(component.prefix)
+        for name in names
+        if name.startswith(component.prefix) and not any(name.startswith(prefix) for prefix in longer)
+    )
+    return replace(component, keys=own)
+
+
+def _refusal(checkpoint: Checkpoint) -> str:
+    names = list(checkpoint.tensors)
+    for pattern, sentence in REFUSED:
+        if any(re.search(pattern, name) for name in names):
+            return f"is {sentence}."
+    context = next((t.shape for n, t in checkpoint.tensors.items() if n.endswith("attn2.to_k.weight")), None)
+    if context is not None:
+        family = {768: "Stable Diffusion 1.x", 1024: "Stable Diffusion 2.x", 2048: "SDXL", 1280: "the SDXL refiner"}
+        return f"is {family.get(context[-1], 'a UNet of unknown kind')}, which this version does not load."
+    known = [layout.entry(s, {"levels": 4, "hidden": 0, "mlp": 0}).foreign[0]
+             for network, (signature, _) in FAMILIES.items() for layout in key_map(network).layouts.values() for s in signature]  # fmt: skip
+    near = next((f" ('{n}' is near '{m[0]}')" for n in names[:200] if (m := get_close_matches(n, known, 1, 0.9))), "")
+    return f"is no model that eridiff knows: its {len(names)} tensors begin with '{names[0]}'{near}."
+
+
+FAMILIES: dict[str, tuple[tuple[str, ...], Callable[[ShapeOf, Checkpoint], Any]]] = {
+    "flux": (("double_blocks.0.image.k_norm.weight", "image_in.weight"), _flux_config),
+    "vae": (("encoder.conv_in.weight", "decoder.conv_in.weight"), _autoencoder_config),
+    "clip": (
+        ("text_model.embeddings.token_embedding.weight", "text_model.encoder.layers.0.mlp.fc1.weight"),
+        _clip_config,
+    ),
+    "t5": (("shared.weight", "encoder.block.0.layer.1.DenseReluDense.wi_0.weight"), _t5_config),
+}
+DESCRIPTIONS = {"flux": "a Flux", "vae": "an autoencoder", "clip": "a CLIP text encoder", "t5": "a T5 text encoder"}

@@ -1,0 +1,201 @@
+"""The one table of names: `weights_map/*.yaml`, our name on the left, a published file's on the right.
+
+A rule's left side is matched against the names that a module really has, so a map needs no conditions: `{b}` binds a
+number (`{s}` a word where no number stands), `*` the rest of the name. The right side may compute with what was bound and
+with the sizes of the configuration: `{levels - 1 - l}`.
+"""
+
+import ast
+import operator
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor
+
+from eridiff.errors import CheckpointError
+
+Shape = tuple[int, ...]
+OPERATORS: dict[type[ast.operator], Callable[[int, int], int]] = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.FloorDiv: operator.floordiv,
+}
+OPERATIONS = ("same", "rows", "swap_halves", "squeeze", "transpose", "part", "alias", "default")
+
+
+def map_folder() -> Path:
+    """Where the maps are: inside an installed package, or at the top of a source tree."""
+    installed = Path(__file__).parent.parent / "weights_map"
+    return installed if installed.is_dir() else Path(__file__).parents[2] / "weights_map"
+
+
+def evaluate(expression: str, values: Mapping[str, Any]) -> Any:
+    """The value of a name, an integer or a sum, difference, product or floor quotient of them."""
+
+    def value(node: ast.expr) -> Any:
+        if isinstance(node, ast.Constant):
+            return node.value
+        if isinstance(node, ast.Name):
+            return values[node.id]
+        if isinstance(node, ast.BinOp):
+            return OPERATORS[type(node.op)](value(node.left), value(node.right))
+        raise CheckpointError(f"a key map cannot compute '{expression}'")
+
+    return value(ast.parse(expression, mode="eval").body)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """How one native tensor is stored in a layout: an operation and the foreign tensors it takes."""
+
+    native: str
+    operation: str
+    foreign: tuple[str, ...]
+    sizes: tuple[int, ...] = ()  # rows: of each foreign tensor along dimension 0; part: (index, number of parts)
+
+    def native_shape(self, shapes: list[Shape]) -> Shape:
+        """The shape that the foreign shapes give."""
+        first = shapes[0]
+        if self.operation == "rows":
+            return (sum(shape[0] for shape in shapes), *first[1:])
+        if self.operation == "part":
+            return (first[0] // self.sizes[1], *first[1:])
+        return first[::-1] if self.operation == "transpose" else first
+
+    def foreign_shapes(self, shape: Shape) -> list[Shape]:
+        """The shapes that the foreign tensors of a native `shape` have."""
+        if self.operation == "rows":
+            return [(size, *shape[1:]) for size in self.sizes or self.equal_sizes(shape[0])]
+        if self.operation == "part":
+            return [(shape[0] * self.sizes[1], *shape[1:])]
+        if self.operation == "squeeze" and len(shape) == 4:
+            return [shape[:2]]
+        return [shape[::-1] if self.operation == "transpose" else shape] * len(self.foreign)
+
+    def equal_sizes(self, rows: int) -> tuple[int, ...]:
+        return (rows // len(self.foreign),) * len(self.foreign)
+
+    def read(self, tensors: list[Tensor], shape: Shape) -> Tensor:
+        """Foreign tensors -> the native tensor of `shape`; a view wherever the operation allows one."""
+        first = tensors[0]
+        if self.operation == "rows":
+            return torch.cat(tensors)
+        if self.operation == "swap_halves":
+            return torch.cat(first.chunk(2)[::-1])
+        if self.operation == "part":
+            return first.chunk(self.sizes[1])[self.sizes[0]]
+        if self.operation == "transpose":
+            return first.T.contiguous()
+        return first.reshape(shape)
+
+    def write(self, tensor: Tensor) -> list[Tensor]:
+        """The native tensor -> the foreign ones (of a `part`, its rows alone)."""
+        if self.operation == "rows":
+            return list(tensor.split(list(self.sizes or self.equal_sizes(tensor.shape[0]))))
+        if self.operation == "swap_halves":
+            return [torch.cat(tensor.chunk(2)[::-1])]
+        if self.operation == "transpose":
+            return [tensor.T.contiguous()]
+        if self.operation in ("part", "alias"):
+            return [tensor] * (1 if self.operation == "part" else len(self.foreign))
+        return [tensor.reshape(self.foreign_shapes(tuple(tensor.shape))[0])]
+
+
+class Rule:
+    """One line of a map."""
+
+    def __init__(self, native: str, right: str | Mapping[str, Any]) -> None:
+        self.native = native
+        body = {"same": right} if isinstance(right, str) else dict(right)
+        self.operation = next((name for name in OPERATIONS if name in body), "")
+        if not self.operation:
+            raise CheckpointError(f"the rule for {native} has none of the operations {', '.join(OPERATIONS)}")
+        foreign = body[self.operation]
+        self.foreign: list[str] = [foreign] if isinstance(foreign, str) else list(foreign)
+        self.old: list[str] = [body["old"]] if "old" in body else []  # names that older writers used, read only
+        self.sizes: list[str] = [str(size) for size in body.get("sizes", [])]
+        if self.operation == "part":
+            self.sizes = [str(body["index"]), str(body["of"])]
+        self.pattern = re.compile(self._expression(native))
+
+    @staticmethod
+    def _expression(pattern: str) -> str:
+        parts = re.split(r"(\{\w+\}|\*)", pattern)
+        words = {"*": r"(?P<rest>.+)", "{s}": r"(?P<s>encoder|decoder)"}
+        return "".join(
+            words.get(part) or (f"(?P<{part[1:-1]}>\\d+)" if part.startswith("{") else re.escape(part))
+            for part in parts
+        )
+
+    def entry(self, native: str, sizes: Mapping[str, Any], old: bool = False) -> Entry | None:
+        """This rule applied to one native name; None if it does not match."""
+        match = self.pattern.fullmatch(native)
+        if match is None:
+            return None
+        bound = {
+            name: int(text) if text.isdigit() and name != "rest" else text for name, text in match.groupdict().items()
+        }
+        values = {**sizes, **bound}
+        patterns = self.old if old and self.old else self.foreign
+        foreign = tuple(
+            re.sub(r"\{([^}]+)\}", lambda m: str(evaluate(m[1], values)), name).replace("*", str(bound.get("rest", "")))
+            for name in patterns
+        )
+        return Entry(native, self.operation, foreign, tuple(evaluate(size, values) for size in self.sizes))
+
+
+class Layout:
+    """One way in which a network is published."""
+
+    def __init__(self, network: str, name: str, body: Mapping[str, Any]) -> None:
+        self.network, self.name = network, name
+        self.prefixes: list[str] = body["prefixes"]
+        self.carry: list[str] = body.get("carry", [])
+        self.rules = [Rule(native, right) for native, right in body["rules"].items()]
+
+    def entry(self, native: str, sizes: Mapping[str, Any], old: bool = False) -> Entry:
+        """The entry of one native name; CheckpointError if not exactly one rule matches."""
+        found = [entry for rule in self.rules if (entry := rule.entry(native, sizes, old))]
+        if len(found) != 1:
+            raise CheckpointError(
+                f"{len(found)} rules of the map {self.network}, layout {self.name}, match '{native}'; one must"
+            )
+        return found[0]
+
+    def entries(self, natives: Iterable[str], sizes: Mapping[str, Any], old: bool = False) -> list[Entry]:
+        """One entry a native name."""
+        return [self.entry(native, sizes, old) for native in natives]
+
+    def to_foreign(self, state: Mapping[str, Tensor], sizes: Mapping[str, Any]) -> dict[str, Tensor]:
+        """A native state dict in this layout; parts are joined in their order, values and bits unchanged."""
+        result: dict[str, Tensor] = {}
+        parts: dict[str, dict[int, Tensor]] = {}
+        for entry in self.entries(state, sizes):
+            if entry.operation == "part":
+                parts.setdefault(entry.foreign[0], {})[entry.sizes[0]] = state[entry.native]
+            else:
+                result.update(zip(entry.foreign, entry.write(state[entry.native]), strict=True))
+        return result | {name: torch.cat([rows[i] for i in sorted(rows)]) for name, rows in parts.items()}
+
+
+class KeyMap:
+    """All layouts of a network: `KeyMap("flux").layouts["diffusers"]`."""
+
+    def __init__(self, network: str, body: Mapping[str, Any] | None = None) -> None:
+        """`body` replaces the map's file (as read from YAML)."""
+        body = body or yaml.safe_load((map_folder() / f"{network}.yaml").read_text(encoding="utf-8"))
+        self.network = network
+        self.layouts = {name: Layout(network, name, layout) for name, layout in body["layouts"].items()}
+
+
+@cache
+def key_map(network: str) -> KeyMap:
+    """The map of a network, read once."""
+    return KeyMap(network)

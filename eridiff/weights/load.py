@@ -1,0 +1,145 @@
+"""Fill a module from a checkpoint: every key used, carried or named in an error; one tensor at a time, no second copy."""
+
+import logging
+import os
+from collections.abc import Callable
+from difflib import get_close_matches
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from eridiff.errors import CheckpointError
+from eridiff.models.autoencoder import Autoencoder
+from eridiff.models.flux import Flux
+from eridiff.weights.detect import Component, detect
+from eridiff.weights.header import open_checkpoint
+from eridiff.weights.keymap import Entry
+
+log = logging.getLogger(__name__)
+NETWORKS: dict[str, Callable[[Any], nn.Module]] = {"flux": Flux, "vae": Autoencoder}
+SCALES = (".scale_weight", ".weight_scale")  # of fp8 weights: older and newer ComfyUI
+UNUSED_SCALES = (".scale_input", ".input_scale")  # of activations, for fp8 matrix products
+FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+
+
+def load_network(
+    path: str | os.PathLike[str], *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
+) -> nn.Module:
+    """The denoising network of a checkpoint, or its autoencoder if that is all it holds.
+
+    `dtype` None keeps the file's. Raises CheckpointError, with the names, for anything missing, unknown or misshapen.
+    """
+    components = [c for c in detect(open_checkpoint(path)) if c.network in NETWORKS]
+    if not components:
+        raise CheckpointError(f"{path} holds a text encoder, not a denoising network or an autoencoder")
+    return build(components[0], dtype=dtype, device=device)
+
+
+def build(component: Component, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> nn.Module:
+    """The module of a flux or vae component, filled; in evaluation mode, parameters without gradients."""
+    with torch.device("meta"):
+        module = NETWORKS[component.network](component.config)
+    return fill(module, component, dtype=dtype, device=device)
+
+
+def fill(
+    module: nn.Module, component: Component, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
+) -> nn.Module:
+    """Assign a component's tensors to a module on the meta device; tensors of the file's dtype stay memory mapped."""
+    wanted = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    entries = plan(component, wanted)
+    state = {}
+    for entry in tqdm(entries, desc=f"loading {component.network}", unit="tensor", disable=None, leave=False):
+        tensor = _read(component, entry, wanted[entry.native])
+        state[entry.native] = tensor.to(device=device, dtype=dtype or tensor.dtype)
+    module.load_state_dict(state, strict=True, assign=True)
+    return module.eval().requires_grad_(False)
+
+
+def plan(component: Component, wanted: dict[str, tuple[int, ...]]) -> list[Entry]:
+    """The entries that fill `wanted` (native names and shapes); raises CheckpointError unless file and module agree."""
+    entries = component.layout.entries(wanted, component.sizes, component.old)
+    used = {name for entry in entries for name in entry.foreign}
+    missing = [n for e in entries for n in e.foreign if n not in component.keys and not _may_lack(component, e)]
+    scales = {n for n in component.keys if n.endswith(SCALES + UNUSED_SCALES) or n.endswith("scaled_fp8")}
+    unknown = sorted(component.keys - used - set(component.layout.carry) - _valid_scales(component, used, scales))
+    if missing or unknown:
+        raise CheckpointError(f"{component.checkpoint.path}: {_disagreement(missing, unknown, sorted(used))}")
+    for entry in entries:
+        _check_shapes(component, entry, wanted[entry.native])
+    return entries
+
+
+def _may_lack(component: Component, entry: Entry) -> bool:
+    present = sum(name in component.keys for name in entry.foreign)
+    return entry.operation == "default" or (entry.operation == "alias" and present > 0)
+
+
+def _valid_scales(component: Component, used: set[str], scales: set[str]) -> set[str]:
+    """The scales that belong to an fp8 weight; those that do not are unknown names."""
+    kinds = SCALES + UNUSED_SCALES
+    return {n for n in scales if n.endswith("scaled_fp8") or any(n == u.removesuffix(".weight") + k for k in kinds for u in used)} if scales else scales  # fmt: skip
+
+
+def _disagreement(missing: list[str], unknown: list[str], known: list[str]) -> str:
+    parts = []
+    if missing:
+        parts.append(f"{len(missing)} tensors are missing, the first is '{missing[0]}'")
+    if unknown:
+        near = get_close_matches(unknown[0], missing or known, n=1, cutoff=0.0)
+        hint = f", nearest to '{near[0]}'" if near else ""
+        parts.append(f"{len(unknown)} are unknown, the first is '{unknown[0]}'{hint}")
+    return "; ".join(parts)
+
+
+def _check_shapes(component: Component, entry: Entry, shape: tuple[int, ...]) -> None:
+    for name, expected in zip(entry.foreign, entry.foreign_shapes(shape), strict=True):
+        if name not in component.keys:
+            continue
+        found = component.checkpoint.tensors[component.prefix + name]
+        squeezed = entry.operation == "squeeze" and found.shape == shape  # older files keep the 1x1 convolution
+        if found.shape != expected and not squeezed:
+            raise CheckpointError(
+                f"{component.checkpoint.path}: '{component.prefix + name}' has the shape {list(found.shape)}, "
+                f"the network needs {list(expected)}"
+            )
+        if not found.dtype.is_floating_point:
+            raise CheckpointError(
+                f"{component.checkpoint.path}: '{component.prefix + name}' holds {found.dtype}, not numbers of a weight"
+            )
+
+
+def _read(component: Component, entry: Entry, shape: tuple[int, ...]) -> Tensor:
+    present = [name for name in entry.foreign if name in component.keys]
+    if entry.operation == "default" and not present:
+        return torch.eye(shape[0], shape[1], dtype=_main_dtype(component))
+    tensors = [_dequantised(component, name) for name in present]
+    if entry.operation == "alias" and not all(torch.equal(tensors[0], other) for other in tensors[1:]):
+        raise CheckpointError(f"{component.checkpoint.path}: {' and '.join(present)} must be equal and differ")
+    if entry.operation == "alias":
+        return tensors[0]
+    return entry.read(tensors, shape)
+
+
+def _main_dtype(component: Component) -> torch.dtype:
+    dtype = next(component.checkpoint.tensors[component.prefix + name].dtype for name in sorted(component.keys))
+    return dtype if dtype.itemsize > 1 and dtype.is_floating_point else torch.bfloat16
+
+
+def _dequantised(component: Component, name: str) -> Tensor:
+    """A tensor of the file; an fp8 one becomes bfloat16, multiplied with its scale in float32 and cast once."""
+    tensor = component.checkpoint.read(component.prefix + name)
+    if tensor.dtype not in FLOAT8:
+        return tensor
+    base = name.removesuffix(".weight")
+    scale_name = next((base + suffix for suffix in SCALES if base + suffix in component.keys), None)
+    if scale_name is None:
+        if any(key.endswith(SCALES) for key in component.keys):
+            raise CheckpointError(f"{component.checkpoint.path}: the fp8 weight '{name}' has no scale, others have one")
+        return tensor.to(torch.bfloat16)
+    scale = component.checkpoint.read(component.prefix + scale_name).float()
+    if scale.numel() not in (1, tensor.shape[0]) or not bool((torch.isfinite(scale) & (scale > 0)).all()):
+        raise CheckpointError(f"{component.checkpoint.path}: '{scale_name}' is no positive scale of '{name}'")
+    return (tensor.float() * scale.reshape(-1, *[1] * (tensor.ndim - 1))).to(torch.bfloat16)

@@ -1,0 +1,55 @@
+"""Write a network in a published layout."""
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from eridiff.errors import EridiffError
+from eridiff.models.autoencoder import Autoencoder
+from eridiff.models.flux import Flux
+from eridiff.weights.detect import Component
+from eridiff.weights.header import Checkpoint
+from eridiff.weights.keymap import key_map
+
+
+def save_network(
+    module: Flux | Autoencoder,
+    path: str | os.PathLike[str],
+    *,
+    layout: str = "original",
+    dtype: torch.dtype | None = None,
+    metadata: Mapping[str, str] | None = None,
+) -> Path:
+    """Write the module's parameters under a layout's names, its configuration as metadata `eridiff.config`.
+
+    The file appears whole or not at all. Raises EridiffError when it cannot be written.
+    """
+    network = "flux" if isinstance(module, Flux) else "vae"
+    found = key_map(network).layouts[layout]
+    empty = Checkpoint(Path(path), {}, {}, {})
+    sizes = Component(network, found, "", empty, module.config).sizes
+    state = {n: t.detach().cpu().to(dtype or t.dtype).contiguous() for n, t in module.state_dict().items()}
+    foreign = {name: tensor.contiguous().clone() for name, tensor in found.to_foreign(state, sizes).items()}
+    text = json.dumps({network: asdict(module.config)}, sort_keys=True)
+    return write_tensors(foreign, path, {**(metadata or {}), "eridiff.config": text})
+
+
+def write_tensors(
+    tensors: Mapping[str, torch.Tensor], path: str | os.PathLike[str], metadata: Mapping[str, str]
+) -> Path:
+    """A safetensors file, written beside its target and renamed."""
+    target = Path(path)
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    try:
+        save_file(dict(tensors), temporary, metadata=dict(metadata))
+        os.replace(temporary, target)
+    except OSError as error:
+        raise EridiffError(f"{target} cannot be written: {error.strerror or error}") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+    return target
