@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN = .venv/bin
 
-.PHONY: test check slow wheel
+.PHONY: test check wheel
 
 .venv/.base:
 	$(PYTHON) -m venv .venv
@@ -22,12 +22,9 @@ check: .venv/.dev
 	$(BIN)/mypy
 	PYTHONPATH=. $(BIN)/lint-imports
 
-slow: .venv/.dev
-	$(BIN)/python -m pytest -m slow
-
 # a wheel, built and used in an empty environment
 wheel: .venv/.dev
-	rm -rf dist build/wheel && $(BIN)/python -m build -q --wheel
+	rm -rf dist build/wheel && $(BIN)/pip wheel -q --no-deps -w dist .
 	$(PYTHON) -m venv build/wheel
 	build/wheel/bin/pip install -q "torch==2.13.0"
 	build/wheel/bin/pip install -q -c constraints.txt dist/*.whl

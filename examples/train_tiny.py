@@ -1,7 +1,7 @@
 """Train the built-in small Flux: `python examples/train_tiny.py codec`, `flux` (at the same time), then `export`.
 
-The latents are a whitened linear code of 8 x 8 patches (their 16 principal components), so decoder, encoder and Flux are
-trained apart: the Flux never waits. Muon (Jordan 2024) on the matrices, AdamW on the rest; the moving average is kept.
+The latents are a whitened linear code of 8 x 8 patches (their 16 principal components), so decoder, encoder and Flux
+are trained apart: the Flux never waits. Muon (Jordan 2024) on the matrices, AdamW on the rest; the moving average is kept.
 """
 
 import argparse
@@ -23,7 +23,8 @@ from eridiff.models.flux import Flux, FluxConfig, patchify
 
 CODEC = AutoencoderConfig(channels=32, channel_multipliers=(1, 1, 2, 4), residual_blocks=1)
 FLUX = FluxConfig(
-    pooled_width=64, text_width=64, hidden=192, heads=3, double_depth=1, single_depth=4, rope_axes=(16, 24, 24), guidance=False
+    pooled_width=64, text_width=64, hidden=192, heads=3, double_depth=1, single_depth=4, rope_axes=(16, 24, 24),
+    guidance=False,
 )  # fmt: skip
 T5_LENGTH, CLIP_LENGTH = 12, 16
 ASSETS = Path(__file__).parents[1] / "eridiff" / "assets" / "tiny-flux"
@@ -222,7 +223,8 @@ def write_tokenizers(folder: Path) -> None:
         "version": "1.0", "truncation": None, "padding": None, "added_tokens": special,
         "normalizer": {"type": "Lowercase"},
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": [{"type": "WhitespaceSplit"}, metaspace]},
-        "post_processor": {"type": "TemplateProcessing", "single": template, "pair": template + template, "special_tokens": {"</s>": end}},
+        "post_processor": {"type": "TemplateProcessing", "single": template,
+                           "pair": template + template, "special_tokens": {"</s>": end}},
         "decoder": metaspace, "model": {"type": "Unigram", "unk_id": 2, "vocab": t5_pieces(), "byte_fallback": False},
     }  # fmt: skip
     (t5 / "tokenizer.json").write_text(json.dumps(document, ensure_ascii=False))

@@ -230,7 +230,7 @@ def main(arguments: list[str] | None = None) -> int:
         for r in rows:
             if options.all or not r.passed or r.name in ("out", "moments", "decoded"):
                 print(
-                    f"{r.case:22} {r.dtype:8} {r.name:40} {r.error:9.1e} {r.bound:8.0e} {'ok' if r.passed else 'FAILED'}"
+                    f"{r.case:22} {r.dtype:8} {r.name:40} {r.error:9.1e} {r.bound:8.0e} {'ok' if r.passed else 'BAD'}"
                 )
         print(f"{folder.name}: {sum(r.passed for r in rows)} of {len(rows)} within their bounds")
     return int(failed)

@@ -255,7 +255,7 @@ def _refusal(checkpoint: Checkpoint) -> str:
 
 FAMILIES: dict[str, tuple[tuple[str, ...], Callable[[ShapeOf, Checkpoint], Any]]] = {
     "flux": (("double_blocks.0.image.k_norm.weight", "image_in.weight"), _flux_config),
-    "vae": (("encoder.conv_in.weight", "decoder.conv_in.weight"), _autoencoder_config),
+    "vae": (("encoder.conv_in.weight", "encoder.middle.attention.q.weight"), _autoencoder_config),
     "clip": (
         ("text_model.embeddings.token_embedding.weight", "text_model.encoder.layers.0.mlp.fc1.weight"),
         _clip_config,
