@@ -289,8 +289,8 @@ class Flux(nn.Module):
         return FluxRun(
             text=self.text_in(text),
             rope=rope_table(all_ids, self.config.rope_axes, self.config.theta).to(wide(text.dtype)),
-            double=tuple(block.modulate(vec) for block in self.double_blocks)  # type: ignore[operator],
-            single=tuple(block.modulate(vec) for block in self.single_blocks)  # type: ignore[operator],
+            double=tuple(block.modulate(vec) for block in self.double_blocks),  # type: ignore[operator]
+            single=tuple(block.modulate(vec) for block in self.single_blocks),  # type: ignore[operator]
             final=self.final.modulate(vec),
         )
 
