@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from eridiff.models import flux as flux_module
-from eridiff.models.flux import Flux, patchify, position_ids, unpatchify
+from eridiff.models.flux import Flux, fill_condition, patchify, position_ids, unpatchify
 from eridiff.schedulers.flow_match import flux_schedule
 from eridiff.schedulers.samplers import euler
 from eridiff.trace.record import record, relative_l2
@@ -108,6 +108,9 @@ def run_flux(case: Mapping[str, Any], expected: Mapping[str, Tensor], dtype: tor
     if "reference_grid" in case:
         ids = torch.cat([ids, position_ids(tuple(case["reference_grid"]), index=1)])
     guidance = given.get("guidance") if model.config.guidance else None
+    if "mask" in given:
+        condition = fill_condition(given["masked_image"], (given["mask"] > 0).double())
+        given["img"] = torch.cat([patchify(given["latents"]), condition], dim=-1)
     image, text, pooled = (given[n].to(dtype) for n in ("img", "txt", "y"))
     times = given["timesteps"][None].to(dtype)
     guidance = None if guidance is None else guidance.to(dtype)
@@ -115,10 +118,10 @@ def run_flux(case: Mapping[str, Any], expected: Mapping[str, Tensor], dtype: tor
         out = model(image, text, pooled, times, guidance=guidance, ids=ids)
         run = model.prepare(text, pooled, times, guidance=guidance, ids=ids)
         recording["vec"] = model.conditioning_vector(pooled, times, guidance)
-    recording |= {"out": out, "rope.cos": run.rope[0], "rope.sin": run.rope[1]}
+    recording |= {"out": out, "packed": image, "rope.cos": run.rope[0], "rope.sin": run.rope[1]}
     large_guidance = guidance is not None and float(guidance.max()) > 10
     time_bound = 1e-3 if large_guidance else 1e-4
-    static = ("image_in", "text_in", "pooled", "rope.cos", "rope.sin")
+    static = ("image_in", "text_in", "pooled", "rope.cos", "rope.sin", "packed")
     rows = []
     for name in case["intermediates"]:
         wide = dtype == torch.float64

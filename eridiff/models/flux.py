@@ -79,6 +79,14 @@ def unpatchify(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
     return patches.permute(0, 3, 1, 4, 2, 5).reshape(b, features // 4, 2 * h, 2 * w)
 
 
+def fill_condition(masked_latents: Tensor, mask: Tensor) -> Tensor:
+    """What Fill appends to its noise tokens: `[B, 16, 2h, 2w]` and mask `[B, 1, 16h, 16w]` -> `[B, h * w, 64 + 256]`.
+
+    The latents are those of `picture * (1 - mask)`; the mask is 1 where Fill shall paint.
+    """
+    return torch.cat([patchify(masked_latents), patchify(F.pixel_unshuffle(mask, 8))], dim=-1)
+
+
 def position_ids(grid: tuple[int, int], index: int = 0, device: torch.device | str | None = None) -> Tensor:
     """`[h * w, 3]` float64: picture index (0, or 1 for a Kontext reference), row and column of each token."""
     h, w = grid
