@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN = .venv/bin
 
-.PHONY: test check wheel
+.PHONY: sample test check slow wheel
 
 .venv/.base:
 	$(PYTHON) -m venv .venv
@@ -13,8 +13,16 @@ BIN = .venv/bin
 	$(BIN)/pip install -q -c constraints.txt -e ".[dev]"
 	touch $@
 
+# pictures of the built-in model
+sample: .venv/.base
+	$(BIN)/eridiff sample --out samples
+
 test: .venv/.dev
 	$(BIN)/python -m pytest
+
+# full-size and long-running tests
+slow: .venv/.dev
+	$(BIN)/python -m pytest -m slow
 
 check: .venv/.dev
 	$(BIN)/ruff check .

@@ -1,7 +1,7 @@
 """Train the built-in small Flux: `python examples/train_tiny.py codec`, `flux` (at the same time), then `export`.
 
 The latents are a whitened linear code of 8 x 8 patches (their 16 principal components), so decoder, encoder and Flux
-are trained apart: the Flux never waits. Muon (Jordan 2024) on the matrices, AdamW on the rest; the moving average is kept.
+are trained apart: the Flux never waits. A second run goes on from the weights of the first. Muon (Jordan 2024) on the matrices, AdamW on the rest; the moving average is kept.
 """
 
 import argparse
@@ -27,6 +27,10 @@ FLUX = FluxConfig(
     guidance=False,
 )  # fmt: skip
 T5_LENGTH, CLIP_LENGTH = 12, 16
+FLUX_METADATA = {
+    "modelspec.title": "tiny-flux",
+    "eridiff.sampling": json.dumps({"steps": 8, "text_length": T5_LENGTH, "width": 64, "height": 64}),
+}
 ASSETS = Path(__file__).parents[1] / "eridiff" / "assets" / "tiny-flux"
 
 
@@ -117,17 +121,20 @@ def is_convolution(name: str, p: Tensor) -> bool:
 
 
 def train_codec(work: Path, minutes: float) -> None:
-    """The decoder from the linear code, then the encoder towards it."""
+    """The encoder towards the linear code, then the decoder from the linear code and from the encoder's, half each."""
     world, rng = World(), np.random.default_rng(2)
-    code, model = LinearCode(world), Autoencoder(CODEC).to(memory_format=torch.channels_last)
-    stages = [(model.decoder, minutes * 0.9), (model.encoder, minutes * 0.1)]
-    for part, budget in stages:
+    code, model = LinearCode(world), Autoencoder(CODEC)
+    if (work / "codec.pt").exists():
+        model.load_state_dict(torch.load(work / "codec.pt"))
+    for part, budget in [(model.encoder, minutes * 0.15), (model.decoder, minutes * 0.85)]:
         trainer = Trainer(part, is_convolution, 0.03, budget)
         spent, tick = 0.0, 0.0
         while spent < 1:
-            x = pictures(world, random_scenes(8, rng, False), rng).contiguous(memory_format=torch.channels_last)
+            x = pictures(world, random_scenes(8, rng, False), rng)
             z = code(x)
             if part is model.decoder:
+                with torch.no_grad():
+                    z[::2] = (model.encoder(x[::2])[:, :16] - CODEC.shift) * CODEC.scale
                 noisy = (z + 0.03 * torch.randn_like(z)) / CODEC.scale + CODEC.shift
                 error = part(noisy) - x
                 loss = error.abs().mean() + error.diff(dim=2).abs().mean() + error.diff(dim=3).abs().mean()
@@ -136,7 +143,7 @@ def train_codec(work: Path, minutes: float) -> None:
                 loss = F.mse_loss((mean - CODEC.shift) * CODEC.scale, z)
             spent = trainer.step(loss)
             if time.monotonic() > tick:
-                tick = time.monotonic() + 30
+                tick = time.monotonic() + 60
                 print(f"codec {spent:.3f} step {trainer.steps} loss {loss.item():.4f}", flush=True)
                 torch.save(trainer.average, work / "codec_last.pt")
         part.load_state_dict(trainer.average)
@@ -269,6 +276,8 @@ def train_flux(work: Path, minutes: float) -> None:
     for name, p in model.named_parameters():
         if "modulation" in name or name.startswith("final"):
             nn.init.zeros_(p)
+    if (work / "flux.pt").exists():
+        model.load_state_dict(torch.load(work / "flux.pt"))
     trainer = Trainer(model, lambda n, p: p.ndim == 2 and "_blocks" in n and "modulation" not in n, 0.02, minutes)
     spent, tick, loss_average = 0.0, 0.0, 0.0
     while spent < 1:
@@ -297,7 +306,7 @@ def export(work: Path) -> None:
     with torch.no_grad():  # a fixed small deviation: 16 means, then 16 log-variances
         codec.encoder.conv_out.weight[16:] = 0
         codec.encoder.conv_out.bias[16:] = -6
-    save_network(flux, ASSETS / "flux.safetensors", dtype=torch.bfloat16, metadata={"modelspec.title": "tiny-flux"})
+    save_network(flux, ASSETS / "flux.safetensors", dtype=torch.bfloat16, metadata=FLUX_METADATA)
     save_network(codec, ASSETS / "ae.safetensors", dtype=torch.bfloat16)
     write_tokenizers(ASSETS)
     t5, clip = text_encoders()

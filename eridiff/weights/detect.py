@@ -77,8 +77,12 @@ def detect(checkpoint: Checkpoint) -> list[Component]:
     names = set(checkpoint.tensors)
     found = [component for network in FAMILIES for component in _candidates(network, checkpoint, names)]
     if not found:
-        raise CheckpointError(f"{checkpoint.path} {_refusal(checkpoint)}")
-    return [_with_keys(component, found, names) for component in found]
+        raise CheckpointError(f"{checkpoint.path} {_refusal(checkpoint, list(checkpoint.tensors))}")
+    components = [_with_keys(component, found, names) for component in found]
+    claimed = {component.prefix + name for component in components for name in component.keys}
+    if names - claimed:
+        raise CheckpointError(f"{checkpoint.path} {_refusal(checkpoint, sorted(names - claimed))}")
+    return components
 
 
 def component_of(checkpoint: Checkpoint, network: str) -> Component:
@@ -238,8 +242,8 @@ def _with_keys(component: Component, found: list[Component], names: set[str]) ->
     return replace(component, keys=own)
 
 
-def _refusal(checkpoint: Checkpoint) -> str:
-    names = list(checkpoint.tensors)
+def _refusal(checkpoint: Checkpoint, names: list[str]) -> str:
+    """What the tensors `names`, which belong to no part that is known, make of the file."""
     for pattern, sentence in REFUSED:
         if any(re.search(pattern, name) for name in names):
             return f"is {sentence}."
@@ -247,10 +251,22 @@ def _refusal(checkpoint: Checkpoint) -> str:
     if context is not None:
         family = {768: "Stable Diffusion 1.x", 1024: "Stable Diffusion 2.x", 2048: "SDXL", 1280: "the SDXL refiner"}
         return f"is {family.get(context[-1], 'a UNet of unknown kind')}, which this version does not load."
-    known = [layout.entry(s, {"levels": 4, "hidden": 0, "mlp": 0}).foreign[0]
-             for network, (signature, _) in FAMILIES.items() for layout in key_map(network).layouts.values() for s in signature]  # fmt: skip
-    near = next((f" ('{n}' is near '{m[0]}')" for n in names[:200] if (m := get_close_matches(n, known, 1, 0.9))), "")
+    near = _nearest_signature(names)
+    if len(names) < len(checkpoint.tensors):
+        return f"holds {len(names)} tensors that belong to no part of a model, the first is '{names[0]}'{near}."
     return f"is no model that eridiff knows: its {len(names)} tensors begin with '{names[0]}'{near}."
+
+
+def _nearest_signature(names: list[str]) -> str:
+    """A hint for misspelt names: one that is almost a name by which a network is told."""
+    known = [
+        layout.entry(native, {"levels": 4, "hidden": 0, "mlp": 0}).foreign[0]
+        for network, (signature, _) in FAMILIES.items()
+        for layout in key_map(network).layouts.values()
+        for native in signature
+    ]
+    close = ((name, get_close_matches(name, known, 1, 0.9)) for name in names[:200])
+    return next((f" ('{name}' is near '{matches[0]}')" for name, matches in close if matches), "")
 
 
 FAMILIES: dict[str, tuple[tuple[str, ...], Callable[[ShapeOf, Checkpoint], Any]]] = {

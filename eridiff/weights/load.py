@@ -1,7 +1,9 @@
 """Fill a module from a checkpoint: every key used, carried or named in an error; one tensor at a time, no second copy."""
 
 import logging
+import math
 import os
+from collections import Counter
 from collections.abc import Callable
 from difflib import get_close_matches
 from typing import Any
@@ -49,13 +51,36 @@ def fill(
 ) -> nn.Module:
     """Assign a component's tensors to a module on the meta device; tensors of the file's dtype stay memory mapped."""
     wanted = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
-    entries = plan(component, wanted)
+    module.load_state_dict(read_state(component, wanted, dtype=dtype, device=device), strict=True, assign=True)
+    return module.eval().requires_grad_(False)
+
+
+def read_state(
+    component: Component,
+    wanted: dict[str, tuple[int, ...]],
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+) -> dict[str, Tensor]:
+    """The tensors of `wanted` (native names and shapes), mapped and converted one by one; `dtype` None is the file's."""
     state = {}
+    entries = plan(component, wanted)
     for entry in tqdm(entries, desc=f"loading {component.network}", unit="tensor", disable=None, leave=False):
         tensor = _read(component, entry, wanted[entry.native])
         state[entry.native] = tensor.to(device=device, dtype=dtype or tensor.dtype)
-    module.load_state_dict(state, strict=True, assign=True)
-    return module.eval().requires_grad_(False)
+    return state
+
+
+def default_dtype(component: Component, device: torch.device) -> torch.dtype | None:
+    """In what to compute when nothing is said: the file's dtype on a GPU, float32 on a CPU if half the memory holds it.
+
+    T5 overflows in float16, so such a file becomes bfloat16.
+    """
+    count = sum(math.prod(component.checkpoint.tensors[component.prefix + name].shape) for name in component.keys)
+    if device.type == "cpu" and 4 * count <= os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2:
+        return torch.float32
+    dtype = _main_dtype(component)
+    return torch.bfloat16 if component.network == "t5" and dtype == torch.float16 else dtype
 
 
 def plan(component: Component, wanted: dict[str, tuple[int, ...]]) -> list[Entry]:
@@ -124,7 +149,12 @@ def _read(component: Component, entry: Entry, shape: tuple[int, ...]) -> Tensor:
 
 
 def _main_dtype(component: Component) -> torch.dtype:
-    dtype = next(component.checkpoint.tensors[component.prefix + name].dtype for name in sorted(component.keys))
+    """The dtype that most numbers of the file have; bfloat16 where those are quantised to 8 bits."""
+    held: Counter[torch.dtype] = Counter()
+    for name in component.keys:
+        entry = component.checkpoint.tensors[component.prefix + name]
+        held[entry.dtype] += math.prod(entry.shape)
+    dtype = held.most_common(1)[0][0]
     return dtype if dtype.itemsize > 1 and dtype.is_floating_point else torch.bfloat16
 
 

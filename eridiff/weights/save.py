@@ -47,6 +47,9 @@ def write_tensors(
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
         save_file(dict(tensors), temporary, metadata=dict(metadata))
+        umask = os.umask(0)  # the only way to ask for it; safetensors makes files that only their owner can read
+        os.umask(umask)
+        temporary.chmod(0o666 & ~umask)
         os.replace(temporary, target)
     except OSError as error:
         raise EridiffError(f"{target} cannot be written: {error.strerror or error}") from None

@@ -1,0 +1,245 @@
+"""The command line: `eridiff sample` draws, `eridiff inspect` says what a file is."""
+
+import argparse
+import json
+import logging
+import re
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from eridiff import __version__
+from eridiff.config import RunConfig, SampleSettings, load_config, settle_guidance
+from eridiff.errors import ConfigError, EridiffError
+from eridiff.images import contact_sheet, read_image, save_png
+from eridiff.inference import BUILT_IN, FluxInference, load
+from eridiff.inference.base import check_settings, check_size
+from eridiff.inspect import inspect, summary
+from eridiff.weights.locate import PART_NAMES
+
+BUILT_IN_PROMPTS = (
+    "a swan on mars", "a big fox at night", "a robot on the sea", "a small pizza in a cave", "a guitar on snow",
+    "a dragon on grass", "a rocket at sunset", "a panda in the desert", "a unicorn in a cave",
+)  # fmt: skip
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+SETTINGS = {  # option -> field of SampleSettings
+    "prompt": "prompts", "negative": "negative_prompt", "steps": "sample_steps", "seed": "seed",
+    "guidance": "guidance_scale", "cfg": "true_cfg_scale", "image": "image", "strength": "strength", "mask": "mask",
+    "control": "control", "out": "out",
+}  # fmt: skip
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command; 0, or 2 after one sentence on stderr for input that cannot be used."""
+    logging.basicConfig(format="eridiff: %(message)s", level=logging.WARNING)
+    options = _parser().parse_args(arguments)
+    try:
+        return int(options.run(options))
+    except EridiffError as error:
+        print(f"eridiff: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="eridiff", description="Draw pictures with Flux, from published checkpoints.")
+    parser.add_argument("--version", action="version", version=f"eridiff {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    sample = commands.add_parser(
+        "sample", help="draw pictures", description="Draw pictures; options win over the file."
+    )
+    sample.set_defaults(run=_sample)
+    sample.add_argument("config", nargs="?", type=Path, metavar="CONFIG.yaml", help="what to load and to draw")
+    model = sample.add_argument_group("model")
+    model.add_argument(
+        "--model", metavar="PATH|ID", help="a checkpoint, a folder or a hub id; the built-in small Flux otherwise"
+    )
+    for name, what in (
+        ("transformer", "the network"),
+        ("vae", "the autoencoder"),
+        ("clip", "CLIP-L"),
+        ("t5", "T5-XXL"),
+    ):
+        model.add_argument(f"--{name}", metavar="PATH", help=f"{what}, if the model lacks it or it shall be replaced")
+    model.add_argument(
+        "--tokenizers", metavar="FOLDER", help="holds tokenizer/ (CLIP, may be absent) and tokenizer_2/ (T5)"
+    )
+    model.add_argument("--device", help="cpu, cuda, cuda:1, ...; a GPU if there is one")
+    model.add_argument(
+        "--dtype", choices=DTYPES, help="of the computation; the file's on a GPU, float32 on a CPU with room"
+    )
+    model.add_argument("--offload", choices=["stages"], help="only the component at work is on the device")
+    picture = sample.add_argument_group("picture")
+    picture.add_argument("--prompt", action="append", help="may be given several times")
+    picture.add_argument("--negative", metavar="TEXT", help="what to steer away from, with --cfg")
+    picture.add_argument("--steps", type=int)
+    picture.add_argument("--seed", type=int, help="of every picture; 42 when not said")
+    picture.add_argument("--size", metavar="WxH", help="in pixels, multiples of 16")
+    picture.add_argument("--guidance", type=float, metavar="G", help="what the guidance embedding is told (dev: 3.5)")
+    picture.add_argument(
+        "--cfg", type=float, metavar="G", help="true classifier-free guidance; asks the network twice a step"
+    )
+    picture.add_argument("--image", metavar="FILE", help="begin from this picture")
+    picture.add_argument(
+        "--strength", type=float, metavar="S", help="0 keeps the picture, 1 keeps nothing of it (0.75)"
+    )
+    picture.add_argument("--mask", metavar="FILE", help="paint only where it is white")
+    picture.add_argument("--control", metavar="FILE", help="the picture that Canny or Depth follows")
+    picture.add_argument(
+        "--out", metavar="FOLDER", help="where pictures are written (samples); a name ending in .png is one file"
+    )
+    sample.add_argument("--quiet", action="store_true", help="print nothing but errors")
+    sample.add_argument("--list", action="store_true", help="show the words that the built-in model knows")
+
+    look = commands.add_parser(
+        "inspect", help="say what a file is", description="Say what a checkpoint is, to the last key."
+    )
+    look.set_defaults(run=_inspect)
+    look.add_argument("path", metavar="FILE|FOLDER")
+    look.add_argument("--json", action="store_true", help="everything, for programs")
+    look.add_argument("--values", action="store_true", help="read every weight and name those that are not finite")
+    return parser
+
+
+def _sample(options: argparse.Namespace) -> int:
+    say = (lambda *_: None) if options.quiet else print
+    if options.list:
+        words = json.loads((Path(BUILT_IN) / "words.json").read_text())
+        for name, entries in words.items():
+            print(f"{name}: {', '.join(entries)}")
+        print('a prompt is "a [size] NOUN BACKGROUND", such as "a small fox at night"')
+        return 0
+    config = _merged(load_config(options.config) if options.config else RunConfig(), options)
+    settings = config.sample
+    if config.model is None and not settings.prompts:
+        settings = replace(settings, prompts=BUILT_IN_PROMPTS)
+    _check(settings, config)
+    for notice in config.notices:
+        say(f"eridiff: {notice}")
+    if config.model is None:
+        say("eridiff: no model is given, so the built-in small Flux draws; --list shows its words")
+    model = load(
+        config.model, device=_device(config.device), dtype=DTYPES[config.dtype] if config.dtype else None,
+        offload=config.offload, progress=not options.quiet,
+    )  # fmt: skip
+    assert isinstance(model, FluxInference)
+    settings, notices = settle_guidance(settings, model.network.config.guidance)
+    for notice in notices:
+        say(f"eridiff: {notice}")
+    for path in _draw(model, settings):
+        say(path)
+    return 0
+
+
+def _draw(model: FluxInference, settings: SampleSettings) -> list[Path]:
+    """One picture at a time, so that none depends on its neighbours; then the contact sheet of several."""
+    pictures = {
+        name: read_image(path) if path else None
+        for name, path in (("image", settings.image), ("mask", settings.mask), ("control", settings.control))
+    }
+    cfg = 1.0 if settings.true_cfg_scale is None else settings.true_cfg_scale
+    if settings.negative_prompt and cfg == 1:
+        logging.getLogger(__name__).warning(
+            "the negative prompt has no effect without true guidance (--cfg, true_cfg_scale)"
+        )
+    out = Path(settings.out)
+    single = out.suffix.lower() == ".png"
+    if single and len(settings.prompts) > 1:
+        raise ConfigError(f"'{out}' is one file and there are {len(settings.prompts)} prompts; give a folder")
+    start = 0 if single else _next_number(out)
+    images, paths = [], []
+    for i, prompt in enumerate(settings.prompts):
+        result = model.generate(
+            prompt, negative=settings.negative_prompt if cfg != 1 else None, width=settings.width, height=settings.height,
+            steps=settings.sample_steps, guidance_scale=settings.guidance_scale, cfg_scale=cfg,
+            seed=settings.seed + i * settings.walk_seed, strength=settings.strength, image=pictures["image"], mask=pictures["mask"], control=pictures["control"],
+        )  # fmt: skip
+        record = {
+            **result.settings[0],
+            **{name: getattr(settings, name) for name, picture in pictures.items() if picture},
+        }
+        slug = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:40] or "picture"
+        paths.append(save_png(result.images[0], out if single else out / f"{start + i:04d}-{slug}.png", record))
+        images.append(result.images[0])
+    if len(images) > 1:
+        paths.append(save_png(contact_sheet(images), out / f"{start:04d}-contact-sheet.png"))
+    return paths
+
+
+def _next_number(folder: Path) -> int:
+    """One more than the highest number that a picture in the folder begins with: nothing is overwritten."""
+    try:
+        names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    except OSError as error:
+        raise EridiffError(f"'{folder}' cannot be read: {error.strerror}") from None
+    return max((int(found[1]) + 1 for name in names if (found := re.match(r"(\d{4,})-.*\.png$", name))), default=0)
+
+
+def _merged(config: RunConfig, options: argparse.Namespace) -> RunConfig:
+    """The file's configuration with what the command line says in its place."""
+    given = {
+        field: getattr(options, option) for option, field in SETTINGS.items() if getattr(options, option) is not None
+    }
+    if "prompts" in given:
+        given["prompts"] = tuple(given["prompts"])
+    if options.size is not None:
+        found = re.fullmatch(r"(\d+)[xX](\d+)", options.size)
+        if not found:
+            raise ConfigError(f"--size must be WIDTHxHEIGHT such as 1024x768, not '{options.size}'")
+        given |= {"width": int(found[1]), "height": int(found[2])}
+    parts = {name: getattr(options, name) for name in [*PART_NAMES, "tokenizers"] if getattr(options, name)}
+    model: str | dict[str, Any] | None = options.model or config.model
+    if parts:
+        model = {**({"path": model} if isinstance(model, str) else model or {}), **parts}
+    rest = {name: getattr(options, name) for name in ("device", "dtype", "offload") if getattr(options, name)}
+    return replace(config, model=model, sample=replace(config.sample, **given), **rest)
+
+
+def _check(settings: SampleSettings, config: RunConfig) -> None:
+    """What can be known to be impossible before anything is loaded."""
+    if not settings.prompts:
+        raise ConfigError("no prompt is given: use --prompt, or prompts in the sample section")
+    for side, name in ((settings.width, "width"), (settings.height, "height")):
+        if side is not None:
+            check_size(side if name == "width" else 16, side if name == "height" else 16)
+    check_settings(
+        steps=1 if settings.sample_steps is None else settings.sample_steps, guidance_scale=settings.guidance_scale,
+        cfg_scale=1.0 if settings.true_cfg_scale is None else settings.true_cfg_scale, strength=settings.strength,
+    )  # fmt: skip
+    if not 0 <= settings.seed < 2**63 - len(settings.prompts):
+        raise ConfigError(f"the seed must be a whole number from 0 to 2^63 - 1, not {settings.seed}")
+    if config.dtype is not None and config.dtype not in DTYPES:
+        raise ConfigError(f"dtype must be one of {', '.join(DTYPES)}, not '{config.dtype}'")
+    if config.offload not in (None, "stages"):
+        raise ConfigError(f"offload must be 'stages', not '{config.offload}'")
+    if (settings.mask or settings.strength is not None) and not settings.image:
+        raise ConfigError("a mask or a strength needs the image that it is for")
+
+
+def _device(name: str | None) -> torch.device | None:
+    if name is None:
+        return None
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+        return device
+    except (RuntimeError, AssertionError, NotImplementedError):
+        raise ConfigError(
+            f"the device '{name}' is not there; this machine has cpu"
+            + (f" and cuda ({torch.cuda.device_count()} of them)" if torch.cuda.is_available() else "")
+        ) from None
+
+
+def _inspect(options: argparse.Namespace) -> int:
+    report = inspect(options.path, values=options.values)
+    print(json.dumps(report, indent=2) if options.json else summary(report))
+    return 2 if report["problems"] else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,249 @@
+"""The YAML that says what to draw: read with YAML 1.2's scalars, every key known, every mistake one sentence.
+
+PyYAML reads YAML 1.1, where a prompt `no` is False, `16:9` is 969 and `1e-4` is text; duplicate keys pass silently.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from eridiff.errors import ConfigError
+
+
+class Reader(yaml.SafeLoader):
+    """SafeLoader with the scalars of YAML 1.2's core schema, without aliases, with text keys that stand once."""
+
+    yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}  # its own, not the process's
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise ConfigError(
+                f"{_place(self.peek_event())}: '*' begins an alias, which is not supported; quote the text"
+            )
+        event = self.peek_event()
+        if getattr(event, "anchor", None):
+            raise ConfigError(f"{_place(event)}: '&' begins an anchor, which is not supported; quote the text")
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[str, Any]:
+        result: dict[str, Any] = {}
+        lines: dict[str, int] = {}
+        for key_node, value_node in node.value:
+            if not isinstance(key_node, yaml.ScalarNode):
+                raise ConfigError(f"{_place(key_node)}: a key must be a word")
+            key, line = key_node.value, key_node.start_mark.line + 1
+            if key in result:
+                raise ConfigError(f"{_place(key_node)}: the key '{key}' stands twice, first in line {lines[key]}")
+            result[key], lines[key] = self.construct_object(value_node, deep=True), line
+        return result
+
+
+for _tag, _pattern, _first in [
+    ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
+    ("bool", r"true|True|TRUE|false|False|FALSE", list("tTfF")),
+    ("int", r"[-+]?[0-9]+", list("-+0123456789")),
+    ("float", r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?", list("-+.0123456789")),
+]:
+    Reader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), _first)
+Reader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(loader.construct_scalar(node)))
+Reader.add_constructor("tag:yaml.org,2002:float", lambda loader, node: float(loader.construct_scalar(node)))
+Reader.add_constructor("tag:yaml.org,2002:map", lambda loader, node: loader.construct_mapping(node))
+
+
+def read_yaml(text: str) -> Any:
+    """What a YAML document says; raises ConfigError with the line of a mistake and what may be meant."""
+    try:
+        return yaml.load(text, Reader)
+    except yaml.MarkedYAMLError as error:
+        raise ConfigError(_explained(error, text)) from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"a character that YAML does not allow: {' '.join(str(error).split())}") from None
+    except RecursionError:
+        raise ConfigError("lists or mappings are nested too deep") from None
+
+
+def _place(thing: Any) -> str:
+    return f"line {thing.start_mark.line + 1}"
+
+
+def _explained(error: yaml.MarkedYAMLError, text: str) -> str:
+    mark = error.problem_mark or error.context_mark
+    number = mark.line if mark else 0
+    lines = text.splitlines()
+    line = lines[number].strip() if number < len(lines) else ""
+    problem = str(error.problem or error.context)
+    if "\t" in problem or "\\t" in problem:
+        return f"line {number + 1}: a tab where spaces are needed"
+    if "unknown escape" in problem:
+        return f"line {number + 1}: a backslash in double quotes begins an escape; use single quotes or '/': {line}"
+    if "but found another document" in problem:
+        return f"line {number + 1}: a second document begins; one is expected"
+    body = re.sub(r"^(- |\w+:\s+)+", "", line)
+    quoted = f"'{body.replace(chr(39), chr(39) * 2)}'"
+    return f"line {number + 1}: {problem}; text with : # [ ] {{ }} & * ! or quotes in it must be quoted, here perhaps {quoted}"
+
+
+@dataclass(frozen=True)
+class SampleSettings:
+    """The `sample:` section; None is the model's own default."""
+
+    prompts: tuple[str, ...] = ()
+    negative_prompt: str | None = None
+    sample_steps: int | None = None
+    guidance_scale: float | None = None  # what a guidance embedding is told
+    cfg_scale: float | None = None  # true classifier-free guidance; for Flux alone, see `settle_guidance`
+    true_cfg_scale: float | None = None  # the same without a second meaning
+    seed: int = 42
+    walk_seed: bool = False  # seed, seed + 1, ... over the prompts
+    width: int | None = None
+    height: int | None = None
+    image: str | None = None
+    strength: float | None = None
+    mask: str | None = None
+    control: str | None = None
+    out: str = "samples"
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """A whole file: what to load, how to run, what to draw, and what to tell the reader of the file."""
+
+    model: str | dict[str, Any] | None = None
+    device: str | None = None
+    dtype: str | None = None
+    offload: str | None = None
+    sample: SampleSettings = field(default_factory=SampleSettings)
+    notices: tuple[str, ...] = ()
+
+
+SYNONYMS = {"neg": "negative_prompt", "negative": "negative_prompt", "steps": "sample_steps"}
+NO_EFFECT = {  # known words of training configurations
+    "sample_every": "it is for training",
+    "sample_start_step": "it is for training",
+    "use_lora": "no LoRA file is given",
+    "lora_scale": "no LoRA file is given",
+    "network_multiplier": "no LoRA file is given",
+    "format": "pictures are PNG",
+    "sampler": "Flux is sampled by Euler steps",
+}
+TOP = ("model", "device", "dtype", "offload", "sample")
+
+
+def load_config(path: str | Path) -> RunConfig:
+    """Read a YAML file; raises ConfigError, naming file and line, for anything that is unknown or impossible."""
+    try:
+        text = Path(path).read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: is not UTF-8 at byte {error.start}; save it as UTF-8") from None
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
+    try:
+        return parse_config(read_yaml(text))
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
+
+
+def parse_config(document: Any) -> RunConfig:
+    """The configuration that a YAML document means; raises ConfigError."""
+    if document is None:
+        raise ConfigError("the file is empty; it needs a section 'sample'")
+    if not isinstance(document, dict):
+        raise ConfigError(f"a mapping with a section 'sample' is expected, not {type(document).__name__}")
+    _known(document, TOP, "the file")
+    model = document.get("model")
+    if model is not None and not isinstance(model, str | dict):
+        raise ConfigError(f"model must be a path, a hub id or the parts by name, not {model!r}")
+    section = document.get("sample") or {}
+    if not isinstance(section, dict):
+        raise ConfigError(f"sample must be a mapping, not {section!r}")
+    names = [f.name for f in fields(SampleSettings)]
+    _known(section, [*names, *SYNONYMS, *NO_EFFECT], "sample")
+    notices = tuple(
+        f"{key} has no effect here: {NO_EFFECT[key]}"
+        for key in section
+        if key in NO_EFFECT and section[key] is not False
+    )
+    values: dict[str, Any] = {}
+    for key, value in section.items():
+        name = SYNONYMS.get(key, key)
+        if name in NO_EFFECT or value is None:
+            continue
+        if name in values:
+            raise ConfigError(f"sample: '{key}' and another key both mean {name}; keep one")
+        values[name] = _prompts(value) if name == "prompts" else _scalar(f"sample: {key}", value, _TYPES[name])
+    texts = {
+        name: _scalar(name, document.get(name), str) for name in ("device", "dtype", "offload") if document.get(name)
+    }
+    return RunConfig(model=model, sample=SampleSettings(**values), notices=notices, **texts)
+
+
+_TYPES: dict[str, type] = {
+    f.name: next(t for t in (bool, int, float, str) if t.__name__ in str(f.type)) for f in fields(SampleSettings)
+}
+
+
+def _known(section: Mapping[str, Any], known: Any, where: str) -> None:
+    for key in section:
+        if key not in known:
+            near = get_close_matches(key.lower(), list(known), 1, 0.5)
+            hint = f"; did you mean '{near[0]}'?" if near else f"; there are {', '.join(known)}"
+            raise ConfigError(f"'{key}' is no key of {where}{hint}")
+
+
+def _prompts(value: Any) -> tuple[str, ...]:
+    entries = value if isinstance(value, list) else [value]
+    for number, entry in enumerate(entries, 1):
+        if isinstance(entry, dict):
+            text = ", ".join(f"{k}: {v}" if v is not None else f"{k}:" for k, v in entry.items())
+            raise ConfigError(f'sample: prompt {number} has a colon and must be quoted: - "{text}"')
+        if entry is None:
+            raise ConfigError(
+                f"sample: prompt {number} is empty; '#' begins a comment, and an empty prompt is written \"\""
+            )
+        if isinstance(entry, list):
+            raise ConfigError(f"sample: prompt {number} begins with '[' and must be quoted")
+        if not isinstance(entry, str):
+            raise ConfigError(f'sample: prompt {number} is read as a {type(entry).__name__}; quote it: - "{entry}"')
+    if not entries:
+        raise ConfigError("sample: the list of prompts is empty")
+    return tuple(entry.strip() for entry in entries)
+
+
+def _scalar(name: str, value: Any, kind: type) -> Any:
+    """A value of the type wanted; whole numbers serve as floats."""
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if type(value) is kind:
+        return value
+    wanted = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}[kind]
+    digits = isinstance(value, str) and re.fullmatch(r"[\d_, ]+", value)
+    hint = f"; write {re.sub('[^0-9]', '', value)}" if digits else ""
+    hint = "; write true or false" if kind is bool else hint
+    raise ConfigError(f"{name} must be {wanted}, not {value!r}{hint}")
+
+
+def settle_guidance(settings: SampleSettings, embedding: bool) -> tuple[SampleSettings, list[str]]:
+    """What `cfg_scale` means for a Flux, and a notice that says so: afterwards only `true_cfg_scale` asks twice a step.
+
+    With a guidance embedding and no guidance_scale it is the embedding's, as in the trainers that write it; beside a
+    guidance_scale it is true guidance; a Flux without the embedding takes neither, so it has no effect.
+    """
+    cfg = settings.cfg_scale
+    if cfg is None:
+        return settings, []
+    if settings.true_cfg_scale is not None:
+        raise ConfigError("sample: cfg_scale and true_cfg_scale both ask for true guidance; keep true_cfg_scale")
+    if not embedding:
+        return replace(settings, cfg_scale=None), [
+            f"cfg_scale {cfg:g} has no effect: this Flux has no guidance embedding (true_cfg_scale asks for true guidance)"
+        ]
+    if settings.guidance_scale is None:
+        return replace(settings, cfg_scale=None, guidance_scale=cfg), [
+            f"cfg_scale {cfg:g} is taken as guidance_scale, the guidance embedding (true_cfg_scale asks for true guidance)"
+        ]
+    return replace(settings, cfg_scale=None, true_cfg_scale=cfg), []

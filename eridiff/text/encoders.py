@@ -1,0 +1,117 @@
+"""CLIP and T5 from checkpoints, without a float32 detour: transformers' modules on the meta device, filled by key maps.
+
+Sources: Radford et al. 2021 (CLIP), Raffel et al. 2020 (T5); which output a family takes is said where it is taken.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from eridiff.errors import CheckpointError
+from eridiff.text.tokenizers import token_ids
+from eridiff.weights.detect import Component
+from eridiff.weights.load import read_state
+
+
+@dataclass(frozen=True)
+class ClipFeatures:
+    """All that a family may take of CLIP; B prompts, T tokens, layers from the embedding (0) on."""
+
+    hidden: tuple[Tensor, ...]  # layers + 1 tensors [B, T, D], before the final norm
+    last: Tensor  # [B, T, D], after the final norm
+    pooled: Tensor  # [B, D], `last` at the first end token
+    projected: Tensor  # [B, P], `pooled` through the text projection
+
+
+class ClipEncoder:
+    """A CLIP text encoder and its tokenizer."""
+
+    def __init__(self, module: Any, tokenizer: Any, *, pad: int | None = None, name: str = "CLIP-L") -> None:
+        """`pad` None is the end token, as for CLIP-L; CLIP-G takes 0. Raises CheckpointError for too many tokens."""
+        _check_size(name, tokenizer, module.config.vocab_size)
+        self.module, self.tokenizer, self.name = module, tokenizer, name
+        self.end: int = tokenizer.eos_token_id  # of the tokenizer: published configurations say 2
+        self.pad = self.end if pad is None else pad
+
+    @property
+    def length(self) -> int:
+        return int(self.module.config.max_position_embeddings)
+
+    def tokenize(self, prompts: Sequence[str]) -> Tensor:
+        """`[B, length]` int64."""
+        rows = [token_ids(self.tokenizer, prompt, self.length, self.pad, self.name) for prompt in prompts]
+        return torch.tensor(rows)
+
+    @torch.no_grad()
+    def __call__(self, ids: Tensor) -> ClipFeatures:
+        """ids `[B, T]`; no mask: padding is seen only through causality, as when the networks were trained."""
+        ids = ids.to(self.module.get_input_embeddings().weight.device)
+        output = self.module.text_model(input_ids=ids, output_hidden_states=True)
+        first_end = (ids == self.end).int().argmax(dim=1)  # 0 where there is none
+        pooled = output.last_hidden_state[torch.arange(len(ids), device=ids.device), first_end]
+        return ClipFeatures(output.hidden_states, output.last_hidden_state, pooled, self.module.text_projection(pooled))
+
+
+class T5Encoder:
+    """A T5 encoder, its tokenizer, and the number of tokens that the network was trained with."""
+
+    def __init__(self, module: Any, tokenizer: Any, length: int) -> None:
+        """Raises CheckpointError when the tokenizer has more tokens than the embedding has rows."""
+        _check_size("T5", tokenizer, module.config.vocab_size)
+        self.module, self.tokenizer, self.length = module, tokenizer, length
+
+    def tokenize(self, prompts: Sequence[str]) -> Tensor:
+        """`[B, length]` int64, padded with 0."""
+        return torch.tensor([token_ids(self.tokenizer, prompt, self.length, 0, "T5") for prompt in prompts])
+
+    @torch.no_grad()
+    def __call__(self, ids: Tensor) -> Tensor:
+        """ids `[B, T]` -> `[B, T, D]` after the final norm; no mask: Flux and SD3 attend to the padding too."""
+        return self.module(input_ids=ids.to(self.module.shared.weight.device)).last_hidden_state
+
+
+def build_encoder(component: Component, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> Any:
+    """The transformers module of a clip or t5 component, filled; in evaluation mode, without gradients.
+
+    Raises CheckpointError, with the names, for anything missing, unknown or misshapen.
+    """
+    module = empty_encoder(component)
+    wanted = {name: tuple(t.shape) for name, t in module.state_dict().items() if name != "encoder.embed_tokens.weight"}
+    state = read_state(component, wanted, dtype=dtype, device=device)
+    if component.network == "t5":
+        state["encoder.embed_tokens.weight"] = state["shared.weight"]
+    module.load_state_dict(state, strict=True, assign=True)
+    if component.network == "t5":  # assigning made two parameters of the one that both names share
+        module.encoder.embed_tokens.weight = module.shared.weight
+    for owner in module.modules():
+        # in no file and so still on meta, where transformers gives wrong numbers without a word
+        if isinstance(getattr(owner, "position_ids", None), Tensor):
+            owner.position_ids = torch.arange(component.config["max_position_embeddings"], device=device)[None]
+    left = [name for name, t in [*module.named_parameters(), *module.named_buffers()] if t.is_meta]
+    if left:
+        raise CheckpointError(f"{component.checkpoint.path}: nothing fills '{left[0]}' of {type(module).__name__}")
+    return module.eval().requires_grad_(False)
+
+
+def empty_encoder(component: Component) -> Any:
+    """The transformers module of a component, on the meta device."""
+    from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
+
+    with torch.device("meta"):
+        if component.network == "clip":
+            ends = {
+                "bos_token_id": component.config["vocab_size"] - 2,
+                "eos_token_id": component.config["vocab_size"] - 1,
+            }
+            return CLIPTextModelWithProjection(CLIPTextConfig(**component.config, **ends))
+        return T5EncoderModel(T5Config(**component.config, feed_forward_proj="gated-gelu"))
+
+
+def _check_size(name: str, tokenizer: Any, rows: int) -> None:
+    if len(tokenizer) > rows:
+        raise CheckpointError(
+            f"the tokenizer of {name} has {len(tokenizer)} tokens, its encoder only {rows}; they do not belong together"
+        )

@@ -1,0 +1,198 @@
+"""Tokenizers from files and folders, checked before they are used: a damaged one gives other ids without a word.
+
+CLIP's published merges ship with the package (OpenAI, MIT); a T5 tokenizer comes from a file, a folder or the hub cache.
+"""
+
+import gzip
+import importlib.util
+import json
+import logging
+import tempfile
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from eridiff.errors import CheckpointError
+
+log = logging.getLogger(__name__)
+ASSETS = Path(__file__).parents[1] / "assets"
+SAMPLE = "a photo of a cat"
+CLIP_TOKENS, CLIP_SAMPLE = 49408, [49406, 320, 1125, 539, 320, 2368, 49407]
+T5_TOKENS, T5_SAMPLE = 32100, [3, 9, 1202, 13, 3, 9, 1712, 1]
+CLIP_ENDS = ("<|startoftext|>", "<|endoftext|>")
+T5_NAMES = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
+# hub repositories whose cached copies hold the T5 tokenizer of every published Flux and SD3
+T5_CACHED = [
+    ("black-forest-labs/FLUX.1-dev", "tokenizer_2/tokenizer.json"),
+    ("black-forest-labs/FLUX.1-schnell", "tokenizer_2/tokenizer.json"),
+    ("stabilityai/stable-diffusion-3.5-large", "tokenizer_3/tokenizer.json"),
+    ("stabilityai/stable-diffusion-3.5-medium", "tokenizer_3/tokenizer.json"),
+]
+
+
+def clip_tokenizer(folder: Path | None = None) -> Any:
+    """CLIP's tokenizer from a folder with vocab.json and merges.txt, or the published one that ships with the package.
+
+    Raises CheckpointError for a folder that is incomplete or whose two files do not belong together.
+    """
+    if folder is None:
+        return published_clip_tokenizer()
+    for name in ("vocab.json", "merges.txt"):
+        if not (folder / name).is_file():
+            raise CheckpointError(
+                f"'{folder}' is no CLIP tokenizer: it lacks {name}; both vocab.json and merges.txt are needed"
+            )
+    _check_merges(folder)
+    tokenizer = _from_folder(folder)
+    if len(tokenizer) == CLIP_TOKENS and tokenizer(SAMPLE).input_ids != CLIP_SAMPLE:
+        raise CheckpointError(
+            f"'{folder}' has the size of the published CLIP tokenizer but gives other ids; download it again"
+        )
+    return tokenizer
+
+
+@cache
+def published_clip_tokenizer() -> Any:
+    """The tokenizer of OpenAI's CLIP, from the merges in the package."""
+    merges = gzip.decompress((ASSETS / "clip_merges.txt.gz").read_bytes()).decode().split("\n")
+    with tempfile.TemporaryDirectory() as folder:
+        vocabulary = {token: i for i, token in enumerate(clip_vocabulary(merges))}
+        (Path(folder) / "vocab.json").write_text(json.dumps(vocabulary, ensure_ascii=False), encoding="utf-8")
+        lines = "\n".join(["#version: 0.2", *merges, ""])
+        (Path(folder) / "merges.txt").write_text(lines, encoding="utf-8")
+        return _from_folder(Path(folder))
+
+
+def clip_vocabulary(merges: list[str]) -> list[str]:
+    """Tokens in the order of their ids: 256 bytes, the same at a word's end, one for each merge, begin and end."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    characters = [chr(byte) for byte in printable] + [chr(256 + i) for i in range(len(others))]
+    joined = [merge.replace(" ", "") for merge in merges]
+    return [*characters, *(c + "</w>" for c in characters), *joined, *CLIP_ENDS]
+
+
+def _from_folder(folder: Path) -> Any:
+    from transformers import CLIPTokenizerFast
+
+    try:
+        return CLIPTokenizerFast.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # the Rust library raises bare Exception
+        raise CheckpointError(f"'{folder}' holds a CLIP tokenizer that cannot be read ({_line(error)})") from None
+
+
+def _check_merges(folder: Path) -> None:
+    """Every token longer than one character comes from a merge, and every id stands once."""
+    try:
+        vocabulary = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
+        ids = sorted(vocabulary.values())
+        lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
+        made = {line.replace(" ", "", 1) for line in lines if line and not line.startswith("#version")}
+        whole = {t for t in vocabulary if len(t.removesuffix("</w>")) > 1 and t not in CLIP_ENDS}
+    except (OSError, ValueError, AttributeError, TypeError) as error:
+        raise CheckpointError(
+            f"'{folder}' holds a vocab.json or merges.txt that cannot be read ({_line(error)})"
+        ) from None
+    if ids != list(range(len(ids))):
+        raise CheckpointError(
+            f"'{folder / 'vocab.json'}' does not number its {len(ids)} tokens from 0 without a hole; download it again"
+        )
+    if any(end not in vocabulary for end in CLIP_ENDS):
+        raise CheckpointError(f"'{folder / 'vocab.json'}' lacks {' or '.join(CLIP_ENDS)}: it is no CLIP tokenizer")
+    if made != whole:
+        raise CheckpointError(
+            f"'{folder}' holds files that do not belong together: {len(whole - made)} tokens of vocab.json have no line in "
+            f"merges.txt and {len(made - whole)} lines have no token; download both again"
+        )
+
+
+def t5_tokenizer(path: Path | None = None) -> Any:
+    """T5's tokenizer from a tokenizer.json, a folder that holds one (or a spiece.model), or the hub cache.
+
+    Raises CheckpointError for a missing or damaged file; the sentence says what to put where.
+    """
+    found = path if path is not None else _cached_t5()
+    if found is None:
+        raise CheckpointError(
+            "no T5 tokenizer was found: give a tokenizer.json or a folder with it (tokenizer_2 of "
+            "black-forest-labs/FLUX.1-dev) as 'tokenizers: {t5: PATH}' in the model section, or place it beside the model as "
+            "'tokenizer_2'"
+        )
+    file = found / "tokenizer.json" if found.is_dir() else found
+    if not file.exists() and (found / "spiece.model").exists():
+        return _from_sentencepiece(found)
+    if not file.is_file():
+        raise CheckpointError(f"'{found}' is no T5 tokenizer: there is no tokenizer.json")
+    return _checked_t5(file, _read_t5(file))
+
+
+def _read_t5(file: Path) -> Any:
+    from transformers import PreTrainedTokenizerFast
+
+    try:
+        return PreTrainedTokenizerFast(tokenizer_file=str(file), **T5_NAMES)
+    except Exception as error:  # the Rust library raises bare Exception
+        raise CheckpointError(
+            f"'{file}' is no tokenizer that can be read ({_line(error)}); download it again"
+        ) from None
+
+
+def _from_sentencepiece(folder: Path) -> Any:
+    missing = [
+        name for name in ("sentencepiece", "google.protobuf") if importlib.util.find_spec(name.split(".")[0]) is None
+    ]
+    if missing:
+        raise CheckpointError(
+            f"'{folder}' holds only spiece.model, which needs the packages sentencepiece and protobuf; install them or "
+            "add tokenizer.json"
+        )
+    from transformers import T5TokenizerFast
+
+    return _checked_t5(folder / "spiece.model", T5TokenizerFast.from_pretrained(folder, local_files_only=True))
+
+
+def _checked_t5(file: Path, tokenizer: Any) -> Any:
+    vocabulary = tokenizer.get_vocab()
+    ends = (vocabulary.get("<pad>"), vocabulary.get("</s>"))
+    if ends != (0, 1) or tokenizer("").input_ids != [1]:
+        raise CheckpointError(
+            f"'{file}' is no T5 tokenizer: <pad> and </s> must be the ids 0 and 1 and end every prompt"
+        )
+    if len(tokenizer) == T5_TOKENS and tokenizer(SAMPLE).input_ids != T5_SAMPLE:
+        raise CheckpointError(
+            f"'{file}' has the size of the published T5 tokenizer but gives other ids; download it again"
+        )
+    return tokenizer
+
+
+def _cached_t5() -> Path | None:
+    from huggingface_hub import try_to_load_from_cache
+
+    for repository, name in T5_CACHED:
+        found = try_to_load_from_cache(repository, name)
+        if isinstance(found, str):
+            log.info("T5 tokenizer from the hub cache of %s", repository)
+            return Path(found)
+    return None
+
+
+def token_ids(tokenizer: Any, prompt: str, length: int, pad: int, name: str) -> list[int]:
+    """Exactly `length` ids; a longer prompt keeps its first tokens and the end, and a warning names the words cut.
+
+    `name` is the encoder's, for the warning.
+    """
+    encoded = tokenizer(prompt, truncation=False, padding=False, return_offsets_mapping=True, verbose=False)
+    ids: list[int] = list(encoded["input_ids"])
+    if len(ids) > length:
+        start = encoded["offset_mapping"][length - 1][0]
+        begin = prompt.rfind(" ", 0, start + 1) + 1  # of the word in which the cut falls
+        log.warning(
+            "%s takes %d tokens, the prompt has %d: cut from %r on", name, length, len(ids), prompt[begin:].strip()
+        )
+        ids = [*ids[: length - 1], ids[-1]]
+    return ids + [pad] * (length - len(ids))
+
+
+def _line(error: BaseException) -> str:
+    """An error's text on one line, without the sentence's own end."""
+    return " ".join(str(error).split())[:200].rstrip(".") or type(error).__name__
