@@ -4,7 +4,7 @@ PyYAML reads YAML 1.1, where a prompt `no` is False, `16:9` is 969 and `1e-4` is
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from difflib import get_close_matches
 from pathlib import Path
@@ -30,9 +30,9 @@ class Reader(yaml.SafeLoader):
             raise ConfigError(f"{_place(event)}: '&' begins an anchor, which is not supported; quote the text")
         return super().compose_node(parent, index)
 
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[str, Any]:
-        result: dict[str, Any] = {}
-        lines: dict[str, int] = {}
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Hashable, Any]:
+        result: dict[Hashable, Any] = {}
+        lines: dict[Hashable, int] = {}
         for key_node, value_node in node.value:
             if not isinstance(key_node, yaml.ScalarNode):
                 raise ConfigError(f"{_place(key_node)}: a key must be a word")
@@ -50,9 +50,15 @@ for _tag, _pattern, _first in [
     ("float", r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?", list("-+.0123456789")),
 ]:
     Reader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), _first)
-Reader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(loader.construct_scalar(node)))
-Reader.add_constructor("tag:yaml.org,2002:float", lambda loader, node: float(loader.construct_scalar(node)))
-Reader.add_constructor("tag:yaml.org,2002:map", lambda loader, node: loader.construct_mapping(node))
+
+
+def _number(loader: Reader, node: Any) -> int | float:
+    return (int if node.tag.endswith("int") else float)(loader.construct_scalar(node))
+
+
+Reader.add_constructor("tag:yaml.org,2002:int", _number)
+Reader.add_constructor("tag:yaml.org,2002:float", _number)
+Reader.add_constructor("tag:yaml.org,2002:map", Reader.construct_mapping)
 
 
 def read_yaml(text: str) -> Any:
@@ -170,7 +176,7 @@ def parse_config(document: Any) -> RunConfig:
     )
     values: dict[str, Any] = {}
     for key, value in section.items():
-        name = SYNONYMS.get(key, key)
+        name = str(SYNONYMS.get(key, key))
         if name in NO_EFFECT or value is None:
             continue
         if name in values:

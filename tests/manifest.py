@@ -1,7 +1,8 @@
-"""Published names and shapes, unfolded: one `{a-b}` in a name stands for every number from a to b."""
+"""Published names and shapes, unfolded: a group `{a,b,c-d}` in a name stands for numbers and inclusive ranges."""
 
 import json
 import re
+from itertools import product
 from pathlib import Path
 
 FOLDER = Path(__file__).parent / "manifests"
@@ -12,9 +13,17 @@ def read_manifest(name: str) -> Tensors:
     """Name -> (dtype as a header spells it, shape)."""
     result: Tensors = {}
     for pattern, (dtype, shape) in json.loads((FOLDER / f"{name}.json").read_text())["tensors"].items():
-        match = re.search(r"\{(\d+)-(\d+)\}", pattern)
-        numbers = range(int(match[1]), int(match[2]) + 1) if match else [0]
-        for number in numbers:
-            expanded = pattern.replace(match[0], str(number)) if match else pattern
-            result[expanded] = (dtype, tuple(shape))
+        pieces = re.split(r"\{([^}]*)\}", pattern)
+        for numbers in product(*(unfold(group) for group in pieces[1::2])):
+            filled = [*numbers, ""]
+            result["".join(text + number for text, number in zip(pieces[::2], filled, strict=True))] = (
+                dtype,
+                tuple(shape),
+            )
     return result
+
+
+def unfold(group: str) -> list[str]:
+    """`0,2-4` -> 0, 2, 3, 4."""
+    ranges = [part.split("-") for part in group.split(",")]
+    return [str(n) for ends in ranges for n in range(int(ends[0]), int(ends[-1]) + 1)]

@@ -1,14 +1,34 @@
-"""The key maps account for every published tensor, both ways, and lose no bit."""
+"""The key maps account for every published tensor, both ways, and lose no bit; a mutated map fails."""
+
+import copy
+from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
 
+from eridiff.errors import CheckpointError
 from eridiff.models.autoencoder import Autoencoder, AutoencoderConfig
 from eridiff.models.flux import Flux, FluxConfig
+from eridiff.text.encoders import empty_encoder
 from eridiff.weights.detect import Component
 from eridiff.weights.header import Checkpoint
-from eridiff.weights.keymap import KeyMap
+from eridiff.weights.keymap import KeyMap, Layout
 from tests.manifest import read_manifest
+
+CLIP_L = {
+    "vocab_size": 49408, "hidden_size": 768, "intermediate_size": 3072, "projection_dim": 768, "num_hidden_layers": 12,
+    "num_attention_heads": 12, "max_position_embeddings": 77, "hidden_act": "quick_gelu",
+}  # fmt: skip
+CLIP_G = {**CLIP_L, "hidden_size": 1280, "num_attention_heads": 20, "intermediate_size": 5120,
+          "projection_dim": 1280, "num_hidden_layers": 32}  # fmt: skip
+T5_XXL = {
+    "vocab_size": 32128, "d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_heads": 64,
+    "relative_attention_num_buckets": 32,
+}  # fmt: skip
+Shapes = dict[str, tuple[int, ...]]
 
 CASES = [
     *(("flux", preset, "original", f"flux1-{preset}{'' if preset == 'schnell' else '-dev'}")
@@ -19,41 +39,160 @@ CASES = [
     ("flux", "dev", "diffusers", "flux1-dev-diffusers-transformer"),
     ("vae", "flux", "original", "ae"),
     ("vae", "flux", "diffusers", "flux1-diffusers-vae"),
+    ("vae", "sdxl", "original", "sdxl-first-stage"),
+    ("clip", "L", "huggingface", "clip_l"),
+    ("clip", "G", "huggingface", "clip_g-hf"),
+    ("clip", "G", "openclip", "clip_g-openclip"),
+    ("t5", "XXL", "huggingface", "t5xxl"),
 ]  # fmt: skip
 
 
-def native_of(network: str, preset: str) -> tuple[dict[str, tuple[int, ...]], dict[str, object]]:
-    config = FluxConfig.preset(preset) if network == "flux" else AutoencoderConfig.preset(preset)
+def component(network: str, preset: str) -> Component:
+    config: Any = {
+        "flux": lambda: FluxConfig.preset(preset),
+        "vae": lambda: AutoencoderConfig.preset(preset),
+        "clip": lambda: {"L": CLIP_L, "G": CLIP_G}[preset],
+        "t5": lambda: T5_XXL,
+    }[network]()
+    layout = next(iter(KeyMap(network).layouts.values()))
+    return Component(network, layout, "", Checkpoint("", {}, {}, {}), config)  # type: ignore[arg-type]
+
+
+def native_of(network: str, preset: str) -> tuple[Shapes, dict[str, Any]]:
+    found = component(network, preset)
     with torch.device("meta"):
-        module = Flux(config) if isinstance(config, FluxConfig) else Autoencoder(config)
-    layout = KeyMap(network).layouts["original"]
-    sizes = Component(network, layout, "", Checkpoint("", {}, {}, {}), config).sizes  # type: ignore[arg-type]
-    return {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}, sizes
+        module = {"flux": Flux, "vae": Autoencoder}.get(network, lambda _: empty_encoder(found))(found.config)
+    shapes = {n: tuple(t.shape) for n, t in module.state_dict().items() if n != "encoder.embed_tokens.weight"}
+    return shapes, found.sizes
+
+
+def foreign_of(layout: Layout, native: Shapes, sizes: dict[str, Any]) -> Shapes:
+    """Every foreign name with its shape; an assertion fails when two natives write the same rows."""
+    found: Shapes = {}
+    parts: set[tuple[str, int]] = set()
+    for entry in layout.entries(native, sizes):
+        shapes = entry.foreign_shapes(native[entry.native])
+        if entry.operation != "squeeze":  # a matrix does not say that it was a 1x1 convolution
+            assert entry.native_shape(shapes) == native[entry.native], entry
+        for name, shape in zip(entry.foreign, shapes, strict=True):
+            place = (name, entry.sizes[0] if entry.operation == "part" else 0)
+            assert place not in parts, f"{name} is written twice"
+            parts.add(place)
+            found[name] = shape
+    return found
+
+
+def published(manifest: str, layout: Layout, preset: str) -> Shapes:
+    shapes = {name: shape for name, (_, shape) in read_manifest(manifest).items() if name not in layout.carry}
+    if manifest == "clip_l":
+        shapes["text_projection.weight"] = (768, 768)  # in SD3's folders; the usual files have none
+    return shapes
 
 
 @pytest.mark.parametrize(("network", "preset", "layout", "manifest"), CASES)
 def test_names_and_shapes_are_the_published_ones(network: str, preset: str, layout: str, manifest: str) -> None:
     native, sizes = native_of(network, preset)
-    found = {
-        name: shape
-        for entry in KeyMap(network).layouts[layout].entries(native, sizes)
-        for name, shape in zip(entry.foreign, entry.foreign_shapes(native[entry.native]), strict=True)
-    }
-    assert found == {name: shape for name, (_, shape) in read_manifest(manifest).items()}
-
-
-@pytest.mark.parametrize("network", ["flux", "vae"])
-@pytest.mark.parametrize("layout", ["original", "diffusers"])
-def test_a_round_trip_keeps_every_bit(network: str, layout: str) -> None:
-    if network == "flux":
-        model = Flux(FluxConfig(64, 64, 8, 12, 32, 2, 4.0, 2, 2, (4, 6, 6)))
-        sizes = {"hidden": 32, "mlp": 128}
-    else:
-        model = Autoencoder(AutoencoderConfig(32, (1, 2), 1, 4, quant_convolutions=True))
-        sizes = {"levels": 2}
-    state = model.state_dict()
     chosen = KeyMap(network).layouts[layout]
-    foreign = chosen.to_foreign(state, sizes)
-    for entry in chosen.entries(state, sizes):
+    assert foreign_of(chosen, native, sizes) == published(manifest, chosen, preset)
+
+
+@pytest.mark.parametrize(("network", "preset", "layout", "manifest"), CASES[5:])
+def test_a_mutated_map_fails(network: str, preset: str, layout: str, manifest: str) -> None:
+    """Each rule dropped, doubled, and given each neighbour's right side."""
+    native, sizes = native_of(network, preset)
+    whole = KeyMap(network).layouts[layout]
+    expected = published(manifest, whole, preset)
+    rules = list(whole.rules)
+    used = [any(rule.entry(name, sizes) for name in native) for rule in rules]
+    mutants = []
+    for i, rule in enumerate(rules):
+        if used[i]:
+            other = copy.copy(rule)
+            neighbour = rules[i - 1] if len(rules) > 1 else rule
+            other.foreign, other.operation, other.sizes = neighbour.foreign, neighbour.operation, neighbour.sizes
+            mutants.append(("dropped", rule.native, rules[:i] + rules[i + 1 :]))
+            mutants.append(("doubled", rule.native, [*rules, rule]))
+            if neighbour is not rule and used[i - 1]:
+                mutants.append(("retargeted", rule.native, [*rules[:i], other, *rules[i + 1 :]]))
+    assert len(mutants) >= 6 or network == "t5"
+    for what, name, changed in mutants:
+        mutant = copy.copy(whole)
+        mutant.rules = changed
+        try:
+            survived = foreign_of(mutant, native, sizes) == expected
+        except (CheckpointError, AssertionError, KeyError, TypeError, ValueError):
+            survived = False
+        assert not survived, f"the rule for {name}, {what}, goes unseen"
+
+
+def round_trip(layout: Layout, state: dict[str, Tensor], sizes: dict[str, Any]) -> None:
+    foreign = layout.to_foreign(state, sizes)
+    for entry in layout.entries(state, sizes):
         back = entry.read([foreign[name] for name in entry.foreign], tuple(state[entry.native].shape))
-        assert torch.equal(back, state[entry.native]), entry.native
+        assert back.shape == state[entry.native].shape
+        assert torch.equal(back.view(torch.uint8), state[entry.native].view(torch.uint8)), entry.native
+
+
+def random_bits(shapes: Shapes, dtype: torch.dtype, seed: int) -> dict[str, Tensor]:
+    """Arbitrary bit patterns, NaN among them: a round trip keeps them all."""
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        name: torch.randint(0, 256, (*shape[:-1], shape[-1] * dtype.itemsize), dtype=torch.uint8, generator=generator)
+        .view(dtype)
+        .reshape(shape)
+        for name, shape in shapes.items()
+    }
+
+
+DTYPES = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    heads=st.integers(1, 3), head=st.sampled_from([4, 8]), ratio=st.sampled_from([2.0, 4.0]), double=st.integers(1, 3),
+    single=st.integers(1, 3), guidance=st.booleans(), dtype=DTYPES, seed=st.integers(0, 99),
+    layout=st.sampled_from(["original", "diffusers"]),
+)  # fmt: skip
+def test_flux_keeps_every_bit(
+    heads: int,
+    head: int,
+    ratio: float,
+    double: int,
+    single: int,
+    guidance: bool,
+    dtype: torch.dtype,
+    seed: int,
+    layout: str,
+) -> None:
+    config = FluxConfig(8, 8, 6, 10, heads * head, heads, ratio, double, single, (0, 0, head), guidance=guidance)
+    with torch.device("meta"):
+        shapes = {n: tuple(t.shape) for n, t in Flux(config).state_dict().items()}
+    sizes = {"hidden": config.hidden, "mlp": config.mlp}
+    round_trip(KeyMap("flux").layouts[layout], random_bits(shapes, dtype, seed), sizes)
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    levels=st.integers(1, 4), blocks=st.integers(1, 2), quant=st.booleans(), dtype=DTYPES, seed=st.integers(0, 99),
+    layout=st.sampled_from(["original", "diffusers"]),
+)  # fmt: skip
+def test_the_autoencoder_keeps_every_bit(
+    levels: int, blocks: int, quant: bool, dtype: torch.dtype, seed: int, layout: str
+) -> None:
+    config = AutoencoderConfig(32, (1, 2, 1, 1)[:levels], blocks, 4, quant_convolutions=quant)
+    with torch.device("meta"):
+        shapes = {n: tuple(t.shape) for n, t in Autoencoder(config).state_dict().items()}
+    round_trip(KeyMap("vae").layouts[layout], random_bits(shapes, dtype, seed), {"levels": levels})
+
+
+@settings(max_examples=10, deadline=None)
+@given(layers=st.integers(1, 3), width=st.sampled_from([4, 8]), dtype=DTYPES, seed=st.integers(0, 99))
+def test_the_text_encoders_keep_every_bit(layers: int, width: int, dtype: torch.dtype, seed: int) -> None:
+    clip = {**CLIP_L, "vocab_size": 20, "hidden_size": width, "intermediate_size": 12, "projection_dim": 6,
+            "num_hidden_layers": layers, "num_attention_heads": 2}  # fmt: skip
+    t5 = {**T5_XXL, "vocab_size": 20, "d_model": width, "d_kv": 2, "d_ff": 6, "num_layers": layers, "num_heads": 2}
+    for network, config in (("clip", clip), ("t5", t5)):
+        for layout in KeyMap(network).layouts.values():
+            module = empty_encoder(Component(network, layout, "", Checkpoint("", {}, {}, {}), config))  # type: ignore[arg-type]
+            names = {n: tuple(t.shape) for n, t in module.state_dict().items() if n != "encoder.embed_tokens.weight"}
+            round_trip(layout, random_bits(names, dtype, seed), config)

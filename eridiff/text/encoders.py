@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from eridiff.errors import CheckpointError
+from eridiff.errors import CheckpointError, ConfigError
 from eridiff.text.tokenizers import token_ids
 from eridiff.weights.detect import Component
 from eridiff.weights.load import read_state
@@ -100,14 +100,17 @@ def empty_encoder(component: Component) -> Any:
     """The transformers module of a component, on the meta device."""
     from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
-    with torch.device("meta"):
-        if component.network == "clip":
-            ends = {
-                "bos_token_id": component.config["vocab_size"] - 2,
-                "eos_token_id": component.config["vocab_size"] - 1,
-            }
-            return CLIPTextModelWithProjection(CLIPTextConfig(**component.config, **ends))
-        return T5EncoderModel(T5Config(**component.config, feed_forward_proj="gated-gelu"))
+    ends = {"bos_token_id": 0, "eos_token_id": 1}  # unused: pooling asks the tokenizer
+    try:
+        with torch.device("meta"):
+            if component.network == "clip":
+                return CLIPTextModelWithProjection(CLIPTextConfig(**component.config, **ends))
+            return T5EncoderModel(T5Config(**component.config, feed_forward_proj="gated-gelu"))
+    except Exception as error:  # transformers validates by an error of its own
+        reason = " ".join(str(error.__cause__ or error).split())
+        raise ConfigError(
+            f"{component.checkpoint.path}: no {component.network} has this configuration: {reason}"
+        ) from None
 
 
 def _check_size(name: str, tokenizer: Any, rows: int) -> None:

@@ -42,21 +42,24 @@ class Component:
         return {name: getattr(self.config, name) for name in names}
 
 
-# a file is one of these when its names say so: (pattern of a name, what to say)
-REFUSED = [
+# (pattern of a name, what the file then is): whatever else it holds
+NEVER_LOADED = [
     (
         r"lora_(A|B|up|down)\b|^lora_(unet|te\d?|transformer)_|\.(lokr_w1|hada_w1_a)",
         "a LoRA, not a model; give the model it was made for",
     ),
     (
+        r"weight\.(absmax|quant_map|quant_state)|\.(qweight|qzeros)$",
+        "quantised to 4 bits (NF4, GPTQ or AWQ), which is not supported; use the bf16 or fp8 file",
+    ),
+]
+# the same for files in which no network is found
+REFUSED = [
+    (
         r"^(redux_up|redux_down|image_proj)\.",
         "an image-prompt adapter (Redux or IP-Adapter), which eridiff does not load",
     ),
     (r"control_model\.|controlnet_|input_hint_block\.", "a ControlNet, which eridiff does not load"),
-    (
-        r"weight\.(absmax|quant_map|quant_state)|\.(qweight|qzeros)$",
-        "quantised to 4 bits (NF4, GPTQ or AWQ), which is not supported; use the bf16 or fp8 file",
-    ),
     (r"single_stream_modulation\.lin\.", "FLUX.2, which is not supported"),
     (r"distilled_guidance_layer\.", "Chroma, which is not supported"),
     (
@@ -75,6 +78,9 @@ REFUSED = [
 def detect(checkpoint: Checkpoint) -> list[Component]:
     """The components of a checkpoint, at most one a network; CheckpointError when there is none or a name is unclear."""
     names = set(checkpoint.tensors)
+    for pattern, sentence in NEVER_LOADED:
+        if any(re.search(pattern, name) for name in names):
+            raise CheckpointError(f"{checkpoint.path} is {sentence}.")
     found = [component for network in FAMILIES for component in _candidates(network, checkpoint, names)]
     if not found:
         raise CheckpointError(f"{checkpoint.path} {_refusal(checkpoint, list(checkpoint.tensors))}")

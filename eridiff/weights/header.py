@@ -46,7 +46,6 @@ FIRST_BYTES = {
     **{bytes([0x80, protocol]): PICKLED for protocol in range(2, 6)},
     b"GGUF": "a GGUF file, quantised by llama.cpp's tools and not supported; use a safetensors file",
     b"<!do": WEB_PAGE, b"<htm": WEB_PAGE, b"<?xm": WEB_PAGE, b'{"er': WEB_PAGE,
-    b"{": "JSON text and no weights; give the folder if it is an index, or download the file again",
     b"\x93numpy": "a NumPy file; convert it to safetensors",
     b"\x1f\x8b": "a gzip archive; unpack it",
     b"\x89hdf": "an HDF5 file; convert it to safetensors",
@@ -218,7 +217,11 @@ def _foreign_kind(first: bytes) -> str | None:
     for beginning, kind in FIRST_BYTES.items():
         if first.startswith(beginning) or start.startswith(beginning):
             return kind
-    return None
+    return (
+        "JSON text and no weights; give the folder if it is an index, or download the file again"
+        if re.match(rb'\{\s*["}]', start)
+        else None
+    )
 
 
 class _JsonError(ValueError):

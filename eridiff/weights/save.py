@@ -7,6 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from eridiff.errors import EridiffError
@@ -51,8 +52,9 @@ def write_tensors(
         os.umask(umask)
         temporary.chmod(0o666 & ~umask)
         os.replace(temporary, target)
-    except OSError as error:
-        raise EridiffError(f"{target} cannot be written: {error.strerror or error}") from None
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+        raise EridiffError(f"{target} cannot be written: {reason}") from None
     finally:
         temporary.unlink(missing_ok=True)
     return target

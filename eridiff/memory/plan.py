@@ -1,0 +1,119 @@
+"""What each stage of a picture needs on the device, from headers alone: the modules run on the meta device.
+
+Counted is every tensor that is alive at once, weights included. Not counted: what the device's runtime takes for itself
+(on CUDA some 0.5 GiB) and scratch of the convolution and attention kernels.
+"""
+
+import weakref
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+
+from eridiff.errors import ConfigError
+from eridiff.models.autoencoder import Autoencoder
+from eridiff.models.flux import Flux
+from eridiff.text.encoders import empty_encoder
+from eridiff.weights.detect import Component
+from eridiff.weights.load import NETWORKS
+
+STAGES = {"clip": "CLIP", "t5": "T5", "flux": "denoising", "vae": "decoding"}  # component -> stage, in order
+
+
+class LiveBytes(TorchDispatchMode):
+    """Within the block, `peak` is the largest sum of bytes of tensors that were made in it and alive at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.alive: dict[int, int] = {}
+        self.peak = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = {t.untyped_storage()._cdata for t in args if isinstance(t, Tensor)}
+        result = function(*args, **(kwargs or {}))
+        tree_map_only(Tensor, lambda t: self._count(t, given), result)
+        return result
+
+    def _count(self, tensor: Tensor, given: set[int]) -> Tensor:
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key not in self.alive and key not in given:  # else a view of something counted, or of a weight
+            self.alive[key] = storage.nbytes()
+            weakref.finalize(storage, self.alive.pop, key, None)
+            self.peak = max(self.peak, sum(self.alive.values()))
+        return tensor
+
+
+class FusedAttention(TorchFunctionMode):
+    """Attention allocates its output only, as the fused kernels do; without this, meta tensors get the full scores."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is F.scaled_dot_product_attention:
+            query, _, value = args[:3]
+            return query.new_empty(*query.shape[:-1], value.shape[-1])
+        return function(*args, **(kwargs or {}))
+
+
+def peak_bytes(work: Callable[[], object]) -> int:
+    """The peak of the tensors that `work` makes."""
+    with torch.no_grad(), LiveBytes() as live, FusedAttention():
+        result = work()
+    del result
+    return live.peak
+
+
+def stage_bytes(
+    components: Mapping[str, Component],
+    width: int,
+    height: int,
+    *,
+    steps: int = 28,
+    text_length: int = 512,
+    batch: int = 1,
+    dtype: torch.dtype = torch.bfloat16,
+) -> dict[str, int]:
+    """Stage -> peak bytes with only that stage's component on the device (`offload="stages"`).
+
+    `components` as `locate` finds them: any of flux, vae, clip, t5. Sizes are the picture's, in pixels. Raises
+    ConfigError for sizes that are no multiples of 16.
+    """
+    if width % 16 or height % 16 or min(width, height) < 16:
+        raise ConfigError(f"the size must be multiples of 16, not {width} x {height}")
+    result = {}
+    for network, stage in STAGES.items():
+        if network in components:
+            module = _empty(components[network]).to(dtype)
+            weights = sum(t.nbytes for t in [*module.parameters(), *module.buffers()])
+            options = (width, height, steps, text_length, batch, dtype)
+            result[stage] = weights + peak_bytes(lambda module=module, options=options: _run(module, *options))  # type: ignore[misc]
+    return result
+
+
+def _empty(component: Component) -> Any:
+    if component.network not in NETWORKS:
+        return empty_encoder(component)
+    with torch.device("meta"):
+        return NETWORKS[component.network](component.config)
+
+
+def _run(module: Any, width: int, height: int, steps: int, text_length: int, batch: int, dtype: torch.dtype) -> object:
+    """The work of a stage once, on meta tensors."""
+    with torch.device("meta"):
+        if isinstance(module, Flux):
+            c, grid = module.config, (height // 16, width // 16)
+            guidance = torch.empty(batch) if c.guidance else None
+            text, pooled = torch.empty(batch, text_length, c.text_width), torch.empty(batch, c.pooled_width)
+            latents = torch.empty(batch, grid[0] * grid[1], c.in_channels, dtype=dtype)
+            run = module.prepare(text.to(dtype), pooled.to(dtype), torch.empty(steps), grid, guidance)
+            return module.step(latents, run, 0)
+        if isinstance(module, Autoencoder):
+            return module.decode(
+                torch.empty(batch, module.config.latent_channels, height // 8, width // 8, dtype=dtype)
+            )
+        length = getattr(module.config, "max_position_embeddings", None) or text_length
+        return module(input_ids=torch.zeros(batch, length, dtype=torch.int64)).last_hidden_state

@@ -1,0 +1,31 @@
+"""Full-size files that hold no data: a published header, and a hole where the weights would be."""
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+
+from eridiff.weights.header import DTYPES
+from tests.manifest import Tensors, read_manifest
+
+
+def write_sparse(path: Path, tensors: Tensors, metadata: Mapping[str, str] | None = None) -> Path:
+    """A valid safetensors file of the tensors' full size that takes a few kilobytes on the disk."""
+    header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
+    end = 0
+    for name, (dtype, shape) in sorted(tensors.items(), key=lambda item: (-DTYPES[item[1][0]].itemsize, item[0])):
+        begin, end = end, end + math.prod(shape) * DTYPES[dtype].itemsize
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
+    raw = json.dumps(header, separators=(",", ":")).encode()
+    raw += b" " * (-len(raw) % 8)
+    with open(path, "wb") as file:
+        file.write(len(raw).to_bytes(8, "little") + raw)
+        file.truncate(8 + len(raw) + end)
+    return path
+
+
+def sparse_manifest(
+    path: Path, manifest: str, *, prefix: str = "", drop: tuple[str, ...] = (), add: Tensors | None = None
+) -> Path:
+    tensors = {prefix + name: value for name, value in read_manifest(manifest).items() if name not in drop}
+    return write_sparse(path, tensors | (add or {}))

@@ -1,0 +1,260 @@
+"""What a file is, and that every key of it is used, carried or named in an error."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+import eridiff
+from eridiff import load_network
+from eridiff.cli import main
+from eridiff.errors import CheckpointError, ConfigError, EridiffError
+from eridiff.inspect import inspect
+from eridiff.weights.detect import component_of, detect
+from eridiff.weights.header import open_checkpoint
+from eridiff.weights.save import save_network
+from tests import tiny
+from tests.manifest import read_manifest
+from tests.sparse import sparse_manifest, write_sparse
+
+State = dict[str, Tensor]
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Callable[[Callable[[State], object]], Path]:
+    """Writes the tiny Flux in the original layout after a function changed its tensors."""
+
+    def write(change: Callable[[State], object]) -> Path:
+        path = save_network(tiny.flux(), tmp_path / "flux.safetensors")
+        state, metadata = load_file(path), open_checkpoint(path).metadata
+        change(state)
+        save_file({name: tensor.contiguous() for name, tensor in state.items()}, path, metadata=metadata)
+        return path
+
+    return write
+
+
+def swap(state: State, old: str, new: str) -> None:
+    state[new] = state.pop(old)
+
+
+def prefixed(state: State, prefix: str) -> None:
+    for name in list(state):
+        swap(state, name, prefix + name)
+
+
+def no_metadata_prefix(state: State) -> None:
+    for name in list(state):
+        state["model.diffusion_model." + name] = state[name].clone()
+
+
+MISSING = "double_blocks.1.img_attn.qkv.weight"
+CASES: dict[str, tuple[Callable[[State], object], str]] = {
+    "31 a weight is missing": (lambda s: s.pop(MISSING), f"1 tensors are missing, the first is '{MISSING}'"),
+    "32 an unknown key": (lambda s: s.update({"img_im.weight": torch.zeros(2)}), "'img_im.weight', nearest to 'img_in.weight'"),
+    "33 a misspelt key": (
+        lambda s: swap(s, MISSING, "double_blocks.1.img_attn.qky.weight"), "missing, .*qkv.weight.* unknown, .*qky.weight",
+    ),
+    "34 a transposed matrix": (
+        lambda s: s.update({"img_in.weight": s["img_in.weight"].T.contiguous()}), r"img_in.weight' has the shape \[64, 32\].*\[32, 64\]",
+    ),
+    "36 a block is missing": (
+        lambda s: [swap(s, n, n.replace(".1.", ".3.", 1)) for n in list(s) if n.startswith("single_blocks.1.")],
+        "single_blocks.1.*missing|missing.*single_blocks.1",
+    ),
+    "37 twice under two prefixes": (no_metadata_prefix, "a Flux twice"),
+    "45 a LoRA": (lambda s: [prefixed(s, "x."), s.update({"x.lora_A.weight": torch.zeros(2)})], "is a LoRA"),
+    "46 a ControlNet": (lambda s: [s.clear(), s.update({"control_model.a": torch.zeros(2)})], "is a ControlNet"),
+    "Redux": (lambda s: [s.clear(), s.update({"redux_up.weight": torch.zeros(2)})], "Redux"),
+    "47 Stable Diffusion 1": (
+        lambda s: [s.clear(), s.update({"model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight":
+                                        torch.zeros(320, 768)})], "is Stable Diffusion 1.x",
+    ),
+    "SDXL": (
+        lambda s: [s.clear(), s.update({"model.diffusion_model.input_blocks.4.1.transformer_blocks.0.attn2.to_k.weight":
+                                        torch.zeros(640, 2048)})], "is SDXL",
+    ),
+    "53 NF4": (lambda s: s.update({"img_in.weight.absmax": torch.zeros(2)}), "NF4"),
+    "FLUX.2": (lambda s: [s.clear(), s.update({"single_stream_modulation.lin.weight": torch.zeros(2)})], "FLUX.2"),
+    "nothing known": (lambda s: [s.clear(), s.update({"a.b": torch.zeros(2)})], "no model that eridiff knows"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_wrong_file_is_named(case: str, saved: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -> None:
+    change, says = CASES[case]
+    path = saved(change)
+    with pytest.raises(CheckpointError, match=says) as error:
+        load_network(path)
+    assert "flux.safetensors" in str(error.value)
+    assert main(["sample", "--model", str(path), "--prompt", "x"]) == 2
+    assert "Traceback" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("prefix", ["model.diffusion_model.", "module.", "transformer."])
+def test_a_prefix_on_every_key_loads(prefix: str, saved: Callable[..., Path]) -> None:
+    path = saved(lambda state: prefixed(state, prefix))
+    found, expected = load_network(path).state_dict(), tiny.flux().state_dict()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("layout", ["original", "diffusers"])
+def test_a_saved_network_loads_with_every_bit(layout: str, tmp_path: Path) -> None:
+    for model in (tiny.flux(), tiny.autoencoder()):
+        path = save_network(model, tmp_path / "m.safetensors", layout=layout)
+        found = load_network(path)
+        assert found.config == model.config
+        assert all(torch.equal(found.state_dict()[n], t) for n, t in model.state_dict().items())
+
+
+def test_loading_keeps_the_file_and_its_dtype(tmp_path: Path) -> None:
+    path = save_network(tiny.flux(), tmp_path / "m.safetensors", dtype=torch.bfloat16)
+    model = load_network(path)
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    assert {p.dtype for p in load_network(path, dtype=torch.float64).parameters()} == {torch.float64}
+    assert not any(p.requires_grad for p in model.parameters()) and not model.training
+
+
+# fp8 ------------------------------------------------------------------------------------------------------------------
+
+
+def quantised(state: State, scale: str | None, marker: bool = False) -> None:
+    for name in [n for n in state if n.endswith(".weight") and state[n].ndim == 2]:
+        amount = state[name].abs().max() / 448
+        state[name] = (state[name] / (amount if scale else 1)).to(torch.float8_e4m3fn)
+        if scale:
+            state[name.removesuffix(".weight") + scale] = amount
+    if marker:
+        state["scaled_fp8"] = torch.zeros(0, dtype=torch.float8_e4m3fn)
+
+
+@pytest.mark.parametrize("scale", [None, ".scale_weight", ".weight_scale"])
+def test_fp8_is_multiplied_in_float32_then_cast_once(scale: str | None, saved: Callable[..., Path]) -> None:
+    path = saved(lambda state: quantised(state, scale, marker=scale is not None))
+    stored = load_file(path)
+    expected = stored["img_in.weight"].float() * (stored["img_in" + scale] if scale else 1)
+    found = load_network(path).image_in.weight
+    assert found.dtype == torch.bfloat16 and torch.equal(found, expected.to(torch.bfloat16))
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda s: s.pop("img_in.scale_weight"), "'img_in.weight' has no scale"),
+        (lambda s: s.update({"img_in.scale_weight": torch.tensor(float("nan"))}), "no positive scale"),
+        (lambda s: s.update({"img_in.scale_weight": torch.tensor(0.0)}), "no positive scale"),
+        (lambda s: s.update({"img_in.scale_weight": torch.ones(2)}), "no positive scale"),
+        (lambda s: s.update({"nowhere.scale_weight": torch.ones(1)}), "nowhere.scale_weight"),
+    ],
+)
+def test_a_wrong_fp8_scale_is_named(change: Callable[[State], object], says: str, saved: Callable[..., Path]) -> None:
+    with pytest.raises(CheckpointError, match=says):
+        load_network(saved(lambda state: [quantised(state, ".scale_weight"), change(state)]))
+
+
+# published headers ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("manifest", "network", "layout"),
+    [
+        *((f"flux1-{v}", "flux", "original") for v in ("dev", "schnell", "fill-dev", "canny-dev", "depth-dev")),
+        *((f"flux1-{v}-diffusers-transformer", "flux", "diffusers") for v in ("dev", "schnell", "fill-dev", "canny-dev", "depth-dev")),
+        ("ae", "vae", "original"), ("flux1-diffusers-vae", "vae", "diffusers"), ("sdxl-first-stage", "vae", "original"),
+        ("clip_l", "clip", "huggingface"), ("clip_g-hf", "clip", "huggingface"), ("clip_g-openclip", "clip", "openclip"),
+        ("t5xxl", "t5", "huggingface"),
+    ],
+)  # fmt: skip
+def test_a_published_header_is_used_to_the_last_key(manifest: str, network: str, layout: str, tmp_path: Path) -> None:
+    path = sparse_manifest(tmp_path / "m.safetensors", manifest)
+    report = inspect(path)
+    (found,) = report["components"]
+    assert (found["network"], found["layout"], report["problems"]) == (network, layout, [])
+    assert found["tensors"] == len(read_manifest(manifest))
+    carried = {"logit_scale"} if manifest == "clip_g-openclip" else set()
+    assert set(found["unused"]) == carried
+
+
+def test_an_incomplete_extra_block_is_named(tmp_path: Path) -> None:
+    extra = {
+        name.replace(".0.", ".19.", 1): value
+        for name, value in read_manifest("flux1-dev").items()
+        if name.startswith("double_blocks.0.") and "norm" not in name
+    }
+    path = sparse_manifest(tmp_path / "m.safetensors", "flux1-dev", add=extra)
+    (problem,) = inspect(path)["problems"]
+    assert "4 tensors are missing" in problem and "double_blocks.19.img_attn.norm" in problem
+
+
+def test_an_all_in_one_file_holds_four_parts(tmp_path: Path) -> None:
+    tensors = {}
+    for prefix, manifest in (("model.diffusion_model.", "flux1-schnell"), ("vae.", "ae"),
+                             ("text_encoders.clip_l.transformer.", "clip_l"), ("text_encoders.t5xxl.transformer.", "t5xxl")):  # fmt: skip
+        tensors |= {prefix + name: value for name, value in read_manifest(manifest).items()}
+    assert len(tensors) == 776 + 244 + 196 + 220
+    report = inspect(write_sparse(tmp_path / "all.safetensors", tensors))
+    assert [c["network"] for c in report["components"]] == ["flux", "vae", "clip", "t5"] and report["problems"] == []
+
+
+def test_a_key_of_no_part_is_named(tmp_path: Path) -> None:
+    path = sparse_manifest(tmp_path / "m.safetensors", "ae", prefix="vae.", add={"stray.weight": ("F16", (2, 2))})
+    with pytest.raises(CheckpointError, match="no part of a model, the first is 'stray.weight'"):
+        detect(open_checkpoint(path))
+
+
+def test_sharded_t5_has_one_name_for_its_embedding(tmp_path: Path) -> None:
+    path = sparse_manifest(tmp_path / "m.safetensors", "t5xxl", drop=("encoder.embed_tokens.weight",))
+    assert inspect(path)["problems"] == []
+
+
+def test_a_part_given_as_another_is_named(tmp_path: Path) -> None:
+    ae, clip = (
+        sparse_manifest(tmp_path / "ae.safetensors", "ae"),
+        sparse_manifest(tmp_path / "clip.safetensors", "clip_l"),
+    )
+    with pytest.raises(CheckpointError, match="holds an autoencoder, not a Flux"):
+        component_of(open_checkpoint(ae), "flux")
+    with pytest.raises(CheckpointError, match="holds a text encoder, not"):
+        load_network(clip)
+    with pytest.raises(CheckpointError, match="a Flux and a T5 text encoder are missing"):
+        eridiff.load({"vae": ae, "clip": clip})
+
+
+def test_a_config_that_contradicts_the_shapes_is_refused(tmp_path: Path) -> None:
+    path = save_network(tiny.flux(), tmp_path / "m.safetensors")
+    state = load_file(path)
+    for text, error in [('{"flux": {"rope_axes": [4, 4, 4]}}', ConfigError), ('{"flux": {"hidden": 64}}', EridiffError),
+                        ("not json", ConfigError), ('{"flux": {"nonsense": 1}}', ConfigError)]:  # fmt: skip
+        save_file(state, path, metadata={"eridiff.config": text})
+        with pytest.raises(error):
+            load_network(path)
+
+
+def test_inspect_says_what_a_file_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = save_network(tiny.flux(), tmp_path / "m.safetensors", metadata={"modelspec.title": "small"})
+    assert main(["inspect", str(path)]) == 0
+    assert "a Flux, original layout" in capsys.readouterr().out
+    assert main(["inspect", str(path), "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["components"][0]["config"]["hidden"] == 32 and report["components"][0]["unused"] == []
+    assert report["components"][0]["metadata"]["modelspec.title"] == "small"
+
+
+def test_inspect_reads_the_values_when_asked(saved: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -> None:
+    path = saved(lambda state: state["img_in.weight"].fill_(float("nan")))
+    assert main(["inspect", str(path)]) == 0
+    assert main(["inspect", str(path), "--values"]) == 2
+    assert "'img_in.weight' has 2048 values that are not finite" in capsys.readouterr().out
+
+
+def test_a_file_appears_whole_or_not_at_all(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(EridiffError, match="cannot be written"):
+        save_network(tiny.flux(), tmp_path / "folder")
+    with pytest.raises(EridiffError, match="cannot be written"):
+        save_network(tiny.flux(), tmp_path / "none" / "m.safetensors")
+    assert [p.name for p in tmp_path.iterdir()] == ["folder"]

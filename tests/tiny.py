@@ -1,0 +1,79 @@
+"""Small random models for tests: the same classes and files as the published ones."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from eridiff.models.autoencoder import Autoencoder, AutoencoderConfig
+from eridiff.models.flux import Flux, FluxConfig
+from eridiff.weights.save import save_network
+
+FLUX = FluxConfig(64, 64, 8, 12, 32, 2, 4.0, 2, 2, (4, 6, 6))
+AUTOENCODER = AutoencoderConfig(32, (1, 1, 2, 2), 1)
+TOKENIZERS = Path(__file__).parent / "goldens" / "text-tokenizers-tiny"
+
+
+def randomised(module: nn.Module, seed: int = 0) -> Any:
+    """Every parameter drawn anew: default initialisation leaves norms and biases where a swap of names goes unseen."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in module.parameters():
+            p.copy_(torch.randn(p.shape, generator=generator) * (0.3 if p.ndim > 1 else 0.1) + (p.ndim == 1) * 0.5)
+    return module.eval().requires_grad_(False)
+
+
+def flux(config: FluxConfig = FLUX, seed: int = 0) -> Flux:
+    return randomised(Flux(config), seed)
+
+
+def autoencoder(config: AutoencoderConfig = AUTOENCODER, seed: int = 0) -> Autoencoder:
+    model: Autoencoder = Autoencoder(config)
+    torch.manual_seed(seed)
+    for p in model.parameters():
+        nn.init.normal_(p, std=0.5 / max(1, p[0].numel()) ** 0.5 if p.ndim > 1 else 0.1)
+    for module in model.modules():
+        if isinstance(module, nn.GroupNorm):
+            nn.init.ones_(module.weight)
+    return model.eval().requires_grad_(False)
+
+
+def clip_module(vocabulary: int = 844) -> Any:
+    from transformers import CLIPTextConfig, CLIPTextModelWithProjection
+
+    config = CLIPTextConfig(
+        vocab_size=vocabulary, hidden_size=8, intermediate_size=16, projection_dim=8, num_hidden_layers=2,
+        num_attention_heads=2, max_position_embeddings=77, bos_token_id=841, eos_token_id=842,
+    )  # fmt: skip
+    return randomised(CLIPTextModelWithProjection(config))
+
+
+def t5_module(vocabulary: int = 320) -> Any:
+    from transformers import T5Config, T5EncoderModel
+
+    config = T5Config(
+        vocab_size=vocabulary, d_model=12, d_kv=4, d_ff=16, num_layers=2, num_heads=2, feed_forward_proj="gated-gelu",
+        tie_word_embeddings=False,
+    )  # fmt: skip
+    return randomised(T5EncoderModel(config))
+
+
+def write_model(folder: Path, config: FluxConfig = FLUX, **sampling: Any) -> Path:
+    """A whole model as files side by side, with tokenizers; `sampling` goes into the network's metadata."""
+    from eridiff.weights.save import write_tensors
+
+    folder.mkdir(parents=True, exist_ok=True)
+    given = {"steps": 2, "text_length": 16, "width": 32, "height": 32} | sampling
+    save_network(flux(config), folder / "flux.safetensors", metadata={"eridiff.sampling": json.dumps(given)})
+    save_network(autoencoder(), folder / "ae.safetensors")
+    clip = {n: t for n, t in clip_module().state_dict().items() if n != "text_projection.weight"}
+    heads = {"num_attention_heads": 2, "hidden_act": "quick_gelu", "projection_dim": 8}
+    write_tensors(clip, folder / "clip.safetensors", {"eridiff.config": json.dumps({"clip": heads})})
+    t5 = {n: t for n, t in t5_module().state_dict().items() if n != "encoder.embed_tokens.weight"}
+    write_tensors(t5, folder / "t5.safetensors", {})
+    for name, source in (("tokenizer", "clip"), ("tokenizer_2", "t5")):
+        if not (folder / name).exists():
+            (folder / name).symlink_to(TOKENIZERS / source)
+    return folder
