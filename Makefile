@@ -11,6 +11,7 @@ BIN = .venv/bin
 
 .venv/.dev: .venv/.base
 	$(BIN)/pip install -q -c constraints.txt -e ".[dev]"
+	$(BIN)/pip install -q --no-deps "diffsynth==1.1.7"  # for its copy of the published T5 tokenizer alone
 	touch $@
 
 # pictures of the built-in model

@@ -11,7 +11,9 @@ import sys
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -22,8 +24,11 @@ from eridiff.models import flux as flux_module
 from eridiff.models.flux import Flux, fill_condition, patchify, position_ids, unpatchify
 from eridiff.schedulers.flow_match import flux_schedule
 from eridiff.schedulers.samplers import euler
+from eridiff.text.encoders import ClipEncoder, T5Encoder, build_encoder
 from eridiff.trace.record import record, relative_l2
-from eridiff.weights.load import load_network
+from eridiff.weights.detect import component_of
+from eridiff.weights.header import open_checkpoint
+from eridiff.weights.load import build
 from eridiff.weights.save import write_tensors
 from tests.hashfill import parameter, value
 
@@ -65,7 +70,9 @@ def load_case(case: Mapping[str, Any], network: str, config: Mapping[str, Any], 
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "case.safetensors"
         write_tensors(tensors, path, {"eridiff.config": json.dumps({network: config})})
-        return load_network(path, dtype=dtype)
+        component = component_of(open_checkpoint(path), network)
+        builder = build_encoder if network in ("clip", "t5") else build
+        return builder(component, dtype=dtype)
 
 
 def inputs_of(case: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -212,11 +219,63 @@ def run_autoencoder(case: Mapping[str, Any], expected: Mapping[str, Tensor], dty
     return rows
 
 
+def run_clip(case: Mapping[str, Any], expected: Mapping[str, Tensor], dtype: torch.dtype) -> list[Row]:
+    c = case["config"]
+    module = load_case(case, "clip", {"num_attention_heads": c["num_heads"], "hidden_act": c["hidden_act"]}, dtype)
+    tokenizer = SimpleNamespace(eos_token_id=c["eos_token_id"])
+    encoder = ClipEncoder(module, _Sized(tokenizer, c["vocab_size"]))
+    found = encoder(torch.tensor(case["inputs"][0]["values"]))
+    outputs = {"last": found.last, "pooled": found.pooled, "projected": found.projected}
+    outputs |= {f"hidden.{i}": tensor for i, tensor in enumerate(found.hidden[:-1])}
+    return [
+        row(case, dtype, name, tensor, expected[name], 5e-6 if dtype == torch.float32 else _text_bound(expected[name]))
+        for name, tensor in outputs.items()
+        if name in expected
+    ]
+
+
+def run_t5(case: Mapping[str, Any], expected: Mapping[str, Tensor], dtype: torch.dtype) -> list[Row]:
+    module = load_case(case, "t5", {}, dtype)
+    encoder = T5Encoder(module, _Sized(SimpleNamespace(), case["config"]["vocab_size"]), 150)
+    ids = torch.tensor(case["inputs"][0]["values"])
+    rows = [row(case, dtype, "output", encoder(ids), expected["output"], 5e-6 if dtype == torch.float32 else 1e-6)]
+    if dtype == torch.float64:  # transformers takes T5's mean square in float32 whatever the input; here it is not
+        for layer in module.modules():
+            if type(layer).__name__ == "T5LayerNorm":
+                layer.forward = partial(_wide_norm, layer)
+        rows.append(row(case, dtype, "output, wide mean square", encoder(ids), expected["output"], 1e-10))
+    return rows
+
+
+def _wide_norm(layer: Any, x: Tensor) -> Tensor:
+    return layer.weight * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + layer.variance_epsilon)
+
+
+def _text_bound(expected: Tensor) -> float:
+    """Outputs are stored in float64, intermediates in float32."""
+    return 1e-10 if expected.dtype == torch.float64 else 1e-6
+
+
+class _Sized:
+    """A tokenizer of a case: its ids are given, only its size is asked."""
+
+    def __init__(self, tokenizer: Any, size: int) -> None:
+        self.tokenizer, self.size = tokenizer, size
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.tokenizer, name)
+
+
 def row(case: Mapping[str, Any], dtype: torch.dtype, name: str, found: Tensor, expected: Tensor, bound: float) -> Row:
     return Row(case["case"], str(dtype).removeprefix("torch."), name, relative_l2(found, expected), bound)
 
 
-RUNNERS = {"flux-": run_flux, "traj-flux": run_trajectory, "ae-": run_autoencoder}
+RUNNERS = {
+    "flux-": run_flux, "traj-flux": run_trajectory, "ae-": run_autoencoder, "text-clip-": run_clip, "text-t5-": run_t5,
+}  # fmt: skip
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -233,7 +292,7 @@ def main(arguments: list[str] | None = None) -> int:
             return 2
         failed |= not all(r.passed for r in rows)
         for r in rows:
-            if options.all or not r.passed or r.name in ("out", "moments", "decoded"):
+            if options.all or not r.passed or r.name in ("out", "moments", "decoded", "last", "pooled", "output"):
                 print(
                     f"{r.case:22} {r.dtype:8} {r.name:40} {r.error:9.1e} {r.bound:8.0e} {'ok' if r.passed else 'BAD'}"
                 )

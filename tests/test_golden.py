@@ -11,13 +11,17 @@ from eridiff.schedulers.flow_match import flux_schedule
 from tests.golden import run_case
 
 FOLDER = Path(__file__).parent / "goldens"
-CASES = [folder.name for folder in sorted(FOLDER.iterdir()) if folder.name.startswith(("flux-", "ae-", "traj-flux"))]
+CASES = [
+    folder.name
+    for folder in sorted(FOLDER.iterdir())
+    if folder.name.startswith(("flux-", "ae-", "traj-flux", "text-clip-", "text-t5-"))
+]
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_every_tensor_equals_the_original(name: str) -> None:
     rows = run_case(FOLDER / name)
-    assert len(rows) >= 6
+    assert len(rows) >= 3
     assert [row for row in rows if not row.passed] == []
 
 

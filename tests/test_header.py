@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from eridiff import load_network
 from eridiff.cli import main
 from eridiff.errors import CheckpointError, ConfigError
 from eridiff.weights.header import open_checkpoint
@@ -95,7 +97,7 @@ CASES: dict[str, tuple[Callable[[Path], bytes], str]] = {
     "10 a header byte 0xFF": (raw(flipped), "not UTF-8"),
     "11 header is a list": (lambda g: joined(b"[]", b""), "not an object"),
     "12 nested 100,000 deep": (lambda g: joined(b"[" * 100_000, b""), "not valid JSON"),
-    "13 BOM": (raw(lambda b: joined(b"\xef\xbb\xbf" + b[8:], b"")), "not valid JSON"),
+    "13 BOM": (lambda g: joined(b"\xef\xbb\xbf" + json.dumps(parts(g)[0]).encode(), parts(g)[1]), "not valid JSON"),
     "14 NUL padding": (lambda g: joined(json.dumps(parts(g)[0]).encode() + b"\0\0", parts(g)[1]), "not valid JSON"),
     "15 a name twice": (twice(True), "duplicate name"),
     "16 an entry twice": (twice(False), "duplicate name"),
@@ -142,15 +144,11 @@ def sentence(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
 def test_a_damaged_file_is_one_sentence(
     case: str, good: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    import re
-
     build, says = CASES[case]
     path = tmp_path / "damaged.safetensors"
     path.write_bytes(build(good))
     before = sorted(tmp_path.iterdir())
     with pytest.raises(CheckpointError):
-        from eridiff import load_network
-
         load_network(path)
     text = sentence(capsys, "sample", "--transformer", str(path), "--vae", str(path), "--clip", str(path),
                     "--t5", str(path), "--prompt", "x", "--out", str(tmp_path / "out")) if not case.startswith("28") else ""  # fmt: skip

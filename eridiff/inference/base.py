@@ -209,6 +209,9 @@ class DiffusionInference(ABC):
 
         if conditioning is None:
             conditioning = self.encode_prompt(prompts, "" if negative is None and cfg_scale != 1 else negative)
+        if len(conditioning.positive) == 1:
+            negatives = conditioning.negative and conditioning.negative.repeat(len(seeds))
+            conditioning = Prompt(conditioning.positive.repeat(len(seeds)), negatives)
         condition = self.condition(pictures[0], whole_mask, pictures[1])
         starts_from_image = pictures[0] is not None and condition is None
         noise = self.noise(seeds, width, height) if noise is None else noise
@@ -293,7 +296,7 @@ def _matched(
         )
         raise ConfigError(what)
     count = max(len(prompts), len(seeds), len(conditioning.positive) if conditioning else 1)
-    if len(prompts) not in (1, count) or len(seeds) not in (1, count):
+    if any(n not in (1, count) for n in (len(prompts), len(seeds), len(conditioning.positive) if conditioning else 1)):
         raise ConfigError(f"{len(prompts)} prompts and {len(seeds)} seeds do not match; give as many, or one of either")
     return prompts * (count // len(prompts)), seeds * (count // len(seeds))
 

@@ -181,7 +181,7 @@ class FluxInference(DiffusionInference):
         run = self.network.prepare(text, pooled, times, grid, strength)
 
         def predict(x: Tensor, i: int) -> Tensor:
-            tokens = patchify(x).expand(len(text) // copies, -1, -1)
+            tokens = patchify(x)
             if condition is not None:
                 tokens = torch.cat([tokens, condition.expand(len(tokens), -1, -1)], dim=-1)
             velocity = self.network.step(tokens.repeat(copies, 1, 1).to(dtype), run, i)

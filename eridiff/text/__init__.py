@@ -14,3 +14,7 @@ class Conditioning:
 
     def __len__(self) -> int:
         return len(self.text)
+
+    def repeat(self, count: int) -> "Conditioning":
+        """A single prompt for `count` pictures."""
+        return Conditioning(self.text.expand(count, -1, -1), self.pooled.expand(count, -1))

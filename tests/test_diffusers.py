@@ -1,0 +1,100 @@
+"""diffusers' classes, live: the same weights through files of both layouts give the same numbers.
+
+In float64 the bound is set by what diffusers itself takes in float32 (its sinusoid, which the test feeds, and its rotary
+table); the originals' goldens hold the 1e-9.
+"""
+
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, FluxTransformer2DModel
+from torch import Tensor
+
+from eridiff import load_network, save_network
+from eridiff.models.flux import position_ids
+from eridiff.trace.record import relative_l2
+from tests.golden import Float32Sinusoid
+from tests.tiny import randomised
+
+GRID = (3, 4)
+
+
+def reference_flux(guidance: bool = True, in_channels: int = 64) -> Any:
+    return randomised(
+        FluxTransformer2DModel(
+            patch_size=1, in_channels=in_channels, out_channels=64, num_layers=2, num_single_layers=3, attention_head_dim=16,
+            num_attention_heads=2, joint_attention_dim=12, pooled_projection_dim=8, guidance_embeds=guidance, axes_dims_rope=(4, 6, 6),
+        )
+    )  # fmt: skip
+
+
+def flux_inputs(dtype: torch.dtype, in_channels: int = 64) -> dict[str, Tensor]:
+    g = torch.Generator().manual_seed(7)
+    shapes = {"latents": (2, 12, in_channels), "text": (2, 5, 12), "pooled": (2, 8)}
+    return {name: torch.randn(shape, generator=g).to(dtype) for name, shape in shapes.items()}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("guidance", "in_channels"), [(True, 64), (False, 64), (True, 128), (True, 384)])
+@pytest.mark.parametrize("layout", ["diffusers", "original"])
+def test_flux_equals_diffusers(
+    dtype: torch.dtype, guidance: bool, in_channels: int, layout: str, tmp_path: Path
+) -> None:
+    reference = reference_flux(guidance, in_channels)
+    reference.save_pretrained(tmp_path / "m")
+    path = tmp_path / "m"
+    if layout == "original":
+        path = save_network(load_network(path), tmp_path / "original.safetensors")
+    model, reference = load_network(path, dtype=dtype), reference.to(dtype)
+    x = flux_inputs(dtype, in_channels)
+    times, scale = torch.tensor([0.3, 0.9], dtype=dtype), torch.tensor([3.5, 2.0], dtype=dtype) if guidance else None
+    with torch.no_grad():
+        expected = reference(
+            hidden_states=x["latents"], encoder_hidden_states=x["text"], pooled_projections=x["pooled"], timestep=times,
+            guidance=scale, img_ids=position_ids(GRID), txt_ids=torch.zeros(5, 3),
+        ).sample  # fmt: skip
+        with Float32Sinusoid() if dtype == torch.float64 else nullcontext():
+            found = model(x["latents"], x["text"], x["pooled"], times[None], GRID, scale)
+    assert relative_l2(found, expected) < (1e-6 if dtype == torch.float64 else 1e-5)
+
+
+def reference_autoencoder(quant: bool) -> Any:
+    reference: Any = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3, block_out_channels=(32, 64, 64),
+        layers_per_block=1, latent_channels=4, use_quant_conv=quant, use_post_quant_conv=quant, scaling_factor=0.5, shift_factor=0.1,
+    )  # fmt: skip
+    return randomised(reference)
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.float64, 1e-12)])
+@pytest.mark.parametrize("quant", [True, False])
+@pytest.mark.parametrize("layout", ["diffusers", "original"])
+def test_the_autoencoder_equals_diffusers(
+    dtype: torch.dtype, bound: float, quant: bool, layout: str, tmp_path: Path
+) -> None:
+    reference = reference_autoencoder(quant)
+    reference.save_pretrained(tmp_path / "m")
+    path = tmp_path / "m"
+    if layout == "original":
+        path = save_network(load_network(path), tmp_path / "original.safetensors")
+    model, reference = load_network(path, dtype=dtype), reference.to(dtype)
+    g = torch.Generator().manual_seed(7)
+    picture, latents = torch.randn(1, 3, 16, 24, generator=g).to(dtype), torch.randn(1, 4, 4, 6, generator=g).to(dtype)
+    with torch.no_grad():
+        posterior = reference.encode(picture).latent_dist
+        assert relative_l2(model.moments(picture)[0], posterior.mean) < bound
+        assert relative_l2(model.encode(picture), (posterior.mean - 0.1) * 0.5) < bound
+        assert relative_l2(model.decode(latents), reference.decode(latents / 0.5 + 0.1).sample) < bound
+
+
+def test_what_we_save_diffusers_loads(tmp_path: Path) -> None:
+    reference = reference_flux()
+    reference.save_pretrained(tmp_path / "m")
+    path = save_network(load_network(tmp_path / "m"), tmp_path / "again.safetensors", layout="diffusers")
+    from safetensors.torch import load_file
+
+    found, expected = load_file(path), reference.state_dict()
+    assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
