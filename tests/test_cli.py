@@ -1,0 +1,175 @@
+"""The command line draws, says what it did, and refuses in one sentence."""
+
+import json
+import logging
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from eridiff.cli import main
+
+
+def pngs(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_without_anything_the_built_in_model_draws_and_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["sample", "--steps", "1", "--out", str(tmp_path / "s")]) == 0
+    out = capsys.readouterr().out
+    assert "the built-in small Flux draws" in out
+    assert len(pngs(tmp_path / "s")) == 10 and "0000-contact-sheet.png" in pngs(tmp_path / "s")
+    assert all(name in out for name in pngs(tmp_path / "s"))
+
+
+def test_a_png_draws_itself_again(tmp_path: Path) -> None:
+    assert (
+        main(["sample", "--prompt", "a fox on snow", "--seed", "9", "--out", str(tmp_path / "a.png"), "--quiet"]) == 0
+    )
+    with Image.open(tmp_path / "a.png") as first:
+        s = json.loads(first.info["eridiff"])
+        pixels = first.tobytes()
+        assert first.info["parameters"].startswith("a fox on snow\nSteps: 8, Sampler: Euler")
+    again = [
+        "--prompt",
+        s["prompt"],
+        "--seed",
+        str(s["seed"]),
+        "--steps",
+        str(s["steps"]),
+        "--size",
+        f"{s['width']}x{s['height']}",
+    ]
+    assert main(["sample", *again, "--out", str(tmp_path / "b.png"), "--quiet"]) == 0
+    with Image.open(tmp_path / "b.png") as second:
+        assert second.tobytes() == pixels
+
+
+def test_nothing_is_overwritten_in_a_folder(tmp_path: Path) -> None:
+    for _ in range(2):
+        assert main(["sample", "--prompt", "a fox on snow", "--steps", "1", "--out", str(tmp_path), "--quiet"]) == 0
+    assert pngs(tmp_path) == ["0000-a-fox-on-snow.png", "0001-a-fox-on-snow.png"]
+
+
+def test_quiet_prints_nothing(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert main(["sample", "--prompt", "a fox on snow", "--steps", "1", "--out", str(tmp_path), "--quiet"]) == 0
+    assert capfd.readouterr() == ("", "")
+
+
+def test_the_plans_file_draws_with_its_notices(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "run.yaml").write_text(
+        "sample:\n  prompts: ['a swan on mars', 'a dog at night']\n  sample_every: 100\n  sample_steps: 2\n  cfg_scale: 7.5\n"
+        f"  seed: 42\n  walk_seed: true\n  use_lora: true\n  lora_scale: 1.0\n  out: {tmp_path / 'out'}\n"
+    )
+    assert main(["sample", str(tmp_path / "run.yaml")]) == 0
+    out = capsys.readouterr().out
+    for notice in ("sample_every has no effect here", "use_lora has no effect here", "cfg_scale 7.5 has no effect"):
+        assert out.count(notice) == 1
+    seeds = {}
+    for name in pngs(tmp_path / "out"):
+        with Image.open(tmp_path / "out" / name) as image:
+            seeds[name] = json.loads(image.info.get("eridiff", "{}")).get("seed")
+    assert seeds == {"0000-a-swan-on-mars.png": 42, "0000-contact-sheet.png": None, "0001-a-dog-at-night.png": 43}
+
+
+def test_options_win_over_the_file(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text(
+        f"sample:\n  prompts: [a swan on mars]\n  sample_steps: 5\n  out: {tmp_path / 'wrong'}\n"
+    )
+    arguments = [
+        "--prompt",
+        "a pig on grass",
+        "--steps",
+        "1",
+        "--seed",
+        "3",
+        "--out",
+        str(tmp_path / "a.png"),
+        "--quiet",
+    ]
+    assert main(["sample", str(tmp_path / "run.yaml"), *arguments]) == 0
+    with Image.open(tmp_path / "a.png") as image:
+        s = json.loads(image.info["eridiff"])
+    assert (s["prompt"], s["steps"], s["seed"]) == ("a pig on grass", 1, 3) and not (tmp_path / "wrong").exists()
+
+
+def test_a_picture_and_a_mask_from_files(tmp_path: Path) -> None:
+    Image.new("RGB", (64, 64), (200, 30, 30)).save(tmp_path / "in.png")
+    mask = Image.new("L", (64, 64), 0)
+    mask.paste(255, (0, 0, 32, 64))
+    mask.save(tmp_path / "mask.png")
+    files = [
+        "--image",
+        str(tmp_path / "in.png"),
+        "--mask",
+        str(tmp_path / "mask.png"),
+        "--out",
+        str(tmp_path / "a.png"),
+    ]
+    assert main(["sample", "--prompt", "a fox on snow", *files, "--quiet"]) == 0
+    with Image.open(tmp_path / "a.png") as image:
+        assert image.getpixel((60, 30)) == (200, 30, 30) and image.getpixel((4, 30)) != (200, 30, 30)
+        assert json.loads(image.info["eridiff"])["mask"].endswith("mask.png")
+
+
+def test_list_shows_the_words(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["sample", "--list"]) == 0
+    out = capsys.readouterr().out
+    assert "swan" in out and "on mars" in out and "big" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--steps", "0"], "at least one step, not 0"),
+        (["--steps", "-2"], "at least one step, not -2"),
+        (["--size", "1000x1000"], "width must be a multiple of 16, not 1000; the nearest is 992"),
+        (["--size", "64x63"], "height must be a multiple of 16, not 63; the nearest is 64"),
+        (["--size", "big"], "--size must be WIDTHxHEIGHT such as 1024x768, not 'big'"),
+        (["--seed", "-1"], "the seed must be a whole number from 0"),
+        (["--model", "nowhere"], "'nowhere' does not exist"),
+        (["--model", ".", "--prompt", "x"], "holds no safetensors file|twice|missing"),
+        (["--device", "gpu"], "the device 'gpu' is not there; this machine has cpu"),
+        (["--out", "/proc/none"], "cannot be written|cannot be read"),
+        (["--image", "none.png"], "'none.png' cannot be read"),
+        (["--mask", "none.png"], "needs the image that it is for"),
+        (["--strength", "0.5"], "needs the image that it is for"),
+        (["--guidance", "nan"], "guidance_scale must be between 0 and 1000, not nan"),
+        (["--prompt", "a", "--prompt", "b", "--out", "a.png"], "'a.png' is one file and there are 2 prompts"),
+        (["none.yaml"], "none.yaml: cannot be read"),
+        (["--model", "x", "--steps", "3"], "no prompt is given"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_one_sentence(
+    arguments: list[str], says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import re
+
+    monkeypatch.chdir(tmp_path)
+    if "--model" in arguments and "--prompt" not in arguments and "no prompt" not in says:
+        arguments = [*arguments, "--prompt", "x"]
+    assert main(["sample", "--quiet", *arguments]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1 and re.search(says, err), err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_negative_prompt_without_true_guidance_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        main(
+            [
+                "sample",
+                "--prompt",
+                "a fox on snow",
+                "--negative",
+                "x",
+                "--steps",
+                "1",
+                "--out",
+                str(tmp_path),
+                "--quiet",
+            ]
+        )
+    assert any("negative prompt has no effect" in record.getMessage() for record in caplog.records)
