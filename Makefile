@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN = .venv/bin
 
-.PHONY: sample test check slow wheel
+.PHONY: sample test check slow oldest wheel
 
 .venv/.base:
 	$(PYTHON) -m venv .venv
@@ -31,10 +31,16 @@ check: .venv/.dev
 	$(BIN)/mypy
 	PYTHONPATH=. $(BIN)/lint-imports
 
+# the tests of text with the oldest transformers that pyproject.toml admits
+oldest: .venv/.dev
+	rm -rf build/oldest && $(BIN)/pip install -q --target build/oldest "transformers==5.0.0"
+	PYTHONPATH=build/oldest $(BIN)/python -c "import transformers; assert transformers.__version__ == '5.0.0'"
+	PYTHONPATH=build/oldest $(BIN)/python -m pytest tests/test_text.py tests/test_golden.py tests/test_plan.py
+
 # a wheel, built and used in an empty environment
 wheel: .venv/.dev
 	rm -rf dist build/wheel && $(BIN)/pip wheel -q --no-deps -w dist .
 	$(PYTHON) -m venv build/wheel
 	build/wheel/bin/pip install -q "torch==2.13.0"
 	build/wheel/bin/pip install -q -c constraints.txt dist/*.whl
-	cd build && wheel/bin/python -c "from eridiff.weights import KeyMap; print(sorted(KeyMap('flux').layouts))"
+	cd build && wheel/bin/eridiff sample --prompt "a swan on mars" --out wheel/swan.png

@@ -81,9 +81,13 @@ def main() -> None:
     print("| form | pairs | pictures | noun % | background % |\n|---|---|---|---|---|")
     for row in rows:
         print(f"| {row['form']} | {row['pairs']} | {row['pictures']} | {row['noun']:.1f} | {row['background']:.1f} |")
-    print(f"\nautoencoder: {decibels['set']:.2f} dB of the set's mean error, {decibels['mean']:.2f} dB mean over pictures")
+    print(
+        f"\nautoencoder: {decibels['set']:.2f} dB of the set's mean error, {decibels['mean']:.2f} dB mean over pictures"
+    )
     if options.json:
-        options.json.write_text(json.dumps({"steps": options.steps, "accuracy": rows, "psnr": decibels}, indent=1) + "\n")
+        options.json.write_text(
+            json.dumps({"steps": options.steps, "accuracy": rows, "psnr": decibels}, indent=1) + "\n"
+        )
 
 
 if __name__ == "__main__":

@@ -243,7 +243,9 @@ def run_t5(case: Mapping[str, Any], expected: Mapping[str, Tensor], dtype: torch
         for layer in module.modules():
             if type(layer).__name__ == "T5LayerNorm":
                 layer.forward = partial(_wide_norm, layer)
-        rows.append(row(case, dtype, "output, wide mean square", encoder(ids), expected["output"], 1e-10))
+        fused = module.config._attn_implementation == "sdpa"  # eager attention, before 5.15, has a float32 softmax
+        name, bound = "output, wide mean square", 1e-10 if fused else 1e-6
+        rows.append(row(case, dtype, name, encoder(ids), expected["output"], bound))
     return rows
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from eridiff import load_network
 from eridiff.cli import main
@@ -249,3 +249,25 @@ def test_a_newline_in_a_name_does_not_break_the_sentence(tmp_path: Path) -> None
     with pytest.raises(CheckpointError) as error:
         open_checkpoint(tmp_path / "a\nb.safetensors")
     assert "\n" not in str(error.value)
+
+
+def test_tensors_are_mapped_each_with_a_storage_of_its_own(good: Path, tmp_path: Path) -> None:
+    path = tmp_path / "m.safetensors"
+    path.write_bytes(good.read_bytes())
+    tensors = {
+        name: open_checkpoint(path).read(name) for name in open_checkpoint(path).tensors
+    }  # outlive their checkpoint
+    expected = load_file(good)
+    assert tensors.keys() == expected.keys() and all(torch.equal(tensors[name], expected[name]) for name in expected)
+    save_file(tensors, tmp_path / "again.safetensors")  # refuses tensors that share a storage
+    tensors["img_in.weight"].zero_()
+    assert torch.equal(load_file(path)["img_in.weight"], expected["img_in.weight"])
+
+
+def test_a_file_that_shrinks_after_it_was_opened_is_refused(good: Path, tmp_path: Path) -> None:
+    path = tmp_path / "m.safetensors"
+    path.write_bytes(good.read_bytes())
+    checkpoint = open_checkpoint(path)
+    path.write_bytes(good.read_bytes()[:-100])
+    with pytest.raises(CheckpointError, match="changed after it was opened"):
+        checkpoint.read("img_in.weight")

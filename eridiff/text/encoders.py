@@ -49,7 +49,7 @@ class ClipEncoder:
     def __call__(self, ids: Tensor) -> ClipFeatures:
         """ids `[B, T]`; no mask: padding is seen only through causality, as when the networks were trained."""
         ids = ids.to(self.module.get_input_embeddings().weight.device)
-        output = self.module.text_model(input_ids=ids, output_hidden_states=True)
+        output = self.module(input_ids=ids, output_hidden_states=True)
         first_end = (ids == self.end).int().argmax(dim=1)  # 0 where there is none
         pooled = output.last_hidden_state[torch.arange(len(ids), device=ids.device), first_end]
         return ClipFeatures(output.hidden_states, output.last_hidden_state, pooled, self.module.text_projection(pooled))

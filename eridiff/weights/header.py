@@ -2,8 +2,7 @@
 
 The format: 8 bytes, little-endian, say how long the header is; the header is one JSON object in UTF-8 that gives
 each tensor its dtype, shape and byte range; the data follows without gaps. The safetensors library accepts some
-damaged files silently (a name given twice) and its errors never name the file, hence an own parser. The data itself
-is read by the library.
+damaged files silently (a name given twice), its errors never name the file, and it reads what is only mapped here.
 """
 
 import json
@@ -20,7 +19,6 @@ from pathlib import Path, PureWindowsPath
 from typing import Any, BinaryIO, NoReturn
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from eridiff.errors import CheckpointError, ConfigError
 
@@ -97,15 +95,23 @@ class Checkpoint:
         entry = self.tensors.get(name)
         if entry is None:
             _refuse(self.path, f"has no tensor {_short.repr(name)}", "look at the names it holds")
-        try:
-            if entry.file not in self._handles:
-                self._handles[entry.file] = safe_open(entry.file, framework="pt")
-            tensor: torch.Tensor = self._handles[entry.file].get_tensor(name)
-        except (SafetensorError, OSError, RuntimeError, TypeError, ValueError, AttributeError) as error:
-            _refuse(entry.file, f"cannot be read at tensor {_short.repr(name)} ({' '.join(str(error).split())})")
-        if tensor.dtype != entry.dtype or tuple(tensor.shape) != entry.shape:
-            _refuse(entry.file, f"was changed after it was opened: tensor {_short.repr(name)}", "open it again")
-        return tensor
+        if entry.begin == entry.end:
+            return torch.empty(entry.shape, dtype=entry.dtype)
+        # a slice is a storage of its own that keeps the mapping alive, so tensors can be saved one by one
+        storage = self._mapped(entry.file)[entry.begin : entry.end]
+        return torch.empty(0, dtype=entry.dtype).set_(storage, 0, entry.shape)  # type: ignore[call-overload]
+
+    def _mapped(self, file: Path) -> Any:
+        """The whole file, mapped privately: a write changes memory and never the file."""
+        if file not in self._handles:
+            size = _file_size(file)
+            if size != max(entry.end for entry in self.tensors.values() if entry.file == file):
+                _refuse(file, "was changed after it was opened", "open it again")  # reading past its end would kill
+            try:
+                self._handles[file] = torch.UntypedStorage.from_file(os.fspath(file), False, size)
+            except RuntimeError as error:
+                _refuse(file, f"cannot be mapped ({' '.join(str(error).split())[:200]})")
+        return self._handles[file]
 
 
 def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
