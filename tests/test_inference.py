@@ -16,6 +16,7 @@ import eridiff.images
 from eridiff.errors import ConfigError, EridiffError
 from eridiff.inference import FluxInference, Prompt, Step
 from eridiff.inference.base import _first_step
+from eridiff.memory.stages import on_device
 from eridiff.models.flux import FluxConfig, patchify, unpatchify
 from eridiff.schedulers.flow_match import flux_mu
 from eridiff.text import Conditioning
@@ -90,6 +91,13 @@ def test_guidance_changes_the_picture_and_true_guidance_of_one_does_not(dev: Flu
     positive = draw(dev, steps=1)
     negative = draw(dev, conditioning=Prompt(both.negative), steps=1).latents  # type: ignore[arg-type]
     assert torch.allclose(guided, negative + 4 * (positive.latents - negative), atol=1e-3)
+
+
+def test_one_prompt_and_its_negative_serve_several_seeds(dev: FluxInference) -> None:
+    both = Prompt(prompt(), prompt(seed=5))
+    together = draw(dev, conditioning=both, cfg_scale=3.0, seed=[3, 7]).latents
+    for i, seed in enumerate((3, 7)):
+        assert torch.allclose(together[i], draw(dev, conditioning=both, cfg_scale=3.0, seed=seed).latents[0], atol=1e-3)
 
 
 def test_true_guidance_without_a_negative_prompt_is_refused(dev: FluxInference) -> None:
@@ -174,6 +182,9 @@ def test_extra_channels_reach_the_network(variant: str, channels: int) -> None:
         half.paste(0, (0, 0, 16, 48))
         first = draw(model, image=checker(), mask=Image.new("L", (32, 48), 255)).latents
         assert not torch.allclose(draw(model, image=checker(), mask=half).latents, first, atol=1e-4)
+        other = checker()
+        other.paste((9, 200, 9), (20, 4, 30, 40))  # under the mask: not seen
+        assert torch.equal(draw(model, image=other, mask=half).latents, draw(model, image=checker(), mask=half).latents)
         with pytest.raises(ConfigError, match="needs an image and a mask"):
             draw(model, image=checker())
     else:
@@ -270,12 +281,10 @@ def test_a_negative_prompt_and_the_empty_one_are_encoded(whole: Any) -> None:
     assert torch.equal(both.negative.text[:1], whole.encode_prompt("").positive.text)
 
 
-def test_offloading_by_stages_gives_the_same_picture_and_every_tensor_back(tmp_path: Path) -> None:
+def test_offloading_by_stages_gives_the_same_picture(tmp_path: Path) -> None:
     folder = tiny.write_model(tmp_path / "m")
     plain, staged = (eridiff.load(folder, device="cpu", offload=o, progress=False) for o in (None, "stages"))
-    before = [p.data_ptr() for p in staged.network.parameters()]
     assert plain.generate("a swan", seed=1).images[0].tobytes() == staged.generate("a swan", seed=1).images[0].tobytes()
-    assert [p.data_ptr() for p in staged.network.parameters()] == before
 
 
 def test_stages_are_on_the_device_one_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -303,15 +312,16 @@ def test_stages_are_on_the_device_one_at_a_time(tmp_path: Path, monkeypatch: pyt
     assert events == ["+clip", "-clip", "+t5", "-t5", "+flux", "-flux", "+vae", "-vae"]
 
 
-def test_tensors_move_to_the_device_and_come_back() -> None:
-    from eridiff.memory.stages import on_device
-
-    module = torch.nn.Linear(2, 2)
-    before = module.weight.data_ptr()
-    with pytest.raises(RuntimeError), on_device(module, torch.device("meta")):
-        assert module.weight.is_meta and module.bias.is_meta
-        raise RuntimeError
-    assert module.weight.data_ptr() == before and not module.bias.is_meta
+def test_tensors_move_to_the_device_and_the_modules_own_come_back() -> None:
+    module = torch.nn.ModuleList([torch.nn.Linear(2, 2), torch.nn.Linear(2, 2), torch.nn.BatchNorm1d(2)])
+    module[1].weight = module[0].weight
+    before = dict(module.state_dict(keep_vars=True))
+    with pytest.raises(RuntimeError, match="inside"), on_device(module, torch.device("meta")):
+        assert all(t.is_meta for t in module.state_dict().values())
+        assert module[1].weight is module[0].weight
+        raise RuntimeError("inside")
+    after = module.state_dict(keep_vars=True)
+    assert all(after[name] is before[name] for name in before)
 
 
 def test_weights_in_training_are_what_is_drawn_with(dev: FluxInference) -> None:

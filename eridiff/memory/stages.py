@@ -2,23 +2,33 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 @contextmanager
 def on_device(module: nn.Module, device: torch.device) -> Iterator[None]:
-    """Within the block the module's parameters and buffers are on `device`; afterwards they are what they were.
+    """Within the block the module works with copies of its parameters and buffers on `device`, its own afterwards.
 
-    The tensors left behind are kept, not copied back: memory-mapped weights stay mapped, and nothing may train meanwhile.
+    The module's tensors are left as they are and not copied back: memory-mapped weights stay mapped, an optimizer keeps
+    its parameters, and tensors that several modules share are copied once.
     """
-    tensors = [*module.parameters(), *module.buffers()]
-    homes = [tensor.data for tensor in tensors]
+    own: list[tuple[dict[str, Any], str]] = [
+        (table, name) for m in module.modules() for table in (m._parameters, m._buffers) for name in table
+    ]
+    kept = [table[name] for table, name in own]
+    copies: dict[int, Tensor] = {}
     try:
-        for tensor in tensors:
-            tensor.data = tensor.data.to(device)
+        for table, name in own:
+            tensor = table[name]
+            if tensor is not None:
+                if id(tensor) not in copies:
+                    moved = tensor.detach().to(device)
+                    copies[id(tensor)] = nn.Parameter(moved, False) if isinstance(tensor, nn.Parameter) else moved
+                table[name] = copies[id(tensor)]
         yield
     finally:
-        for tensor, home in zip(tensors, homes, strict=True):
-            tensor.data = home
+        for (table, name), tensor in zip(own, kept, strict=True):
+            table[name] = tensor
