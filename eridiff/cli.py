@@ -3,6 +3,7 @@
 import argparse
 import json
 import logging
+import os
 import re
 import sys
 from dataclasses import replace
@@ -217,8 +218,18 @@ def _check(settings: SampleSettings, config: RunConfig) -> None:
         raise ConfigError(f"dtype must be one of {', '.join(DTYPES)}, not '{config.dtype}'")
     if config.offload not in (None, "stages"):
         raise ConfigError(f"offload must be 'stages', not '{config.offload}'")
+    _check_writable(Path(settings.out))
     if (settings.mask or settings.strength is not None) and not settings.image:
         raise ConfigError("a mask or a strength needs the image that it is for")
+
+
+def _check_writable(out: Path) -> None:
+    """Before hours of work, and without making anything: the nearest folder that exists must take new files."""
+    home = out.absolute().parent if out.suffix.lower() == ".png" else out.absolute()
+    while not home.exists():
+        home = home.parent
+    if not home.is_dir() or not os.access(home, os.W_OK):
+        raise EridiffError(f"'{out}' cannot be written: '{home}' is no folder that takes new files")
 
 
 def _device(name: str | None) -> torch.device | None:

@@ -234,6 +234,35 @@ def test_a_config_that_contradicts_the_shapes_is_refused(tmp_path: Path) -> None
             load_network(path)
 
 
+@pytest.mark.parametrize(
+    ("config", "says"),
+    [
+        ({"num_layers": 3}, "config.json says num_layers 3, the tensors say 2"),
+        ({"guidance_embeds": False}, "says guidance_embeds False, the tensors say True"),
+        ({"axes_dims_rope": ["4", 6, 6]}, r"says axes_dims_rope \['4', 6, 6\], three sizes are needed"),
+        ({"axes_dims_rope": [4, 4, 4]}, "must be the sum of rope_axes"),
+    ],
+)
+def test_a_config_json_that_contradicts_the_tensors_is_refused(
+    config: dict[str, object], says: str, tmp_path: Path
+) -> None:
+    state = load_file(save_network(tiny.flux(), tmp_path / "model.safetensors"))
+    save_file(state, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps({"axes_dims_rope": [4, 6, 6]} | config))
+    with pytest.raises(ConfigError, match=says):
+        load_network(tmp_path)
+
+
+def test_the_folder_of_another_pipeline_is_named(tmp_path: Path) -> None:
+    tiny.write_model(tmp_path / "m")
+    (tmp_path / "m" / "model_index.json").write_text('{"_class_name": "StableDiffusionXLPipeline"}')
+    with pytest.raises(CheckpointError, match="folder of a StableDiffusionXLPipeline, not of Flux"):
+        eridiff.load(tmp_path / "m")
+    (tmp_path / "m" / "model_index.json").write_text("{")
+    with pytest.raises(CheckpointError, match="model_index.json' is not valid JSON"):
+        eridiff.load(tmp_path / "m")
+
+
 def test_inspect_says_what_a_file_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = save_network(tiny.flux(), tmp_path / "m.safetensors", metadata={"modelspec.title": "small"})
     assert main(["inspect", str(path)]) == 0

@@ -114,6 +114,16 @@ def test_a_picture_and_a_mask_from_files(tmp_path: Path) -> None:
         assert json.loads(image.info["eridiff"])["mask"].endswith("mask.png")
 
 
+def test_an_unwritable_place_is_found_before_anything_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr("eridiff.cli.load", lambda *a, **k: pytest.fail("loaded"))
+    for out in ("file/a.png", "file/folder", "file"):
+        assert main(["sample", "--prompt", "x", "--out", str(tmp_path / out)]) == 2
+        assert "is no folder that takes new files" in capsys.readouterr().err
+
+
 def test_list_shows_the_words(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["sample", "--list"]) == 0
     out = capsys.readouterr().out

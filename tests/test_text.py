@@ -234,6 +234,26 @@ def test_both_names_of_the_t5_embedding_are_one(tmp_path: Path) -> None:
         built(tmp_path, "t5", state | {"shared.weight": embedding, "encoder.embed_tokens.weight": embedding + 1})
 
 
+@pytest.mark.parametrize("scaled", [True, False])
+def test_an_fp8_encoder_equals_its_dequantised_weights(scaled: bool, tmp_path: Path) -> None:
+    state = {n: t for n, t in tiny.t5_module().state_dict().items() if n != "encoder.embed_tokens.weight"}
+    plain: dict[str, torch.Tensor] = {}
+    stored: dict[str, torch.Tensor] = {}
+    for name, tensor in state.items():
+        quantise = not scaled or ("layer_norm" not in name and "shared" not in name and "bias" not in name)
+        scale = tensor.abs().max() / 448 if scaled else torch.tensor(1.0)
+        stored[name] = (tensor / scale).to(torch.float8_e4m3fn) if quantise else tensor.bfloat16()
+        plain[name] = (stored[name].float() * scale).bfloat16() if quantise else tensor.bfloat16()
+        if quantise and scaled:
+            stored[name.removesuffix("weight") + "scale_weight"] = scale
+    tokens = torch.arange(16)[None]
+    found = built(
+        tmp_path, "t5", stored | ({"scaled_fp8": torch.zeros(0, dtype=torch.float8_e4m3fn)} if scaled else {})
+    )
+    expected = built(tmp_path, "t5", plain)
+    assert torch.equal(found(input_ids=tokens).last_hidden_state, expected(input_ids=tokens).last_hidden_state)
+
+
 def test_nothing_is_left_on_the_meta_device(tmp_path: Path) -> None:
     state = {n: t for n, t in tiny.clip_module().state_dict().items() if n != "text_projection.weight"}
     module = built(tmp_path, "clip", state, CLIP_CONFIG)

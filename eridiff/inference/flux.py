@@ -112,12 +112,17 @@ class FluxInference(DiffusionInference):
         tokenizers = (clip_tokenizer(parts.tokenizers.get("clip")), t5_tokenizer(parts.tokenizers.get("t5")))
         home = torch.device("cpu") if self.offload else self.device
         dtypes = {n: self.dtype or default_dtype(c, self.device) for n, c in parts.components.items()}
-        network, autoencoder = (build(parts.components[n], dtype=dtypes[n], device=home) for n in ("flux", "vae"))
+        network, autoencoder = (
+            build(parts.components[n], dtype=dtypes[n], device=home, progress=self.progress) for n in ("flux", "vae")
+        )
         assert isinstance(network, Flux) and isinstance(autoencoder, Autoencoder)
         self.network, self.autoencoder = network, autoencoder  #
         self._set_variant(None, str(flux.checkpoint.path))
         self.sampling = replace(self.sampling, **sampling)
-        clip, t5 = (build_encoder(parts.components[n], dtype=dtypes[n], device=home) for n in ("clip", "t5"))
+        clip, t5 = (
+            build_encoder(parts.components[n], dtype=dtypes[n], device=home, progress=self.progress)
+            for n in ("clip", "t5")
+        )
         self.clip = ClipEncoder(clip, tokenizers[0])
         self.t5 = T5Encoder(t5, tokenizers[1], self.sampling.text_length)
         self.source = {"model": str(flux.checkpoint.path), "family": "flux", "variant": self.variant}

@@ -73,14 +73,20 @@ class T5Encoder:
         return self.module(input_ids=ids.to(self.module.shared.weight.device)).last_hidden_state
 
 
-def build_encoder(component: Component, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> Any:
+def build_encoder(
+    component: Component,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    progress: bool = True,
+) -> Any:
     """The transformers module of a clip or t5 component, filled; in evaluation mode, without gradients.
 
     Raises CheckpointError, with the names, for anything missing, unknown or misshapen.
     """
     module = empty_encoder(component)
     wanted = {name: tuple(t.shape) for name, t in module.state_dict().items() if name != "encoder.embed_tokens.weight"}
-    state = read_state(component, wanted, dtype=dtype, device=device)
+    state = read_state(component, wanted, dtype=dtype, device=device, progress=progress)
     if component.network == "t5":
         state["encoder.embed_tokens.weight"] = state["shared.weight"]
     module.load_state_dict(state, strict=True, assign=True)

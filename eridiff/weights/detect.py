@@ -149,7 +149,9 @@ def _flux_config(shape_of: ShapeOf, checkpoint: Checkpoint) -> FluxConfig:
     hidden, in_channels = shape("image_in.weight")
     head = (shape_of("double_blocks.0.image.k_norm.weight") or (128,))[0]
     axes = checkpoint.config.get("axes_dims_rope") or ((16, 56, 56) if head == 128 else (0, 0, head))
-    return FluxConfig(
+    if not isinstance(axes, list | tuple) or not all(type(axis) is int and axis >= 0 for axis in axes):
+        raise ConfigError(f"{checkpoint.path}: config.json says axes_dims_rope {axes!r}, three sizes are needed")
+    found = FluxConfig(
         in_channels=in_channels,
         out_channels=shape("final.linear.weight")[0],
         pooled_width=shape("pooled_in.in_layer.weight")[1],
@@ -162,6 +164,28 @@ def _flux_config(shape_of: ShapeOf, checkpoint: Checkpoint) -> FluxConfig:
         rope_axes=tuple(axes),
         guidance=shape_of("guidance_in.in_layer.weight") is not None,
     )
+    _agree(found, checkpoint)
+    return found
+
+
+def _agree(config: FluxConfig, checkpoint: Checkpoint) -> None:
+    """Raises ConfigError where a folder's config.json says other sizes than the tensors have."""
+    ours = {
+        "in_channels": config.in_channels,
+        "num_layers": config.double_depth,
+        "num_single_layers": config.single_depth,
+        "num_attention_heads": config.heads,
+        "attention_head_dim": config.hidden // config.heads,
+        "joint_attention_dim": config.text_width,
+        "pooled_projection_dim": config.pooled_width,
+        "guidance_embeds": config.guidance,
+    }
+    for key, value in ours.items():
+        if key in checkpoint.config and checkpoint.config[key] != value:
+            raise ConfigError(
+                f"{checkpoint.path}: config.json says {key} {checkpoint.config[key]!r}, the tensors say {value}; "
+                "they are of two models"
+            )
 
 
 def _autoencoder_config(shape_of: ShapeOf, checkpoint: Checkpoint) -> AutoencoderConfig:

@@ -327,8 +327,8 @@ def _check_layout(path: Path, tensors: dict[str, TensorEntry], start: int, size:
         _refuse(path, f"has {size - position} byte{'s' * (size - position > 1)} more than its header declares")
 
 
-def _read_json_file(path: Path) -> dict[str, Any]:
-    """Raises CheckpointError."""
+def read_json_file(path: Path) -> dict[str, Any]:
+    """One JSON object from a file; raises CheckpointError."""
     size = _file_size(path)
     if size > MAXIMUM_HEADER_BYTES:
         _refuse(path, f"has {size} bytes, too many for a JSON file")
@@ -344,7 +344,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
     if not os.path.lexists(path):
         return {}
     try:
-        return _read_json_file(path)
+        return read_json_file(path)
     except CheckpointError as error:
         raise ConfigError(str(error)) from error
 
@@ -402,7 +402,7 @@ def _refuse_folder(folder: Path, names: list[str]) -> NoReturn:
 
 def _read_index(path: Path) -> dict[str, str]:
     """Tensor name to shard, as the index says; every shard is a plain name in the index's own folder."""
-    shards = _read_json_file(path).get("weight_map")
+    shards = read_json_file(path).get("weight_map")
     if not isinstance(shards, dict) or not shards or not all(_is_text(shard) for shard in shards.values()):
         _refuse(path, f"has a weight_map that is not an object of strings but {_short.repr(shards)}")
     for shard in set(shards.values()):

@@ -27,7 +27,11 @@ FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 
 
 def load_network(
-    path: str | os.PathLike[str], *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
+    path: str | os.PathLike[str],
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    progress: bool = True,
 ) -> nn.Module:
     """The denoising network of a checkpoint, or its autoencoder if that is all it holds.
 
@@ -36,22 +40,25 @@ def load_network(
     components = [c for c in detect(open_checkpoint(path)) if c.network in NETWORKS]
     if not components:
         raise CheckpointError(f"{path} holds a text encoder, not a denoising network or an autoencoder")
-    return build(components[0], dtype=dtype, device=device)
+    return build(components[0], dtype=dtype, device=device, progress=progress)
 
 
-def build(component: Component, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> nn.Module:
-    """The module of a flux or vae component, filled; in evaluation mode, parameters without gradients."""
+def build(
+    component: Component,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    progress: bool = True,
+) -> nn.Module:
+    """The module of a flux or vae component, filled; in evaluation mode, parameters without gradients.
+
+    Tensors of the file's dtype stay memory mapped.
+    """
     with torch.device("meta"):
         module = NETWORKS[component.network](component.config)
-    return fill(module, component, dtype=dtype, device=device)
-
-
-def fill(
-    module: nn.Module, component: Component, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
-) -> nn.Module:
-    """Assign a component's tensors to a module on the meta device; tensors of the file's dtype stay memory mapped."""
     wanted = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
-    module.load_state_dict(read_state(component, wanted, dtype=dtype, device=device), strict=True, assign=True)
+    state = read_state(component, wanted, dtype=dtype, device=device, progress=progress)
+    module.load_state_dict(state, strict=True, assign=True)
     return module.eval().requires_grad_(False)
 
 
@@ -61,11 +68,13 @@ def read_state(
     *,
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
+    progress: bool = True,
 ) -> dict[str, Tensor]:
     """The tensors of `wanted` (native names and shapes), mapped and converted one by one; `dtype` None is the file's."""
     state = {}
     entries = plan(component, wanted)
-    for entry in tqdm(entries, desc=f"loading {component.network}", unit="tensor", disable=None, leave=False):
+    bar = {"disable": None if progress else True, "leave": False}
+    for entry in tqdm(entries, desc=f"loading {component.network}", unit="tensor", **bar):
         tensor = _read(component, entry, wanted[entry.native])
         state[entry.native] = tensor.to(device=device, dtype=dtype or tensor.dtype)
     return state

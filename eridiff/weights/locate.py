@@ -7,7 +7,7 @@ from pathlib import Path
 
 from eridiff.errors import CheckpointError, ConfigError
 from eridiff.weights.detect import DESCRIPTIONS, Component, component_of, detect
-from eridiff.weights.header import SHARD_NAME, open_checkpoint
+from eridiff.weights.header import SHARD_NAME, open_checkpoint, read_json_file
 from eridiff.weights.hub import resolve
 
 PART_NAMES = {"transformer": "flux", "vae": "vae", "clip": "clip", "t5": "t5"}  # of the model section
@@ -77,6 +77,12 @@ def _beside(folder: Path) -> dict[str, Path]:
 def _search(path: Path) -> Parts:
     if not path.is_dir():
         return Parts({c.network: c for c in detect(open_checkpoint(path))})
+    if (path / "model_index.json").exists():
+        kind = read_json_file(path / "model_index.json").get("_class_name")
+        if not isinstance(kind, str) or not kind.startswith("Flux"):
+            raise CheckpointError(
+                f"'{path}' is the folder of a {kind or 'pipeline without a name'}, not of Flux, and is not loaded"
+            )
     places = [path / name for name in SUBFOLDERS if any((path / name).glob("*.safetensors*"))]
     if not places:  # whole files side by side, or the folder of one network
         files = sorted(p for p in path.glob("*.safetensors") if not SHARD_NAME.search(p.name))
