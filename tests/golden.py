@@ -9,7 +9,7 @@ import json
 import math
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -48,7 +48,7 @@ class Row:
         return self.error <= self.bound
 
 
-def run_case(folder: Path) -> list[Row]:
+def run_case(folder: Path, dtypes: Sequence[torch.dtype] = (torch.float64, torch.float32)) -> list[Row]:
     """Every comparison of a case folder; raises ValueError for a folder that is no case this runner knows."""
     if not (folder / "case.json").is_file():
         raise ValueError(f"{folder} holds no case.json")
@@ -58,7 +58,7 @@ def run_case(folder: Path) -> list[Row]:
     runner = next((r for start, r in RUNNERS.items() if name.startswith(start)), None)
     if runner is None:
         raise ValueError(f"{folder} is a case of a kind that this runner does not know: {name}")
-    return [row for dtype in (torch.float64, torch.float32) for row in runner(case, expected, dtype)]
+    return [row for dtype in dtypes for row in runner(case, expected, dtype)]
 
 
 def load_case(case: Mapping[str, Any], network: str, config: Mapping[str, Any], dtype: torch.dtype) -> Any:

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -177,6 +179,20 @@ def test_a_published_header_is_used_to_the_last_key(manifest: str, network: str,
     assert found["tensors"] == len(read_manifest(manifest))
     carried = {"logit_scale"} if manifest == "clip_g-openclip" else set()
     assert set(found["unused"]) == carried
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_any_shape_in_a_header_is_read_or_refused_in_a_sentence(data: st.DataObject, tmp_path: Path) -> None:
+    """One tensor of a published header gets another shape; no other exception leaves the loader."""
+    manifest = data.draw(st.sampled_from(["flux1-schnell", "ae", "clip_l", "clip_g-openclip", "t5xxl"]))
+    tensors = read_manifest(manifest)
+    name = data.draw(st.sampled_from(sorted(tensors)[:40] + sorted(tensors)[-40:]))
+    shape = tuple(data.draw(st.lists(st.integers(0, 5), max_size=5)))
+    try:
+        inspect(write_sparse(tmp_path / "m.safetensors", tensors | {name: (tensors[name][0], shape)}))
+    except EridiffError as error:
+        assert "m.safetensors" in str(error) and "\n" not in str(error)
 
 
 def test_an_incomplete_extra_block_is_named(tmp_path: Path) -> None:

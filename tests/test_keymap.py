@@ -1,6 +1,9 @@
 """The key maps account for every published tensor, both ways, and lose no bit; a mutated map fails."""
 
 import copy
+import re
+from itertools import combinations
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,7 +18,8 @@ from eridiff.models.flux import Flux, FluxConfig
 from eridiff.text.encoders import empty_encoder
 from eridiff.weights.detect import Component
 from eridiff.weights.header import Checkpoint
-from eridiff.weights.keymap import KeyMap, Layout
+from eridiff.weights.keymap import KeyMap, Layout, Rule, key_map
+from tests.golden import run_case
 from tests.manifest import read_manifest
 
 CLIP_L = {
@@ -28,6 +32,7 @@ T5_XXL = {
     "vocab_size": 32128, "d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_heads": 64,
     "relative_attention_num_buckets": 32,
 }  # fmt: skip
+GOLDENS = Path(__file__).parent / "goldens"
 Shapes = dict[str, tuple[int, ...]]
 
 CASES = [
@@ -196,3 +201,44 @@ def test_the_text_encoders_keep_every_bit(layers: int, width: int, dtype: torch.
             module = empty_encoder(Component(network, layout, "", Checkpoint("", {}, {}, {}), config))  # type: ignore[arg-type]
             names = {n: tuple(t.shape) for n, t in module.state_dict().items() if n != "encoder.embed_tokens.weight"}
             round_trip(layout, random_bits(names, dtype, seed), config)
+
+
+def golden_fails(name: str) -> bool:
+    try:
+        return not all(row.passed for row in run_case(GOLDENS / name, (torch.float64,)))
+    except CheckpointError:
+        return True
+
+
+def exchange(first: Rule, second: Rule) -> None:
+    first.foreign, second.foreign = second.foreign, first.foreign
+    first.sizes, second.sizes = second.sizes, first.sizes
+
+
+@pytest.mark.parametrize(
+    ("network", "golden", "least"),
+    [
+        ("flux", "flux-dev-tiny", 10),
+        ("vae", "ae-16-tiny", 3),
+        ("clip", "text-clip-l-tiny", 0),
+        ("clip", "text-clip-g-tiny", 3),
+        ("t5", "text-t5-tiny", 0),
+    ],
+)
+def test_two_rules_that_are_exchanged_are_caught_by_the_golden(network: str, golden: str, least: int) -> None:
+    """Where names and shapes still fit, only the numbers can tell."""
+    layout = key_map(network).layouts["openclip" if "clip-g" in golden else next(iter(key_map(network).layouts))]
+    assert not golden_fails(golden)
+    exchanged = 0
+    for first, second in combinations(layout.rules, 2):
+        if sorted(re.findall(r"\{\w+\}|\*", first.native)) != sorted(re.findall(r"\{\w+\}|\*", second.native)):
+            continue
+        if first.native.split(".")[0] != second.native.split(".")[0] or first.operation != second.operation:
+            continue
+        exchange(first, second)
+        try:
+            assert golden_fails(golden), f"{first.native} and {second.native}"
+        finally:
+            exchange(first, second)
+        exchanged += 1
+    assert exchanged >= least

@@ -116,7 +116,11 @@ def _candidates(network: str, checkpoint: Checkpoint, names: set[str]) -> list[C
         raise CheckpointError(f"{checkpoint.path} holds {DESCRIPTIONS[network]} twice, under the prefixes {places}")
     result = []
     for layout, prefix, shape_of, old in found:
-        config = configure(shape_of, checkpoint)
+        try:
+            config = configure(shape_of, checkpoint)
+        except (IndexError, ZeroDivisionError, TypeError, ValueError) as error:  # too few dimensions, or of size 0
+            what = f"{checkpoint.path} has the names of {DESCRIPTIONS[network]} and shapes of none"
+            raise CheckpointError(f"{what} ({error}); download it again") from None
         result.append(Component(network, layout, prefix, checkpoint, _declared(network, config, checkpoint), old))
     return result
 
