@@ -1,22 +1,34 @@
 """A prompt becomes a picture."""
 
+import inspect
 import os
 from typing import Any
 
+from eridiff.errors import CheckpointError, ConfigError
 from eridiff.inference.base import DiffusionInference, Prompt, Result, Step
 from eridiff.inference.flux import FluxInference
-from eridiff.weights.locate import Model
+from eridiff.inference.sd35 import SD35Inference
+from eridiff.weights.locate import Model, locate
 
-__all__ = ["DiffusionInference", "FluxInference", "Prompt", "Result", "Step", "load"]
+__all__ = ["DiffusionInference", "FluxInference", "Prompt", "Result", "SD35Inference", "Step", "load"]
+FAMILIES: tuple[type[DiffusionInference], ...] = (FluxInference, SD35Inference)
+BUILT_IN = os.path.join(os.path.dirname(os.path.dirname(__file__)), "assets", "tiny-flux")
 
 
 def load(model: Model | None = None, **options: Any) -> DiffusionInference:
     """Everything that draws with a published checkpoint: a path, a hub id, or the parts by name (`locate`).
 
-    None is the built-in small Flux. Options are FluxInference's: device, dtype, offload, progress. Raises
-    CheckpointError for files that are damaged, incomplete or of another kind.
+    None is the built-in small Flux. Options are the family's: variant, device, dtype, offload, progress, and SD35Inference's
+    of the text. Raises CheckpointError for files that are damaged, incomplete or of another kind, ConfigError for an option
+    that the family does not have.
     """
-    return FluxInference(**options).load_model(BUILT_IN if model is None else model)
-
-
-BUILT_IN = os.path.join(os.path.dirname(os.path.dirname(__file__)), "assets", "tiny-flux")
+    parts = locate(BUILT_IN if model is None else model)
+    kind = next((family for family in FAMILIES if family.family in parts.components), None)
+    if kind is None:
+        held = ", ".join(c.network for c in parts.components.values()) or "nothing"
+        raise CheckpointError(f"the model holds no network that draws (only {held}); give it as transformer")
+    known = {*inspect.signature(kind.__init__).parameters, *inspect.signature(DiffusionInference.__init__).parameters}
+    unknown = sorted(set(options) - known)
+    if unknown:
+        raise ConfigError(f"{kind.__name__} has no option '{unknown[0]}'")
+    return kind(**options).load_model(parts)

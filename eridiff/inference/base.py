@@ -3,13 +3,14 @@
 Letters: B pictures, C latent channels, H x W the picture's size in pixels.
 """
 
+import json
+import logging
 import math
-import secrets
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
-from typing import Any, Self
+from dataclasses import asdict, dataclass, replace
+from typing import Any, ClassVar, Self
 
 import torch
 import torch.nn.functional as F
@@ -18,15 +19,23 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import eridiff
-from eridiff.errors import ConfigError, EridiffError
+from eridiff.errors import CheckpointError, ConfigError, EridiffError
 from eridiff.images import to_images, to_tensor
+from eridiff.inference.settings import Defaults, Table, Text, check_settings, listed, matched, settle_size
 from eridiff.memory.stages import on_device
 from eridiff.models.autoencoder import Autoencoder
 from eridiff.schedulers import Schedule
-from eridiff.schedulers.samplers import euler
+from eridiff.schedulers.flow_match import flow_schedule
+from eridiff.schedulers.guidance import Guidance, SkipLayers, guided
+from eridiff.schedulers.samplers import SAMPLERS, Predict
 from eridiff.text import Conditioning
-from eridiff.weights.locate import Model
+from eridiff.text.encoders import build_encoder
+from eridiff.text.tokenizers import clip_tokenizer, t5_tokenizer
+from eridiff.weights.detect import DESCRIPTIONS, Component
+from eridiff.weights.load import build, default_dtype
+from eridiff.weights.locate import DENOISERS, PART_NAMES, TEXT_ENCODERS, Model, Parts, locate
 
+log = logging.getLogger(__name__)
 LATENT_SCALE = 8  # pixels a latent's side, in every autoencoder of the three families
 KEEP = ("conditioning", "noise", "latents")
 
@@ -47,6 +56,7 @@ class Step:
     count: int  # of the whole schedule; image to image begins later than 0
     sigma: float  # the noise that is left
     latents: Tensor  # [B, C, H / 8, W / 8] float32, not a copy
+    clean: Tensor  # the same shape: the clean latents that the network saw in this step
 
 
 @dataclass(frozen=True)
@@ -61,7 +71,6 @@ class Result:
 
 
 Callback = Callable[[Step], object]
-Predict = Callable[[Tensor, int], Tensor]
 
 
 class DiffusionInference(ABC):
@@ -70,90 +79,240 @@ class DiffusionInference(ABC):
     The modules are public and may be anyone's: hand in those of a training run, or fill them by `load_model`.
     """
 
-    network: nn.Module
+    family: ClassVar[str]  # of the network, as in weights/detect.py
+    needed: ClassVar[tuple[str, ...]]  # the text encoders without which nothing can be drawn
+    variants: ClassVar[Mapping[str, Defaults]]
+    network: Any
     autoencoder: Autoencoder
+    sampling: Any  # the variant's Defaults
 
     def __init__(
-        self, *, device: torch.device | str | None = None, offload: str | None = None, progress: bool = True
-    ) -> None:
-        """`offload="stages"` keeps every component on the CPU and moves it to `device` for its stage alone."""
+        self, network: nn.Module | None, autoencoder: Autoencoder | None, *, variant: str | None = None,
+        device: torch.device | str | None = None, dtype: torch.dtype | None = None, offload: str | None = None,
+        progress: bool = True,
+    ) -> None:  # fmt: skip
+        """`offload="stages"` keeps every component on the CPU and moves it to `device` for its stage alone.
+
+        variant None is told from the network's sizes, and where two have the same from the file's name. dtype None is the
+        file's on a GPU and float32 on a CPU with room for it.
+        """
         if offload not in (None, "stages"):
             raise ConfigError(f"offload must be 'stages' or nothing, not {offload!r}")
+        if variant is not None and variant not in self.variants:
+            raise ConfigError(f"'{variant}' is no variant of {DESCRIPTIONS[self.family].removeprefix('a ')}; there are {', '.join(self.variants)}")  # fmt: skip
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        self.offload, self.progress = offload, progress
+        self.asked_variant, self.dtype, self.offload, self.progress = variant, dtype, offload, progress
         self.source: dict[str, Any] = {}  # which files, for the record
+        if autoencoder is not None:
+            self.autoencoder = autoencoder
+        if network is not None:
+            self._set_network(network)
+
+    @staticmethod
+    @abstractmethod
+    def possible_variants(config: Any) -> list[str]:
+        """The published variants that have a network's sizes."""
 
     @abstractmethod
-    def load_model(self, model: Model) -> Self:
-        """Fill every component from a path, a hub id or the parts by name; returns self."""
+    def set_encoders(self, modules: Mapping[str, Any], tokenizers: Mapping[str, Any]) -> None:
+        """Take the text encoders (transformers' modules) and tokenizers, by component."""
+
+    @staticmethod
+    @abstractmethod
+    def text_widths(configs: Mapping[str, Mapping[str, Any]]) -> tuple[int, int]:
+        """Widths of the text rows and of the pooled vector that encoders of these configurations give."""
 
     @abstractmethod
-    def encode_prompt(self, prompt: str | Sequence[str], negative: str | Sequence[str] | None = None) -> Prompt:
-        """Encode one prompt or several; `""` is encoded as it stands, a negative of None is the family's default."""
+    def encode(self, prompts: Sequence[Text]) -> Conditioning:
+        """One row of conditioning a prompt."""
 
     @abstractmethod
-    def defaults(self) -> Mapping[str, Any]:
-        """width, height, steps and whatever else `generate` takes when it is not said."""
+    def named_schedule(self, steps: int, width: int, height: int, name: str | None, shift: float | None) -> Schedule:
+        """The points of a run; None is the published variant's."""
 
     @abstractmethod
-    def schedule(self, steps: int, width: int, height: int) -> Schedule:
-        """The points of a run."""
+    def prepare(
+        self, conditioning: Conditioning, times: Tensor, width: int, height: int, guidance_scale: float | None
+    ) -> Any:
+        """The network's run for all rows of a conditioning, which are on its device and of its dtype."""
 
     @abstractmethod
-    def predictor(
-        self, prompt: Prompt, schedule: Schedule, width: int, height: int, guidance_scale: float | None,
-        cfg_scale: float, condition: Tensor | None,
-    ) -> Predict:  # fmt: skip
-        """A function from latents `[B, C, H / 8, W / 8]` and a step to the network's raw output of that shape."""
+    def step(
+        self, latents: Tensor, run: Any, i: int, skip_blocks: Collection[int] = (), condition: Tensor | None = None
+    ) -> Tensor:
+        """The network's raw output, float32: latents `[B, C, H / 8, W / 8]` -> the same shape."""
 
     def condition(self, image: Tensor | None, mask: Tensor | None, control: Tensor | None) -> Tensor | None:
         """What the network takes beside the latents, from pictures and a mask; None for most."""
+        if control is not None:
+            raise ConfigError(f"{self.variant} takes no control picture; Flux Canny and Depth do")
         return None
+
+    def load_model(self, model: Model | Parts) -> Self:
+        """Fill the network, the autoencoder, the text encoders and their tokenizers; every key is accounted for.
+
+        Raises CheckpointError when a part is missing or damaged or does not fit, before any weight is read.
+        """
+        parts = locate(model)
+        components = parts.components
+        self._check_parts(components)
+        text = [name for name in TEXT_ENCODERS if name in components]
+        readers = {"clip": clip_tokenizer, "clip_g": clip_tokenizer, "t5": t5_tokenizer}
+        tokenizers = {n: readers[n](parts.tokenizers.get("t5" if n == "t5" else "clip")) for n in text}
+        own = components[self.family]
+        sampling = _own_sampling(own, self._variant(own.config, str(own.checkpoint.path)), self.variants)
+
+        def options(name: str) -> dict[str, Any]:
+            dtype = self.dtype or default_dtype(components[name], self.device)
+            return {"dtype": dtype, "device": "cpu" if self.offload else self.device, "progress": self.progress}
+
+        network = build(own, **options(self.family))
+        self.autoencoder = build(components["vae"], **options("vae"))  # type: ignore[assignment]
+        self._set_network(network, str(own.checkpoint.path))
+        self.sampling = sampling
+        self.set_encoders({n: build_encoder(components[n], **options(n)) for n in text}, tokenizers)
+        self.source = {"model": str(own.checkpoint.path), "family": self.family, "variant": self.variant}
+        return self
+
+    def _check_parts(self, components: Mapping[str, Component]) -> None:
+        held = " and ".join(DESCRIPTIONS[name] for name in components) or "nothing"
+        other = next((n for n in DENOISERS if n in components and n != self.family), None)
+        if other and self.family not in components:
+            raise CheckpointError(
+                f"{components[other].checkpoint.path} holds {DESCRIPTIONS[other]}, {type(self).__name__} draws with "
+                f"{DESCRIPTIONS[self.family]}; eridiff.load chooses by the file"
+            )
+        missing = [name for name in (self.family, "vae", *self.needed) if name not in components]
+        if missing:
+            options = [name for name, networks in PART_NAMES.items() if set(networks) & set(missing)]
+            raise CheckpointError(
+                f"{' and '.join(DESCRIPTIONS[name] for name in missing)} {'is' if len(missing) == 1 else 'are'} missing: "
+                f"the model holds {held}; give the rest as {', '.join(options)}"
+            )
+        own = components[self.family].config
+        given = self.text_widths({name: components[name].config for name in TEXT_ENCODERS if name in components})
+        if given != (own.text_width, own.pooled_width):
+            raise CheckpointError(
+                f"the text encoders give {given[0]} features a token and {given[1]} pooled, {DESCRIPTIONS[self.family]} takes "
+                f"{own.text_width} and {own.pooled_width}; they belong to another model"
+            )
+
+    def _variant(self, config: Any, name: str) -> str:
+        possible = self.possible_variants(config)
+        if self.asked_variant is not None:
+            if self.asked_variant not in possible:
+                raise ConfigError(f"the network has the sizes of {' or '.join(possible)}, not of {self.asked_variant}")
+            return self.asked_variant
+        by_name = [v for v in possible if v.rsplit("-", 1)[-1] in name.lower()]
+        if len(possible) > 1:
+            log.info("%s have the same sizes; the name '%s' decides", " and ".join(possible), name)
+        return (by_name or possible)[-1 if by_name else 0]
+
+    def _set_network(self, network: nn.Module, name: str = "") -> None:
+        self.network = network
+        self.variant = self._variant(self.network.config, name)
+        self.sampling = self.variants[self.variant]
+
+    def defaults(self) -> Mapping[str, Any]:
+        """width, height, steps and whatever else `generate` takes when it is not said."""
+        return vars(self.sampling)
+
+    @torch.no_grad()
+    def encode_prompt(self, prompt: Text | Sequence[Text], negative: Text | Sequence[Text] | None = None) -> Prompt:
+        """Encode one prompt or several, and the negative ones with them, so that both have as many rows.
+
+        A prompt is a text, or a text for each encoder by name (`{"clip": ..., "t5": ...}`; an encoder that is not named
+        reads the first). `""` is encoded as it stands; a negative of None is the family's default: the empty prompt where
+        it is steered with classifier-free guidance, else none. Words that do not fit are cut, with a warning.
+        """
+        negative = "" if negative is None and self.sampling.cfg_scale != 1 else negative
+        return self._encode(listed(prompt), None if negative is None else listed(negative))
+
+    def _encode(self, prompts: list[Text], negatives: list[Text] | None) -> Prompt:
+        if negatives is not None and len(negatives) not in (1, len(prompts)):
+            raise ConfigError(f"{len(negatives)} negative prompts for {len(prompts)} prompts: give as many, or one")
+        both = self.encode([*prompts, *(negatives or [])])
+        positive, negative = (both.rows(part) for part in (slice(0, len(prompts)), slice(len(prompts), None)))
+        if negatives is None:
+            return Prompt(positive)
+        return Prompt(positive, negative if len(negatives) == len(prompts) else negative.repeat(len(prompts)))
 
     @property
     def latent_channels(self) -> int:
         return self.autoencoder.config.latent_channels
 
+    def schedule(
+        self, steps: int, width: int, height: int, table: Table | None = None, shift: float | None = None
+    ) -> Schedule:
+        """The points of a run: the variant's own, another table by name, or through given sigmas (then steps is theirs)."""
+        if table is None or isinstance(table, str):
+            return self.named_schedule(steps, width, height, table, shift)
+        return flow_schedule(torch.as_tensor(table, dtype=torch.float64))
+
     @torch.no_grad()
     def denoise(
-        self, latents: Tensor, prompt: Prompt, steps: int, *, guidance_scale: float | None = None, cfg_scale: float = 1.0,
-        image: Tensor | None = None, strength: float = 1.0, mask: Tensor | None = None, condition: Tensor | None = None,
+        self, latents: Tensor, prompt: Prompt, steps: int | Schedule, *, guidance: Guidance | None = None,
+        guidance_scale: float | None = None, sampler: str | None = None, image: Tensor | None = None,
+        strength: float = 1.0, mask: Tensor | None = None, condition: Tensor | None = None,
         callback: Callback | None = None,
     ) -> Tensor:  # fmt: skip
         """Noise -> latents, both `[B, C, H / 8, W / 8]`; float32 between steps whatever the network's dtype.
 
-        `image` (latents) with `strength` in [0, 1] starts from that picture with as much noise; with a `mask`
-        `[B, 1, H / 8, W / 8]` only where the mask is 1 is painted, the rest follows the picture. A callback that returns
-        something true ends the run there. Raises EridiffError when the network gives values that are not finite.
+        `guidance` and `sampler` None are the variant's. `image` (latents) with `strength` in [0, 1] starts from that picture
+        with as much noise; with a `mask` `[B, 1, H / 8, W / 8]` only where the mask is 1 is painted, the rest follows the
+        picture. A callback that returns something true ends the run there. Raises EridiffError when the network gives values
+        that are not finite.
         """
         height, width = (side * LATENT_SCALE for side in latents.shape[-2:])
-        schedule = self.schedule(steps, width, height)
+        schedule = self.schedule(steps, width, height) if isinstance(steps, int) else steps
+        guidance = Guidance(self.sampling.cfg_scale) if guidance is None else guidance
+        move = SAMPLERS[sampler or self.sampling.sampler]
         first = _first_step(schedule.steps, 1.0 if image is None else strength)
         noise = latents.to(self.device, torch.float32)
         x = noise if image is None else _noised(image, noise, schedule, first)
+        clean: Tensor | None = None
         with self._stage(self.network):
-            predict = self.predictor(prompt, schedule, width, height, guidance_scale, cfg_scale, condition)
+            predict = self.predictor(prompt, schedule, width, height, guidance, guidance_scale, condition, first)
             for i in tqdm(range(first, schedule.steps), desc="denoising", unit="step", **self._bar):
-                output = predict(float(schedule.input_scale[i]) * x, i)
-                x = euler(x, output.float(), schedule, i)
+                x, clean = move(predict, x, schedule, i, clean)
                 if mask is not None and image is not None:
                     x = mask * x + (1 - mask) * _noised(image, noise, schedule, i + 1)
-                if callback and callback(Step(i, schedule.steps, float(schedule.sigmas[i + 1]), x)):
+                if callback and callback(Step(i, schedule.steps, float(schedule.sigmas[i + 1]), x, clean)):
                     break
         return _finite(x, "denoising")
+
+    def predictor(
+        self, prompt: Prompt, schedule: Schedule, width: int, height: int, guidance: Guidance,
+        guidance_scale: float | None = None, condition: Tensor | None = None, first: int = 0,
+    ) -> Predict:  # fmt: skip
+        """A function from latents `[B, C, H / 8, W / 8]` and a step to the guided network's raw output of that shape."""
+        rows = [prompt.positive]
+        if guidance.cfg_scale != 1:
+            if prompt.negative is None:
+                raise ConfigError(f"cfg_scale {guidance.cfg_scale:g} needs a negative prompt; an empty one is ''")
+            rows.append(prompt.negative)
+        dtype = dtype_of(self.network)
+        conditioning = Conditioning.joined(rows).to(self.device, dtype)
+        times = schedule.times.to(self.device, torch.promote_types(dtype, torch.float32))
+        run = self.prepare(conditioning, times, width, height, guidance_scale)
+
+        def ask(x: Tensor, run: Any, i: int, skip_blocks: Collection[int]) -> Tensor:
+            return self.step(x, run, i, skip_blocks, condition)
+
+        return guided(ask, run, guidance, len(prompt.positive), schedule.steps, first)
 
     @torch.no_grad()
     def decode_vae(self, latents: Tensor) -> Tensor:
         """Latents `[B, C, H / 8, W / 8]` -> pictures `[B, 3, H, W]` float32, in [-1, 1]."""
         with self._stage(self.autoencoder):
-            pictures = self.autoencoder.decode(latents.to(self.device, _dtype(self.autoencoder)))
+            pictures = self.autoencoder.decode(latents.to(self.device, dtype_of(self.autoencoder)))
         return _finite(pictures.float(), "decoding").clamp(-1, 1)
 
     @torch.no_grad()
     def encode_vae(self, pictures: Tensor) -> Tensor:
         """Pictures `[B, 3, H, W]` in [-1, 1] -> latents `[B, C, H / 8, W / 8]` float32, the posterior's mean."""
         with self._stage(self.autoencoder):
-            latents = self.autoencoder.encode(pictures.to(self.device, _dtype(self.autoencoder)))
+            latents = self.autoencoder.encode(pictures.to(self.device, dtype_of(self.autoencoder)))
         return _finite(latents.float(), "encoding the picture")
 
     def noise(self, seeds: Sequence[int], width: int, height: int) -> Tensor:
@@ -166,14 +325,20 @@ class DiffusionInference(ABC):
 
     def generate(
         self,
-        prompt: str | Sequence[str] = "",
+        prompt: Text | Sequence[Text] = "",
         *,
-        negative: str | Sequence[str] | None = None,
+        negative: Text | Sequence[Text] | None = None,
         width: int | None = None,
         height: int | None = None,
         steps: int | None = None,
+        sampler: str | None = None,
+        schedule: Table | None = None,
+        shift: float | None = None,
         guidance_scale: float | None = None,
-        cfg_scale: float = 1.0,
+        cfg_scale: float | None = None,
+        cfg_rescale: float = 0.0,
+        cfg_interval: tuple[float, float] = (0.0, 1.0),
+        skip_layers: bool | SkipLayers = False,
         seed: int | Sequence[int] | None = None,
         image: Image.Image | Tensor | None = None,
         strength: float | None = None,
@@ -186,38 +351,51 @@ class DiffusionInference(ABC):
     ) -> Result:
         """Draw one picture for each prompt and seed, all in one batch; one of either serves all of the other.
 
-        guidance_scale is what the network's guidance embedding is told; cfg_scale other than 1 asks the network twice a
-        step and steers away from `negative` (true classifier-free guidance). seed None draws one. image with strength
-        begins from a picture, with a mask (white is painted) it fills in; control is the picture that Canny and Depth
-        follow. noise and conditioning replace what would be drawn and encoded; keep returns any of "conditioning",
-        "noise", "latents". Pictures are PIL images or tensors `[B, 3, H, W]` in [-1, 1], masks `[B, 1, H, W]` in [0, 1].
-        Raises ConfigError for settings that are impossible, EridiffError for values that are not finite.
+        What is None is the published variant's (`defaults`). sampler is euler, heun or dpmpp_2m; schedule a table's name or
+        its sigmas, shift a number for it. guidance_scale is what the network's guidance embedding is told; cfg_scale other
+        than 1 asks the network for `negative` too and steers away from it (true classifier-free guidance), within
+        cfg_interval, shares of the steps; cfg_rescale puts as much of the deviation back; skip_layers True is the published
+        setting. seed None draws one. image with strength begins from a picture, with a mask (white is painted) it fills in;
+        control is the picture that Canny and Depth follow. noise and conditioning replace what would be drawn and encoded;
+        keep returns any of "conditioning", "noise", "latents". Pictures are PIL images or tensors `[B, 3, H, W]` in [-1, 1],
+        masks `[B, 1, H, W]` in [0, 1]. Raises ConfigError for settings that are impossible, EridiffError for values that are
+        not finite.
         """
-        prompts, seeds = _matched(prompt, seed, conditioning)
-        defaults = self.defaults()
+        prompts, seeds = matched(prompt, seed, len(conditioning.positive) if conditioning else 1)
+        defaults = self.sampling
         given = next((picture for picture in (image, control) if picture is not None), None)
-        width, height = _size(width, height, given, defaults)
-        steps = defaults["steps"] if steps is None else steps
+        width, height = settle_size(width, height, given, self.defaults())
+        sampler = defaults.sampler if sampler is None else sampler
+        cfg_scale = defaults.cfg_scale if cfg_scale is None else cfg_scale
         unknown = sorted(set(keep) - set(KEEP))
         if unknown:
             raise ConfigError(f"'{unknown[0]}' cannot be kept; there are {', '.join(KEEP)}")
-        check_settings(steps=steps, cfg_scale=cfg_scale, guidance_scale=guidance_scale, strength=strength)
+        check_settings(
+            steps=steps, cfg_scale=cfg_scale, guidance_scale=guidance_scale, strength=strength, cfg_rescale=cfg_rescale,
+            cfg_interval=cfg_interval, sampler=sampler, shift=shift,
+        )  # fmt: skip
         if (mask is not None or strength is not None) and image is None:
             raise ConfigError("a mask or a strength needs the image that it is for")
+        points = self.schedule(defaults.steps if steps is None else steps, width, height, schedule, shift)
+        guidance = Guidance(cfg_scale, cfg_rescale, cfg_interval, self._skip_layers(skip_layers))
         pictures = [None if p is None else to_tensor(p, width, height) for p in (image, control)]
         whole_mask = None if mask is None else to_tensor(mask, width, height, mask=True)
 
         if conditioning is None:
-            conditioning = self.encode_prompt(prompts, "" if negative is None and cfg_scale != 1 else negative)
+            steered = cfg_scale != 1
+            negatives = listed("" if negative is None else negative) if steered else None
+            same = all(p == prompts[0] for p in prompts) and len(negatives or [""]) == 1
+            with torch.no_grad():
+                conditioning = self._encode(prompts[:1] if same else prompts, negatives)
         if len(conditioning.positive) == 1:
-            negatives = conditioning.negative and conditioning.negative.repeat(len(seeds))
-            conditioning = Prompt(conditioning.positive.repeat(len(seeds)), negatives)
+            repeated = conditioning.negative and conditioning.negative.repeat(len(seeds))
+            conditioning = Prompt(conditioning.positive.repeat(len(seeds)), repeated)
         condition = self.condition(pictures[0], whole_mask, pictures[1])
         starts_from_image = pictures[0] is not None and condition is None
         noise = self.noise(seeds, width, height) if noise is None else noise
         used_strength = (1.0 if whole_mask is not None else 0.75) if strength is None else strength
         latents = self.denoise(
-            noise, conditioning, steps, guidance_scale=guidance_scale, cfg_scale=cfg_scale,
+            noise, conditioning, points, guidance=guidance, guidance_scale=guidance_scale, sampler=sampler,
             image=self.encode_vae(pictures[0]) if starts_from_image and pictures[0] is not None else None,
             strength=used_strength, condition=condition, callback=callback,
             mask=_latent_mask(whole_mask, self.device) if starts_from_image else None,
@@ -225,15 +403,27 @@ class DiffusionInference(ABC):
         decoded = self.decode_vae(latents).cpu()
         if pictures[0] is not None and whole_mask is not None:
             decoded = whole_mask * decoded + (1 - whole_mask) * pictures[0]
+        table = schedule if schedule is None or isinstance(schedule, str) else points.sigmas.tolist()
         settings = {
-            **self.source, "negative_prompt": negative, "width": width, "height": height, "steps": steps,
-            "sampler": "Euler", "guidance_scale": self.guidance(guidance_scale), "cfg_scale": cfg_scale,
-            "strength": used_strength if starts_from_image else None, "dtype": str(_dtype(self.network)).removeprefix("torch."),
+            **self.source, "negative_prompt": negative, "width": width, "height": height, "steps": points.steps,
+            "sampler": sampler, "schedule": table, "shift": shift, "guidance_scale": self.guidance(guidance_scale),
+            "cfg_scale": cfg_scale, "cfg_rescale": cfg_rescale, "cfg_interval": list(cfg_interval),
+            "skip_layers": guidance.skip_layers and asdict(guidance.skip_layers),
+            "strength": used_strength if starts_from_image else None, "dtype": str(dtype_of(self.network)).removeprefix("torch."),
             "device": self.device.type, "version": eridiff.__version__, "torch": torch.__version__,
         }  # fmt: skip
         each = [{"prompt": p, "seed": s, **settings} for p, s in zip(prompts, seeds, strict=True)]
         kept = {"conditioning": conditioning, "noise": noise, "latents": latents}
         return Result(to_images(decoded), each, **{name: kept[name] for name in keep})  # type: ignore[arg-type]
+
+    def _skip_layers(self, given: bool | SkipLayers) -> SkipLayers | None:
+        """True is the variant's published setting; ConfigError where there is none."""
+        published = getattr(self.sampling, "skip_layers", None)
+        if given is not True:
+            return given or None
+        if published is None:
+            raise ConfigError(f"there is no published skip-layer guidance for {self.variant}; sd3.5-medium has one")
+        return published
 
     def guidance(self, guidance_scale: float | None) -> float | None:
         """What the guidance embedding is told; None where there is none."""
@@ -247,58 +437,24 @@ class DiffusionInference(ABC):
         return {"disable": None if self.progress else True, "leave": False}
 
 
-def check_settings(*, steps: int, cfg_scale: float, guidance_scale: float | None, strength: float | None) -> None:
-    """Raises ConfigError for numbers that no run can have."""
-    if steps < 1:
-        raise ConfigError(f"a run needs at least one step, not {steps}")
-    for name, value, low, high in [
-        ("cfg_scale", cfg_scale, 0, 1000), ("guidance_scale", guidance_scale, 0, 1000), ("strength", strength, 0, 1),
-    ]:  # fmt: skip
-        if value is not None and not low <= value <= high:
-            raise ConfigError(f"{name} must be between {low} and {high}, not {value}")
+def _own_sampling(component: Component, variant: str, variants: Mapping[str, Any]) -> Any:
+    """The variant's defaults with what a small file says in its metadata `eridiff.sampling`."""
+    try:
+        given = json.loads(component.checkpoint.metadata.get("eridiff.sampling", "{}"))
+        return replace(variants[variant], **given)
+    except (ValueError, TypeError) as error:
+        raise ConfigError(
+            f"{component.checkpoint.path}: the metadata eridiff.sampling cannot be used: {error}"
+        ) from None
 
 
-def check_size(width: int, height: int, multiple: int = 16) -> None:
-    """Raises ConfigError unless both sides are positive multiples."""
-    for name, side in (("width", width), ("height", height)):
-        if side < multiple or side % multiple:
-            near = max(multiple, round(side / multiple) * multiple)
-            raise ConfigError(f"the {name} must be a multiple of {multiple}, not {side}; the nearest is {near}")
-
-
-def _size(width: int | None, height: int | None, given: Any, defaults: Mapping[str, Any]) -> tuple[int, int]:
-    """Said, else the given picture's rounded down to 16, else the default."""
-    if given is not None:
-        found = (given.shape[-1], given.shape[-2]) if isinstance(given, Tensor) else given.size
-        defaults = {"width": max(16, found[0] // 16 * 16), "height": max(16, found[1] // 16 * 16)}
-    width = defaults["width"] if width is None else width
-    height = defaults["height"] if height is None else height
-    check_size(width, height)
-    return width, height
-
-
-def _matched(
-    prompt: str | Sequence[str], seed: int | Sequence[int] | None, conditioning: Prompt | None
-) -> tuple[list[str], list[int]]:
-    """Prompts and seeds of equal number, one of either repeated."""
-    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-    if seed is None:
-        seed = secrets.randbits(32)
-    seeds = [seed] if isinstance(seed, int) else list(seed)
-    wrong = next((s for s in seeds if isinstance(s, bool) or not isinstance(s, int) or not 0 <= s < 2**63), None)
-    if not prompts or not seeds or wrong is not None:
-        what = (
-            "no prompt was given"
-            if not prompts
-            else "no seed was given"
-            if not seeds
-            else f"the seed {wrong!r} is no whole number from 0 to 2^63 - 1"
+def finite_features(x: Tensor, name: str) -> Tensor:
+    """`x`, or a CheckpointError that names the encoder that gave it."""
+    if not bool(torch.isfinite(x).all()):
+        raise CheckpointError(
+            f"{name} gave values that are not finite; its weights may be damaged or float16, try bfloat16"
         )
-        raise ConfigError(what)
-    count = max(len(prompts), len(seeds), len(conditioning.positive) if conditioning else 1)
-    if any(n not in (1, count) for n in (len(prompts), len(seeds), len(conditioning.positive) if conditioning else 1)):
-        raise ConfigError(f"{len(prompts)} prompts and {len(seeds)} seeds do not match; give as many, or one of either")
-    return prompts * (count // len(prompts)), seeds * (count // len(seeds))
+    return x
 
 
 def _first_step(steps: int, strength: float) -> int:
@@ -314,7 +470,7 @@ def _latent_mask(mask: Tensor | None, device: torch.device) -> Tensor | None:
     return None if mask is None else F.interpolate(mask, scale_factor=1 / LATENT_SCALE, mode="area").to(device)
 
 
-def _dtype(module: nn.Module) -> torch.dtype:
+def dtype_of(module: nn.Module) -> torch.dtype:
     return next(module.parameters()).dtype
 
 

@@ -15,7 +15,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from eridiff.errors import ConfigError
-from eridiff.models.layers import Attention, RMSNorm, timestep_sinusoid, wide
+from eridiff.models.layers import (
+    Attention,
+    FinalLayer,
+    RMSNorm,
+    Stream,
+    VectorMLP,
+    modulated,
+    split_heads,
+    timestep_sinusoid,
+    wide,
+)
 
 
 @dataclass(frozen=True)
@@ -116,67 +126,18 @@ def apply_rope(x: Tensor, rope: Tensor) -> Tensor:
     return torch.stack([cos * even - sin * odd, sin * even + cos * odd], dim=-1).flatten(-2).to(x.dtype)
 
 
-def modulated(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """Layer norm without affine (eps 1e-6), then `(1 + scale) * x + shift`: `[B, L, D]` and `[B, 1, D]`."""
-    return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=1e-6), 1 + scale)
-
-
-def split_heads(qkv: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
-    """`[B, L, 3 * H * D]`, all of q, then k, then v -> three `[B, H, L, D]`."""
-    q, k, v = qkv.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)
-    return q, k, v
-
-
-class VectorMLP(nn.Module):
-    """Linear, SiLU, Linear: how time, guidance and the pooled prompt enter."""
-
-    def __init__(self, width: int, hidden: int) -> None:
-        super().__init__()
-        self.in_layer = nn.Linear(width, hidden)
-        self.out_layer = nn.Linear(hidden, hidden)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.out_layer(F.silu(self.in_layer(x)))
-
-
-class Stream(nn.Module):
-    """One stream (picture or text) of a double block: its own weights, a common attention."""
-
-    def __init__(self, config: FluxConfig) -> None:
-        super().__init__()
-        hidden, head = config.hidden, config.hidden // config.heads
-        self.heads = config.heads
-        self.modulation = nn.Linear(hidden, 6 * hidden)
-        self.qkv = nn.Linear(hidden, 3 * hidden)
-        self.q_norm = RMSNorm(head)
-        self.k_norm = RMSNorm(head)
-        self.proj = nn.Linear(hidden, hidden)
-        self.mlp = nn.Sequential(
-            nn.Linear(hidden, config.mlp), nn.GELU(approximate="tanh"), nn.Linear(config.mlp, hidden)
-        )
-
-    def attention_inputs(self, x: Tensor, shift: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        q, k, v = split_heads(self.qkv(modulated(x, shift, scale)), self.heads)
-        return self.q_norm(q), self.k_norm(k), v
-
-    def update(self, x: Tensor, attention: Tensor, modulation: Sequence[Tensor]) -> Tensor:
-        _, _, gate1, shift2, scale2, gate2 = modulation
-        x = x + gate1 * self.proj(attention)
-        return x + gate2 * self.mlp(modulated(x, shift2, scale2))
-
-
 class DoubleBlock(nn.Module):
     """Picture and text attend together; each has its own projections, MLP and modulation."""
 
     def __init__(self, config: FluxConfig) -> None:
         super().__init__()
-        self.image = Stream(config)
-        self.text = Stream(config)
+        self.image = Stream(config.hidden, config.heads, config.mlp)
+        self.text = Stream(config.hidden, config.heads, config.mlp)
         self.attention = Attention()
 
     def modulate(self, vec: Tensor) -> tuple[Tensor, Tensor]:
         """SiLU of the conditioning vector `[B, T, hidden]` -> modulation of picture and text, `[B, T, 6 * hidden]`."""
-        return self.image.modulation(vec), self.text.modulation(vec)
+        return self.image.modulate(vec), self.text.modulate(vec)
 
     def forward(
         self, image: Tensor, text: Tensor, rope: Tensor, image_modulation: Tensor, text_modulation: Tensor
@@ -220,22 +181,6 @@ class SingleBlock(nn.Module):
         return x + gate * self.linear2(torch.cat([attention, self.mlp_act(mlp)], dim=-1))
 
 
-class FinalLayer(nn.Module):
-    """Modulated norm and a projection to the velocity of each patch."""
-
-    def __init__(self, hidden: int, out_channels: int) -> None:
-        super().__init__()
-        self.modulation = nn.Linear(hidden, 2 * hidden)
-        self.linear = nn.Linear(hidden, out_channels)
-
-    def modulate(self, vec: Tensor) -> Tensor:
-        """SiLU of the conditioning vector `[B, T, hidden]` -> shift, scale `[B, T, 2 * hidden]`."""
-        return self.modulation(vec)  # diffusers stores scale, shift: the key map swaps the halves
-
-    def forward(self, x: Tensor, modulation: Tensor) -> Tensor:
-        return self.linear(modulated(x, *modulation.chunk(2, dim=-1)))
-
-
 @dataclass(frozen=True)
 class FluxRun:
     """What stays the same over the steps of a picture, by `Flux.prepare`; valid while the weights are."""
@@ -245,6 +190,11 @@ class FluxRun:
     double: tuple[tuple[Tensor, Tensor], ...]  # of each block: picture and text modulation [B, T, 6 * hidden]
     single: tuple[Tensor, ...]  # [B, T, 3 * hidden]
     final: Tensor  # [B, T, 2 * hidden]
+
+    def rows(self, rows: slice) -> "FluxRun":
+        """The run of some rows of the batch; views, nothing is copied."""
+        double = tuple((image[rows], text[rows]) for image, text in self.double)
+        return FluxRun(self.text[rows], self.rope, double, tuple(m[rows] for m in self.single), self.final[rows])
 
 
 class Flux(nn.Module):

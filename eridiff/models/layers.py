@@ -1,9 +1,10 @@
 """The parts that several networks share.
 
-Letters: B batch, L tokens, H heads, D features of one head, C channels.
+Letters: B batch, L tokens, H heads, D features of one head, T steps of a run.
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -48,3 +49,81 @@ class Attention(nn.Module):
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """`[B, H, L, D]` each -> `[B, L, H * D]`, scores scaled by `D ** -0.5`, no mask."""
         return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+
+def modulated(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """Layer norm without affine (eps 1e-6), then `(1 + scale) * x + shift`: `[B, L, D]` and `[B, 1, D]`."""
+    return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=1e-6), 1 + scale)
+
+
+def split_heads(qkv: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """`[B, L, 3 * H * D]`, all of q, then k, then v -> three `[B, H, L, D]`."""
+    q, k, v = qkv.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)
+    return q, k, v
+
+
+class VectorMLP(nn.Module):
+    """Linear, SiLU, Linear: how time, guidance and the pooled prompt enter."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.in_layer = nn.Linear(width, hidden)
+        self.out_layer = nn.Linear(hidden, hidden)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out_layer(F.silu(self.in_layer(x)))
+
+
+class StreamInput(nn.Module):
+    """What one stream of tokens (picture or text) brings to a joint attention: queries, keys and values."""
+
+    def __init__(self, hidden: int, heads: int, qk_norm: bool = True) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(hidden, 3 * hidden)
+        self.q_norm = RMSNorm(hidden // heads) if qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(hidden // heads) if qk_norm else nn.Identity()
+
+    def attention_inputs(self, x: Tensor, shift: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """`[B, L, hidden]` -> q, k, v `[B, H, L, D]`."""
+        q, k, v = split_heads(self.qkv(modulated(x, shift, scale)), self.heads)
+        return self.q_norm(q), self.k_norm(k), v
+
+
+class Stream(StreamInput):
+    """One stream of a double block (Esser et al. 2024): its own weights and modulation around the joint attention.
+
+    `chunks` vectors of modulation: shift, scale and gate of the attention, then of the MLP.
+    """
+
+    def __init__(self, hidden: int, heads: int, mlp: int, qk_norm: bool = True, chunks: int = 6) -> None:
+        super().__init__(hidden, heads, qk_norm)
+        self.modulation = nn.Linear(hidden, chunks * hidden)
+        self.proj = nn.Linear(hidden, hidden)
+        self.mlp = nn.Sequential(nn.Linear(hidden, mlp), nn.GELU(approximate="tanh"), nn.Linear(mlp, hidden))
+
+    def modulate(self, vec: Tensor) -> Tensor:
+        """SiLU of the conditioning vector `[B, T, hidden]` -> `[B, T, chunks * hidden]`."""
+        return self.modulation(vec)
+
+    def update(self, x: Tensor, attention: Tensor, modulation: Sequence[Tensor]) -> Tensor:
+        """The stream `[B, L, hidden]` after its part of the joint attention `[B, L, hidden]` and its MLP."""
+        _, _, gate1, shift2, scale2, gate2 = modulation
+        x = x + gate1 * self.proj(attention)
+        return x + gate2 * self.mlp(modulated(x, shift2, scale2))
+
+
+class FinalLayer(nn.Module):
+    """Modulated norm and a projection to the output of each patch."""
+
+    def __init__(self, hidden: int, out_channels: int) -> None:
+        super().__init__()
+        self.modulation = nn.Linear(hidden, 2 * hidden)
+        self.linear = nn.Linear(hidden, out_channels)
+
+    def modulate(self, vec: Tensor) -> Tensor:
+        """SiLU of the conditioning vector `[B, T, hidden]` -> shift, scale `[B, T, 2 * hidden]`."""
+        return self.modulation(vec)  # diffusers stores scale, shift: the key maps swap the halves
+
+    def forward(self, x: Tensor, modulation: Tensor) -> Tensor:
+        return self.linear(modulated(x, *modulation.chunk(2, dim=-1)))

@@ -1,6 +1,7 @@
 """Tables of rectified flow: alpha = 1 - sigma, the network is told sigma.
 
-Sources: `sampling.py` of black-forest-labs/flux; Esser et al. 2024, section 5.3.2 (the shift by resolution).
+Sources: `sampling.py` of black-forest-labs/flux; `sd3_impls.py` of Stability-AI/sd3.5; Esser et al. 2024, section 5.3.2
+(the shift by resolution).
 """
 
 import math
@@ -12,14 +13,21 @@ from eridiff.errors import ConfigError
 from eridiff.schedulers import Schedule
 
 
-def shifted(sigmas: Tensor, mu: float) -> Tensor:
-    """`e^mu / (e^mu + 1 / sigma - 1)`, written so that 0 stays 0; float64 in, float64 out, sigmas in [0, 1]."""
-    return math.exp(mu) * sigmas / (1 + (math.exp(mu) - 1) * sigmas)
+def shifted(sigmas: Tensor, shift: float) -> Tensor:
+    """`shift * sigma / (1 + (shift - 1) * sigma)`: 0 and 1 stay, a shift above 1 moves the rest towards the noise."""
+    return shift * sigmas / (1 + (shift - 1) * sigmas)
 
 
 def flux_mu(tokens: int) -> float:
-    """Flux's shift for a picture of `tokens` tokens: the line through 0.5 at 256 and 1.15 at 4096, not clamped."""
+    """Flux's shift for a picture of `tokens` tokens, as e^mu: the line through 0.5 at 256 and 1.15 at 4096, not clamped."""
     return 0.5 + (1.15 - 0.5) / (4096 - 256) * (tokens - 256)
+
+
+def even_sigmas(steps: int) -> Tensor:
+    """`[steps + 1]` float64, evenly spaced from 1 to 0; ConfigError for fewer than one step."""
+    if steps < 1:
+        raise ConfigError(f"a run needs at least one step, not {steps}")
+    return torch.linspace(1, 0, steps + 1, dtype=torch.float64)
 
 
 def flux_schedule(steps: int, tokens: int, shift: bool = True) -> Schedule:
@@ -27,13 +35,43 @@ def flux_schedule(steps: int, tokens: int, shift: bool = True) -> Schedule:
 
     Raises ConfigError for fewer than one step.
     """
-    if steps < 1:
-        raise ConfigError(f"a run needs at least one step, not {steps}")
-    sigmas = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
-    return flow_schedule(shifted(sigmas, flux_mu(tokens)) if shift else sigmas)
+    sigmas = even_sigmas(steps)
+    return flow_schedule(shifted(sigmas, math.exp(flux_mu(tokens))) if shift else sigmas)
+
+
+def sd3_sigmas(steps: int, shift: float) -> Tensor:
+    """The original's table of SD 3 `[steps + 1]`, in float64 (there float32, off by 1.3e-7).
+
+    The steps are spaced evenly between the shifted ends of the training's times, 1 and 1 / 1000, and then shifted: the low
+    end is shifted twice, so with shift 3 the last step always begins at 0.00893.
+    """
+    even_sigmas(steps)
+    low = float(shifted(torch.tensor(0.001, dtype=torch.float64), shift))
+    sigmas = shifted(torch.linspace(1, low, steps, dtype=torch.float64), shift)
+    return torch.cat([sigmas, sigmas.new_zeros(1)])
+
+
+def diffusers_sigmas(steps: int, shift: float) -> Tensor:
+    """The table of diffusers' FlowMatchEulerDiscreteScheduler `[steps + 1]`: SD 3's original with its float32 roundings."""
+    even_sigmas(steps)
+    lowest = shifted(torch.tensor(1 / 1000), shift)  # of a float32 table of the training's times
+    evenly = torch.linspace(1, float(lowest), steps, dtype=torch.float64)
+    sigmas = shifted(evenly, shift).float().double()
+    return torch.cat([sigmas, sigmas.new_zeros(1)])
+
+
+def candle_sigmas(steps: int, shift: float) -> Tensor:
+    """candle's table for SD 3 `[steps + 1]`: evenly spaced from 1 to 0, shifted once."""
+    return shifted(even_sigmas(steps), shift)
 
 
 def flow_schedule(sigmas: Tensor) -> Schedule:
-    """The schedule through the given sigmas `[steps + 1]`, falling and in [0, 1]; they become float64."""
+    """The schedule through the given sigmas `[steps + 1]`, which become float64.
+
+    Raises ConfigError unless they fall strictly, from at most 1 to at least 0.
+    """
     sigmas = sigmas.double()
+    falling = bool((sigmas.diff() < 0).all())
+    if sigmas.ndim != 1 or len(sigmas) < 2 or not falling or sigmas[0] > 1 or sigmas[-1] < 0:
+        raise ConfigError(f"sigmas must be at least two numbers that fall, from at most 1 to 0, not {sigmas.tolist()}")
     return Schedule(1 - sigmas, sigmas, sigmas[:-1], torch.ones_like(sigmas[:-1]), "velocity")

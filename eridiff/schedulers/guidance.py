@@ -1,8 +1,73 @@
-"""How to steer: functions on raw network outputs."""
+"""How to steer: functions on raw network outputs, and when they are used."""
 
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from typing import Any
+
+import torch
 from torch import Tensor
+
+from eridiff.schedulers.samplers import Predict
+
+Ask = Callable[[Tensor, Any, int, Collection[int]], Tensor]  # latents, run, point, blocks to skip -> raw output
+
+
+@dataclass(frozen=True)
+class SkipLayers:
+    """Skip-layer guidance: away from what the network draws without some of its blocks.
+
+    It acts after the share `start` and before the share `end` of the steps, both excluded, counted from the first that is
+    run (`SkipLayerCFGDenoiser` of Stability-AI/sd3.5).
+    """
+
+    blocks: tuple[int, ...]
+    scale: float
+    start: float
+    end: float
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """How much a run is steered, and when; the defaults do not steer."""
+
+    cfg_scale: float = 1.0
+    cfg_rescale: float = 0.0  # share of the result whose deviation is put back to the positive output's
+    cfg_interval: tuple[float, float] = (0.0, 1.0)  # shares of the schedule: the first step that is steered, the end
+    skip_layers: SkipLayers | None = None
 
 
 def classifier_free(positive: Tensor, negative: Tensor, scale: float) -> Tensor:
     """`negative + scale * (positive - negative)` (Ho and Salimans 2022); all of one shape, scale 1 is `positive`."""
     return negative + scale * (positive - negative)
+
+
+def rescaled(guided: Tensor, positive: Tensor, share: float) -> Tensor:
+    """`guided` with its deviation moved towards `positive`'s, row by row (Lin et al. 2023, section 3.4); share in [0, 1]."""
+    dimensions = tuple(range(1, guided.ndim))
+    ratio = positive.std(dimensions, keepdim=True) / guided.std(dimensions, keepdim=True)
+    return guided * (share * ratio + 1 - share)
+
+
+def guided(ask: Ask, run: Any, guidance: Guidance, batch: int, steps: int, first: int = 0) -> Predict:
+    """The network as a sampler asks it: one batch of positive and negative prompts where it is steered, else half of it.
+
+    `run` holds the rows of the positive prompts, `batch` of them, then, if `guidance.cfg_scale` is not 1, the negative
+    ones. The interval restricts guidance to a part of the `steps` of the schedule (Kynkäänniemi et al. 2024); a run that
+    begins later, at `first`, counts skip-layer guidance from there.
+    """
+    steered, skip = guidance.cfg_scale != 1, guidance.skip_layers
+    positive_run = run.rows(slice(0, batch)) if steered else run
+
+    def predict(x: Tensor, i: int) -> Tensor:
+        if steered and guidance.cfg_interval[0] <= i / steps < guidance.cfg_interval[1]:
+            positive, negative = ask(torch.cat([x, x]), run, i, ()).chunk(2)
+            output = classifier_free(positive, negative, guidance.cfg_scale)
+            if guidance.cfg_rescale:
+                output = rescaled(output, positive, guidance.cfg_rescale)
+        else:
+            output = positive = ask(x, positive_run, i, ())
+        if skip and skip.start * steps < i - first < skip.end * steps:
+            output = output + skip.scale * (positive - ask(x, positive_run, i, skip.blocks))
+        return output
+
+    return predict

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from eridiff.errors import CheckpointError, ConfigError
-from eridiff.text.tokenizers import token_ids
+from eridiff.text.tokenizers import token_ids, token_windows
 from eridiff.weights.detect import Component
 from eridiff.weights.load import read_state
 
@@ -40,19 +40,38 @@ class ClipEncoder:
     def length(self) -> int:
         return int(self.module.config.max_position_embeddings)
 
-    def tokenize(self, prompts: Sequence[str]) -> Tensor:
-        """`[B, length]` int64."""
-        rows = [token_ids(self.tokenizer, prompt, self.length, self.pad, self.name) for prompt in prompts]
+    def tokenize(self, prompts: Sequence[str], *, windows: int = 1, whole_words: bool = False) -> Tensor:
+        """`[B, length * windows]` int64: one window with what fits, or as many as are asked for, the last ones empty.
+
+        `whole_words` ends a single window before a short word that does not fit.
+        """
+        if windows == 1:
+            rows = [token_ids(self.tokenizer, p, self.length, self.pad, self.name, whole_words) for p in prompts]
+        else:
+            rows = [token_windows(self.tokenizer, p, self.length, self.pad, windows) for p in prompts]
         return torch.tensor(rows)
+
+    def windows_needed(self, prompts: Sequence[str]) -> int:
+        """How many windows the longest prompt fills."""
+        return max(len(token_windows(self.tokenizer, p, self.length, self.pad)) // self.length for p in prompts)
 
     @torch.no_grad()
     def __call__(self, ids: Tensor) -> ClipFeatures:
-        """ids `[B, T]`; no mask: padding is seen only through causality, as when the networks were trained."""
+        """ids `[B, T]`; no mask: padding is seen only through causality, as when the networks were trained.
+
+        Several windows are encoded each for itself and joined; the pooled state is the first one's.
+        """
         ids = ids.to(self.module.get_input_embeddings().weight.device)
-        output = self.module(input_ids=ids, output_hidden_states=True)
-        first_end = (ids == self.end).int().argmax(dim=1)  # 0 where there is none
-        pooled = output.last_hidden_state[torch.arange(len(ids), device=ids.device), first_end]
-        return ClipFeatures(output.hidden_states, output.last_hidden_state, pooled, self.module.text_projection(pooled))
+        windows = ids.unflatten(1, (-1, min(ids.shape[1], self.length)))  # B W T
+        output = self.module(input_ids=windows.flatten(0, 1), output_hidden_states=True)
+
+        def in_rows(states: Tensor) -> Tensor:
+            return states.unflatten(0, windows.shape[:2]).flatten(1, 2)
+
+        hidden, last = tuple(map(in_rows, output.hidden_states)), in_rows(output.last_hidden_state)
+        first_end = (windows[:, 0] == self.end).int().argmax(dim=1)  # 0 where there is none
+        pooled = last[torch.arange(len(ids), device=ids.device), first_end]
+        return ClipFeatures(hidden, last, pooled, self.module.text_projection(pooled))
 
 
 class T5Encoder:
@@ -63,9 +82,13 @@ class T5Encoder:
         _check_size("T5", tokenizer, module.config.vocab_size)
         self.module, self.tokenizer, self.length = module, tokenizer, length
 
-    def tokenize(self, prompts: Sequence[str]) -> Tensor:
-        """`[B, length]` int64, padded with 0."""
-        return torch.tensor([token_ids(self.tokenizer, prompt, self.length, 0, "T5") for prompt in prompts])
+    def tokenize(self, prompts: Sequence[str], shortest: int | None = None) -> Tensor:
+        """`[B, length]` int64, padded with 0; with `shortest` as many as the longest prompt needs, at least so many."""
+        ids = torch.tensor([token_ids(self.tokenizer, prompt, self.length, 0, "T5") for prompt in prompts])
+        if shortest is None:
+            return ids
+        needed = int((ids != 0).sum(dim=1).max())
+        return ids[:, : max(shortest, needed)]
 
     @torch.no_grad()
     def __call__(self, ids: Tensor) -> Tensor:
@@ -80,7 +103,7 @@ def build_encoder(
     device: torch.device | str = "cpu",
     progress: bool = True,
 ) -> Any:
-    """The transformers module of a clip or t5 component, filled; in evaluation mode, without gradients.
+    """The transformers module of a clip, clip_g or t5 component, filled; in evaluation mode, without gradients.
 
     Raises CheckpointError, with the names, for anything missing, unknown or misshapen.
     """
@@ -109,7 +132,7 @@ def empty_encoder(component: Component) -> Any:
     ends = {"bos_token_id": 0, "eos_token_id": 1}  # unused: pooling asks the tokenizer
     try:
         with torch.device("meta"):
-            if component.network == "clip":
+            if component.network in ("clip", "clip_g"):
                 return CLIPTextModelWithProjection(CLIPTextConfig(**component.config, **ends))
             return T5EncoderModel(T5Config(**component.config, feed_forward_proj="gated-gelu"))
     except Exception as error:  # transformers validates by an error of its own

@@ -176,21 +176,39 @@ def _cached_t5() -> Path | None:
     return None
 
 
-def token_ids(tokenizer: Any, prompt: str, length: int, pad: int, name: str) -> list[int]:
+def token_ids(tokenizer: Any, prompt: str, length: int, pad: int, name: str, whole_words: bool = False) -> list[int]:
     """Exactly `length` ids; a longer prompt keeps its first tokens and the end, and a warning names the words cut.
 
-    `name` is the encoder's, for the warning.
+    `name` is the encoder's, for the warning. `whole_words` keeps a word of fewer than 8 tokens whole or leaves it out, as
+    the original of SD 3 does.
     """
     encoded = tokenizer(prompt, truncation=False, padding=False, return_offsets_mapping=True, verbose=False)
     ids: list[int] = list(encoded["input_ids"])
     if len(ids) > length:
-        start = encoded["offset_mapping"][length - 1][0]
-        begin = prompt.rfind(" ", 0, start + 1) + 1  # of the word in which the cut falls
+        starts = [begin for begin, _ in encoded["offset_mapping"]]
+        kept = length - 1
+        if whole_words:
+            words = [len(prompt[: start + 1].split()) for start in starts]  # the word in which each token begins
+            first = words.index(words[kept], 1)
+            kept = first if words[1:-1].count(words[kept]) < 8 and first > 1 else kept
+        begin = prompt.rfind(" ", 0, starts[kept] + 1) + 1  # of the word in which the cut falls
         log.warning(
             "%s takes %d tokens, the prompt has %d: cut from %r on", name, length, len(ids), prompt[begin:].strip()
         )
-        ids = [*ids[: length - 1], ids[-1]]
+        ids = [*ids[:kept], ids[-1]]
     return ids + [pad] * (length - len(ids))
+
+
+def token_windows(tokenizer: Any, prompt: str, length: int, pad: int, windows: int = 1) -> list[int]:
+    """The whole prompt in windows of `length` ids, one after the other: begin, a piece, end, padding.
+
+    At least as many as asked for; the last ones are then empty.
+    """
+    first, *inner, last = tokenizer(prompt, truncation=False, padding=False, verbose=False)["input_ids"]
+    size = length - 2
+    pieces = [inner[i : i + size] for i in range(0, max(len(inner), windows * size, 1), size)]
+    rows = [[first, *piece, last] + [pad] * (size - len(piece)) for piece in pieces]
+    return [token for row in rows for token in row]
 
 
 def _line(error: BaseException) -> str:

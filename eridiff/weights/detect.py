@@ -1,7 +1,9 @@
 """What is in a checkpoint: family, layout, prefix and configuration, from names first, then shapes, then metadata."""
 
 import json
+import math
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from difflib import get_close_matches
@@ -11,6 +13,7 @@ from eridiff.errors import CheckpointError, ConfigError
 from eridiff.models.autoencoder import PRESETS as AUTOENCODER_PRESETS
 from eridiff.models.autoencoder import AutoencoderConfig
 from eridiff.models.flux import FluxConfig
+from eridiff.models.mmdit import MMDiTConfig
 from eridiff.weights.header import Checkpoint
 from eridiff.weights.keymap import Layout, Shape, key_map
 
@@ -21,11 +24,11 @@ ShapeOf = Callable[[str], Shape | None]
 class Component:
     """One network inside a checkpoint."""
 
-    network: str  # flux, vae, clip or t5
+    network: str  # flux, mmdit, vae, clip, clip_g or t5
     layout: Layout
     prefix: str
     checkpoint: Checkpoint
-    config: Any  # FluxConfig, AutoencoderConfig, or for a text encoder a dict of transformers' names
+    config: Any  # FluxConfig, MMDiTConfig, AutoencoderConfig, or for a text encoder a dict of transformers' names
     old: bool = False  # names of older writers
     notices: tuple[str, ...] = ()
     keys: frozenset[str] = field(default=frozenset())  # of the file, this component's, prefix removed
@@ -68,10 +71,6 @@ REFUSED = [
     ),
     (r"motion_modules\.", "an AnimateDiff module, which is not supported"),
     (r"string_to_param|^emb_params$", "a textual inversion, not a model"),
-    (
-        r"joint_blocks\.0\.|pos_embed\.proj|transformer_blocks\.0\.attn\.add_q_proj\.",
-        "Stable Diffusion 3, which this version does not load yet",
-    ),
 ]
 
 
@@ -91,38 +90,51 @@ def detect(checkpoint: Checkpoint) -> list[Component]:
     return components
 
 
-def component_of(checkpoint: Checkpoint, network: str) -> Component:
-    """The one component of a kind; CheckpointError that says what the file holds instead."""
+def component_of(checkpoint: Checkpoint, *networks: str) -> Component:
+    """The one component of a kind (or of the first kind that is there); CheckpointError says what is there instead."""
     found = detect(checkpoint)
     for component in found:
-        if component.network == network:
+        if component.network in networks:
             return component
     held = ", ".join(DESCRIPTIONS[component.network] for component in found)
-    raise CheckpointError(f"{checkpoint.path} holds {held}, not {DESCRIPTIONS[network]}; give it under its own option")
+    wanted = " or ".join(DESCRIPTIONS[network] for network in networks)
+    raise CheckpointError(f"{checkpoint.path} holds {held}, not {wanted}; give it under its own option")
 
 
-def _candidates(network: str, checkpoint: Checkpoint, names: set[str]) -> list[Component]:
-    signature, configure = FAMILIES[network]
+def _candidates(family: str, checkpoint: Checkpoint, names: set[str]) -> list[Component]:
+    signature, configure = FAMILIES[family]
     found = []
-    for layout in key_map(network).layouts.values():
+    for layout in key_map(family).layouts.values():
         for prefix in layout.prefixes:
             for old in (False, True):
                 shape_of = _shapes(layout, prefix, checkpoint, old)
                 if all(shape_of(native) for native in signature):
                     found.append((layout, prefix, shape_of, old))
     found = [item for i, item in enumerate(found) if not any(item[:2] == other[:2] for other in found[:i])]
-    if len(found) > 1:
-        places = " and ".join(f"'{prefix}' ({layout.name})" for layout, prefix, *_ in found)
-        raise CheckpointError(f"{checkpoint.path} holds {DESCRIPTIONS[network]} twice, under the prefixes {places}")
     result = []
     for layout, prefix, shape_of, old in found:
         try:
             config = configure(shape_of, checkpoint)
         except (IndexError, ZeroDivisionError, TypeError, ValueError) as error:  # too few dimensions, or of size 0
-            what = f"{checkpoint.path} has the names of {DESCRIPTIONS[network]} and shapes of none"
+            what = f"{checkpoint.path} has the names of {DESCRIPTIONS[family]} and shapes of none"
             raise CheckpointError(f"{what} ({error}); download it again") from None
+        network = _clip_kind(layout, prefix, config, checkpoint) if family == "clip" else family
         result.append(Component(network, layout, prefix, checkpoint, _declared(network, config, checkpoint), old))
+    for network, count in Counter(c.network for c in result).items():
+        if count > 1:
+            places = " and ".join(f"'{c.prefix}' ({c.layout.name})" for c in result if c.network == network)
+            raise CheckpointError(f"{checkpoint.path} holds {DESCRIPTIONS[network]} twice, under the prefixes {places}")
     return result
+
+
+def _clip_kind(layout: Layout, prefix: str, config: Mapping[str, Any], checkpoint: Checkpoint) -> str:
+    """clip (OpenAI's CLIP-L) or clip_g (OpenCLIP's bigG): by place and names, by what the file says, by depth."""
+    if layout.name == "openclip" or "clip_g" in prefix:
+        return "clip_g"
+    if prefix:
+        return "clip"
+    declared = '"clip_g"' in checkpoint.metadata.get("eridiff.config", "")
+    return "clip_g" if declared or config["num_hidden_layers"] > 24 else "clip"  # 12 and 32
 
 
 def _shapes(layout: Layout, prefix: str, checkpoint: Checkpoint, old: bool) -> ShapeOf:
@@ -143,12 +155,19 @@ def _count(shape_of: ShapeOf, *patterns: str) -> int:
     return max((i + 1 for i in range(200) for pattern in patterns if shape_of(pattern.format(i))), default=0)
 
 
+def _needed(shape_of: ShapeOf, checkpoint: Checkpoint, family: str, name: str, dimensions: int = 2) -> Shape:
+    found = shape_of(name)
+    if found is None or len(found) != dimensions:
+        raise CheckpointError(
+            f"{checkpoint.path} looks like {DESCRIPTIONS[family].removeprefix('a ')} but has no {dimensions}-dimensional "
+            f"tensor for {name}; it is incomplete"
+        )
+    return found
+
+
 def _flux_config(shape_of: ShapeOf, checkpoint: Checkpoint) -> FluxConfig:
     def shape(name: str) -> Shape:
-        found = shape_of(name)
-        if found is None or len(found) != 2:
-            raise CheckpointError(f"{checkpoint.path} looks like Flux but has no matrix for {name}; it is incomplete")
-        return found
+        return _needed(shape_of, checkpoint, "flux", name)
 
     hidden, in_channels = shape("image_in.weight")
     head = (shape_of("double_blocks.0.image.k_norm.weight") or (128,))[0]
@@ -168,23 +187,61 @@ def _flux_config(shape_of: ShapeOf, checkpoint: Checkpoint) -> FluxConfig:
         rope_axes=tuple(axes),
         guidance=shape_of("guidance_in.in_layer.weight") is not None,
     )
-    _agree(found, checkpoint)
+    stated = {
+        "in_channels": found.in_channels,
+        "num_layers": found.double_depth,
+        "num_single_layers": found.single_depth,
+        "num_attention_heads": found.heads,
+        "attention_head_dim": found.hidden // found.heads,
+        "joint_attention_dim": found.text_width,
+        "pooled_projection_dim": found.pooled_width,
+        "guidance_embeds": found.guidance,
+    }
+    _agree(stated, checkpoint)
     return found
 
 
-def _agree(config: FluxConfig, checkpoint: Checkpoint) -> None:
-    """Raises ConfigError where a folder's config.json says other sizes than the tensors have."""
-    ours = {
-        "in_channels": config.in_channels,
-        "num_layers": config.double_depth,
-        "num_single_layers": config.single_depth,
-        "num_attention_heads": config.heads,
-        "attention_head_dim": config.hidden // config.heads,
-        "joint_attention_dim": config.text_width,
-        "pooled_projection_dim": config.pooled_width,
-        "guidance_embeds": config.guidance,
+def _mmdit_config(shape_of: ShapeOf, checkpoint: Checkpoint) -> MMDiTConfig:
+    def shape(name: str, dimensions: int = 2) -> Shape:
+        return _needed(shape_of, checkpoint, "mmdit", name, dimensions)
+
+    hidden, in_channels, *_ = shape("image_in.weight", 4)
+    positions = shape("positions.table", 3)[1]
+    side = math.isqrt(positions)
+    if side * side != positions:
+        raise CheckpointError(f"{checkpoint.path}: its table of {positions} positions is no square; download it again")
+    depth = _count(shape_of, "joint_blocks.{}.image.qkv.weight", "joint_blocks.{}.text.qkv.weight")
+    found = MMDiTConfig(
+        in_channels=in_channels,
+        out_channels=shape("final.linear.weight")[0] // 4,
+        pooled_width=shape("pooled_in.in_layer.weight")[1],
+        text_width=shape("text_in.weight")[1],
+        hidden=hidden,
+        heads=hidden // 64,  # 64 wide in every published one
+        mlp_ratio=shape("joint_blocks.0.image.mlp.0.weight")[0] / hidden,
+        depth=depth,
+        table_side=side,
+        qk_norm=shape_of("joint_blocks.0.text.k_norm.weight") is not None,
+        dual_blocks=tuple(i for i in range(depth) if shape_of(f"joint_blocks.{i}.image.qkv2.weight")),
+    )
+    stated = {
+        "in_channels": found.in_channels,
+        "num_layers": found.depth,
+        "num_attention_heads": found.heads,
+        "attention_head_dim": 64,
+        "joint_attention_dim": found.text_width,
+        "pooled_projection_dim": found.pooled_width,
+        "caption_projection_dim": found.hidden,
+        "pos_embed_max_size": found.table_side,
+        "dual_attention_layers": list(found.dual_blocks),
     }
-    for key, value in ours.items():
+    _agree(stated, checkpoint)
+    return found
+
+
+def _agree(found: Mapping[str, Any], checkpoint: Checkpoint) -> None:
+    """Raises ConfigError where a folder's config.json says other sizes than the tensors have."""
+    for key, value in found.items():
         if key in checkpoint.config and checkpoint.config[key] != value:
             raise ConfigError(
                 f"{checkpoint.path}: config.json says {key} {checkpoint.config[key]!r}, the tensors say {value}; "
@@ -305,6 +362,7 @@ def _nearest_signature(names: list[str]) -> str:
 
 FAMILIES: dict[str, tuple[tuple[str, ...], Callable[[ShapeOf, Checkpoint], Any]]] = {
     "flux": (("double_blocks.0.image.k_norm.weight", "image_in.weight"), _flux_config),
+    "mmdit": (("joint_blocks.0.text.qkv.weight", "positions.table"), _mmdit_config),
     "vae": (("encoder.conv_in.weight", "encoder.middle.attention.q.weight"), _autoencoder_config),
     "clip": (
         ("text_model.embeddings.token_embedding.weight", "text_model.encoder.layers.0.mlp.fc1.weight"),
@@ -312,4 +370,7 @@ FAMILIES: dict[str, tuple[tuple[str, ...], Callable[[ShapeOf, Checkpoint], Any]]
     ),
     "t5": (("shared.weight", "encoder.block.0.layer.1.DenseReluDense.wi_0.weight"), _t5_config),
 }
-DESCRIPTIONS = {"flux": "a Flux", "vae": "an autoencoder", "clip": "a CLIP text encoder", "t5": "a T5 text encoder"}
+DESCRIPTIONS = {
+    "flux": "a Flux", "mmdit": "a Stable Diffusion 3", "vae": "an autoencoder", "clip": "a CLIP text encoder",
+    "clip_g": "a CLIP-G text encoder", "t5": "a T5 text encoder",
+}  # fmt: skip

@@ -4,7 +4,7 @@ import logging
 import math
 import os
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from difflib import get_close_matches
 from typing import Any
 
@@ -15,12 +15,13 @@ from tqdm import tqdm
 from eridiff.errors import CheckpointError
 from eridiff.models.autoencoder import Autoencoder
 from eridiff.models.flux import Flux
+from eridiff.models.mmdit import MMDiT
 from eridiff.weights.detect import Component, detect
 from eridiff.weights.header import open_checkpoint
 from eridiff.weights.keymap import Entry
 
 log = logging.getLogger(__name__)
-NETWORKS: dict[str, Callable[[Any], nn.Module]] = {"flux": Flux, "vae": Autoencoder}
+NETWORKS: dict[str, Callable[[Any], nn.Module]] = {"flux": Flux, "mmdit": MMDiT, "vae": Autoencoder}
 SCALES = (".scale_weight", ".weight_scale")  # of fp8 weights: older and newer ComfyUI
 UNUSED_SCALES = (".scale_input", ".input_scale")  # of activations, for fp8 matrix products
 FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
@@ -50,14 +51,16 @@ def build(
     device: torch.device | str = "cpu",
     progress: bool = True,
 ) -> nn.Module:
-    """The module of a flux or vae component, filled; in evaluation mode, parameters without gradients.
+    """The module of a flux, mmdit or vae component, filled; in evaluation mode, parameters without gradients.
 
-    Tensors of the file's dtype stay memory mapped.
+    Tensors of the file's dtype stay memory mapped. What is no parameter (a table of positions) keeps the file's dtype and
+    stays on the CPU.
     """
     with torch.device("meta"):
         module = NETWORKS[component.network](component.config)
     wanted = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
-    state = read_state(component, wanted, dtype=dtype, device=device, progress=progress)
+    stay = wanted.keys() - dict(module.named_parameters()).keys()
+    state = read_state(component, wanted, stay, dtype=dtype, device=device, progress=progress)
     module.load_state_dict(state, strict=True, assign=True)
     return module.eval().requires_grad_(False)
 
@@ -65,18 +68,22 @@ def build(
 def read_state(
     component: Component,
     wanted: dict[str, tuple[int, ...]],
+    stay: Collection[str] = (),
     *,
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
     progress: bool = True,
 ) -> dict[str, Tensor]:
-    """The tensors of `wanted` (native names and shapes), mapped and converted one by one; `dtype` None is the file's."""
+    """The tensors of `wanted` (native names and shapes), mapped and converted one by one; `dtype` None is the file's.
+
+    Those named in `stay` are neither converted nor moved.
+    """
     state = {}
     entries = plan(component, wanted)
     bar = {"disable": None if progress else True, "leave": False}
     for entry in tqdm(entries, desc=f"loading {component.network}", unit="tensor", **bar):
         tensor = _read(component, entry, wanted[entry.native])
-        state[entry.native] = tensor.to(device=device, dtype=dtype or tensor.dtype)
+        state[entry.native] = tensor if entry.native in stay else tensor.to(device=device, dtype=dtype or tensor.dtype)
     return state
 
 

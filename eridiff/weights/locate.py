@@ -2,47 +2,70 @@
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from eridiff.errors import CheckpointError, ConfigError
+from eridiff.models.autoencoder import AutoencoderConfig
 from eridiff.weights.detect import DESCRIPTIONS, Component, component_of, detect
 from eridiff.weights.header import SHARD_NAME, open_checkpoint, read_json_file
 from eridiff.weights.hub import resolve
 
-PART_NAMES = {"transformer": "flux", "vae": "vae", "clip": "clip", "t5": "t5"}  # of the model section
-SUBFOLDERS = ("transformer", "vae", "text_encoder", "text_encoder_2")  # of a diffusers folder
-TOKENIZER_FOLDERS = {"clip": ("tokenizer", "clip_tokenizer"), "t5": ("tokenizer_2", "t5_tokenizer")}
+DENOISERS = ("flux", "mmdit")
+TEXT_ENCODERS = ("clip", "clip_g", "t5")
+PART_NAMES = {  # of the model section -> the components that it may be
+    "transformer": DENOISERS, "vae": ("vae",), "clip": ("clip",), "clip_g": ("clip_g",), "t5": ("t5",),
+}  # fmt: skip
+PIPELINES = ("Flux", "StableDiffusion3")  # how the class names of readable diffusers folders begin
+SUBFOLDERS = ("transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3")  # of a diffusers folder
+TOKENIZER_FOLDERS = {"clip": ("tokenizer", "clip_tokenizer"), "t5": ("tokenizer_3", "tokenizer_2", "t5_tokenizer")}
 Model = str | os.PathLike[str] | Mapping[str, object]
 
 
 @dataclass(frozen=True)
 class Parts:
-    """The networks of a model by kind (flux, vae, clip, t5) and its tokenizers' files or folders (clip, t5)."""
+    """The networks of a model by kind (flux or mmdit, vae, clip, clip_g, t5) and its tokenizers' files or folders (clip, t5)."""
 
     components: dict[str, Component] = field(default_factory=dict)
     tokenizers: dict[str, Path] = field(default_factory=dict)
 
 
-def locate(model: Model) -> Parts:
+def locate(model: Model | Parts) -> Parts:
     """The parts of a model; headers are read, weights are not.
 
     `model` is a path, a hub id, or a mapping with `path` and the parts that it lacks or that replace its own:
-    transformer, vae, clip, t5, tokenizers (a folder of both, or {clip: PATH, t5: PATH}). Raises CheckpointError for a
+    transformer, vae, clip, clip_g, t5, tokenizers (a folder of both, or {clip: PATH, t5: PATH}). Raises CheckpointError for a
     file that is damaged or holds something else, ConfigError for an unknown part.
     """
+    if isinstance(model, Parts):
+        return model
     if not isinstance(model, Mapping):
-        return _search(resolve(model))
+        return _with_statistics(_search(resolve(model)))
     unknown = sorted(set(model) - {"path", "tokenizers", *PART_NAMES})
     if unknown:
         raise ConfigError(
             f"'{unknown[0]}' is no part of a model; there are path, {', '.join(PART_NAMES)} and tokenizers"
         )
     parts = _search(resolve(_path("path", model["path"]))) if "path" in model else Parts()
-    for name, network in PART_NAMES.items():
+    for name, networks in PART_NAMES.items():
         if name in model:
-            parts.components[network] = component_of(open_checkpoint(resolve(_path(name, model[name]))), network)
-    return Parts(parts.components, parts.tokenizers | _tokenizers(model.get("tokenizers")))
+            found = component_of(open_checkpoint(resolve(_path(name, model[name]))), *networks)
+            kept = {n: c for n, c in parts.components.items() if n not in networks}
+            parts = Parts({found.network: found, **kept}, parts.tokenizers)
+    return _with_statistics(Parts(parts.components, parts.tokenizers | _tokenizers(model.get("tokenizers"))))
+
+
+def _with_statistics(parts: Parts) -> Parts:
+    """The latents' scale and shift are in no single file, and SD 3's autoencoder has the names and shapes of Flux's."""
+    vae = parts.components.get("vae")
+    if vae is None or "mmdit" not in parts.components:
+        return parts
+    said = "scaling_factor" in vae.checkpoint.config or '"vae"' in vae.checkpoint.metadata.get("eridiff.config", "")
+    if said or vae.config.latent_channels != 16:
+        return parts
+    sd3 = AutoencoderConfig.preset("sd3")
+    config = replace(vae.config, scale=sd3.scale, shift=sd3.shift)
+    return Parts({**parts.components, "vae": replace(vae, config=config)}, parts.tokenizers)
 
 
 def _path(name: str, value: object) -> str | os.PathLike[str]:
@@ -69,9 +92,14 @@ def _tokenizers(given: object) -> dict[str, Path]:
 
 
 def _beside(folder: Path) -> dict[str, Path]:
-    return {
-        kind: folder / name for kind, names in TOKENIZER_FOLDERS.items() for name in names if (folder / name).is_dir()
-    }
+    """The tokenizers' folders; tokenizer_2 is T5's in Flux and CLIP-G's, with a merges.txt, in SD 3."""
+    found: dict[str, Path] = {}
+    for kind, names in TOKENIZER_FOLDERS.items():
+        for name in names:
+            clips = kind == "t5" and (folder / name / "merges.txt").exists()
+            if (folder / name).is_dir() and not clips:
+                found.setdefault(kind, folder / name)
+    return found
 
 
 def _search(path: Path) -> Parts:
@@ -79,9 +107,9 @@ def _search(path: Path) -> Parts:
         return Parts({c.network: c for c in detect(open_checkpoint(path))})
     if (path / "model_index.json").exists():
         kind = read_json_file(path / "model_index.json").get("_class_name")
-        if not isinstance(kind, str) or not kind.startswith("Flux"):
+        if not isinstance(kind, str) or not kind.startswith(PIPELINES):
             raise CheckpointError(
-                f"'{path}' is the folder of a {kind or 'pipeline without a name'}, not of Flux, and is not loaded"
+                f"'{path}' is the folder of a {kind or 'pipeline without a name'}, not of Flux or SD 3, and is not loaded"
             )
     places = [path / name for name in SUBFOLDERS if any((path / name).glob("*.safetensors*"))]
     if not places:  # whole files side by side, or the folder of one network

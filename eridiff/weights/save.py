@@ -13,13 +13,15 @@ from safetensors.torch import save_file
 from eridiff.errors import EridiffError
 from eridiff.models.autoencoder import Autoencoder
 from eridiff.models.flux import Flux
+from eridiff.models.mmdit import MMDiT
 from eridiff.weights.detect import Component
 from eridiff.weights.header import Checkpoint
 from eridiff.weights.keymap import key_map
+from eridiff.weights.load import NETWORKS
 
 
 def save_network(
-    module: Flux | Autoencoder,
+    module: Flux | MMDiT | Autoencoder,
     path: str | os.PathLike[str],
     *,
     layout: str = "original",
@@ -30,7 +32,7 @@ def save_network(
 
     The file appears whole or not at all. Raises EridiffError when it cannot be written.
     """
-    network = "flux" if isinstance(module, Flux) else "vae"
+    network = next(name for name, kind in NETWORKS.items() if type(module) is kind)
     found = key_map(network).layouts[layout]
     empty = Checkpoint(Path(path), {}, {}, {})
     sizes = Component(network, found, "", empty, module.config).sizes

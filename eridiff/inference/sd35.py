@@ -1,0 +1,158 @@
+"""Stable Diffusion 3 and 3.5: CLIP-L, CLIP-G and T5 side by side, classifier-free guidance, skip-layer guidance.
+
+Source: `sd3_infer.py`, `sd3_impls.py` and `other_impls.py` of Stability-AI/sd3.5.
+"""
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from eridiff.errors import ConfigError
+from eridiff.inference.base import DiffusionInference, dtype_of, finite_features
+from eridiff.inference.settings import Defaults, Text, spoken
+from eridiff.models.autoencoder import Autoencoder
+from eridiff.models.mmdit import MMDiT, MMDiTConfig, MMDiTRun
+from eridiff.schedulers import Schedule
+from eridiff.schedulers.flow_match import candle_sigmas, diffusers_sigmas, flow_schedule, sd3_sigmas
+from eridiff.schedulers.guidance import SkipLayers
+from eridiff.text import Conditioning
+from eridiff.text.encoders import ClipEncoder, ClipFeatures, T5Encoder
+
+TABLES = {"original": sd3_sigmas, "script": sd3_sigmas, "diffusers": diffusers_sigmas, "candle": candle_sigmas}
+OPTIONS = {  # name of a text option -> what it may be, the default first
+    "t5_padding": ("original", "diffusers"),
+    "without_t5": ("zeros", "none"),
+    "clip_windows": ("first", "all"),
+}
+T5_SHORTEST, T5_LONGEST = 77, 256
+
+
+@dataclass(frozen=True)
+class SD35Defaults(Defaults):
+    """How a published SD 3 is sampled when nothing is said: the numbers of the original's script."""
+
+    steps: int = 50
+    cfg_scale: float = 5.0
+    sampler: str = "dpmpp_2m"
+    shift: float = 3.0
+    script_shift: float = 3.0  # of the schedule "script"
+    skip_layers: SkipLayers | None = None  # published, used when asked for
+
+
+class SD35Inference(DiffusionInference):
+    """Draws with any SD 3: `SD35Inference().load_model("sd3.5_medium/")`, or with modules that are already there."""
+
+    family = "mmdit"
+    needed = ("clip", "clip_g")
+    variants: ClassVar[Mapping[str, SD35Defaults]] = {
+        "sd3-medium": SD35Defaults(script_shift=1.0),
+        "sd3.5-medium": SD35Defaults(skip_layers=SkipLayers((7, 8, 9), scale=2.5, start=0.01, end=0.2)),
+        "sd3.5-large": SD35Defaults(steps=40, cfg_scale=4.5),
+        "sd3.5-large-turbo": SD35Defaults(steps=4, cfg_scale=1.0, sampler="euler"),
+    }
+    network: MMDiT
+
+    def __init__(
+        self,
+        network: MMDiT | None = None,
+        autoencoder: Autoencoder | None = None,
+        clip: ClipEncoder | None = None,
+        clip_g: ClipEncoder | None = None,
+        t5: T5Encoder | None = None,
+        *,
+        t5_padding: str = "original",
+        without_t5: str = "zeros",
+        clip_windows: str = "first",
+        **options: Any,
+    ) -> None:
+        """Modules are used as they are; the encoders may be absent when conditionings are handed in.
+
+        t5_padding: "original" gives T5 as many tokens as the longest prompt needs, from 77 to 256, "diffusers" always 256.
+        without_t5: where no T5 is loaded, "zeros" in as many rows, or "none". clip_windows: of a prompt beyond CLIP's 77
+        tokens the "first" window, as the original, or "all", each 77 rows. Other options are DiffusionInference's: variant
+        (sd3-medium, sd3.5-medium, sd3.5-large, sd3.5-large-turbo), device, dtype, offload, progress.
+        """
+        given = {"t5_padding": t5_padding, "without_t5": without_t5, "clip_windows": clip_windows}
+        for name, value in given.items():
+            if value not in OPTIONS[name]:
+                raise ConfigError(f"{name} must be {' or '.join(OPTIONS[name])}, not '{value}'")
+        super().__init__(network, autoencoder, **options)
+        self.clip, self.clip_g, self.t5 = clip, clip_g, t5
+        self.t5_padding, self.without_t5, self.clip_windows = t5_padding, without_t5, clip_windows
+
+    @staticmethod
+    def possible_variants(config: MMDiTConfig) -> list[str]:
+        if not config.qk_norm:
+            return ["sd3-medium"]
+        return ["sd3.5-medium"] if config.dual_blocks else ["sd3.5-large", "sd3.5-large-turbo"]
+
+    @staticmethod
+    def text_widths(configs: Mapping[str, Mapping[str, Any]]) -> tuple[int, int]:
+        clip, clip_g = configs["clip"], configs["clip_g"]
+        width = configs["t5"]["d_model"] if "t5" in configs else 4096
+        return width, clip["hidden_size"] + clip_g["projection_dim"]
+
+    def set_encoders(self, modules: Mapping[str, nn.Module], tokenizers: Mapping[str, Any]) -> None:
+        self.clip = ClipEncoder(modules["clip"], tokenizers["clip"])
+        self.clip_g = ClipEncoder(modules["clip_g"], tokenizers["clip_g"], pad=0, name="CLIP-G")
+        self.t5 = T5Encoder(modules["t5"], tokenizers["t5"], T5_LONGEST) if "t5" in modules else None
+
+    def encode(self, prompts: Sequence[Text]) -> Conditioning:
+        """The rows of both CLIPs, then T5's: text `[B, 77 + T, text_width]`, pooled `[B, pooled_width]`."""
+        if self.clip is None or self.clip_g is None:
+            raise ConfigError("no text encoders are loaded: hand in conditioning, or give clip and clip_g (and t5)")
+        encoders = {"clip": self.clip, "clip_g": self.clip_g}
+        names = (*encoders, "t5")
+        texts = {name: spoken(prompts, name, names) for name in names}
+        count = 1
+        if self.clip_windows == "all":
+            count = max(encoder.windows_needed(texts[name]) for name, encoder in encoders.items())
+        features = []
+        for name, encoder in encoders.items():
+            ids = encoder.tokenize(texts[name], windows=count, whole_words=True)
+            with self._stage(encoder.module):
+                features.append(encoder(ids))
+        return joined(features[0], features[1], self._t5_rows(texts["t5"]), self.network.config.text_width)
+
+    def _t5_rows(self, texts: list[str]) -> Tensor | None:
+        """T5's features `[B, T, text_width]`; without T5 zeros, or None for no rows."""
+        shortest = T5_LONGEST if self.t5_padding == "diffusers" else T5_SHORTEST
+        if self.t5 is not None:
+            ids = self.t5.tokenize(texts, shortest)
+            with self._stage(self.t5.module):
+                return finite_features(self.t5(ids), "T5")
+        zeros = torch.zeros(len(texts), shortest, self.network.config.text_width, device=self.device)
+        return None if self.without_t5 == "none" else zeros
+
+    def named_schedule(self, steps: int, width: int, height: int, name: str | None, shift: float | None) -> Schedule:
+        """The original's table; "script" with its script's shift (1 for sd3-medium), "diffusers" and "candle" theirs."""
+        if name is not None and name not in TABLES:
+            raise ConfigError(f"'{name}' is no schedule of SD 3; there are {', '.join(TABLES)}")
+        usual = self.sampling.script_shift if name == "script" else self.sampling.shift
+        return flow_schedule(TABLES[name or "original"](steps, usual if shift is None else shift))
+
+    def prepare(
+        self, conditioning: Conditioning, times: Tensor, width: int, height: int, guidance_scale: float | None
+    ) -> MMDiTRun:
+        return self.network.prepare(conditioning.text, conditioning.pooled, times, (height // 16, width // 16))
+
+    def step(
+        self, latents: Tensor, run: MMDiTRun, i: int, skip_blocks: Collection[int] = (), condition: Tensor | None = None
+    ) -> Tensor:
+        return self.network.step(latents.to(dtype_of(self.network)), run, i, skip_blocks).float()
+
+
+def joined(clip: ClipFeatures, clip_g: ClipFeatures, t5: Tensor | None, width: int) -> Conditioning:
+    """Both CLIPs' last but one states side by side, zeros up to `width`, then T5's rows; the pooled vectors side by side.
+
+    The states are taken before the final norm. CLIP-L's pooled vector is not projected, but by a projection that its file
+    holds (a diffusers folder).
+    """
+    pair = torch.cat([finite_features(clip.hidden[-2], "CLIP-L"), finite_features(clip_g.hidden[-2], "CLIP-G")], dim=-1)
+    rows = F.pad(pair, (0, width - pair.shape[-1]))
+    text = rows if t5 is None else torch.cat([rows, t5.to(rows.dtype)], dim=1)
+    return Conditioning(text, torch.cat([clip.projected, clip_g.projected], dim=-1))

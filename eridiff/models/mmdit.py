@@ -1,0 +1,255 @@
+"""MMDiT and MMDiT-X: the rectified-flow transformers of Stable Diffusion 3 and 3.5, from top to bottom.
+
+Sources: `mmditx.py` of Stability-AI/sd3.5; Esser et al. 2024 ("Scaling Rectified Flow Transformers"). Loads sd3-medium,
+sd3.5-medium, sd3.5-large and sd3.5-large-turbo, in float64 too.
+
+Letters: B batch, N picture tokens, L text tokens, S = L + N, H heads, D features of one head, T steps of a run.
+"""
+
+from collections.abc import Container, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from eridiff.errors import ConfigError
+from eridiff.models.layers import (
+    Attention,
+    FinalLayer,
+    RMSNorm,
+    Stream,
+    StreamInput,
+    VectorMLP,
+    modulated,
+    split_heads,
+    timestep_sinusoid,
+)
+
+
+@dataclass(frozen=True)
+class MMDiTConfig:
+    """Sizes of an MMDiT; the defaults are sd3.5-large's."""
+
+    in_channels: int = 16  # of the latents; a patch is 2 x 2 of them
+    out_channels: int = 16
+    pooled_width: int = 2048
+    text_width: int = 4096
+    hidden: int = 2432
+    heads: int = 38
+    mlp_ratio: float = 4.0
+    depth: int = 38
+    table_side: int = 192  # of the square table of positions, in patches
+    qk_norm: bool = True
+    dual_blocks: tuple[int, ...] = ()  # those whose picture stream has a second attention, to itself (MMDiT-X)
+
+    def __post_init__(self) -> None:
+        if self.hidden % self.heads:
+            raise ConfigError(f"hidden {self.hidden} must be a multiple of the {self.heads} heads")
+
+    @property
+    def mlp(self) -> int:
+        return int(self.hidden * self.mlp_ratio)
+
+    @classmethod
+    def preset(cls, name: str) -> "MMDiTConfig":
+        """The sizes of a published checkpoint: sd3-medium, sd3.5-medium, sd3.5-large or sd3.5-large-turbo."""
+        if name not in PRESETS:
+            raise ConfigError(f"'{name}' is no preset of MMDiT; there are {', '.join(PRESETS)}")
+        return PRESETS[name]
+
+
+PRESETS = {
+    "sd3-medium": MMDiTConfig(hidden=1536, heads=24, depth=24, qk_norm=False),
+    "sd3.5-medium": MMDiTConfig(hidden=1536, heads=24, depth=24, table_side=384, dual_blocks=tuple(range(13))),
+    "sd3.5-large": MMDiTConfig(),
+    "sd3.5-large-turbo": MMDiTConfig(),
+}
+
+
+def unpatchify(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
+    """`[B, h * w, 4C]` with `grid = (h, w)` -> `[B, C, 2h, 2w]`.
+
+    Inside a token row, column, then channel: not the order of the patch convolution's input, and not Flux's.
+    """
+    b, _, features = tokens.shape
+    h, w = grid
+    patches = tokens.reshape(b, h, w, 2, 2, features // 4)
+    return patches.permute(0, 5, 1, 3, 2, 4).reshape(b, features // 4, 2 * h, 2 * w)
+
+
+class PositionTable(nn.Module):
+    """One vector for each patch of the largest picture; a smaller picture takes the middle.
+
+    The table is sd3.5-medium's fifth part, and a picture needs little of it: so it is neither parameter nor buffer, stays
+    where and in the dtype in which it was loaded when the network is moved, and only crops leave.
+    """
+
+    def __init__(self, side: int, hidden: int) -> None:
+        super().__init__()
+        self.side = side
+        self.table = torch.zeros(1, side * side, hidden)
+
+    def forward(self, grid: tuple[int, int]) -> Tensor:
+        """`grid = (h, w)` -> `[1, h * w, hidden]` on the table's device; raises ConfigError if the table is smaller."""
+        h, w = grid
+        if max(h, w) > self.side:
+            raise ConfigError(
+                f"a picture of {16 * w} x {16 * h} pixels is larger than this network's table of positions: "
+                f"at most {16 * self.side} a side"
+            )
+        top, left = (self.side - h) // 2, (self.side - w) // 2
+        square = self.table.unflatten(1, (self.side, self.side))
+        return square[:, top : top + h, left : left + w].flatten(1, 2)
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):  # type: ignore[no-untyped-def]
+        destination[prefix + "table"] = self.table
+
+    def _load_from_state_dict(  # type: ignore[no-untyped-def]
+        self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+    ):
+        given = state_dict.get(prefix + "table")
+        if given is None:
+            missing_keys.append(prefix + "table")
+        elif given.shape != self.table.shape:
+            error_msgs.append(f"{prefix}table has the shape {list(given.shape)}, {list(self.table.shape)} is needed")
+        else:
+            self.table = given.detach()
+
+
+class DualStream(Stream):
+    """The picture stream of a dual block (MMDiT-X): beside the joint attention one among picture tokens alone.
+
+    Nine chunks of modulation: the six of a stream, then shift, scale and gate of the second attention.
+    """
+
+    def __init__(self, hidden: int, heads: int, mlp: int, qk_norm: bool = True) -> None:
+        super().__init__(hidden, heads, mlp, qk_norm, chunks=9)
+        self.qkv2 = nn.Linear(hidden, 3 * hidden)
+        self.q_norm2 = RMSNorm(hidden // heads) if qk_norm else nn.Identity()
+        self.k_norm2 = RMSNorm(hidden // heads) if qk_norm else nn.Identity()
+        self.proj2 = nn.Linear(hidden, hidden)
+        self.attention2 = Attention()
+
+    def update(self, x: Tensor, attention: Tensor, modulation: Sequence[Tensor]) -> Tensor:
+        """Both attentions read the block's input `x`, neither the other's result."""
+        *first, shift, scale, gate = modulation
+        q, k, v = split_heads(self.qkv2(modulated(x, shift, scale)), self.heads)
+        own = self.attention2(self.q_norm2(q), self.k_norm2(k), v)
+        return super().update(x + gate * self.proj2(own), attention, first)
+
+
+class LastTextStream(StreamInput):
+    """The text stream of the last block: it is attended to and ends there, so it has no output projection and no MLP.
+
+    Two chunks of modulation: shift and scale. Its queries move nothing; the published files hold them all the same.
+    """
+
+    def __init__(self, hidden: int, heads: int, qk_norm: bool = True) -> None:
+        super().__init__(hidden, heads, qk_norm)
+        self.last_modulation = nn.Linear(hidden, 2 * hidden)
+
+    def modulate(self, vec: Tensor) -> Tensor:
+        """SiLU of the conditioning vector `[B, T, hidden]` -> `[B, T, 2 * hidden]`."""
+        return self.last_modulation(vec)  # diffusers stores scale, shift here and only here: its map swaps the halves
+
+    def update(self, x: Tensor, attention: Tensor, modulation: Sequence[Tensor]) -> Tensor:
+        return x
+
+
+class JointBlock(nn.Module):
+    """Picture and text attend together; each has its own projections, MLP and modulation."""
+
+    def __init__(self, config: MMDiTConfig, index: int) -> None:
+        super().__init__()
+        sizes = (config.hidden, config.heads)
+        picture_stream = DualStream if index in config.dual_blocks else Stream
+        self.image = picture_stream(*sizes, config.mlp, config.qk_norm)
+        last = index == config.depth - 1
+        self.text = LastTextStream(*sizes, config.qk_norm) if last else Stream(*sizes, config.mlp, config.qk_norm)
+        self.attention = Attention()
+
+    def modulate(self, vec: Tensor) -> tuple[Tensor, Tensor]:
+        """SiLU of the conditioning vector `[B, T, hidden]` -> modulation of picture and text, `[B, T, n * hidden]`."""
+        return self.image.modulate(vec), self.text.modulate(vec)
+
+    def forward(
+        self, image: Tensor, text: Tensor, image_modulation: Tensor, text_modulation: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """image `[B, N, hidden]`, text `[B, L, hidden]`, modulations `[B, 1, n * hidden]`."""
+        image_mod, text_mod = (m.split(image.shape[-1], dim=-1) for m in (image_modulation, text_modulation))
+        image_qkv = self.image.attention_inputs(image, *image_mod[:2])
+        text_qkv = self.text.attention_inputs(text, *text_mod[:2])
+        q, k, v = (torch.cat(pair, dim=2) for pair in zip(text_qkv, image_qkv, strict=True))  # B H S D
+        joint = self.attention(q, k, v)  # B S hidden
+        text_attention, image_attention = joint.split([text.shape[1], image.shape[1]], dim=1)
+        return self.image.update(image, image_attention, image_mod), self.text.update(text, text_attention, text_mod)
+
+
+@dataclass(frozen=True)
+class MMDiTRun:
+    """What stays the same over the steps of a picture, by `MMDiT.prepare`; valid while the weights are."""
+
+    text: Tensor  # [B, L, hidden]
+    positions: Tensor  # [1, N, hidden]
+    joint: tuple[tuple[Tensor, Tensor], ...]  # of each block: picture and text modulation [B, T, n * hidden]
+    final: Tensor  # [B, T, 2 * hidden]
+
+    def rows(self, rows: slice) -> "MMDiTRun":
+        """The run of some rows of the batch; views, nothing is copied."""
+        joint = tuple((image[rows], text[rows]) for image, text in self.joint)
+        return MMDiTRun(self.text[rows], self.positions, joint, self.final[rows])
+
+
+class MMDiT(nn.Module):
+    """The network of SD 3 and 3.5: noised latents, a prompt and a time become a velocity, noise - clean."""
+
+    def __init__(self, config: MMDiTConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.image_in = nn.Conv2d(config.in_channels, config.hidden, kernel_size=2, stride=2)
+        self.positions = PositionTable(config.table_side, config.hidden)
+        self.text_in = nn.Linear(config.text_width, config.hidden)
+        self.time_in = VectorMLP(256, config.hidden)
+        self.pooled_in = VectorMLP(config.pooled_width, config.hidden)
+        self.joint_blocks = nn.ModuleList(JointBlock(config, index) for index in range(config.depth))
+        self.final = FinalLayer(config.hidden, 4 * config.out_channels)
+
+    def conditioning_vector(self, pooled: Tensor, times: Tensor) -> Tensor:
+        """pooled `[B, P]`, times `[T]` or `[T, B]` in [0, 1] -> `[B, T, hidden]`."""
+        times = times[:, None] if times.ndim == 1 else times
+        sinusoid = timestep_sinusoid(times.T).to(self.time_in.in_layer.weight.dtype)  # B T 256, B = 1 if shared
+        return self.time_in(sinusoid) + self.pooled_in(pooled)[:, None]
+
+    def prepare(self, text: Tensor, pooled: Tensor, times: Tensor, grid: tuple[int, int]) -> MMDiTRun:
+        """Compute once what no step changes.
+
+        text `[B, L, text_width]`, pooled `[B, pooled_width]`; times `[T]` or `[T, B]` in [0, 1], every evaluation point
+        of the run; the `grid = (h, w)` of the picture's patches. Raises ConfigError for a grid beyond the table.
+        """
+        vec = F.silu(self.conditioning_vector(pooled, times))
+        return MMDiTRun(
+            text=self.text_in(text),
+            positions=self.positions(grid).to(text.device, text.dtype),
+            joint=tuple(block.modulate(vec) for block in self.joint_blocks),  # type: ignore[operator]
+            final=self.final.modulate(vec),
+        )
+
+    def step(self, latents: Tensor, run: MMDiTRun, i: int, skip_blocks: Container[int] = ()) -> Tensor:
+        """Velocity at evaluation point `i`: latents `[B, in_channels, 2h, 2w]` -> `[B, out_channels, 2h, 2w]`.
+
+        Both streams pass the blocks of `skip_blocks` unchanged (for skip-layer guidance).
+        """
+        patches = self.image_in(latents)  # B hidden h w
+        image, text = patches.flatten(2).transpose(1, 2) + run.positions, run.text
+        for index, (block, (image_mod, text_mod)) in enumerate(zip(self.joint_blocks, run.joint, strict=True)):
+            if index not in skip_blocks:
+                image, text = block(image, text, image_mod[:, i : i + 1], text_mod[:, i : i + 1])
+        return unpatchify(self.final(image, run.final[:, i : i + 1]), (patches.shape[2], patches.shape[3]))
+
+    def forward(
+        self, latents: Tensor, text: Tensor, pooled: Tensor, times: Tensor, skip_blocks: Container[int] = ()
+    ) -> Tensor:
+        """One evaluation, the way training calls it: times `[1, B]`; the rest as in `prepare` and `step`."""
+        grid = (latents.shape[2] // 2, latents.shape[3] // 2)
+        return self.step(latents, self.prepare(text, pooled, times, grid), 0, skip_blocks)

@@ -1,0 +1,38 @@
+"""`python -m tests.golden FOLDER...`: run golden cases through the ordinary loader and print a table of errors.
+
+Each case's weights are rebuilt by `hashfill`, written in the original layout, loaded by `eridiff.weights`, and run in
+float64 and float32. Exit code 1 when a tolerance is exceeded, 2 when a folder is no case.
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from tests.golden.autoencoder import run_autoencoder
+from tests.golden.case import Float32Sinusoid, Row
+from tests.golden.flux import run_flux, run_trajectory
+from tests.golden.sd3 import run_mmdit, run_sd3_text, run_sd3_trajectory, run_skip_layers
+from tests.golden.text import run_clip, run_t5
+
+__all__ = ["Float32Sinusoid", "Row", "run_case"]
+RUNNERS = {
+    "flux-": run_flux, "traj-flux": run_trajectory, "ae-": run_autoencoder, "text-clip-": run_clip, "text-t5-": run_t5,
+    "sd3-": run_mmdit, "sd35-slg": run_skip_layers, "sd35-": run_mmdit, "traj-sd3": run_sd3_trajectory,
+    "text-sd3-": run_sd3_text,
+}  # fmt: skip
+
+
+def run_case(folder: Path, dtypes: Sequence[torch.dtype] = (torch.float64, torch.float32)) -> list[Row]:
+    """Every comparison of a case folder; raises ValueError for a folder that is no case this runner knows."""
+    if not (folder / "case.json").is_file():
+        raise ValueError(f"{folder} holds no case.json")
+    case = json.loads((folder / "case.json").read_text())
+    expected = load_file(folder / "expected.safetensors")
+    name = case["case"]
+    runner = next((r for start, r in RUNNERS.items() if name.startswith(start)), None)
+    if runner is None:
+        raise ValueError(f"{folder} is a case of a kind that this runner does not know: {name}")
+    return [row for dtype in dtypes for row in runner(case, expected, dtype)]
