@@ -13,12 +13,15 @@ from typing import Any
 import torch
 
 from eridiff import __version__
-from eridiff.config import RunConfig, SampleSettings, load_config, settle_guidance
+from eridiff.config import MODEL_OPTIONS, RunConfig, SampleSettings, load_config, settle_guidance
 from eridiff.errors import ConfigError, EridiffError
-from eridiff.images import contact_sheet, read_image, save_png
-from eridiff.inference import BUILT_IN, FluxInference, load
-from eridiff.inference.base import check_settings, check_size
+from eridiff.images import contact_sheet, first_text, read_image, save_png
+from eridiff.inference import BUILT_IN, DiffusionInference, load
+from eridiff.inference.sd35 import OPTIONS as TEXT_OPTIONS
+from eridiff.inference.settings import check_settings, check_size
 from eridiff.inspect import inspect, summary
+from eridiff.schedulers.guidance import SkipLayers
+from eridiff.schedulers.samplers import SAMPLERS
 from eridiff.weights.locate import PART_NAMES
 
 BUILT_IN_PROMPTS = (
@@ -29,7 +32,8 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 SETTINGS = {  # option -> field of SampleSettings
     "prompt": "prompts", "negative": "negative_prompt", "steps": "sample_steps", "seed": "seed",
     "guidance": "guidance_scale", "cfg": "true_cfg_scale", "image": "image", "strength": "strength", "mask": "mask",
-    "control": "control", "out": "out",
+    "control": "control", "out": "out", "sampler": "sampler", "schedule": "schedule", "shift": "shift",
+    "cfg_rescale": "cfg_rescale", "skip_layers": "skip_layers",
 }  # fmt: skip
 
 
@@ -47,7 +51,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="eridiff", description="Draw pictures with Flux, from published checkpoints.")
+    parser = argparse.ArgumentParser(
+        prog="eridiff", description="Draw pictures with Flux and Stable Diffusion 3, from published checkpoints."
+    )
     parser.add_argument("--version", action="version", version=f"eridiff {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
@@ -64,12 +70,20 @@ def _parser() -> argparse.ArgumentParser:
         ("transformer", "the network"),
         ("vae", "the autoencoder"),
         ("clip", "CLIP-L"),
+        ("clip-g", "CLIP-G, of SD 3"),
         ("t5", "T5-XXL"),
     ):
         model.add_argument(f"--{name}", metavar="PATH", help=f"{what}, if the model lacks it or it shall be replaced")
     model.add_argument(
         "--tokenizers", metavar="FOLDER", help="holds tokenizer/ (CLIP, may be absent) and tokenizer_2/ (T5)"
     )
+    model.add_argument(
+        "--variant", help="which published model this is, where sizes cannot tell: sd3.5-large-turbo, depth"
+    )
+    for name, values in TEXT_OPTIONS.items():
+        model.add_argument(
+            f"--{name.replace('_', '-')}", choices=values, help=f"of SD 3's text; {values[0]} by default"
+        )
     model.add_argument("--device", help="cpu, cuda, cuda:1, ...; a GPU if there is one")
     model.add_argument(
         "--dtype", choices=DTYPES, help="of the computation; the file's on a GPU, float32 on a CPU with room"
@@ -85,6 +99,13 @@ def _parser() -> argparse.ArgumentParser:
     picture.add_argument(
         "--cfg", type=float, metavar="G", help="true classifier-free guidance; asks the network twice a step"
     )
+    picture.add_argument(
+        "--cfg-rescale", type=float, metavar="S", help="share of the deviation that is put back, 0 to 1"
+    )
+    picture.add_argument("--skip-layers", action="store_true", default=None, help="sd3.5-medium's published guidance")
+    picture.add_argument("--sampler", choices=SAMPLERS)
+    picture.add_argument("--schedule", metavar="NAME", help="of SD 3: original, script, diffusers or candle")
+    picture.add_argument("--shift", type=float, help="of SD 3's schedule; 3 when not said")
     picture.add_argument("--image", metavar="FILE", help="begin from this picture")
     picture.add_argument(
         "--strength", type=float, metavar="S", help="0 keeps the picture, 1 keeps nothing of it (0.75)"
@@ -126,10 +147,10 @@ def _sample(options: argparse.Namespace) -> int:
         say("eridiff: no model is given, so the built-in small Flux draws; --list shows its words")
     model = load(
         config.model, device=_device(config.device), dtype=DTYPES[config.dtype] if config.dtype else None,
-        offload=config.offload, progress=not options.quiet,
+        offload=config.offload, progress=not options.quiet, **config.options,
     )  # fmt: skip
-    assert isinstance(model, FluxInference)
-    settings, notices = settle_guidance(settings, model.network.config.guidance)
+    embedding = model.guidance(None) is not None
+    settings, notices = settle_guidance(settings, embedding, by_cfg=model.family != "flux")
     for notice in notices:
         say(f"eridiff: {notice}")
     for path in _draw(model, settings):
@@ -137,13 +158,14 @@ def _sample(options: argparse.Namespace) -> int:
     return 0
 
 
-def _draw(model: FluxInference, settings: SampleSettings) -> list[Path]:
+def _draw(model: DiffusionInference, settings: SampleSettings) -> list[Path]:
     """One picture at a time, so that none depends on its neighbours; then the contact sheet of several."""
     pictures = {
         name: read_image(path) if path else None
         for name, path in (("image", settings.image), ("mask", settings.mask), ("control", settings.control))
     }
-    cfg = 1.0 if settings.true_cfg_scale is None else settings.true_cfg_scale
+    cfg = model.sampling.cfg_scale if settings.true_cfg_scale is None else settings.true_cfg_scale
+    skip = settings.skip_layers
     if settings.negative_prompt and cfg == 1:
         logging.getLogger(__name__).warning(
             "the negative prompt has no effect without true guidance (--cfg, true_cfg_scale)"
@@ -158,13 +180,16 @@ def _draw(model: FluxInference, settings: SampleSettings) -> list[Path]:
         result = model.generate(
             prompt, negative=settings.negative_prompt if cfg != 1 else None, width=settings.width, height=settings.height,
             steps=settings.sample_steps, guidance_scale=settings.guidance_scale, cfg_scale=cfg,
+            cfg_rescale=settings.cfg_rescale, cfg_interval=settings.cfg_interval,
+            skip_layers=skip if isinstance(skip, bool) else SkipLayers(**skip), sampler=settings.sampler,
+            schedule=settings.schedule, shift=settings.shift,
             seed=settings.seed + i * settings.walk_seed, strength=settings.strength, image=pictures["image"], mask=pictures["mask"], control=pictures["control"],
         )  # fmt: skip
         record = {
             **result.settings[0],
             **{name: getattr(settings, name) for name, picture in pictures.items() if picture},
         }
-        slug = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:40] or "picture"
+        slug = re.sub(r"[^a-z0-9]+", "-", first_text(prompt).lower()).strip("-")[:40] or "picture"
         paths.append(save_png(result.images[0], out if single else out / f"{start + i:04d}-{slug}.png", record))
         images.append(result.images[0])
     if len(images) > 1:
@@ -198,7 +223,9 @@ def _merged(config: RunConfig, options: argparse.Namespace) -> RunConfig:
     if parts:
         model = {**({"path": model} if isinstance(model, str) else model or {}), **parts}
     rest = {name: getattr(options, name) for name in ("device", "dtype", "offload") if getattr(options, name)}
-    return replace(config, model=model, sample=replace(config.sample, **given), **rest)
+    chosen = {name: getattr(options, name) for name in MODEL_OPTIONS if getattr(options, name)}
+    sample = replace(config.sample, **given)
+    return replace(config, model=model, sample=sample, options=config.options | chosen, **rest)
 
 
 def _check(settings: SampleSettings, config: RunConfig) -> None:
@@ -209,8 +236,9 @@ def _check(settings: SampleSettings, config: RunConfig) -> None:
         if side is not None:
             check_size(side if name == "width" else 16, side if name == "height" else 16)
     check_settings(
-        steps=1 if settings.sample_steps is None else settings.sample_steps, guidance_scale=settings.guidance_scale,
-        cfg_scale=1.0 if settings.true_cfg_scale is None else settings.true_cfg_scale, strength=settings.strength,
+        steps=settings.sample_steps, guidance_scale=settings.guidance_scale, cfg_scale=settings.true_cfg_scale,
+        strength=settings.strength, cfg_rescale=settings.cfg_rescale, cfg_interval=settings.cfg_interval,
+        sampler=settings.sampler, shift=settings.shift,
     )  # fmt: skip
     if not 0 <= settings.seed < 2**63 - len(settings.prompts):
         raise ConfigError(f"the seed must be a whole number from 0 to 2^63 - 1, not {settings.seed}")

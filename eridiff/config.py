@@ -4,9 +4,10 @@ PyYAML reads YAML 1.1, where a prompt `no` is False, `16:9` is 969 and `1e-4` is
 """
 
 import re
-from collections.abc import Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from difflib import get_close_matches
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -98,12 +99,18 @@ def _explained(error: yaml.MarkedYAMLError, text: str) -> str:
 class SampleSettings:
     """The `sample:` section; None is the model's own default."""
 
-    prompts: tuple[str, ...] = ()
+    prompts: tuple[str | dict[str, str], ...] = ()  # a text, or one for each text encoder
     negative_prompt: str | None = None
     sample_steps: int | None = None
     guidance_scale: float | None = None  # what a guidance embedding is told
-    cfg_scale: float | None = None  # true classifier-free guidance; for Flux alone, see `settle_guidance`
+    cfg_scale: float | None = None  # classifier-free guidance; what it means for Flux: see `settle_guidance`
     true_cfg_scale: float | None = None  # the same without a second meaning
+    cfg_rescale: float = 0.0
+    cfg_interval: tuple[float, float] = (0.0, 1.0)
+    skip_layers: bool | dict[str, Any] = False  # True is the published setting, else blocks, scale, start and end
+    sampler: str | None = None
+    schedule: str | tuple[float, ...] | None = None  # by name, or the sigmas
+    shift: float | None = None
     seed: int = 42
     walk_seed: bool = False  # seed, seed + 1, ... over the prompts
     width: int | None = None
@@ -123,6 +130,7 @@ class RunConfig:
     device: str | None = None
     dtype: str | None = None
     offload: str | None = None
+    options: dict[str, str] = field(default_factory=dict)  # how the model is loaded: MODEL_OPTIONS
     sample: SampleSettings = field(default_factory=SampleSettings)
     notices: tuple[str, ...] = ()
 
@@ -135,9 +143,11 @@ NO_EFFECT = {  # known words of training configurations
     "lora_scale": "no LoRA file is given",
     "network_multiplier": "no LoRA file is given",
     "format": "pictures are PNG",
-    "sampler": "Flux is sampled by Euler steps",
 }
-TOP = ("model", "device", "dtype", "offload", "sample")
+SAMPLER_SYNONYMS = {"flowmatch": "euler"}  # of ai-toolkit
+MODEL_OPTIONS = ("variant", "t5_padding", "without_t5", "clip_windows")
+TOP = ("model", "device", "dtype", "offload", *MODEL_OPTIONS, "sample")
+ENCODERS = ("clip", "clip_g", "t5")  # a prompt may be given for each
 
 
 def load_config(path: str | Path) -> RunConfig:
@@ -181,11 +191,13 @@ def parse_config(document: Any) -> RunConfig:
             continue
         if name in values:
             raise ConfigError(f"sample: '{key}' and another key both mean {name}; keep one")
-        values[name] = _prompts(value) if name == "prompts" else _scalar(f"sample: {key}", value, _TYPES[name])
+        read = _SPECIAL.get(name)
+        values[name] = read(value) if read else _scalar(f"sample: {key}", value, _TYPES[name])
     texts = {
         name: _scalar(name, document.get(name), str) for name in ("device", "dtype", "offload") if document.get(name)
     }
-    return RunConfig(model=model, sample=SampleSettings(**values), notices=notices, **texts)
+    options = {name: _scalar(name, document[name], str) for name in MODEL_OPTIONS if document.get(name)}
+    return RunConfig(model=model, options=options, sample=SampleSettings(**values), notices=notices, **texts)
 
 
 _TYPES: dict[str, type] = {
@@ -201,23 +213,58 @@ def _known(section: Mapping[str, Any], known: Any, where: str) -> None:
             raise ConfigError(f"'{key}' is no key of {where}{hint}")
 
 
-def _prompts(value: Any) -> tuple[str, ...]:
+def _numbers(name: str, value: Any) -> tuple[float, ...]:
+    if not isinstance(value, list):
+        raise ConfigError(f"sample: {name} must be a list of numbers such as [0, 0.8], not {value!r}")
+    return tuple(_scalar(f"sample: {name}", number, float) for number in value)
+
+
+def _schedule(value: Any) -> str | tuple[float, ...]:
+    return _numbers("schedule", value) if isinstance(value, list) else _scalar("sample: schedule", value, str)
+
+
+def _sampler(value: Any) -> str:
+    name = _scalar("sample: sampler", value, str)
+    return SAMPLER_SYNONYMS.get(name, name)
+
+
+def _skip_layers(value: Any) -> bool | dict[str, Any]:
+    if not isinstance(value, dict):
+        return _scalar("sample: skip_layers", value, bool)
+    _known(value, ("blocks", "scale", "start", "end"), "skip_layers")
+    blocks = value.get("blocks")
+    if not isinstance(blocks, list) or not all(type(block) is int and block >= 0 for block in blocks):
+        raise ConfigError(f"sample: skip_layers needs blocks, a list of numbers such as [7, 8, 9], not {blocks!r}")
+    numbers = {"scale": 2.5, "start": 0.01, "end": 0.2} | {k: v for k, v in value.items() if k != "blocks"}
+    return {"blocks": tuple(blocks)} | {k: _scalar(f"skip_layers: {k}", v, float) for k, v in numbers.items()}
+
+
+def _prompts(value: Any) -> tuple[str | dict[str, str], ...]:
     entries = value if isinstance(value, list) else [value]
     for number, entry in enumerate(entries, 1):
-        if isinstance(entry, dict):
+        if isinstance(entry, dict) and entry and set(entry) <= set(ENCODERS):
+            for name, text in entry.items():
+                _scalar(f"sample: prompt {number}, {name}", text, str)
+        elif isinstance(entry, dict):
             text = ", ".join(f"{k}: {v}" if v is not None else f"{k}:" for k, v in entry.items())
             raise ConfigError(f'sample: prompt {number} has a colon and must be quoted: - "{text}"')
-        if entry is None:
+        elif entry is None:
             raise ConfigError(
                 f"sample: prompt {number} is empty; '#' begins a comment, and an empty prompt is written \"\""
             )
-        if isinstance(entry, list):
+        elif isinstance(entry, list):
             raise ConfigError(f"sample: prompt {number} begins with '[' and must be quoted")
-        if not isinstance(entry, str):
+        elif not isinstance(entry, str):
             raise ConfigError(f'sample: prompt {number} is read as a {type(entry).__name__}; quote it: - "{entry}"')
     if not entries:
         raise ConfigError("sample: the list of prompts is empty")
-    return tuple(entry.strip() for entry in entries)
+    return tuple(entry.strip() if isinstance(entry, str) else entry for entry in entries)
+
+
+_SPECIAL: dict[str, Callable[[Any], Any]] = {
+    "prompts": _prompts, "cfg_interval": partial(_numbers, "cfg_interval"), "schedule": _schedule, "sampler": _sampler,
+    "skip_layers": _skip_layers,
+}  # fmt: skip
 
 
 def _scalar(name: str, value: Any, kind: type) -> Any:
@@ -233,22 +280,36 @@ def _scalar(name: str, value: Any, kind: type) -> Any:
     raise ConfigError(f"{name} must be {wanted}, not {value!r}{hint}")
 
 
-def settle_guidance(settings: SampleSettings, embedding: bool) -> tuple[SampleSettings, list[str]]:
-    """What `cfg_scale` means for a Flux, and a notice that says so: afterwards only `true_cfg_scale` asks twice a step.
+def settle_guidance(
+    settings: SampleSettings, embedding: bool, by_cfg: bool = False
+) -> tuple[SampleSettings, list[str]]:
+    """What `cfg_scale` means for a model, and a notice that says so: afterwards only `true_cfg_scale` asks twice a step.
 
-    With a guidance embedding and no guidance_scale it is the embedding's, as in the trainers that write it; beside a
+    A family that is steered by_cfg takes it as it is, and a lone guidance_scale too, as other tools call it. A Flux with a
+    guidance embedding and no guidance_scale takes it as the embedding's, as in the trainers that write it; beside a
     guidance_scale it is true guidance; a Flux without the embedding takes neither, so it has no effect.
     """
-    cfg = settings.cfg_scale
+    cfg, told = settings.cfg_scale, settings.guidance_scale
+    if cfg is not None and settings.true_cfg_scale is not None:
+        raise ConfigError("sample: cfg_scale and true_cfg_scale both ask for true guidance; keep true_cfg_scale")
+    if by_cfg:
+        asked = settings.true_cfg_scale if cfg is None else cfg
+        notices = []
+        if told is not None:
+            meaning = (
+                f"is taken as cfg_scale {told:g}" if asked is None else f"has no effect beside cfg_scale {asked:g}"
+            )
+            notices = [f"guidance_scale {told:g} {meaning}: this model has no guidance embedding"]
+        return replace(
+            settings, cfg_scale=None, guidance_scale=None, true_cfg_scale=told if asked is None else asked
+        ), notices
     if cfg is None:
         return settings, []
-    if settings.true_cfg_scale is not None:
-        raise ConfigError("sample: cfg_scale and true_cfg_scale both ask for true guidance; keep true_cfg_scale")
     if not embedding:
         return replace(settings, cfg_scale=None), [
             f"cfg_scale {cfg:g} has no effect: this Flux has no guidance embedding (true_cfg_scale asks for true guidance)"
         ]
-    if settings.guidance_scale is None:
+    if told is None:
         return replace(settings, cfg_scale=None, guidance_scale=cfg), [
             f"cfg_scale {cfg:g} is taken as guidance_scale, the guidance embedding (true_cfg_scale asks for true guidance)"
         ]

@@ -61,12 +61,15 @@ def read_image(path: str | os.PathLike[str]) -> Image.Image:
         raise ConfigError(f"'{path}' cannot be read: {error.strerror or error}") from None
 
 
+SAMPLER_NAMES = {"euler": "Euler", "heun": "Heun", "dpmpp_2m": "DPM++ 2M"}  # as A1111 calls them
+
+
 def parameters_text(settings: Mapping[str, Any]) -> str:
     """The settings as A1111's "parameters" text: prompt, negative prompt, one line of pairs."""
-    prompt, negative = (str(settings.get(key) or "").strip() for key in ("prompt", "negative_prompt"))
+    prompt, negative = (first_text(settings.get(key) or "").strip() for key in ("prompt", "negative_prompt"))
     pairs = {
         "Steps": settings["steps"],
-        "Sampler": settings["sampler"],
+        "Sampler": SAMPLER_NAMES.get(settings["sampler"], settings["sampler"]),
         "CFG scale": settings.get("cfg_scale"),
         "Distilled CFG Scale": settings.get("guidance_scale"),
         "Seed": settings["seed"],
@@ -78,6 +81,11 @@ def parameters_text(settings: Mapping[str, Any]) -> str:
     }
     line = ", ".join(f"{key}: {_quoted(value)}" for key, value in pairs.items() if value not in (None, ""))
     return "\n".join([prompt, *([f"Negative prompt: {negative}"] if negative else []), line])
+
+
+def first_text(prompt: Any) -> str:
+    """A prompt, or the first of those for each text encoder."""
+    return str(next(iter(prompt.values()), "")) if isinstance(prompt, Mapping) else str(prompt)
 
 
 def _quoted(value: object) -> str:

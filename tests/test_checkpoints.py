@@ -16,6 +16,7 @@ from eridiff import load_network
 from eridiff.cli import main
 from eridiff.errors import CheckpointError, ConfigError, EridiffError
 from eridiff.inspect import inspect
+from eridiff.models.mmdit import MMDiTConfig
 from eridiff.weights.detect import component_of, detect
 from eridiff.weights.header import open_checkpoint
 from eridiff.weights.save import save_network
@@ -167,7 +168,7 @@ def test_a_wrong_fp8_scale_is_named(change: Callable[[State], object], says: str
         *((f"flux1-{v}", "flux", "original") for v in ("dev", "schnell", "fill-dev", "canny-dev", "depth-dev")),
         *((f"flux1-{v}-diffusers-transformer", "flux", "diffusers") for v in ("dev", "schnell", "fill-dev", "canny-dev", "depth-dev")),
         ("ae", "vae", "original"), ("flux1-diffusers-vae", "vae", "diffusers"), ("sdxl-first-stage", "vae", "original"),
-        ("clip_l", "clip", "huggingface"), ("clip_g-hf", "clip", "huggingface"), ("clip_g-openclip", "clip", "openclip"),
+        ("clip_l", "clip", "huggingface"), ("clip_g-hf", "clip_g", "huggingface"), ("clip_g-openclip", "clip_g", "openclip"),
         ("t5xxl", "t5", "huggingface"),
     ],
 )  # fmt: skip
@@ -181,11 +182,57 @@ def test_a_published_header_is_used_to_the_last_key(manifest: str, network: str,
     assert set(found["unused"]) == carried
 
 
+@pytest.mark.parametrize("variant", ["sd3-medium", "sd3.5-medium", "sd3.5-large"])
+def test_a_published_sd3_file_is_used_to_the_last_key_in_both_layouts(variant: str, tmp_path: Path) -> None:
+    """The single file holds the autoencoder too, with SD 3's statistics; the folder's config.json agrees or is refused."""
+    preset = MMDiTConfig.preset(variant)
+    report = inspect(sparse_manifest(tmp_path / "m.safetensors", variant))
+    found = {c["network"]: c for c in report["components"]}
+    assert list(found) == ["mmdit", "vae"] and report["problems"] == []
+    assert [c["unused"] for c in found.values()] == [[], []]
+    assert sum(c["tensors"] for c in found.values()) == len(read_manifest(variant))
+    assert found["mmdit"]["config"] == vars(preset)
+    assert (found["vae"]["config"]["scale"], found["vae"]["config"]["shift"]) == (1.5305, 0.0609)
+
+    folder = tmp_path / "transformer"
+    folder.mkdir()
+    manifest = f"{variant}-transformer-diffusers"
+    path = sparse_manifest(folder / "diffusion_pytorch_model.safetensors", manifest)
+    stated = {
+        "num_layers": preset.depth,
+        "pos_embed_max_size": preset.table_side,
+        "dual_attention_layers": list(preset.dual_blocks),
+    }
+    (folder / "config.json").write_text(json.dumps(stated))
+    (component,) = inspect(folder)["components"]
+    assert component["config"] == vars(preset) and component["unused"] == [] and inspect(path)["problems"] == []
+    (folder / "config.json").write_text(json.dumps(stated | {"num_layers": 99}))
+    with pytest.raises(ConfigError, match="num_layers 99, the tensors say"):
+        inspect(folder)
+
+
+def test_the_all_in_one_sd3_files_hold_every_part(tmp_path: Path) -> None:
+    """sd3_medium_incl_clips (no T5) and its sister with T5; a file that lacks the table is no model."""
+    tensors = read_manifest("sd3-medium")
+    for place, manifest in (("clip_l", "clip_l"), ("clip_g", "clip_g-hf"), ("t5xxl", "t5xxl")):
+        if place == "t5xxl":
+            report = inspect(write_sparse(tmp_path / "clips.safetensors", tensors))
+            assert [c["network"] for c in report["components"]] == ["mmdit", "vae", "clip", "clip_g"]
+        prefix = f"text_encoders.{place}.transformer."
+        tensors |= {prefix + name: value for name, value in read_manifest(manifest).items()}
+    report = inspect(write_sparse(tmp_path / "all.safetensors", tensors))
+    assert [c["network"] for c in report["components"]] == ["mmdit", "vae", "clip", "clip_g", "t5"]
+    assert report["problems"] == [] and sum(c["tensors"] for c in report["components"]) == 1668
+    del tensors["model.diffusion_model.pos_embed"]
+    with pytest.raises(CheckpointError, match="belong to no part of a model, the first is 'model.diffusion_model"):
+        inspect(write_sparse(tmp_path / "less.safetensors", tensors))
+
+
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_any_shape_in_a_header_is_read_or_refused_in_a_sentence(data: st.DataObject, tmp_path: Path) -> None:
     """One tensor of a published header gets another shape; no other exception leaves the loader."""
-    manifest = data.draw(st.sampled_from(["flux1-schnell", "ae", "clip_l", "clip_g-openclip", "t5xxl"]))
+    manifest = data.draw(st.sampled_from(["flux1-schnell", "sd3.5-medium", "ae", "clip_l", "clip_g-openclip", "t5xxl"]))
     tensors = read_manifest(manifest)
     name = data.draw(st.sampled_from(sorted(tensors)[:40] + sorted(tensors)[-40:]))
     shape = tuple(data.draw(st.lists(st.integers(0, 5), max_size=5)))
@@ -236,7 +283,9 @@ def test_a_part_given_as_another_is_named(tmp_path: Path) -> None:
         component_of(open_checkpoint(ae), "flux")
     with pytest.raises(CheckpointError, match="holds a text encoder, not"):
         load_network(clip)
-    with pytest.raises(CheckpointError, match="a Flux and a T5 text encoder are missing"):
+    with pytest.raises(
+        CheckpointError, match="holds a CLIP text encoder and an autoencoder and no network that draws; give a Flux or"
+    ):
         eridiff.load({"vae": ae, "clip": clip})
 
 

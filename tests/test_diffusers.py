@@ -10,13 +10,23 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, FluxTransformer2DModel
+from diffusers import (
+    AutoencoderKL,
+    FlowMatchEulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
+    FluxTransformer2DModel,
+    SD3Transformer2DModel,
+)
 from diffusers.models.transformers import transformer_flux
+from safetensors.torch import load_file
 from torch import Tensor
 
 from eridiff import load_network, save_network
 from eridiff.models.flux import position_ids
+from eridiff.schedulers.flow_match import flow_schedule
+from eridiff.schedulers.samplers import SAMPLERS
 from eridiff.trace.record import relative_l2
+from eridiff.weights.keymap import key_map
 from tests.golden import Float32Sinusoid
 from tests.tiny import randomised
 
@@ -91,6 +101,88 @@ def test_flux_equals_diffusers(
             assert relative_l2(found, ask()) < 1e-9
 
 
+def reference_sd3(qk_norm: str | None = "rms_norm", dual: tuple[int, ...] = (0,)) -> Any:
+    reference: Any = SD3Transformer2DModel(
+        sample_size=12, patch_size=2, in_channels=16, num_layers=3, attention_head_dim=64, num_attention_heads=2,
+        joint_attention_dim=12, caption_projection_dim=128, pooled_projection_dim=8, out_channels=16, pos_embed_max_size=6,
+        dual_attention_layers=dual, qk_norm=qk_norm,
+    )  # fmt: skip
+    return randomised(reference)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("qk_norm", "dual"), [(None, ()), ("rms_norm", (0, 1)), ("rms_norm", ())])
+@pytest.mark.parametrize("layout", ["diffusers", "original"])
+def test_mmdit_equals_diffusers(
+    dtype: torch.dtype, qk_norm: str | None, dual: tuple[int, ...], layout: str, tmp_path: Path
+) -> None:
+    """diffusers takes the mean square of its q/k norm in float32 whatever the input, which bounds those at 1e-7."""
+    reference = reference_sd3(qk_norm, dual)
+    reference.save_pretrained(tmp_path / "m")
+    path = tmp_path / "m"
+    if layout == "original":
+        path = save_network(load_network(path), tmp_path / "original.safetensors")
+    model, reference = load_network(path, dtype=dtype), reference.to(dtype)
+    g = torch.Generator().manual_seed(7)
+    shapes = {"latents": (2, 16, 6, 8), "text": (2, 5, 12), "pooled": (2, 8)}
+    x = {name: torch.randn(shape, generator=g).to(dtype) for name, shape in shapes.items()}
+    times = torch.tensor([0.3, 0.9], dtype=torch.float64)
+
+    def ask(**options: Any) -> Tensor:
+        return reference(
+            hidden_states=x["latents"], encoder_hidden_states=x["text"], pooled_projections=x["pooled"],
+            timestep=(1000 * times).to(dtype), **options,
+        ).sample  # fmt: skip
+
+    with torch.no_grad(), Float32Sinusoid():
+        bound = 5e-6 if dtype == torch.float32 else 1e-7 if qk_norm else 1e-12
+        found = model(x["latents"], x["text"], x["pooled"], times[None])
+        assert relative_l2(found, ask()) < bound
+        skipped = model(x["latents"], x["text"], x["pooled"], times[None], skip_blocks=(1,))
+        assert relative_l2(skipped, ask(skip_layers=[1])) < bound < relative_l2(skipped, found)
+
+
+@pytest.mark.parametrize("rule", ["joint_blocks.{b}.text.last_modulation.*", "final.modulation.*"])
+def test_halves_that_diffusers_swaps_are_swapped_back(rule: str, tmp_path: Path) -> None:
+    """Names and shapes cannot tell whether scale or shift stands first: without the operation the picture is another."""
+    reference_sd3().save_pretrained(tmp_path / "m")
+    (found,) = (r for r in key_map("mmdit").layouts["diffusers"].rules if r.native == rule)
+    g = torch.Generator().manual_seed(7)
+    x, text, pooled = (torch.randn(shape, generator=g) for shape in ((1, 16, 6, 8), (1, 5, 12), (1, 8)))
+    outputs = []
+    for operation in ("swap_halves", "same"):
+        assert operation == "same" or found.operation == operation
+        found.operation = operation
+        try:
+            outputs.append(load_network(tmp_path / "m")(x, text, pooled, torch.tensor([[0.5]])))
+        finally:
+            found.operation = "swap_halves"
+    assert relative_l2(outputs[1], outputs[0]) > 0.02
+
+
+@pytest.mark.parametrize("name", ["euler", "heun"])
+def test_samplers_equal_diffusers_schedulers(name: str) -> None:
+    """On a network that is a fixed function, with diffusers' own table; its steps compute in float32."""
+    kind = FlowMatchEulerDiscreteScheduler if name == "euler" else FlowMatchHeunDiscreteScheduler
+    reference: Any = kind(shift=3.0)
+    reference.set_timesteps(6)
+    sigmas = torch.unique_consecutive(reference.sigmas).double()  # Heun's table holds each inner point twice
+    schedule = flow_schedule(sigmas)
+    weights = torch.randn(16, 16, generator=torch.Generator().manual_seed(2), dtype=torch.float64) / 4
+
+    def velocity(x: Tensor, sigma: float) -> Tensor:
+        return torch.tanh(x @ weights) * (1 + sigma)
+
+    x = torch.randn(3, 16, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    theirs = x.clone()
+    for t in reference.timesteps:
+        theirs = reference.step(velocity(theirs, float(t) / 1000), t, theirs).prev_sample
+    previous = None
+    for i in range(schedule.steps):
+        x, previous = SAMPLERS[name](lambda x, i: velocity(x, float(schedule.times[i])), x, schedule, i, previous)
+    assert relative_l2(x, theirs) < 5e-6
+
+
 def reference_autoencoder(quant: bool) -> Any:
     reference: Any = AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3, block_out_channels=(32, 64, 64),
@@ -121,10 +213,8 @@ def test_the_autoencoder_equals_diffusers(
 
 
 def test_what_we_save_diffusers_loads(tmp_path: Path) -> None:
-    reference = reference_flux()
-    reference.save_pretrained(tmp_path / "m")
-    path = save_network(load_network(tmp_path / "m"), tmp_path / "again.safetensors", layout="diffusers")
-    from safetensors.torch import load_file
-
-    found, expected = load_file(path), reference.state_dict()
-    assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
+    for reference in (reference_flux(), reference_sd3()):
+        reference.save_pretrained(tmp_path / "m")
+        path = save_network(load_network(tmp_path / "m"), tmp_path / "again.safetensors", layout="diffusers")
+        found, expected = load_file(path), reference.state_dict()
+        assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in expected)

@@ -1,21 +1,25 @@
 """Networks, trajectories and tables equal the originals'."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 from eridiff.errors import ConfigError
-from eridiff.schedulers.flow_match import flux_schedule
-from tests.golden import run_case
+from eridiff.schedulers.flow_match import (
+    candle_sigmas,
+    diffusers_sigmas,
+    flow_schedule,
+    flux_schedule,
+    sd3_sigmas,
+)
+from tests.golden import RUNNERS, run_case
 
 FOLDER = Path(__file__).parent / "goldens"
-CASES = [
-    folder.name
-    for folder in sorted(FOLDER.iterdir())
-    if folder.name.startswith(("flux-", "ae-", "traj-flux", "text-clip-", "text-t5-"))
-]
+CASES = [f.name for f in sorted(FOLDER.iterdir()) if f.is_dir() and f.name.startswith(tuple(RUNNERS))]
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -34,6 +38,31 @@ def test_schedules_equal_the_float64_tables() -> None:
         ]
 
 
-def test_a_run_without_steps_is_refused() -> None:
+@pytest.mark.parametrize(
+    ("function", "table", "bound"),
+    [
+        (sd3_sigmas, "reference_float64_formula", 1e-12),
+        (sd3_sigmas, "reference_float32", 1.3e-7),  # the original's own float32 rounding
+        (diffusers_sigmas, "diffusers_float32", 0),
+        (candle_sigmas, "candle_float64", 1e-12),
+    ],
+)
+def test_sd3_tables_equal_the_originals(function: Callable[[int, float], Tensor], table: str, bound: float) -> None:
+    for case in json.loads((FOLDER / "sd3-samplers.json").read_text())["tables"]:
+        found = function(case["steps"], case["shift"])
+        expected = torch.tensor(case[table], dtype=torch.float64)
+        assert found.shape == expected.shape and float((found - expected).abs().max()) <= bound, case["steps"]
+
+
+@pytest.mark.parametrize("function", [sd3_sigmas, diffusers_sigmas, candle_sigmas, flux_schedule])
+def test_a_run_without_steps_is_refused(function: Callable[[int, float], object]) -> None:
     with pytest.raises(ConfigError, match="at least one step"):
-        flux_schedule(0, 256)
+        function(0, 256)
+
+
+@pytest.mark.parametrize(
+    "sigmas", [[1.0], [0.5, 0.7, 0.0], [1.0, 1.0, 0.0], [1.2, 0.0], [1.0, -0.1], [float("nan"), 0.0]]
+)
+def test_sigmas_that_do_not_fall_are_refused(sigmas: list[float]) -> None:
+    with pytest.raises(ConfigError, match="sigmas must be"):
+        flow_schedule(torch.tensor(sigmas))

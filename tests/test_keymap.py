@@ -15,10 +15,12 @@ from torch import Tensor
 from eridiff.errors import CheckpointError
 from eridiff.models.autoencoder import Autoencoder, AutoencoderConfig
 from eridiff.models.flux import Flux, FluxConfig
+from eridiff.models.mmdit import MMDiT, MMDiTConfig
 from eridiff.text.encoders import empty_encoder
 from eridiff.weights.detect import Component
 from eridiff.weights.header import Checkpoint
 from eridiff.weights.keymap import KeyMap, Layout, Rule, key_map
+from eridiff.weights.load import NETWORKS
 from tests.golden import run_case
 from tests.manifest import read_manifest
 
@@ -42,6 +44,9 @@ CASES = [
     *(("flux", preset, "diffusers", f"flux1-{preset}{'' if preset == 'schnell' else '-dev'}-diffusers-transformer")
       for preset in ("schnell", "fill", "canny", "depth")),
     ("flux", "dev", "diffusers", "flux1-dev-diffusers-transformer"),
+    *(("mmdit", preset, "original", preset) for preset in ("sd3-medium", "sd3.5-medium", "sd3.5-large")),
+    *(("mmdit", preset, "diffusers", f"{preset}-transformer-diffusers")
+      for preset in ("sd3-medium", "sd3.5-medium", "sd3.5-large")),
     ("vae", "flux", "original", "ae"),
     ("vae", "flux", "diffusers", "flux1-diffusers-vae"),
     ("vae", "sdxl", "original", "sdxl-first-stage"),
@@ -55,6 +60,7 @@ CASES = [
 def component(network: str, preset: str) -> Component:
     config: Any = {
         "flux": lambda: FluxConfig.preset(preset),
+        "mmdit": lambda: MMDiTConfig.preset(preset),
         "vae": lambda: AutoencoderConfig.preset(preset),
         "clip": lambda: {"L": CLIP_L, "G": CLIP_G}[preset],
         "t5": lambda: T5_XXL,
@@ -66,7 +72,7 @@ def component(network: str, preset: str) -> Component:
 def native_of(network: str, preset: str) -> tuple[Shapes, dict[str, Any]]:
     found = component(network, preset)
     with torch.device("meta"):
-        module = {"flux": Flux, "vae": Autoencoder}.get(network, lambda _: empty_encoder(found))(found.config)
+        module = NETWORKS.get(network, lambda _: empty_encoder(found))(found.config)
     shapes = {n: tuple(t.shape) for n, t in module.state_dict().items() if n != "encoder.embed_tokens.weight"}
     return shapes, found.sizes
 
@@ -88,7 +94,11 @@ def foreign_of(layout: Layout, native: Shapes, sizes: dict[str, Any]) -> Shapes:
 
 
 def published(manifest: str, layout: Layout, preset: str) -> Shapes:
-    shapes = {name: shape for name, (_, shape) in read_manifest(manifest).items() if name not in layout.carry}
+    shapes = {
+        name.removeprefix("model.diffusion_model."): shape
+        for name, (_, shape) in read_manifest(manifest).items()
+        if name not in layout.carry and not name.startswith("first_stage_model.")
+    }
     if manifest == "clip_l":
         shapes["text_projection.weight"] = (768, 768)  # in SD3's folders; the usual files have none
     return shapes
@@ -117,7 +127,7 @@ def test_a_mutated_map_fails(network: str, preset: str, layout: str, manifest: s
             other.foreign, other.operation, other.sizes = neighbour.foreign, neighbour.operation, neighbour.sizes
             mutants.append(("dropped", rule.native, rules[:i] + rules[i + 1 :]))
             mutants.append(("doubled", rule.native, [*rules, rule]))
-            if neighbour is not rule and used[i - 1]:
+            if neighbour.foreign != rule.foreign and used[i - 1]:
                 mutants.append(("retargeted", rule.native, [*rules[:i], other, *rules[i + 1 :]]))
     assert len(mutants) >= 6 or network == "t5"
     for what, name, changed in mutants:
@@ -176,6 +186,20 @@ def test_flux_keeps_every_bit(
     round_trip(KeyMap("flux").layouts[layout], random_bits(shapes, dtype, seed), sizes)
 
 
+@settings(max_examples=25, deadline=None)
+@given(
+    heads=st.integers(1, 3), depth=st.integers(1, 3), qk_norm=st.booleans(), dual=st.sets(st.integers(0, 2)), dtype=DTYPES,
+    seed=st.integers(0, 99), layout=st.sampled_from(["original", "diffusers"]),
+)  # fmt: skip
+def test_mmdit_keeps_every_bit(
+    heads: int, depth: int, qk_norm: bool, dual: set[int], dtype: torch.dtype, seed: int, layout: str
+) -> None:
+    config = MMDiTConfig(4, 4, 6, 10, heads * 4, heads, 2.0, depth, 3, qk_norm, tuple(sorted(dual)))
+    with torch.device("meta"):
+        shapes = {n: tuple(t.shape) for n, t in MMDiT(config).state_dict().items()}
+    round_trip(KeyMap("mmdit").layouts[layout], random_bits(shapes, dtype, seed), {})
+
+
 @settings(max_examples=15, deadline=None)
 @given(
     levels=st.integers(1, 4), blocks=st.integers(1, 2), quant=st.booleans(), dtype=DTYPES, seed=st.integers(0, 99),
@@ -219,6 +243,7 @@ def exchange(first: Rule, second: Rule) -> None:
     ("network", "golden", "least"),
     [
         ("flux", "flux-dev-tiny", 10),
+        ("mmdit", "sd35-medium-tiny", 10),
         ("vae", "ae-16-tiny", 3),
         ("clip", "text-clip-l-tiny", 0),
         ("clip", "text-clip-g-tiny", 3),
@@ -226,7 +251,10 @@ def exchange(first: Rule, second: Rule) -> None:
     ],
 )
 def test_two_rules_that_are_exchanged_are_caught_by_the_golden(network: str, golden: str, least: int) -> None:
-    """Where names and shapes still fit, only the numbers can tell."""
+    """Where names and shapes still fit, only the numbers can tell.
+
+    But for the gains of queries and keys in an attention to itself without rope: only their product counts.
+    """
     layout = key_map(network).layouts["openclip" if "clip-g" in golden else next(iter(key_map(network).layouts))]
     assert not golden_fails(golden)
     exchanged = 0
@@ -234,6 +262,8 @@ def test_two_rules_that_are_exchanged_are_caught_by_the_golden(network: str, gol
         if sorted(re.findall(r"\{\w+\}|\*", first.native)) != sorted(re.findall(r"\{\w+\}|\*", second.native)):
             continue
         if first.native.split(".")[0] != second.native.split(".")[0] or first.operation != second.operation:
+            continue
+        if {first.native.rsplit(".", 2)[1], second.native.rsplit(".", 2)[1]} == {"q_norm2", "k_norm2"}:
             continue
         exchange(first, second)
         try:

@@ -9,9 +9,11 @@ from torch import nn
 
 from eridiff.models.autoencoder import Autoencoder, AutoencoderConfig
 from eridiff.models.flux import Flux, FluxConfig
+from eridiff.models.mmdit import MMDiT, MMDiTConfig
 from eridiff.weights.save import save_network
 
 FLUX = FluxConfig(64, 64, 8, 12, 32, 2, 4.0, 2, 2, (4, 6, 6))
+MMDIT = MMDiTConfig(16, 16, 16, 20, 128, 2, 2.0, depth=3, table_side=6, dual_blocks=(0,))  # like sd3.5-medium
 AUTOENCODER = AutoencoderConfig(32, (1, 1, 2, 2), 1)
 TOKENIZERS = Path(__file__).parent / "goldens" / "text-tokenizers-tiny"
 
@@ -27,6 +29,13 @@ def randomised(module: nn.Module, seed: int = 0) -> Any:
 
 def flux(config: FluxConfig = FLUX, seed: int = 0) -> Flux:
     return randomised(Flux(config), seed)
+
+
+def mmdit(config: MMDiTConfig = MMDIT, seed: int = 0) -> MMDiT:
+    model = randomised(MMDiT(config), seed)
+    generator = torch.Generator().manual_seed(seed + 1)
+    model.positions.table = torch.randn(model.positions.table.shape, generator=generator)
+    return model
 
 
 def autoencoder(config: AutoencoderConfig = AUTOENCODER, seed: int = 0) -> Autoencoder:
@@ -50,29 +59,59 @@ def clip_module(vocabulary: int = 844) -> Any:
     return randomised(CLIPTextModelWithProjection(config))
 
 
-def t5_module(vocabulary: int = 320) -> Any:
+def t5_module(vocabulary: int = 320, width: int = 12) -> Any:
     from transformers import T5Config, T5EncoderModel
 
     config = T5Config(
-        vocab_size=vocabulary, d_model=12, d_kv=4, d_ff=16, num_layers=2, num_heads=2, feed_forward_proj="gated-gelu",
+        vocab_size=vocabulary, d_model=width, d_kv=4, d_ff=16, num_layers=2, num_heads=2, feed_forward_proj="gated-gelu",
         tie_word_embeddings=False,
     )  # fmt: skip
     return randomised(T5EncoderModel(config))
 
 
-def write_model(folder: Path, config: FluxConfig = FLUX, **sampling: Any) -> Path:
-    """A whole model as files side by side, with tokenizers; `sampling` goes into the network's metadata."""
+def write_text(folder: Path, name: str, network: str, module: Any) -> None:
+    """A text encoder as a published single file."""
     from eridiff.weights.save import write_tensors
 
+    unprojected = {"text_projection.weight"} if network == "clip" else set()
+    state = {n: t for n, t in module.state_dict().items() if n not in {"encoder.embed_tokens.weight", *unprojected}}
+    heads = {"num_attention_heads": 2, "hidden_act": "gelu" if network == "clip_g" else "quick_gelu"}
+    configs = {} if network == "t5" else {network: heads}
+    write_tensors(state, folder / f"{name}.safetensors", {"eridiff.config": json.dumps(configs)})
+
+
+def write_sd3_model(folder: Path, config: MMDiTConfig = MMDIT, t5: bool = True, **sampling: Any) -> Path:
+    """A whole small SD 3, as `write_model`; the autoencoder stands in the network's file, as in the published one."""
+    from safetensors.torch import load_file
+
+    from eridiff.weights.save import write_tensors
+
+    folder.mkdir(parents=True, exist_ok=True)
+    given = {"steps": 2, "width": 32, "height": 32} | sampling
+    tensors = {}
+    for prefix, module in (("model.diffusion_model.", mmdit(config)), ("first_stage_model.", autoencoder())):
+        part = load_file(save_network(module, folder / "part.safetensors"))
+        tensors |= {prefix + name: tensor for name, tensor in part.items()}
+    (folder / "part.safetensors").unlink()
+    write_tensors(tensors, folder / "sd3.safetensors", {"eridiff.sampling": json.dumps(given)})
+    write_text(folder, "clip_l", "clip", clip_module())
+    write_text(folder, "clip_g", "clip_g", clip_module())
+    if t5:
+        write_text(folder, "t5", "t5", t5_module(width=config.text_width))
+    for name, source in (("tokenizer", "clip"), ("tokenizer_2", "clip"), ("tokenizer_3", "t5")):
+        if not (folder / name).exists():
+            (folder / name).symlink_to(TOKENIZERS / source)
+    return folder
+
+
+def write_model(folder: Path, config: FluxConfig = FLUX, **sampling: Any) -> Path:
+    """A whole model as files side by side, with tokenizers; `sampling` goes into the network's metadata."""
     folder.mkdir(parents=True, exist_ok=True)
     given = {"steps": 2, "text_length": 16, "width": 32, "height": 32} | sampling
     save_network(flux(config), folder / "flux.safetensors", metadata={"eridiff.sampling": json.dumps(given)})
     save_network(autoencoder(), folder / "ae.safetensors")
-    clip = {n: t for n, t in clip_module().state_dict().items() if n != "text_projection.weight"}
-    heads = {"num_attention_heads": 2, "hidden_act": "quick_gelu", "projection_dim": 8}
-    write_tensors(clip, folder / "clip.safetensors", {"eridiff.config": json.dumps({"clip": heads})})
-    t5 = {n: t for n, t in t5_module().state_dict().items() if n != "encoder.embed_tokens.weight"}
-    write_tensors(t5, folder / "t5.safetensors", {})
+    write_text(folder, "clip", "clip", clip_module())
+    write_text(folder, "t5", "t5", t5_module())
     for name, source in (("tokenizer", "clip"), ("tokenizer_2", "t5")):
         if not (folder / name).exists():
             (folder / name).symlink_to(TOKENIZERS / source)

@@ -8,6 +8,7 @@ from eridiff.errors import CheckpointError, ConfigError
 from eridiff.inference.base import DiffusionInference, Prompt, Result, Step
 from eridiff.inference.flux import FluxInference
 from eridiff.inference.sd35 import SD35Inference
+from eridiff.weights.detect import DESCRIPTIONS
 from eridiff.weights.locate import Model, locate
 
 __all__ = ["DiffusionInference", "FluxInference", "Prompt", "Result", "SD35Inference", "Step", "load"]
@@ -25,8 +26,9 @@ def load(model: Model | None = None, **options: Any) -> DiffusionInference:
     parts = locate(BUILT_IN if model is None else model)
     kind = next((family for family in FAMILIES if family.family in parts.components), None)
     if kind is None:
-        held = ", ".join(c.network for c in parts.components.values()) or "nothing"
-        raise CheckpointError(f"the model holds no network that draws (only {held}); give it as transformer")
+        held = " and ".join(DESCRIPTIONS[name] for name in parts.components) or "nothing"
+        wanted = " or ".join(DESCRIPTIONS[family.family] for family in FAMILIES)
+        raise CheckpointError(f"the model holds {held} and no network that draws; give {wanted} as transformer")
     known = {*inspect.signature(kind.__init__).parameters, *inspect.signature(DiffusionInference.__init__).parameters}
     unknown = sorted(set(options) - known)
     if unknown:

@@ -36,10 +36,15 @@ class Row:
         return self.error <= self.bound
 
 
-def load_case(case: Mapping[str, Any], configs: Mapping[str, Mapping[str, Any]], dtype: torch.dtype) -> Any:
+def load_case(
+    case: Mapping[str, Any],
+    configs: Mapping[str, Mapping[str, Any]],
+    dtype: torch.dtype,
+    stored: torch.dtype = torch.float64,
+) -> Any:
     """The case's weights through a file in the original layout and the loader: a module for each network of `configs`."""
     tensors = {
-        name: torch.from_numpy(parameter(name, tuple(shape), case["salt"], case["overrides"]))
+        name: torch.from_numpy(parameter(name, tuple(shape), case["salt"], case["overrides"])).to(stored)
         for name, shape in case["parameters"]
     }
     modules = []
