@@ -160,7 +160,9 @@ class DiffusionInference(ABC):
         readers = {"clip": clip_tokenizer, "clip_g": clip_tokenizer, "t5": t5_tokenizer}
         tokenizers = {n: readers[n](parts.tokenizers.get("t5" if n == "t5" else "clip")) for n in text}
         own = components[self.family]
-        sampling = _own_sampling(own, self._variant(own.config, str(own.checkpoint.path)), self.variants)
+        path = own.checkpoint.path  # a folder is known by the pipeline's or the hub's above it, a file by its own
+        name = str(path) if path.is_dir() else "/".join(path.parts[-2:])
+        sampling = _own_sampling(own, self._variant(own.config, name), self.variants)
 
         def options(name: str) -> dict[str, Any]:
             dtype = self.dtype or default_dtype(components[name], self.device)
@@ -168,10 +170,10 @@ class DiffusionInference(ABC):
 
         network = build(own, **options(self.family))
         self.autoencoder = build(components["vae"], **options("vae"))  # type: ignore[assignment]
-        self._set_network(network, str(own.checkpoint.path))
+        self._set_network(network, name)
         self.sampling = sampling
         self.set_encoders({n: build_encoder(components[n], **options(n)) for n in text}, tokenizers)
-        self.source = {"model": str(own.checkpoint.path), "family": self.family, "variant": self.variant}
+        self.source = {"model": str(path), "family": self.family, "variant": self.variant}
         return self
 
     def _check_parts(self, components: Mapping[str, Component]) -> None:

@@ -14,8 +14,8 @@ from eridiff.schedulers import Schedule
 
 
 def shifted(sigmas: Tensor, shift: float) -> Tensor:
-    """`shift * sigma / (1 + (shift - 1) * sigma)`: 0 and 1 stay, a shift above 1 moves the rest towards the noise."""
-    return shift * sigmas / (1 + (shift - 1) * sigmas)
+    """`shift * sigma / (1 + (shift - 1) * sigma)`, written so that 0 and 1 stay; above 1 it moves towards the noise."""
+    return sigmas / (sigmas + (1 - sigmas) / shift)
 
 
 def flux_mu(tokens: int) -> float:
