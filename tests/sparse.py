@@ -2,10 +2,14 @@
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from eridiff.weights.header import DTYPES
+import torch
+from torch import Tensor
+
+from eridiff.weights.header import DTYPES, open_checkpoint
+from eridiff.weights.keymap import Shape
 from tests.manifest import Tensors, read_manifest
 
 
@@ -29,3 +33,14 @@ def sparse_manifest(
 ) -> Path:
     tensors = {prefix + name: value for name, value in read_manifest(manifest).items() if name not in drop}
     return write_sparse(path, tensors | (add or {}))
+
+
+def write_random(path: Path, tensors: Tensors, draw: Callable[[str, Shape], Tensor]) -> Path:
+    """The same file with `draw(name, shape)` for each tensor, one at a time, so that a full-size file needs little memory."""
+    write_sparse(path, tensors)
+    for name, entry in open_checkpoint(path).tensors.items():
+        values = draw(name, entry.shape).to(entry.dtype).contiguous().flatten().view(torch.uint8)
+        with open(path, "r+b") as file:
+            file.seek(entry.begin)
+            file.write(memoryview(values.numpy()))
+    return path

@@ -1,5 +1,7 @@
 """Laws of the networks: prepare and step are forward, gradients flow, patchify has an inverse, checkpointing is exact."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -9,6 +11,7 @@ from torch import Tensor, nn
 import eridiff
 from eridiff.blocks import checkpoint_blocks
 from eridiff.errors import ConfigError
+from eridiff.models import mmdit
 from eridiff.models.autoencoder import AutoencoderConfig
 from eridiff.models.flux import FluxConfig, patchify, position_ids, unpatchify
 from eridiff.trace.record import first_difference, record
@@ -164,3 +167,124 @@ def test_noise_of_a_seed_is_torchs_own_stream(seed: int) -> None:
     model = FluxInference(tiny.flux(), tiny.autoencoder(), device="cpu")
     expected = torch.randn(16, 4, 6, generator=torch.Generator().manual_seed(seed))
     assert torch.equal(model.noise([seed], 48, 32)[0], expected)
+
+
+# MMDiT ----------------------------------------------------------------------------------------------------------------
+
+
+def mmdit_inputs(batch: int = 2) -> tuple[Tensor, Tensor, Tensor]:
+    g = torch.Generator().manual_seed(3)
+    shapes = ((batch, 16, 4, 6), (batch, 5, 20), (batch, 16))
+    return tuple(torch.randn(shape, generator=g).double() for shape in shapes)  # type: ignore[return-value]
+
+
+def test_an_mmdit_run_of_steps_equals_single_forward_calls() -> None:
+    model = tiny.mmdit().double()
+    x, text, pooled = mmdit_inputs()
+    times = torch.tensor([1.0, 0.6, 0.2], dtype=torch.float64)
+    run = model.prepare(text, pooled, times, (2, 3))
+    for i, time in enumerate(times):
+        alone = model(x, text, pooled, time.expand(1, 2))
+        assert torch.allclose(model.step(x, run, i), alone, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("family", ["flux", "mmdit"])
+def test_rows_of_a_run_are_runs_of_rows(family: str) -> None:
+    """Each row with its own time: what guidance selects is what a smaller batch would have prepared."""
+    times = torch.tensor([[0.9, 0.1]], dtype=torch.float64)
+    if family == "flux":
+        model, (x, text, pooled) = tiny.flux().double(), inputs()
+        run = model.prepare(text, pooled, times, (2, 3), GUIDANCE)
+    else:
+        model, (x, text, pooled) = tiny.mmdit().double(), mmdit_inputs()
+        run = model.prepare(text, pooled, times, (2, 3))
+    both = model.step(x, run, 0)
+    for row in range(2):
+        one = slice(row, row + 1)
+        assert torch.allclose(model.step(x[one], run.rows(one), 0), both[one], rtol=1e-12, atol=1e-12)
+        extra = (GUIDANCE[one],) if family == "flux" else ()
+        again = model.prepare(text[one], pooled[one], times[:, one], (2, 3), *extra)
+        assert torch.allclose(model.step(x[one], again, 0), both[one], rtol=1e-12, atol=1e-12)
+
+
+@given(st.integers(1, 3), st.integers(1, 5), st.integers(1, 5), st.integers(1, 4))
+def test_mmdits_tokens_hold_row_column_then_channel(batch: int, h: int, w: int, channels: int) -> None:
+    picture = torch.arange(batch * channels * 4 * h * w).reshape(batch, channels, 2 * h, 2 * w)
+    tokens = torch.stack([
+        picture[:, c, row::2, column::2].flatten(1) for row in (0, 1) for column in (0, 1) for c in range(channels)
+    ], dim=-1)  # fmt: skip
+    assert torch.equal(mmdit.unpatchify(tokens, (h, w)), picture)
+
+
+def test_mmdit_gradients_reach_every_parameter_that_can_move_the_picture() -> None:
+    """The queries of the last block's text end nowhere: their rows and their norm have no gradient, all else has."""
+    model = tiny.mmdit().double().requires_grad_(True)
+    x, text, pooled = (t.requires_grad_(True) for t in mmdit_inputs())
+    model(x, text, pooled, torch.tensor([[0.5]], dtype=torch.float64)).square().sum().backward()
+    last = "joint_blocks.2.text."
+    still = [n for n, p in model.named_parameters() if p.grad is None or not bool(p.grad.abs().sum() > 0)]
+    assert still == [f"{last}q_norm.weight"]
+    queries, keys_values = dict(model.named_parameters())[f"{last}qkv.weight"].grad.split([128, 256])
+    assert not bool(queries.any()) and bool((keys_values != 0).any())
+    assert all(bool(t.grad.abs().sum() > 0) for t in (x, text, pooled))
+
+
+def test_skipped_blocks_are_passed_by_both_streams() -> None:
+    model = tiny.mmdit().double()
+    x, text, pooled = mmdit_inputs()
+    times = torch.tensor([[0.5]], dtype=torch.float64)
+    with record(model) as whole:
+        model(x, text, pooled, times, skip_blocks=(1,))
+    assert not any(name.startswith("joint_blocks.1.") and "modulation" not in name for name in whole)
+    assert torch.equal(whole["joint_blocks.2:0"], whole["joint_blocks.0.0"])
+    assert torch.equal(whole["joint_blocks.2:1"], whole["joint_blocks.0.1"])
+
+
+@given(st.integers(1, 9), st.integers(1, 9))
+def test_a_picture_takes_the_middle_of_the_table(h: int, w: int) -> None:
+    table = mmdit.PositionTable(9, 2)
+    rows, columns = torch.meshgrid(torch.arange(9.0), torch.arange(9.0), indexing="ij")
+    table.table = torch.stack([rows, columns], dim=-1).reshape(1, 81, 2)
+    crop = table((h, w)).reshape(h, w, 2)
+    top, left = (9 - h) // 2, (9 - w) // 2
+    assert crop[0, 0].tolist() == [top, left] and crop[-1, -1].tolist() == [top + h - 1, left + w - 1]
+    with pytest.raises(ConfigError, match="of 160 x 16 pixels is larger .* at most 144 a side"):
+        table((1, 10))
+
+
+def test_the_table_of_positions_stays_where_it_is_while_the_network_moves() -> None:
+    """Only its crops leave; it is saved and loaded with the rest all the same."""
+    model = tiny.mmdit()
+    table = model.positions.table
+    assert "positions.table" not in dict([*model.named_parameters(), *model.named_buffers()])
+    assert model.to(torch.bfloat16).to("meta").positions.table is table
+    x, text, pooled = (t.to("meta", torch.bfloat16) for t in mmdit_inputs())
+    run = model.prepare(text, pooled, torch.empty(3, device="meta"), (2, 3))
+    assert run.positions.shape == (1, 6, 128) and (run.positions.device.type, run.positions.dtype) == (
+        "meta",
+        torch.bfloat16,
+    )
+    assert model.step(x, run, 1).shape == x.shape
+
+    source, target = tiny.mmdit(), mmdit.MMDiT(tiny.MMDIT)
+    assert target.load_state_dict(source.state_dict()).missing_keys == []
+    assert torch.equal(target.positions.table, source.positions.table)
+    state = source.state_dict() | {"positions.table": torch.zeros(1, 4, 128)}
+    with pytest.raises(RuntimeError, match=r"positions.table has the shape \[1, 4, 128\]"):
+        target.load_state_dict(state)
+    del state["positions.table"]
+    with pytest.raises(RuntimeError, match="Missing key.*positions.table"):
+        target.load_state_dict(state)
+
+
+def test_checkpointed_mmdit_blocks_give_the_same_gradients() -> None:
+    gradients = []
+    for checkpointed in (False, True):
+        model = tiny.mmdit().double().requires_grad_(True)
+        x, text, pooled = mmdit_inputs()
+        times = torch.tensor([[0.5, 0.7]], dtype=torch.float64)
+        with checkpoint_blocks(model) if checkpointed else nullcontext():
+            model(x, text, pooled, times).square().sum().backward()
+        gradients.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys()
+    assert all(torch.equal(gradients[0][n], gradients[1][n]) for n in gradients[0])
