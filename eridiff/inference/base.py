@@ -3,13 +3,12 @@
 Letters: B pictures, C latent channels, H x W the picture's size in pixels.
 """
 
-import json
 import logging
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, Self
 
 import torch
@@ -21,19 +20,20 @@ from tqdm import tqdm
 import eridiff
 from eridiff.errors import CheckpointError, ConfigError, EridiffError
 from eridiff.images import to_images, to_tensor
+from eridiff.inference.loading import check_parts, own_sampling
 from eridiff.inference.settings import Defaults, Table, Text, check_settings, listed, matched, settle_size
 from eridiff.memory.stages import on_device
 from eridiff.models.autoencoder import Autoencoder
 from eridiff.schedulers import Schedule
 from eridiff.schedulers.flow_match import flow_schedule
 from eridiff.schedulers.guidance import Guidance, SkipLayers, guided
-from eridiff.schedulers.samplers import SAMPLERS, Predict
+from eridiff.schedulers.samplers import SAMPLERS, Predict, mixed
 from eridiff.text import Conditioning
 from eridiff.text.encoders import build_encoder
 from eridiff.text.tokenizers import clip_tokenizer, t5_tokenizer
-from eridiff.weights.detect import DESCRIPTIONS, Component
+from eridiff.weights.detect import DESCRIPTIONS
 from eridiff.weights.load import build, default_dtype
-from eridiff.weights.locate import DENOISERS, PART_NAMES, TEXT_ENCODERS, Model, Parts, locate
+from eridiff.weights.locate import TEXT_ENCODERS, Model, Parts, locate
 
 log = logging.getLogger(__name__)
 LATENT_SCALE = 8  # pixels a latent's side, in every autoencoder of the three families
@@ -155,14 +155,14 @@ class DiffusionInference(ABC):
         """
         parts = locate(model)
         components = parts.components
-        self._check_parts(components)
+        check_parts(type(self), components)
         text = [name for name in TEXT_ENCODERS if name in components]
         readers = {"clip": clip_tokenizer, "clip_g": clip_tokenizer, "t5": t5_tokenizer}
         tokenizers = {n: readers[n](parts.tokenizers.get("t5" if n == "t5" else "clip")) for n in text}
         own = components[self.family]
         path = own.checkpoint.path  # a folder is known by the pipeline's or the hub's above it, a file by its own
         name = str(path) if path.is_dir() else "/".join(path.parts[-2:])
-        sampling = _own_sampling(own, self._variant(own.config, name), self.variants)
+        sampling = own_sampling(own, self._variant(own.config, name), self.variants)
 
         def options(name: str) -> dict[str, Any]:
             dtype = self.dtype or default_dtype(components[name], self.device)
@@ -175,29 +175,6 @@ class DiffusionInference(ABC):
         self.set_encoders({n: build_encoder(components[n], **options(n)) for n in text}, tokenizers)
         self.source = {"model": str(path), "family": self.family, "variant": self.variant}
         return self
-
-    def _check_parts(self, components: Mapping[str, Component]) -> None:
-        held = " and ".join(DESCRIPTIONS[name] for name in components) or "nothing"
-        other = next((n for n in DENOISERS if n in components and n != self.family), None)
-        if other and self.family not in components:
-            raise CheckpointError(
-                f"{components[other].checkpoint.path} holds {DESCRIPTIONS[other]}, {type(self).__name__} draws with "
-                f"{DESCRIPTIONS[self.family]}; eridiff.load chooses by the file"
-            )
-        missing = [name for name in (self.family, "vae", *self.needed) if name not in components]
-        if missing:
-            options = [name for name, networks in PART_NAMES.items() if set(networks) & set(missing)]
-            raise CheckpointError(
-                f"{' and '.join(DESCRIPTIONS[name] for name in missing)} {'is' if len(missing) == 1 else 'are'} missing: "
-                f"the model holds {held}; give the rest as {', '.join(options)}"
-            )
-        own = components[self.family].config
-        given = self.text_widths({name: components[name].config for name in TEXT_ENCODERS if name in components})
-        if given != (own.text_width, own.pooled_width):
-            raise CheckpointError(
-                f"the text encoders give {given[0]} features a token and {given[1]} pooled, {DESCRIPTIONS[self.family]} takes "
-                f"{own.text_width} and {own.pooled_width}; they belong to another model"
-            )
 
     def _variant(self, config: Any, name: str) -> str:
         possible = self.possible_variants(config)
@@ -271,14 +248,14 @@ class DiffusionInference(ABC):
         move = SAMPLERS[sampler or self.sampling.sampler]
         first = _first_step(schedule.steps, 1.0 if image is None else strength)
         noise = latents.to(self.device, torch.float32)
-        x = noise if image is None else _noised(image, noise, schedule, first)
+        x = noise if image is None else mixed(image, noise, schedule, first)
         clean: Tensor | None = None
         with self._stage(self.network):
             predict = self.predictor(prompt, schedule, width, height, guidance, guidance_scale, condition, first)
             for i in tqdm(range(first, schedule.steps), desc="denoising", unit="step", **self._bar):
                 x, clean = move(predict, x, schedule, i, clean)
                 if mask is not None and image is not None:
-                    x = mask * x + (1 - mask) * _noised(image, noise, schedule, i + 1)
+                    x = mask * x + (1 - mask) * mixed(image, noise, schedule, i + 1)
                 if callback and callback(Step(i, schedule.steps, float(schedule.sigmas[i + 1]), x, clean)):
                     break
         return _finite(x, "denoising")
@@ -439,17 +416,6 @@ class DiffusionInference(ABC):
         return {"disable": None if self.progress else True, "leave": False}
 
 
-def _own_sampling(component: Component, variant: str, variants: Mapping[str, Any]) -> Any:
-    """The variant's defaults with what a small file says in its metadata `eridiff.sampling`."""
-    try:
-        given = json.loads(component.checkpoint.metadata.get("eridiff.sampling", "{}"))
-        return replace(variants[variant], **given)
-    except (ValueError, TypeError) as error:
-        raise ConfigError(
-            f"{component.checkpoint.path}: the metadata eridiff.sampling cannot be used: {error}"
-        ) from None
-
-
 def finite_features(x: Tensor, name: str) -> Tensor:
     """`x`, or a CheckpointError that names the encoder that gave it."""
     if not bool(torch.isfinite(x).all()):
@@ -462,10 +428,6 @@ def finite_features(x: Tensor, name: str) -> Tensor:
 def _first_step(steps: int, strength: float) -> int:
     """Where image to image begins: the share `strength` of the steps is run, at least one unless it is 0."""
     return steps - math.ceil(steps * strength)
-
-
-def _noised(image: Tensor, noise: Tensor, schedule: Schedule, i: int) -> Tensor:
-    return float(schedule.alphas[i]) * image + float(schedule.sigmas[i]) * noise
 
 
 def _latent_mask(mask: Tensor | None, device: torch.device) -> Tensor | None:

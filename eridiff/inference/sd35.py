@@ -154,5 +154,5 @@ def joined(clip: ClipFeatures, clip_g: ClipFeatures, t5: Tensor | None, width: i
     """
     pair = torch.cat([finite_features(clip.hidden[-2], "CLIP-L"), finite_features(clip_g.hidden[-2], "CLIP-G")], dim=-1)
     rows = F.pad(pair, (0, width - pair.shape[-1]))
-    text = rows if t5 is None else torch.cat([rows, t5.to(rows.dtype)], dim=1)
+    text = rows if t5 is None else torch.cat([rows, t5], dim=1)  # of the wider dtype, if the encoders differ
     return Conditioning(text, torch.cat([clip.projected, clip_g.projected], dim=-1))

@@ -29,6 +29,11 @@ def clean_noise(x: Tensor, output: Tensor, schedule: Schedule, i: int) -> tuple[
     raise ValueError(f"unknown prediction type {schedule.prediction!r}")
 
 
+def mixed(clean: Tensor, noise: Tensor, schedule: Schedule, i: int) -> Tensor:
+    """The latents at point `i` that a clean picture and a noise make."""
+    return float(schedule.alphas[i]) * clean + float(schedule.sigmas[i]) * noise
+
+
 def ask(predict: Predict, x: Tensor, schedule: Schedule, i: int) -> tuple[Tensor, Tensor]:
     """(clean, noise) that the network sees in `x` at point `i`."""
     output = predict(float(schedule.input_scale[i]) * x, i)
@@ -40,7 +45,7 @@ def euler(
 ) -> tuple[Tensor, Tensor]:
     """The Euler step (Karras et al. 2022, algorithm 1 without its correction; DDIM, Song et al. 2021, is the same line)."""
     clean, noise = ask(predict, x, schedule, i)
-    return float(schedule.alphas[i + 1]) * clean + float(schedule.sigmas[i + 1]) * noise, clean
+    return mixed(clean, noise, schedule, i + 1), clean
 
 
 def heun(
@@ -51,12 +56,11 @@ def heun(
     Asks the network twice, on the last step once.
     """
     clean, noise = ask(predict, x, schedule, i)
-    alpha, sigma = float(schedule.alphas[i + 1]), float(schedule.sigmas[i + 1])
-    end = alpha * clean + sigma * noise
+    end = mixed(clean, noise, schedule, i + 1)
     if i + 1 == schedule.steps:
         return end, clean
     clean2, noise2 = ask(predict, end, schedule, i + 1)
-    d_alpha, d_sigma = alpha - float(schedule.alphas[i]), sigma - float(schedule.sigmas[i])
+    d_alpha, d_sigma = (float(values[i + 1] - values[i]) for values in (schedule.alphas, schedule.sigmas))
     return end + (d_alpha * (clean2 - clean) + d_sigma * (noise2 - noise)) / 2, clean
 
 
