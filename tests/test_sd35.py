@@ -1,6 +1,7 @@
 """Stable Diffusion 3 from a prompt to a picture, with small random models in the published files' form."""
 
 import itertools
+import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 import eridiff
 from eridiff.cli import main
@@ -17,6 +19,7 @@ from eridiff.models.mmdit import PRESETS, MMDiTConfig
 from eridiff.schedulers.guidance import SkipLayers
 from eridiff.text import Conditioning
 from eridiff.text.tokenizers import clip_tokenizer, published_clip_tokenizer, token_ids, token_windows
+from eridiff.weights.save import save_network, write_tensors
 from tests import tiny
 from tests.test_text import TINY
 
@@ -138,6 +141,57 @@ def test_bfloat16_networks_and_offloaded_stages_draw_the_same_way(folder: Path, 
     assert {p.dtype for p in half.network.parameters()} == {torch.bfloat16}
     assert half.network.positions.table.dtype == torch.float32  # the file's
     assert torch.equal(draw(load(folder, offload="stages"), cfg_scale=1.0).latents, expected)
+
+
+def write_all_in_one(folder: Path, target: Path) -> Path:
+    """As sd3_medium_incl_clips_t5xxlfp16: every part in one file."""
+    tensors = load_file(folder / "sd3.safetensors")
+    for name, place in (("clip_l", "clip_l"), ("clip_g", "clip_g"), ("t5", "t5xxl")):
+        part = load_file(folder / f"{name}.safetensors")
+        tensors |= {f"text_encoders.{place}.transformer.{key}": tensor for key, tensor in part.items()}
+    heads = {
+        "clip": {"num_attention_heads": 2, "hidden_act": "quick_gelu"},
+        "clip_g": {"num_attention_heads": 2, "hidden_act": "gelu"},
+    }
+    target.mkdir()
+    for name in ("tokenizer", "tokenizer_2", "tokenizer_3"):
+        (target / name).symlink_to(folder / name)
+    metadata = {"eridiff.sampling": '{"steps": 2, "width": 32, "height": 32}', "eridiff.config": json.dumps(heads)}
+    write_tensors(tensors, target / "all.safetensors", metadata)
+    return target
+
+
+def write_pipeline(folder: Path, target: Path) -> Path:
+    """As the published diffusers folders: every network in its own, in diffusers' names."""
+    model = load(folder)
+    parts = {"transformer": model.network, "vae": model.autoencoder}
+    for name, module in parts.items():
+        (target / name).mkdir(parents=True)
+        save_network(module, target / name / "diffusion_pytorch_model.safetensors", layout="diffusers")
+    for name, encoder, activation in (
+        ("text_encoder", "clip_l", "quick_gelu"),
+        ("text_encoder_2", "clip_g", "gelu"),
+        ("text_encoder_3", "t5", ""),
+    ):
+        (target / name).mkdir()
+        metadata = {"eridiff.config": '{"clip_g": {}}'} if encoder == "clip_g" else {}
+        write_tensors(load_file(folder / f"{encoder}.safetensors"), target / name / "model.safetensors", metadata)
+        heads = {"num_attention_heads": 2, "hidden_act": activation} if activation else {}
+        (target / name / "config.json").write_text(json.dumps(heads))
+    for name in ("tokenizer", "tokenizer_2", "tokenizer_3"):
+        (target / name).symlink_to(folder / name)
+    (target / "model_index.json").write_text('{"_class_name": "StableDiffusion3Pipeline"}')
+    return target
+
+
+@pytest.mark.parametrize("write", [write_all_in_one, write_pipeline])
+def test_every_form_of_the_files_draws_the_same_picture(
+    write: Any, folder: Path, whole: SD35Inference, tmp_path: Path
+) -> None:
+    model = load(write(folder, tmp_path / "other"))
+    assert (model.variant, model.autoencoder.config) == (whole.variant, whole.autoencoder.config)
+    found = draw(model, prompt := "a swan, a fox")
+    assert torch.equal(found.latents, draw(whole, prompt).latents)
 
 
 # variants -------------------------------------------------------------------------------------------------------------
