@@ -15,7 +15,9 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     FlowMatchHeunDiscreteScheduler,
     FluxTransformer2DModel,
+    LatentConsistencyModelPipeline,
     SD3Transformer2DModel,
+    UNet2DConditionModel,
 )
 from diffusers.models.transformers import transformer_flux
 from safetensors.torch import load_file
@@ -23,12 +25,13 @@ from torch import Tensor
 
 from eridiff import load_network, save_network
 from eridiff.models.flux import position_ids
+from eridiff.models.unet import guidance_sinusoid
 from eridiff.schedulers.flow_match import flow_schedule
 from eridiff.schedulers.samplers import SAMPLERS
 from eridiff.trace.record import relative_l2
 from eridiff.weights.keymap import key_map
-from tests.golden import Float32Sinusoid
-from tests.tiny import randomised
+from tests.golden.case import Float32Sinusoid, float32_sinusoid
+from tests.tiny import randomised, scaled
 
 GRID = (3, 4)
 
@@ -142,6 +145,57 @@ def test_mmdit_equals_diffusers(
         assert relative_l2(skipped, ask(skip_layers=[1])) < bound < relative_l2(skipped, found)
 
 
+def reference_unet(refiner: bool = False, in_channels: int = 4, lcm: bool = False) -> Any:
+    """Base- and refiner-like: the refiner has a fourth stage without transformers, but one in the middle."""
+    plain, attending = "DownBlock2D", "CrossAttnDownBlock2D"
+    down = (plain, attending, attending, *([plain] if refiner else []))
+    return scaled(
+        UNet2DConditionModel(
+            in_channels=in_channels, block_out_channels=(64, 64, 128, 128)[: len(down)], down_block_types=down,
+            up_block_types=tuple(kind.replace("Down", "Up") for kind in reversed(down)), layers_per_block=2,
+            transformer_layers_per_block=2 if refiner else (1, 2, 3), attention_head_dim=(1, 1, 2, 2)[: len(down)],
+            cross_attention_dim=24, addition_embed_type="text_time", addition_time_embed_dim=16,
+            projection_class_embeddings_input_dim=8 + 6 * 16, use_linear_projection=True,
+            time_cond_proj_dim=256 if lcm else None,
+        )
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    ("refiner", "in_channels", "lcm"), [(False, 4, False), (True, 4, False), (False, 9, False), (False, 4, True)]
+)
+@pytest.mark.parametrize("layout", ["diffusers", "original"])
+def test_the_unet_equals_diffusers(
+    dtype: torch.dtype, refiner: bool, in_channels: int, lcm: bool, layout: str, tmp_path: Path
+) -> None:
+    reference = reference_unet(refiner, in_channels, lcm)
+    reference.save_pretrained(tmp_path / "m")
+    path = tmp_path / "m"
+    if layout == "original":
+        path = save_network(load_network(path), tmp_path / "original.safetensors")
+    model, reference = load_network(path, dtype=dtype), reference.to(dtype)
+    g = torch.Generator().manual_seed(7)
+    x, text, pooled = (torch.randn(s, generator=g).to(dtype) for s in ((2, in_channels, 16, 8), (2, 5, 24), (2, 8)))
+    times, numbers = torch.tensor([999.0, 61.375]), torch.tensor([[1024, 768, 0, 64, 832, 1216]] * 2)
+    scale = torch.tensor([8.0, 3.0]) if lcm else None
+    vector = torch.cat([pooled, float32_sinusoid(numbers, 16).flatten(1).to(dtype)], dim=1)
+    with torch.no_grad(), Float32Sinusoid():
+        added = {"text_embeds": pooled, "time_ids": numbers}
+        condition = None if scale is None else guidance_sinusoid(scale).to(dtype)
+        expected = reference(x, times, text, added_cond_kwargs=added, timestep_cond=condition).sample
+        found = model(x, text, vector, times[None], scale)
+    assert relative_l2(found, expected) < (5e-6 if dtype == torch.float32 else 1e-12)
+
+
+def test_lcms_guidance_is_embedded_as_diffusers_does() -> None:
+    scales = torch.tensor([3.0, 8.0, 13.0])
+    expected = LatentConsistencyModelPipeline.get_guidance_scale_embedding(
+        None, scales - 1, embedding_dim=256, dtype=torch.float64
+    )
+    assert relative_l2(guidance_sinusoid(scales), expected) < 5e-5  # theirs takes the logarithm of 10000 in float32
+
+
 @pytest.mark.parametrize("rule", ["joint_blocks.{b}.text.last_modulation.*", "final.modulation.*"])
 def test_halves_that_diffusers_swaps_are_swapped_back(rule: str, tmp_path: Path) -> None:
     """Names and shapes cannot tell whether scale or shift stands first: without the operation the picture is another."""
@@ -213,7 +267,7 @@ def test_the_autoencoder_equals_diffusers(
 
 
 def test_what_we_save_diffusers_loads(tmp_path: Path) -> None:
-    for reference in (reference_flux(), reference_sd3()):
+    for reference in (reference_flux(), reference_sd3(), reference_unet()):
         reference.save_pretrained(tmp_path / "m")
         path = save_network(load_network(tmp_path / "m"), tmp_path / "again.safetensors", layout="diffusers")
         found, expected = load_file(path), reference.state_dict()

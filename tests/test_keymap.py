@@ -16,6 +16,7 @@ from eridiff.errors import CheckpointError
 from eridiff.models.autoencoder import Autoencoder, AutoencoderConfig
 from eridiff.models.flux import Flux, FluxConfig
 from eridiff.models.mmdit import MMDiT, MMDiTConfig
+from eridiff.models.unet import UNet, UNetConfig
 from eridiff.text.encoders import empty_encoder
 from eridiff.weights.detect import Component
 from eridiff.weights.header import Checkpoint
@@ -47,6 +48,10 @@ CASES = [
     *(("mmdit", preset, "original", preset) for preset in ("sd3-medium", "sd3.5-medium", "sd3.5-large")),
     *(("mmdit", preset, "diffusers", f"{preset}-transformer-diffusers")
       for preset in ("sd3-medium", "sd3.5-medium", "sd3.5-large")),
+    ("unet", "base", "original", "sd_xl_base_1.0"),
+    ("unet", "refiner", "original", "sd_xl_refiner_1.0"),
+    ("unet", "inpaint", "original", "sdxl-inpaint-unet-original"),
+    *(("unet", preset, "diffusers", f"sdxl-{preset}-unet-diffusers") for preset in ("base", "refiner", "inpaint")),
     ("vae", "flux", "original", "ae"),
     ("vae", "flux", "diffusers", "flux1-diffusers-vae"),
     ("vae", "sdxl", "original", "sdxl-first-stage"),
@@ -61,6 +66,7 @@ def component(network: str, preset: str) -> Component:
     config: Any = {
         "flux": lambda: FluxConfig.preset(preset),
         "mmdit": lambda: MMDiTConfig.preset(preset),
+        "unet": lambda: UNetConfig.preset(preset),
         "vae": lambda: AutoencoderConfig.preset(preset),
         "clip": lambda: {"L": CLIP_L, "G": CLIP_G}[preset],
         "t5": lambda: T5_XXL,
@@ -97,7 +103,7 @@ def published(manifest: str, layout: Layout, preset: str) -> Shapes:
     shapes = {
         name.removeprefix("model.diffusion_model."): shape
         for name, (_, shape) in read_manifest(manifest).items()
-        if name not in layout.carry and not name.startswith("first_stage_model.")
+        if name not in layout.carry and not name.startswith(("first_stage_model.", "conditioner."))
     }
     if manifest == "clip_l":
         shapes["text_projection.weight"] = (768, 768)  # in SD3's folders; the usual files have none
@@ -202,6 +208,24 @@ def test_mmdit_keeps_every_bit(
 
 @settings(max_examples=15, deadline=None)
 @given(
+    depths=st.lists(st.integers(0, 2), min_size=1, max_size=4), middle=st.integers(0, 2), guidance=st.booleans(), dtype=DTYPES,
+    seed=st.integers(0, 99), layout=st.sampled_from(["original", "diffusers"]),
+)  # fmt: skip
+def test_the_unet_keeps_every_bit(
+    depths: list[int], middle: int, guidance: bool, dtype: torch.dtype, seed: int, layout: str
+) -> None:
+    config = UNetConfig(4, 4, 32, (1,) * len(depths), tuple(depths), middle, 16, 6, 10, guidance)
+    with torch.device("meta"):
+        shapes = {n: tuple(t.shape) for n, t in UNet(config).state_dict().items()}
+    round_trip(
+        KeyMap("unet").layouts[layout],
+        random_bits(shapes, dtype, seed),
+        {"levels": config.levels, "attends": config.attends},
+    )
+
+
+@settings(max_examples=15, deadline=None)
+@given(
     levels=st.integers(1, 4), blocks=st.integers(1, 2), quant=st.booleans(), dtype=DTYPES, seed=st.integers(0, 99),
     layout=st.sampled_from(["original", "diffusers"]),
 )  # fmt: skip
@@ -244,6 +268,7 @@ def exchange(first: Rule, second: Rule) -> None:
     [
         ("flux", "flux-dev-tiny", 10),
         ("mmdit", "sd35-medium-tiny", 10),
+        ("unet", "sdxl-base-tiny", 10),
         ("vae", "ae-16-tiny", 3),
         ("clip", "text-clip-l-tiny", 0),
         ("clip", "text-clip-g-tiny", 3),

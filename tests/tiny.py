@@ -10,8 +10,10 @@ from torch import nn
 from eridiff.models.autoencoder import Autoencoder, AutoencoderConfig
 from eridiff.models.flux import Flux, FluxConfig
 from eridiff.models.mmdit import MMDiT, MMDiTConfig
+from eridiff.models.unet import UNet, UNetConfig
 from eridiff.weights.save import save_network
 
+UNET = UNetConfig(4, 4, 64, (1, 2, 2), (0, 1, 2), 2, 32, text_width=16, vector_width=8 + 6 * 256)
 FLUX = FluxConfig(64, 64, 8, 12, 32, 2, 4.0, 2, 2, (4, 6, 6))
 MMDIT = MMDiTConfig(16, 16, 16, 20, 128, 2, 2.0, depth=3, table_side=6, dual_blocks=(0,))  # like sd3.5-medium
 AUTOENCODER = AutoencoderConfig(32, (1, 1, 2, 2), 1)
@@ -36,6 +38,21 @@ def mmdit(config: MMDiTConfig = MMDIT, seed: int = 0) -> MMDiT:
     generator = torch.Generator().manual_seed(seed + 1)
     model.positions.table = torch.randn(model.positions.table.shape, generator=generator)
     return model
+
+
+def unet(config: UNetConfig = UNET, seed: int = 0) -> UNet:
+    return scaled(UNet(config), seed)
+
+
+def scaled(module: nn.Module, seed: int = 0) -> Any:
+    """Every parameter drawn anew, matrices scaled by fan-in: for networks too deep for `randomised`."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, p in module.named_parameters():
+            values = torch.randn(p.shape, generator=generator)
+            gain = p.ndim == 1 and name.endswith("weight")
+            p.copy_(values / max(1, p[0].numel()) ** 0.5 if p.ndim > 1 else gain + values / 5)
+    return module.eval().requires_grad_(False)
 
 
 def autoencoder(config: AutoencoderConfig = AUTOENCODER, seed: int = 0) -> Autoencoder:

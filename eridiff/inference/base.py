@@ -99,7 +99,7 @@ class DiffusionInference(ABC):
         if offload not in (None, "stages"):
             raise ConfigError(f"offload must be 'stages' or nothing, not {offload!r}")
         if variant is not None and variant not in self.variants:
-            raise ConfigError(f"'{variant}' is no variant of {DESCRIPTIONS[self.family].removeprefix('a ')}; there are {', '.join(self.variants)}")  # fmt: skip
+            raise ConfigError(f"'{variant}' is no variant of {DESCRIPTIONS[self.family].split(' ', 1)[1]}; there are {', '.join(self.variants)}")  # fmt: skip
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.asked_variant, self.dtype, self.offload, self.progress = variant, dtype, offload, progress
         self.source: dict[str, Any] = {}  # which files, for the record

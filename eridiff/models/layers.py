@@ -16,18 +16,25 @@ def wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def timestep_sinusoid(times: Tensor, width: int = 256) -> Tensor:
-    """Sinusoidal embedding of times in [0, 1] (or of any scalar on the same scale, guidance too).
+def sinusoid(values: Tensor, width: int = 256) -> Tensor:
+    """Sinusoidal embedding of any numbers `[...]` -> `[..., width]`: cosines first, then sines (Vaswani et al. 2017).
 
-    Vaswani et al. 2017 with the cosines first and a factor of 1000, as `timestep_embedding` of the Flux original.
-    `times` has any shape `[...]`; the result is `[..., width]`, float32, or float64 for float64 times: arguments reach
-    30,000 (guidance 30), where float32 moves the network's output by up to 3e-4 relative.
+    float32, or float64 for float64 values: arguments reach 30,000 (1000 times a guidance of 30), where float32 moves the
+    network's output by up to 3e-4 relative.
     """
     half = width // 2
-    dtype = wide(times.dtype)
-    frequencies = torch.exp(-math.log(10000) * torch.arange(half, dtype=dtype, device=times.device) / half)
-    angles = (1000.0 * times).to(dtype)[..., None] * frequencies
+    dtype = wide(values.dtype)
+    frequencies = torch.exp(-math.log(10000) * torch.arange(half, dtype=dtype, device=values.device) / half)
+    angles = values.to(dtype)[..., None] * frequencies
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
+def timestep_sinusoid(times: Tensor, width: int = 256) -> Tensor:
+    """Embedding of times in [0, 1] (or of any scalar on the same scale, guidance too): the sinusoid of 1000 times them.
+
+    As `timestep_embedding` of the Flux original.
+    """
+    return sinusoid(1000.0 * times, width)
 
 
 class RMSNorm(nn.Module):

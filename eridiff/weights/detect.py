@@ -14,6 +14,7 @@ from eridiff.models.autoencoder import PRESETS as AUTOENCODER_PRESETS
 from eridiff.models.autoencoder import AutoencoderConfig
 from eridiff.models.flux import FluxConfig
 from eridiff.models.mmdit import MMDiTConfig
+from eridiff.models.unet import UNetConfig
 from eridiff.weights.header import Checkpoint
 from eridiff.weights.keymap import Layout, Shape, key_map
 
@@ -24,11 +25,11 @@ ShapeOf = Callable[[str], Shape | None]
 class Component:
     """One network inside a checkpoint."""
 
-    network: str  # flux, mmdit, vae, clip, clip_g or t5
+    network: str  # flux, mmdit, unet, vae, clip, clip_g or t5
     layout: Layout
     prefix: str
     checkpoint: Checkpoint
-    config: Any  # FluxConfig, MMDiTConfig, AutoencoderConfig, or for a text encoder a dict of transformers' names
+    config: Any  # FluxConfig, MMDiTConfig, UNetConfig, AutoencoderConfig, or for a text encoder a dict of transformers' names
     old: bool = False  # names of older writers
     notices: tuple[str, ...] = ()
     keys: frozenset[str] = field(default=frozenset())  # of the file, this component's, prefix removed
@@ -159,7 +160,7 @@ def _needed(shape_of: ShapeOf, checkpoint: Checkpoint, family: str, name: str, d
     found = shape_of(name)
     if found is None or len(found) != dimensions:
         raise CheckpointError(
-            f"{checkpoint.path} looks like {DESCRIPTIONS[family].removeprefix('a ')} but has no {dimensions}-dimensional "
+            f"{checkpoint.path} looks like {DESCRIPTIONS[family].split(' ', 1)[1]} but has no {dimensions}-dimensional "
             f"tensor for {name}; it is incomplete"
         )
     return found
@@ -237,6 +238,27 @@ def _mmdit_config(shape_of: ShapeOf, checkpoint: Checkpoint) -> MMDiTConfig:
     }
     _agree(stated, checkpoint)
     return found
+
+
+def _unet_config(shape_of: ShapeOf, checkpoint: Checkpoint) -> UNetConfig:
+    def shape(name: str, dimensions: int = 2) -> Shape:
+        return _needed(shape_of, checkpoint, "unet", name, dimensions)
+
+    channels, in_channels, *_ = shape("conv_in.weight", 4)
+    levels = _count(shape_of, "down.{}.residual.0.conv1.weight")
+    widths = [shape(f"down.{level}.residual.0.conv1.weight", 4)[0] for level in range(levels)]
+    block = "transformer.0.blocks.{}.norm1.weight"
+    return UNetConfig(
+        in_channels=in_channels,
+        out_channels=shape("conv_out.weight", 4)[0],
+        channels=channels,
+        channel_multipliers=tuple(width // channels for width in widths),
+        transformer_depths=tuple(_count(shape_of, f"down.{level}.{block}") for level in range(levels)),
+        middle_depth=_count(shape_of, f"middle.{block}"),
+        text_width=shape("middle.transformer.0.blocks.0.cross_attention.k.weight")[1],
+        vector_width=shape("vector_in.in_layer.weight")[1],
+        guidance=shape_of("guidance_in.weight") is not None,
+    )
 
 
 def _agree(found: Mapping[str, Any], checkpoint: Checkpoint) -> None:
@@ -363,6 +385,7 @@ def _nearest_signature(names: list[str]) -> str:
 FAMILIES: dict[str, tuple[tuple[str, ...], Callable[[ShapeOf, Checkpoint], Any]]] = {
     "flux": (("double_blocks.0.image.k_norm.weight", "image_in.weight"), _flux_config),
     "mmdit": (("joint_blocks.0.text.qkv.weight", "positions.table"), _mmdit_config),
+    "unet": (("vector_in.in_layer.weight", "middle.residual.0.norm1.weight"), _unet_config),
     "vae": (("encoder.conv_in.weight", "encoder.middle.attention.q.weight"), _autoencoder_config),
     "clip": (
         ("text_model.embeddings.token_embedding.weight", "text_model.encoder.layers.0.mlp.fc1.weight"),
@@ -371,6 +394,6 @@ FAMILIES: dict[str, tuple[tuple[str, ...], Callable[[ShapeOf, Checkpoint], Any]]
     "t5": (("shared.weight", "encoder.block.0.layer.1.DenseReluDense.wi_0.weight"), _t5_config),
 }
 DESCRIPTIONS = {
-    "flux": "a Flux", "mmdit": "a Stable Diffusion 3", "vae": "an autoencoder", "clip": "a CLIP text encoder",
+    "flux": "a Flux", "mmdit": "a Stable Diffusion 3", "unet": "an SDXL", "vae": "an autoencoder", "clip": "a CLIP text encoder",
     "clip_g": "a CLIP-G text encoder", "t5": "a T5 text encoder",
 }  # fmt: skip

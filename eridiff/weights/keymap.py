@@ -1,8 +1,8 @@
 """The one table of names: `weights_map/*.yaml`, our name on the left, a published file's on the right.
 
 A rule's left side is matched against the names that a module really has, so a map needs no conditions: `{b}` binds a
-number (`{s}` a word where no number stands), `*` the rest of the name. The right side may compute with what was bound and
-with the sizes of the configuration: `{levels - 1 - l}`.
+number (`{s}` encoder or decoder, `{c}` a letter), `*` the rest of the name. The right side may compute with what was bound and
+with the sizes of the configuration: `{levels - 1 - l}`, `{1 + attends[l]}`.
 """
 
 import ast
@@ -37,13 +37,15 @@ def map_folder() -> Path:
 
 
 def evaluate(expression: str, values: Mapping[str, Any]) -> Any:
-    """The value of a name, an integer or a sum, difference, product or floor quotient of them."""
+    """The value of a name, an integer, an entry of a list, or a sum, difference, product or floor quotient of them."""
 
     def value(node: ast.expr) -> Any:
         if isinstance(node, ast.Constant):
             return node.value
         if isinstance(node, ast.Name):
             return values[node.id]
+        if isinstance(node, ast.Subscript):
+            return value(node.value)[value(node.slice)]
         if isinstance(node, ast.BinOp):
             return OPERATORS[type(node.op)](value(node.left), value(node.right))
         raise CheckpointError(f"a key map cannot compute '{expression}'")
@@ -128,7 +130,7 @@ class Rule:
     @staticmethod
     def _expression(pattern: str) -> str:
         parts = re.split(r"(\{\w+\}|\*)", pattern)
-        words = {"*": r"(?P<rest>.+)", "{s}": r"(?P<s>encoder|decoder)"}
+        words = {"*": r"(?P<rest>.+)", "{s}": r"(?P<s>encoder|decoder)", "{c}": r"(?P<c>[a-z])"}
         return "".join(
             words.get(part) or (f"(?P<{part[1:-1]}>\\d+)" if part.startswith("{") else re.escape(part))
             for part in parts

@@ -16,12 +16,13 @@ from eridiff.errors import CheckpointError
 from eridiff.models.autoencoder import Autoencoder
 from eridiff.models.flux import Flux
 from eridiff.models.mmdit import MMDiT
+from eridiff.models.unet import UNet
 from eridiff.weights.detect import Component, detect
 from eridiff.weights.header import open_checkpoint
 from eridiff.weights.keymap import Entry
 
 log = logging.getLogger(__name__)
-NETWORKS: dict[str, Callable[[Any], nn.Module]] = {"flux": Flux, "mmdit": MMDiT, "vae": Autoencoder}
+NETWORKS: dict[str, Callable[[Any], nn.Module]] = {"flux": Flux, "mmdit": MMDiT, "unet": UNet, "vae": Autoencoder}
 SCALES = (".scale_weight", ".weight_scale")  # of fp8 weights: older and newer ComfyUI
 UNUSED_SCALES = (".scale_input", ".input_scale")  # of activations, for fp8 matrix products
 FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
@@ -51,7 +52,7 @@ def build(
     device: torch.device | str = "cpu",
     progress: bool = True,
 ) -> nn.Module:
-    """The module of a flux, mmdit or vae component, filled; in evaluation mode, parameters without gradients.
+    """The module of a flux, mmdit, unet or vae component, filled; in evaluation mode, parameters without gradients.
 
     Tensors of the file's dtype stay memory mapped. What is no parameter (a table of positions) keeps the file's dtype and
     stays on the CPU.

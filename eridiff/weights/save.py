@@ -14,6 +14,7 @@ from eridiff.errors import EridiffError
 from eridiff.models.autoencoder import Autoencoder
 from eridiff.models.flux import Flux
 from eridiff.models.mmdit import MMDiT
+from eridiff.models.unet import UNet
 from eridiff.weights.detect import Component
 from eridiff.weights.header import Checkpoint
 from eridiff.weights.keymap import key_map
@@ -21,7 +22,7 @@ from eridiff.weights.load import NETWORKS
 
 
 def save_network(
-    module: Flux | MMDiT | Autoencoder,
+    module: Flux | MMDiT | UNet | Autoencoder,
     path: str | os.PathLike[str],
     *,
     layout: str = "original",

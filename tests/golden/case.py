@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from eridiff.models import flux, mmdit
+from eridiff.models import flux, mmdit, unet
 from eridiff.text.encoders import build_encoder
 from eridiff.trace.record import relative_l2
 from eridiff.weights.detect import component_of
@@ -68,10 +68,10 @@ def inputs_of(case: Mapping[str, Any]) -> dict[str, Tensor]:
     return result
 
 
-def float32_sinusoid(times: Tensor, width: int = 256) -> Tensor:
-    """The originals' order: times 1000 in the times' dtype, then float32; float64 out."""
+def float32_sinusoid(values: Tensor, width: int = 256) -> Tensor:
+    """As the originals compute it: from float32 on; float64 out."""
     frequencies = torch.exp(-math.log(10000) * torch.arange(width // 2, dtype=torch.float32) / (width // 2))
-    angles = (1000.0 * times).float()[..., None] * frequencies
+    angles = values.float()[..., None] * frequencies
     return torch.cat([angles.cos(), angles.sin()], dim=-1).double()
 
 
@@ -79,11 +79,13 @@ class Float32Sinusoid:
     """Within the block, the networks' sinusoid is computed in float32 whatever their dtype, as the originals do."""
 
     def __enter__(self) -> None:
-        self.wide = flux.timestep_sinusoid
-        flux.timestep_sinusoid = mmdit.timestep_sinusoid = float32_sinusoid
+        self.wide, self.plain = flux.timestep_sinusoid, unet.sinusoid
+        unet.sinusoid = float32_sinusoid
+        flux.timestep_sinusoid = mmdit.timestep_sinusoid = lambda times: float32_sinusoid(1000.0 * times)
 
     def __exit__(self, *_: object) -> None:
         flux.timestep_sinusoid = mmdit.timestep_sinusoid = self.wide
+        unet.sinusoid = self.plain
 
 
 def row(case: Mapping[str, Any], dtype: torch.dtype, name: str, found: Tensor, expected: Tensor, bound: float) -> Row:
