@@ -17,6 +17,7 @@ class Schedule:
     times: Tensor  # [steps], what the network is told
     input_scale: Tensor  # [steps], what the latents are multiplied with before they enter it
     prediction: str  # "velocity", "epsilon", "v" or "sample"
+    half_log_snr: Tensor  # [steps + 1], ln(alpha / sigma): in this multistep solvers measure a step
 
     @property
     def steps(self) -> int:

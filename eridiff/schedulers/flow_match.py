@@ -68,10 +68,13 @@ def candle_sigmas(steps: int, shift: float) -> Tensor:
 def flow_schedule(sigmas: Tensor) -> Schedule:
     """The schedule through the given sigmas `[steps + 1]`, which become float64.
 
+    Multistep solvers measure a step in -ln(sigma), as SD 3's original does; the papers of solvers for rectified flow take
+    ln((1 - sigma) / sigma) and give other pictures.
+
     Raises ConfigError unless they fall strictly, from at most 1 to at least 0.
     """
     sigmas = sigmas.double()
     falling = bool((sigmas.diff() < 0).all())
     if sigmas.ndim != 1 or len(sigmas) < 2 or not falling or sigmas[0] > 1 or sigmas[-1] < 0:
         raise ConfigError(f"sigmas must be at least two numbers that fall, from at most 1 to 0, not {sigmas.tolist()}")
-    return Schedule(1 - sigmas, sigmas, sigmas[:-1], torch.ones_like(sigmas[:-1]), "velocity")
+    return Schedule(1 - sigmas, sigmas, sigmas[:-1], torch.ones_like(sigmas[:-1]), "velocity", -sigmas.log())

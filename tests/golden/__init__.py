@@ -16,13 +16,14 @@ from tests.golden.case import Float32Sinusoid, Row
 from tests.golden.flux import run_flux, run_trajectory
 from tests.golden.sd3 import run_mmdit, run_sd3_text, run_sd3_trajectory, run_skip_layers
 from tests.golden.sdxl import run_sdxl_text, run_unet, run_vector
+from tests.golden.sdxl_runs import run_sdxl_trajectories
 from tests.golden.text import run_clip, run_t5
 
 __all__ = ["Float32Sinusoid", "Row", "run_case"]
 RUNNERS = {
     "flux-": run_flux, "traj-flux": run_trajectory, "ae-": run_autoencoder, "text-clip-": run_clip, "text-t5-": run_t5,
     "sd3-": run_mmdit, "sd35-slg": run_skip_layers, "sd35-": run_mmdit, "traj-sd3": run_sd3_trajectory,
-    "text-sd3-": run_sd3_text, "sdxl-vector": run_vector, "text-sdxl-": run_sdxl_text, "sdxl-": run_unet,
+    "text-sd3-": run_sd3_text, "sdxl-trajectories": run_sdxl_trajectories, "sdxl-vector": run_vector, "text-sdxl-": run_sdxl_text, "sdxl-": run_unet,
 }  # fmt: skip
 
 
