@@ -61,7 +61,11 @@ def read_image(path: str | os.PathLike[str]) -> Image.Image:
         raise ConfigError(f"'{path}' cannot be read: {error.strerror or error}") from None
 
 
-SAMPLER_NAMES = {"euler": "Euler", "heun": "Heun", "dpmpp_2m": "DPM++ 2M"}  # as A1111 calls them
+SAMPLER_NAMES = {  # as A1111 calls them
+    "euler": "Euler", "euler_ancestral": "Euler a", "heun": "Heun", "ddim": "DDIM", "dpmpp_2m": "DPM++ 2M",
+    "dpmpp_2m_sde": "DPM++ 2M SDE", "lcm": "LCM",
+}  # fmt: skip
+SCHEDULE_NAMES = {"karras": "Karras", "exponential": "Exponential"}
 
 
 def parameters_text(settings: Mapping[str, Any]) -> str:
@@ -70,6 +74,7 @@ def parameters_text(settings: Mapping[str, Any]) -> str:
     pairs = {
         "Steps": settings["steps"],
         "Sampler": SAMPLER_NAMES.get(settings["sampler"], settings["sampler"]),
+        "Schedule type": SCHEDULE_NAMES.get(str(settings.get("schedule"))),
         "CFG scale": settings.get("cfg_scale"),
         "Distilled CFG Scale": settings.get("guidance_scale"),
         "Seed": settings["seed"],

@@ -17,6 +17,7 @@ from eridiff.cli import main
 from eridiff.errors import CheckpointError, ConfigError, EridiffError
 from eridiff.inspect import inspect
 from eridiff.models.mmdit import MMDiTConfig
+from eridiff.models.unet import UNetConfig
 from eridiff.weights.detect import component_of, detect
 from eridiff.weights.header import open_checkpoint
 from eridiff.weights.save import save_network
@@ -79,7 +80,7 @@ CASES: dict[str, tuple[Callable[[State], object], str]] = {
     ),
     "SDXL": (
         lambda s: [s.clear(), s.update({"model.diffusion_model.input_blocks.4.1.transformer_blocks.0.attn2.to_k.weight":
-                                        torch.zeros(640, 2048)})], "is SDXL",
+                                        torch.zeros(640, 2048)})], "is a part of an SDXL",
     ),
     "53 NF4": (lambda s: s.update({"img_in.weight.absmax": torch.zeros(2)}), "NF4"),
     "FLUX.2": (lambda s: [s.clear(), s.update({"single_stream_modulation.lin.weight": torch.zeros(2)})], "FLUX.2"),
@@ -182,6 +183,36 @@ def test_a_published_header_is_used_to_the_last_key(manifest: str, network: str,
     assert set(found["unused"]) == carried
 
 
+@pytest.mark.parametrize(("manifest", "preset"), [("sd_xl_base_1.0", "base"), ("sd_xl_refiner_1.0", "refiner")])
+def test_a_published_sdxl_file_is_used_to_the_last_key(manifest: str, preset: str, tmp_path: Path) -> None:
+    """UNet, autoencoder and the text encoders, CLIP-G in OpenCLIP's names; what is carried is named."""
+    report = inspect(sparse_manifest(tmp_path / "m.safetensors", manifest))
+    found = {c["network"]: c for c in report["components"]}
+    assert (
+        list(found) == ["unet", "vae", *(["clip"] if preset == "base" else []), "clip_g"] and report["problems"] == []
+    )
+    assert found["unet"]["config"] == vars(UNetConfig.preset(preset)) and found["clip_g"]["layout"] == "openclip"
+    assert (found["vae"]["config"]["scale"], found["vae"]["config"]["quant_convolutions"]) == (0.13025, True)
+    unused = {name for c in found.values() for name in c["unused"]}
+    assert unused == {"logit_scale", *(["text_model.embeddings.position_ids"] if preset == "base" else [])}
+    assert sum(c["tensors"] for c in found.values()) == len(read_manifest(manifest))
+
+
+@pytest.mark.parametrize(
+    "manifest",
+    [
+        "sdxl-base-unet-diffusers",
+        "sdxl-refiner-unet-diffusers",
+        "sdxl-inpaint-unet-diffusers",
+        "sdxl-inpaint-unet-original",
+    ],
+)
+def test_a_published_unet_alone_is_used_to_the_last_key(manifest: str, tmp_path: Path) -> None:
+    (found,) = inspect(sparse_manifest(tmp_path / "m.safetensors", manifest))["components"]
+    assert found["network"] == "unet" and found["unused"] == []
+    assert found["config"] == vars(UNetConfig.preset(manifest.split("-")[1]))
+
+
 @pytest.mark.parametrize("variant", ["sd3-medium", "sd3.5-medium", "sd3.5-large"])
 def test_a_published_sd3_file_is_used_to_the_last_key_in_both_layouts(variant: str, tmp_path: Path) -> None:
     """The single file holds the autoencoder too, with SD 3's statistics; the folder's config.json agrees or is refused."""
@@ -232,7 +263,11 @@ def test_the_all_in_one_sd3_files_hold_every_part(tmp_path: Path) -> None:
 @given(data=st.data())
 def test_any_shape_in_a_header_is_read_or_refused_in_a_sentence(data: st.DataObject, tmp_path: Path) -> None:
     """One tensor of a published header gets another shape; no other exception leaves the loader."""
-    manifest = data.draw(st.sampled_from(["flux1-schnell", "sd3.5-medium", "ae", "clip_l", "clip_g-openclip", "t5xxl"]))
+    manifest = data.draw(
+        st.sampled_from(
+            ["flux1-schnell", "sd3.5-medium", "sd_xl_refiner_1.0", "ae", "clip_l", "clip_g-openclip", "t5xxl"]
+        )
+    )
     tensors = read_manifest(manifest)
     name = data.draw(st.sampled_from(sorted(tensors)[:40] + sorted(tensors)[-40:]))
     shape = tuple(data.draw(st.lists(st.integers(0, 5), max_size=5)))
@@ -320,8 +355,8 @@ def test_a_config_json_that_contradicts_the_tensors_is_refused(
 
 def test_the_folder_of_another_pipeline_is_named(tmp_path: Path) -> None:
     tiny.write_model(tmp_path / "m")
-    (tmp_path / "m" / "model_index.json").write_text('{"_class_name": "StableDiffusionXLPipeline"}')
-    with pytest.raises(CheckpointError, match="folder of a StableDiffusionXLPipeline, not of Flux"):
+    (tmp_path / "m" / "model_index.json").write_text('{"_class_name": "PixArtAlphaPipeline"}')
+    with pytest.raises(CheckpointError, match="folder of a PixArtAlphaPipeline, not of Flux"):
         eridiff.load(tmp_path / "m")
     (tmp_path / "m" / "model_index.json").write_text("{")
     with pytest.raises(CheckpointError, match="model_index.json' is not valid JSON"):

@@ -75,12 +75,14 @@ def test_the_loop_is_the_originals(whole: SD35Inference) -> None:
 
 
 def test_every_sampler_and_schedule_draws_its_own_picture(whole: SD35Inference) -> None:
-    drawn = [draw(whole, sampler=name).latents for name in ("euler", "heun", "dpmpp_2m")]
+    drawn = [
+        draw(whole, sampler=name).latents for name in ("euler", "heun", "dpmpp_2m", "euler_ancestral", "dpmpp_2m_sde")
+    ]
     drawn += [draw(whole, schedule="candle").latents, draw(whole, shift=1.0).latents]
     assert all(not torch.allclose(a, b, atol=1e-3) for a, b in itertools.combinations(drawn, 2))
     assert torch.allclose(draw(whole, schedule="diffusers").latents, drawn[2], rtol=1e-3, atol=1e-2)
     sigmas = whole.schedule(4, 48, 32, "candle").sigmas
-    assert torch.equal(draw(whole, schedule=sigmas.tolist(), steps=None).latents, drawn[3])
+    assert torch.equal(draw(whole, schedule=sigmas.tolist(), steps=None).latents, drawn[5])
     assert draw(whole, schedule=[1.0, 0.5, 0.0]).settings[0]["steps"] == 2
 
 
@@ -336,7 +338,7 @@ def test_what_does_not_fit_together_is_named(tmp_path: Path, folder: Path) -> No
     [
         ({"width": 112}, "larger than this network's table of positions: at most 96 a side"),
         ({"width": 40}, "the width must be a multiple of 16"),
-        ({"sampler": "ddim"}, "'ddim' is no sampler; there are euler, heun, dpmpp_2m"),
+        ({"sampler": "plms"}, "'plms' is no sampler; there are euler, euler_ancestral, heun, ddim, dpmpp_2m"),
         ({"schedule": "karras"}, "'karras' is no schedule of SD 3; there are original, script, diffusers, candle"),
         ({"schedule": [0.0, 1.0]}, "sigmas must be"),
         ({"shift": -1.0}, "shift must be between"),

@@ -97,6 +97,46 @@ def write_text(folder: Path, name: str, network: str, module: Any) -> None:
     write_tensors(state, folder / f"{name}.safetensors", {"eridiff.config": json.dumps(configs)})
 
 
+SDXL_REFINER = UNetConfig(4, 4, 64, (1, 1, 2, 2), (0, 1, 1, 0), 1, 32, text_width=8, vector_width=8 + 5 * 256)
+SDXL_AUTOENCODER = AutoencoderConfig(32, (1, 1, 2, 2), 1, 4, 0.13025, 0.0, True)
+
+
+def write_sdxl_model(folder: Path, config: UNetConfig = UNET, name: str = "sdxl", **sampling: Any) -> Path:
+    """A whole small SDXL in one file, as published: UNet, autoencoder, CLIP-L, CLIP-G in OpenCLIP's names."""
+    from safetensors.torch import load_file
+
+    from eridiff.weights.keymap import key_map
+    from eridiff.weights.save import write_tensors
+
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {}
+    for prefix, module in (
+        ("model.diffusion_model.", unet(config)),
+        ("first_stage_model.", autoencoder(SDXL_AUTOENCODER)),
+    ):
+        part = load_file(save_network(module, folder / "part.safetensors"))
+        tensors |= {prefix + key: tensor for key, tensor in part.items()}
+    (folder / "part.safetensors").unlink()
+    refiner = config.text_width == 8
+    bigg = key_map("clip").layouts["openclip"].to_foreign(clip_module().state_dict(), {})
+    tensors |= {f"conditioner.embedders.{0 if refiner else 1}.model.{key}": tensor for key, tensor in bigg.items()}
+    if not refiner:
+        clip = {n: t for n, t in clip_module().state_dict().items() if n != "text_projection.weight"}
+        tensors |= {f"conditioner.embedders.0.transformer.{key}": tensor for key, tensor in clip.items()}
+    heads = {"num_attention_heads": 2}
+    configs = {
+        "unet": {"head_width": 32},
+        "clip": heads | {"hidden_act": "quick_gelu"},
+        "clip_g": heads | {"hidden_act": "gelu"},
+    }
+    given = {"steps": 2, "width": 64, "height": 64} | sampling
+    metadata = {"eridiff.config": json.dumps(configs), "eridiff.sampling": json.dumps(given)}
+    write_tensors({n: t.contiguous().clone() for n, t in tensors.items()}, folder / f"{name}.safetensors", metadata)
+    if not (folder / "tokenizer").exists():
+        (folder / "tokenizer").symlink_to(TOKENIZERS / "clip")
+    return folder
+
+
 def write_sd3_model(folder: Path, config: MMDiTConfig = MMDIT, t5: bool = True, **sampling: Any) -> Path:
     """A whole small SD 3, as `write_model`; the autoencoder stands in the network's file, as in the published one."""
     from safetensors.torch import load_file

@@ -8,19 +8,20 @@ from eridiff.errors import CheckpointError, ConfigError
 from eridiff.inference.base import DiffusionInference, Prompt, Result, Step
 from eridiff.inference.flux import FluxInference
 from eridiff.inference.sd35 import SD35Inference
+from eridiff.inference.sdxl import SDXLInference
 from eridiff.weights.detect import DESCRIPTIONS
 from eridiff.weights.locate import Model, locate
 
-__all__ = ["DiffusionInference", "FluxInference", "Prompt", "Result", "SD35Inference", "Step", "load"]
-FAMILIES: tuple[type[DiffusionInference], ...] = (FluxInference, SD35Inference)
+__all__ = ["DiffusionInference", "FluxInference", "Prompt", "Result", "SD35Inference", "SDXLInference", "Step", "load"]
+FAMILIES: tuple[type[DiffusionInference], ...] = (FluxInference, SD35Inference, SDXLInference)
 BUILT_IN = os.path.join(os.path.dirname(os.path.dirname(__file__)), "assets", "tiny-flux")
 
 
 def load(model: Model | None = None, **options: Any) -> DiffusionInference:
     """Everything that draws with a published checkpoint: a path, a hub id, or the parts by name (`locate`).
 
-    None is the built-in small Flux. Options are the family's: variant, device, dtype, offload, progress, and SD35Inference's
-    of the text. Raises CheckpointError for files that are damaged, incomplete or of another kind, ConfigError for an option
+    None is the built-in small Flux. Options are the family's: variant, device, dtype, offload, progress, and those
+    of SD35Inference and SDXLInference. Raises CheckpointError for files that are damaged, incomplete or of another kind, ConfigError for an option
     that the family does not have.
     """
     parts = locate(BUILT_IN if model is None else model)

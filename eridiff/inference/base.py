@@ -27,7 +27,7 @@ from eridiff.models.autoencoder import Autoencoder
 from eridiff.schedulers import Schedule
 from eridiff.schedulers.flow_match import flow_schedule
 from eridiff.schedulers.guidance import Guidance, SkipLayers, guided
-from eridiff.schedulers.samplers import SAMPLERS, Predict, mixed
+from eridiff.schedulers.samplers import SAMPLERS, STOCHASTIC, Draw, Predict, mixed
 from eridiff.text import Conditioning
 from eridiff.text.encoders import build_encoder
 from eridiff.text.tokenizers import clip_tokenizer, t5_tokenizer
@@ -80,8 +80,8 @@ class DiffusionInference(ABC):
     """
 
     family: ClassVar[str]  # of the network, as in weights/detect.py
-    needed: ClassVar[tuple[str, ...]]  # the text encoders without which nothing can be drawn
     variants: ClassVar[Mapping[str, Defaults]]
+    multiple: int = 16  # of which width and height must be multiples
     network: Any
     autoencoder: Autoencoder
     sampling: Any  # the variant's Defaults
@@ -113,6 +113,11 @@ class DiffusionInference(ABC):
     def possible_variants(config: Any) -> list[str]:
         """The published variants that have a network's sizes."""
 
+    @staticmethod
+    @abstractmethod
+    def needed(config: Any) -> tuple[str, ...]:
+        """The text encoders without which a network of these sizes cannot draw."""
+
     @abstractmethod
     def set_encoders(self, modules: Mapping[str, Any], tokenizers: Mapping[str, Any]) -> None:
         """Take the text encoders (transformers' modules) and tokenizers, by component."""
@@ -121,6 +126,11 @@ class DiffusionInference(ABC):
     @abstractmethod
     def text_widths(configs: Mapping[str, Mapping[str, Any]]) -> tuple[int, int]:
         """Widths of the text rows and of the pooled vector that encoders of these configurations give."""
+
+    @staticmethod
+    def told_widths(config: Any) -> tuple[int, int]:
+        """Widths of the text rows and of the pooled vector that a network takes."""
+        return config.text_width, config.pooled_width
 
     @abstractmethod
     def encode(self, prompts: Sequence[Text]) -> Conditioning:
@@ -132,9 +142,10 @@ class DiffusionInference(ABC):
 
     @abstractmethod
     def prepare(
-        self, conditioning: Conditioning, times: Tensor, width: int, height: int, guidance_scale: float | None
-    ) -> Any:
-        """The network's run for all rows of a conditioning, which are on its device and of its dtype."""
+        self, conditioning: Conditioning, negatives: int, times: Tensor, width: int, height: int,
+        guidance_scale: float | None,
+    ) -> Any:  # fmt: skip
+        """The network's run for all rows of a conditioning, on its device and of its dtype; the last `negatives` are that."""
 
     @abstractmethod
     def step(
@@ -166,6 +177,9 @@ class DiffusionInference(ABC):
 
         def options(name: str) -> dict[str, Any]:
             dtype = self.dtype or default_dtype(components[name], self.device)
+            if name == "vae" and dtype == torch.float16 and components[name].config.latent_channels == 4:
+                log.info("SDXL's autoencoder overflows in float16, so it decodes in float32")
+                dtype = torch.float32
             return {"dtype": dtype, "device": "cpu" if self.offload else self.device, "progress": self.progress}
 
         network = build(own, **options(self.family))
@@ -204,17 +218,23 @@ class DiffusionInference(ABC):
         reads the first). `""` is encoded as it stands; a negative of None is the family's default: the empty prompt where
         it is steered with classifier-free guidance, else none. Words that do not fit are cut, with a warning.
         """
-        negative = "" if negative is None and self.sampling.cfg_scale != 1 else negative
-        return self._encode(listed(prompt), None if negative is None else listed(negative))
+        return self._encode(listed(prompt), negative, self.sampling.cfg_scale != 1)
 
-    def _encode(self, prompts: list[Text], negatives: list[Text] | None) -> Prompt:
+    def default_negative(self, prompts: list[Text]) -> Prompt:
+        """Prompts with what they are steered away from when no negative prompt is given: the empty one."""
+        return self._encode(prompts, "", True)
+
+    def _encode(self, prompts: list[Text], negative: Text | Sequence[Text] | None, steered: bool) -> Prompt:
+        if negative is None and steered:
+            return self.default_negative(prompts)
+        negatives = None if negative is None else listed(negative)
         if negatives is not None and len(negatives) not in (1, len(prompts)):
             raise ConfigError(f"{len(negatives)} negative prompts for {len(prompts)} prompts: give as many, or one")
         both = self.encode([*prompts, *(negatives or [])])
-        positive, negative = (both.rows(part) for part in (slice(0, len(prompts)), slice(len(prompts), None)))
+        positive, other = (both.rows(part) for part in (slice(0, len(prompts)), slice(len(prompts), None)))
         if negatives is None:
             return Prompt(positive)
-        return Prompt(positive, negative if len(negatives) == len(prompts) else negative.repeat(len(prompts)))
+        return Prompt(positive, other if len(negatives) == len(prompts) else other.repeat(len(prompts)))
 
     @property
     def latent_channels(self) -> int:
@@ -226,34 +246,52 @@ class DiffusionInference(ABC):
         """The points of a run: the variant's own, another table by name, or through given sigmas (then steps is theirs)."""
         if table is None or isinstance(table, str):
             return self.named_schedule(steps, width, height, table, shift)
-        return flow_schedule(torch.as_tensor(table, dtype=torch.float64))
+        return self.schedule_through(torch.as_tensor(table, dtype=torch.float64))
+
+    def schedule_through(self, sigmas: Tensor) -> Schedule:
+        """The schedule through given sigmas `[steps + 1]`."""
+        return flow_schedule(sigmas)
+
+    def table_of(self, sampler: str) -> str | None:
+        """The schedule, by name, that a sampler is made for, if it is another than the variant's."""
+        return None
+
+    def place(self, schedule: Schedule, share: float) -> int:
+        """The step at which a share of a run is done."""
+        return round(share * schedule.steps)
 
     @torch.no_grad()
     def denoise(
         self, latents: Tensor, prompt: Prompt, steps: int | Schedule, *, guidance: Guidance | None = None,
         guidance_scale: float | None = None, sampler: str | None = None, image: Tensor | None = None,
         strength: float = 1.0, mask: Tensor | None = None, condition: Tensor | None = None,
-        callback: Callback | None = None,
+        part: tuple[float, float] = (0.0, 1.0), seeds: Sequence[int] | None = None, callback: Callback | None = None,
     ) -> Tensor:  # fmt: skip
         """Noise -> latents, both `[B, C, H / 8, W / 8]`; float32 between steps whatever the network's dtype.
 
         `guidance` and `sampler` None are the variant's. `image` (latents) with `strength` in [0, 1] starts from that picture
         with as much noise; with a `mask` `[B, 1, H / 8, W / 8]` only where the mask is 1 is painted, the rest follows the
-        picture. A callback that returns something true ends the run there. Raises EridiffError when the network gives values
-        that are not finite.
+        picture. `part`, shares of the run, begins with latents that another network has brought so far, or stops for one.
+        `seeds`, one a picture, are needed by samplers that draw noise on the way. A callback that returns something true ends
+        the run there. Raises EridiffError when the network gives values that are not finite.
         """
         height, width = (side * LATENT_SCALE for side in latents.shape[-2:])
         schedule = self.schedule(steps, width, height) if isinstance(steps, int) else steps
         guidance = Guidance(self.sampling.cfg_scale) if guidance is None else guidance
-        move = SAMPLERS[sampler or self.sampling.sampler]
-        first = _first_step(schedule.steps, 1.0 if image is None else strength)
+        sampler = sampler or self.sampling.sampler
+        move = SAMPLERS[sampler]
+        first, last = (self.place(schedule, share) for share in part)
+        first = max(first, _first_step(schedule.steps, 1.0 if image is None else strength))
         noise = latents.to(self.device, torch.float32)
+        if sampler in STOCHASTIC and seeds is None:
+            raise ConfigError(f"{sampler} draws noise on the way: give seeds, one a picture")
+        draw = _noise_of_steps(seeds, noise) if seeds is not None else None
         x = noise if image is None else mixed(image, noise, schedule, first)
         clean: Tensor | None = None
         with self._stage(self.network):
             predict = self.predictor(prompt, schedule, width, height, guidance, guidance_scale, condition, first)
-            for i in tqdm(range(first, schedule.steps), desc="denoising", unit="step", **self._bar):
-                x, clean = move(predict, x, schedule, i, clean)
+            for i in tqdm(range(first, last), desc="denoising", unit="step", **self._bar):
+                x, clean = move(predict, x, schedule, i, clean, draw)
                 if mask is not None and image is not None:
                     x = mask * x + (1 - mask) * mixed(image, noise, schedule, i + 1)
                 if callback and callback(Step(i, schedule.steps, float(schedule.sigmas[i + 1]), x, clean)):
@@ -273,7 +311,8 @@ class DiffusionInference(ABC):
         dtype = dtype_of(self.network)
         conditioning = Conditioning.joined(rows).to(self.device, dtype)
         times = schedule.times.to(self.device, torch.promote_types(dtype, torch.float32))
-        run = self.prepare(conditioning, times, width, height, guidance_scale)
+        negatives = len(conditioning) - len(prompt.positive)
+        run = self.prepare(conditioning, negatives, times, width, height, guidance_scale)
 
         def ask(x: Tensor, run: Any, i: int, skip_blocks: Collection[int]) -> Tensor:
             return self.step(x, run, i, skip_blocks, condition)
@@ -318,6 +357,7 @@ class DiffusionInference(ABC):
         cfg_rescale: float = 0.0,
         cfg_interval: tuple[float, float] = (0.0, 1.0),
         skip_layers: bool | SkipLayers = False,
+        part: tuple[float, float] = (0.0, 1.0),
         seed: int | Sequence[int] | None = None,
         image: Image.Image | Tensor | None = None,
         strength: float | None = None,
@@ -330,8 +370,9 @@ class DiffusionInference(ABC):
     ) -> Result:
         """Draw one picture for each prompt and seed, all in one batch; one of either serves all of the other.
 
-        What is None is the published variant's (`defaults`). sampler is euler, heun or dpmpp_2m; schedule a table's name or
-        its sigmas, shift a number for it. guidance_scale is what the network's guidance embedding is told; cfg_scale other
+        What is None is the published variant's (`defaults`). sampler is a name of `SAMPLERS`; schedule a table's name or its
+        sigmas, shift a number for it; part, shares of the run, stops early or goes on with another network's latents, given
+        as noise. guidance_scale is what the network's guidance embedding is told; cfg_scale other
         than 1 asks the network for `negative` too and steers away from it (true classifier-free guidance), within
         cfg_interval, shares of the steps; cfg_rescale puts as much of the deviation back; skip_layers True is the published
         setting. seed None draws one. image with strength begins from a picture, with a mask (white is painted) it fills in;
@@ -343,7 +384,7 @@ class DiffusionInference(ABC):
         prompts, seeds = matched(prompt, seed, len(conditioning.positive) if conditioning else 1)
         defaults = self.sampling
         given = next((picture for picture in (image, control) if picture is not None), None)
-        width, height = settle_size(width, height, given, self.defaults())
+        width, height = settle_size(width, height, given, self.defaults(), self.multiple)
         sampler = defaults.sampler if sampler is None else sampler
         cfg_scale = defaults.cfg_scale if cfg_scale is None else cfg_scale
         unknown = sorted(set(keep) - set(KEEP))
@@ -355,17 +396,19 @@ class DiffusionInference(ABC):
         )  # fmt: skip
         if (mask is not None or strength is not None) and image is None:
             raise ConfigError("a mask or a strength needs the image that it is for")
-        points = self.schedule(defaults.steps if steps is None else steps, width, height, schedule, shift)
+        if not 0 <= part[0] < part[1] <= 1:
+            raise ConfigError(f"part must be two rising shares of the run such as 0 and 0.8, not {part}")
+        table = self.table_of(sampler) if schedule is None else schedule
+        points = self.schedule(defaults.steps if steps is None else steps, width, height, table, shift)
         guidance = Guidance(cfg_scale, cfg_rescale, cfg_interval, self._skip_layers(skip_layers))
         pictures = [None if p is None else to_tensor(p, width, height) for p in (image, control)]
         whole_mask = None if mask is None else to_tensor(mask, width, height, mask=True)
 
         if conditioning is None:
             steered = cfg_scale != 1
-            negatives = listed("" if negative is None else negative) if steered else None
-            same = all(p == prompts[0] for p in prompts) and len(negatives or [""]) == 1
+            same = all(p == prompts[0] for p in prompts) and (negative is None or len(listed(negative)) == 1)
             with torch.no_grad():
-                conditioning = self._encode(prompts[:1] if same else prompts, negatives)
+                conditioning = self._encode(prompts[:1] if same else prompts, negative if steered else None, steered)
         if len(conditioning.positive) == 1:
             repeated = conditioning.negative and conditioning.negative.repeat(len(seeds))
             conditioning = Prompt(conditioning.positive.repeat(len(seeds)), repeated)
@@ -376,19 +419,19 @@ class DiffusionInference(ABC):
         latents = self.denoise(
             noise, conditioning, points, guidance=guidance, guidance_scale=guidance_scale, sampler=sampler,
             image=self.encode_vae(pictures[0]) if starts_from_image and pictures[0] is not None else None,
-            strength=used_strength, condition=condition, callback=callback,
+            strength=used_strength, condition=condition, callback=callback, part=part, seeds=seeds,
             mask=_latent_mask(whole_mask, self.device) if starts_from_image else None,
         )  # fmt: skip
         decoded = self.decode_vae(latents).cpu()
         if pictures[0] is not None and whole_mask is not None:
             decoded = whole_mask * decoded + (1 - whole_mask) * pictures[0]
-        table = schedule if schedule is None or isinstance(schedule, str) else points.sigmas.tolist()
+        table = table if table is None or isinstance(table, str) else points.sigmas.tolist()
         settings = {
             **self.source, "negative_prompt": negative, "width": width, "height": height, "steps": points.steps,
             "sampler": sampler, "schedule": table, "shift": shift, "guidance_scale": self.guidance(guidance_scale),
             "cfg_scale": cfg_scale, "cfg_rescale": cfg_rescale, "cfg_interval": list(cfg_interval),
             "skip_layers": guidance.skip_layers and asdict(guidance.skip_layers),
-            "strength": used_strength if starts_from_image else None, "dtype": str(dtype_of(self.network)).removeprefix("torch."),
+            "part": list(part), "strength": used_strength if starts_from_image else None, "dtype": str(dtype_of(self.network)).removeprefix("torch."),
             "device": self.device.type, "version": eridiff.__version__, "torch": torch.__version__,
         }  # fmt: skip
         each = [{"prompt": p, "seed": s, **settings} for p, s in zip(prompts, seeds, strict=True)]
@@ -428,6 +471,17 @@ def finite_features(x: Tensor, name: str) -> Tensor:
 def _first_step(steps: int, strength: float) -> int:
     """Where image to image begins: the share `strength` of the steps is run, at least one unless it is 0."""
     return steps - math.ceil(steps * strength)
+
+
+def _noise_of_steps(seeds: Sequence[int], start: Tensor) -> Draw:
+    """New noise like `start` at every call, each picture from its own seed, going on where its start was drawn."""
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+
+    def draw() -> Tensor:
+        return torch.stack([torch.randn(start.shape[1:], generator=g) for g in generators]).to(start.device)
+
+    draw()
+    return draw
 
 
 def _latent_mask(mask: Tensor | None, device: torch.device) -> Tensor | None:

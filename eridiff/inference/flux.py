@@ -34,7 +34,6 @@ class FluxInference(DiffusionInference):
     """Draws with any Flux.1: `FluxInference().load_model("flux1-dev/")`, or with modules that are already there."""
 
     family = "flux"
-    needed = ("clip", "t5")
     variants: ClassVar[Mapping[str, FluxDefaults]] = {
         "dev": FluxDefaults(),
         "schnell": FluxDefaults(steps=4, guidance_scale=None, text_length=256, shift=False),
@@ -68,6 +67,10 @@ class FluxInference(DiffusionInference):
         return ["dev" if config.guidance else "schnell"]
 
     @staticmethod
+    def needed(config: FluxConfig) -> tuple[str, ...]:
+        return ("clip", "t5")
+
+    @staticmethod
     def text_widths(configs: Mapping[str, Mapping[str, Any]]) -> tuple[int, int]:
         return configs["t5"]["d_model"], configs["clip"]["hidden_size"]
 
@@ -80,9 +83,9 @@ class FluxInference(DiffusionInference):
         if self.clip is None or self.t5 is None:
             raise ConfigError("no text encoders are loaded: hand in conditioning, or give clip and t5")
         with self._stage(self.clip.module):
-            pooled = self.clip(self.clip.tokenize(spoken(prompts, "clip", self.needed))).pooled
+            pooled = self.clip(self.clip.tokenize(spoken(prompts, "clip", ("clip", "t5")))).pooled
         with self._stage(self.t5.module):
-            text = self.t5(self.t5.tokenize(spoken(prompts, "t5", self.needed)))
+            text = self.t5(self.t5.tokenize(spoken(prompts, "t5", ("clip", "t5"))))
         return Conditioning(finite_features(text, "T5"), finite_features(pooled, "CLIP"))
 
     def named_schedule(self, steps: int, width: int, height: int, name: str | None, shift: float | None) -> Schedule:
@@ -101,8 +104,9 @@ class FluxInference(DiffusionInference):
         return self.sampling.guidance_scale if guidance_scale is None else guidance_scale
 
     def prepare(
-        self, conditioning: Conditioning, times: Tensor, width: int, height: int, guidance_scale: float | None
-    ) -> FluxRun:
+        self, conditioning: Conditioning, negatives: int, times: Tensor, width: int, height: int,
+        guidance_scale: float | None,
+    ) -> FluxRun:  # fmt: skip
         scale = self.guidance(guidance_scale) if self.network.config.guidance else None
         told = None if scale is None else torch.full((len(conditioning),), scale, device=self.device)
         return self.network.prepare(conditioning.text, conditioning.pooled, times, (height // 16, width // 16), told)

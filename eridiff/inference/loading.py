@@ -22,7 +22,8 @@ def check_parts(drawer: "type[DiffusionInference]", components: Mapping[str, Com
             f"{components[other].checkpoint.path} holds {DESCRIPTIONS[other]}, {drawer.__name__} draws with "
             f"{DESCRIPTIONS[drawer.family]}; eridiff.load chooses by the file"
         )
-    missing = [name for name in (drawer.family, "vae", *drawer.needed) if name not in components]
+    encoders = drawer.needed(components[drawer.family].config) if drawer.family in components else ()
+    missing = [name for name in (drawer.family, "vae", *encoders) if name not in components]
     if missing:
         options = [name for name, networks in PART_NAMES.items() if set(networks) & set(missing)]
         raise CheckpointError(
@@ -31,10 +32,10 @@ def check_parts(drawer: "type[DiffusionInference]", components: Mapping[str, Com
         )
     own = components[drawer.family].config
     given = drawer.text_widths({name: components[name].config for name in TEXT_ENCODERS if name in components})
-    if given != (own.text_width, own.pooled_width):
+    if given != drawer.told_widths(own):
         raise CheckpointError(
             f"the text encoders give {given[0]} features a token and {given[1]} pooled, {DESCRIPTIONS[drawer.family]} takes "
-            f"{own.text_width} and {own.pooled_width}; they belong to another model"
+            f"{' and '.join(map(str, drawer.told_widths(own)))}; they belong to another model"
         )
 
 

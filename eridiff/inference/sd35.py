@@ -47,7 +47,6 @@ class SD35Inference(DiffusionInference):
     """Draws with any SD 3: `SD35Inference().load_model("sd3.5_medium/")`, or with modules that are already there."""
 
     family = "mmdit"
-    needed = ("clip", "clip_g")
     variants: ClassVar[Mapping[str, SD35Defaults]] = {
         "sd3-medium": SD35Defaults(script_shift=1.0),
         "sd3.5-medium": SD35Defaults(skip_layers=SkipLayers((7, 8, 9), scale=2.5, start=0.01, end=0.2)),
@@ -89,6 +88,10 @@ class SD35Inference(DiffusionInference):
         if not config.qk_norm:
             return ["sd3-medium"]
         return ["sd3.5-medium"] if config.dual_blocks else ["sd3.5-large", "sd3.5-large-turbo"]
+
+    @staticmethod
+    def needed(config: MMDiTConfig) -> tuple[str, ...]:
+        return ("clip", "clip_g")
 
     @staticmethod
     def text_widths(configs: Mapping[str, Mapping[str, Any]]) -> tuple[int, int]:
@@ -136,8 +139,9 @@ class SD35Inference(DiffusionInference):
         return flow_schedule(TABLES[name or "original"](steps, usual if shift is None else shift))
 
     def prepare(
-        self, conditioning: Conditioning, times: Tensor, width: int, height: int, guidance_scale: float | None
-    ) -> MMDiTRun:
+        self, conditioning: Conditioning, negatives: int, times: Tensor, width: int, height: int,
+        guidance_scale: float | None,
+    ) -> MMDiTRun:  # fmt: skip
         return self.network.prepare(conditioning.text, conditioning.pooled, times, (height // 16, width // 16))
 
     def step(

@@ -53,14 +53,19 @@ def check_size(width: int, height: int, multiple: int = 16) -> None:
             raise ConfigError(f"the {name} must be a multiple of {multiple}, not {side}; the nearest is {near}")
 
 
-def settle_size(width: int | None, height: int | None, given: Any, defaults: Mapping[str, Any]) -> tuple[int, int]:
-    """Said, else the given picture's rounded down to 16, else the default."""
+def settle_size(
+    width: int | None, height: int | None, given: Any, defaults: Mapping[str, Any], multiple: int = 16
+) -> tuple[int, int]:
+    """Said, else the given picture's rounded down to the multiple, else the default."""
     if given is not None:
         found = (given.shape[-1], given.shape[-2]) if isinstance(given, Tensor) else given.size
-        defaults = {"width": max(16, found[0] // 16 * 16), "height": max(16, found[1] // 16 * 16)}
+        defaults = {
+            "width": max(multiple, found[0] // multiple * multiple),
+            "height": max(multiple, found[1] // multiple * multiple),
+        }
     width = defaults["width"] if width is None else width
     height = defaults["height"] if height is None else height
-    check_size(width, height)
+    check_size(width, height, multiple)
     return width, height
 
 

@@ -19,12 +19,13 @@ from eridiff.errors import ConfigError
 from eridiff.models.autoencoder import Autoencoder
 from eridiff.models.flux import Flux
 from eridiff.models.mmdit import MMDiT
+from eridiff.models.unet import UNet
 from eridiff.text.encoders import empty_encoder
 from eridiff.weights.detect import Component
 from eridiff.weights.load import NETWORKS
 
 STAGES = {  # component -> stage, in order
-    "clip": "CLIP", "clip_g": "CLIP-G", "t5": "T5", "flux": "denoising", "mmdit": "denoising", "vae": "decoding",
+    "clip": "CLIP", "clip_g": "CLIP-G", "t5": "T5", "flux": "denoising", "mmdit": "denoising", "unet": "denoising", "vae": "decoding",
 }  # fmt: skip
 
 
@@ -82,7 +83,7 @@ def stage_bytes(
 ) -> dict[str, int]:
     """Stage -> peak bytes with only that stage's component on the device (`offload="stages"`).
 
-    `components` as `locate` finds them: any of flux or mmdit, vae, clip, clip_g, t5. `batch` counts negative prompts too. Sizes are the picture's, in pixels. Raises
+    `components` as `locate` finds them: any of flux, mmdit or unet, vae, clip, clip_g, t5. `batch` counts negative prompts too. Sizes are the picture's, in pixels. Raises
     ConfigError for sizes that are no multiples of 16.
     """
     if width % 16 or height % 16 or min(width, height) < 16:
@@ -120,6 +121,11 @@ def _run(module: Any, width: int, height: int, steps: int, text_length: int, bat
             latents = torch.empty(batch, m.in_channels, height // 8, width // 8, dtype=dtype)
             grid = (height // 16, width // 16)
             return module.step(latents, module.prepare(text.to(dtype), pooled.to(dtype), torch.empty(steps), grid), 0)
+        if isinstance(module, UNet):
+            u = module.config
+            text, vector = torch.empty(batch, 77, u.text_width), torch.empty(batch, u.vector_width)
+            latents = torch.empty(batch, u.in_channels, height // 8, width // 8, dtype=dtype)
+            return module.step(latents, module.prepare(text.to(dtype), vector.to(dtype), torch.empty(steps)), 0)
         if isinstance(module, Autoencoder):
             return module.decode(
                 torch.empty(batch, module.config.latent_channels, height // 8, width // 8, dtype=dtype)

@@ -63,15 +63,18 @@ def heun(
 ) -> tuple[Tensor, Tensor]:
     """Heun's step (Karras et al. 2022, algorithm 1): the mean of the directions here and where Euler's step ends.
 
-    Asks the network twice, on the last step once.
+    Asks the network twice, on the last step once; from an infinite sigma it goes by Euler's step.
     """
     clean, noise = ask(predict, x, schedule, i)
     end = mixed(clean, noise, schedule, i + 1)
     if i + 1 == schedule.steps:
         return end, clean
     clean2, noise2 = ask(predict, end, schedule, i + 1)
-    d_alpha, d_sigma = (float(values[i + 1] - values[i]) for values in (schedule.alphas, schedule.sigmas))
-    return end + (d_alpha * (clean2 - clean) + d_sigma * (noise2 - noise)) / 2, clean
+    if schedule.prediction == "velocity":  # the direction is noise - clean, over sigma
+        return end + float(schedule.sigmas[i + 1] - schedule.sigmas[i]) * (noise2 - clean2 - noise + clean) / 2, clean
+    ratios = schedule.sigmas[i : i + 2] / schedule.alphas[i : i + 2]  # else the noise, over sigma / alpha
+    change = float(schedule.alphas[i + 1] * ratios.diff())
+    return (end + change * (noise2 - noise) / 2 if math.isfinite(change) else end), clean
 
 
 def euler_ancestral(
@@ -119,7 +122,7 @@ def dpmpp_2m_sde(
     if previous is not None:
         mean = clean + (clean - previous) * length / (2 * _length(schedule, i - 1))
     keep = float(schedule.sigmas[i + 1] / schedule.sigmas[i]) * math.exp(-eta * length)
-    moved = keep * x - alpha * math.expm1(-(1 + eta) * length) * mean
+    moved = keep * x + (alpha - float(schedule.alphas[i]) * keep) * mean
     return (moved + sigma * math.sqrt(-math.expm1(-2 * eta * length)) * draw() if draw else moved), clean
 
 
@@ -131,7 +134,8 @@ def lcm(
     The boundary condition keeps a share of `x`, which matters only below timestep 1; in variance-preserving space.
     """
     clean, _ = ask(predict, x, schedule, i)
-    place = (10 * float(schedule.times[i])) ** 2
+    unit = 1000 if schedule.prediction == "velocity" else 1  # a timestep, in what the network is told
+    place = (10 * unit * float(schedule.times[i])) ** 2
     clean = clean * math.sqrt(place / (place + 0.25)) + x * 0.25 / (place + 0.25)
     return (mixed(clean, draw(), schedule, i + 1) if draw and i + 1 < schedule.steps else clean), clean
 

@@ -33,6 +33,7 @@ class Component:
     old: bool = False  # names of older writers
     notices: tuple[str, ...] = ()
     keys: frozenset[str] = field(default=frozenset())  # of the file, this component's, prefix removed
+    markers: frozenset[str] = field(default=frozenset())  # names of the file that only say how to sample
 
     @property
     def sizes(self) -> dict[str, Any]:
@@ -49,6 +50,10 @@ class Component:
 # (pattern of a name, what the file then is): whatever else it holds
 NEVER_LOADED = [
     (
+        r"^edm_(mean|std)$|^edm_vpred\.",
+        "trained with EDM's preconditioning (Playground 2.5 and relatives), which is not supported",
+    ),
+    (
         r"lora_(A|B|up|down)\b|^lora_(unet|te\d?|transformer)_|\.(lokr_w1|hada_w1_a)",
         "a LoRA, not a model; give the model it was made for",
     ),
@@ -57,6 +62,8 @@ NEVER_LOADED = [
         "quantised to 4 bits (NF4, GPTQ or AWQ), which is not supported; use the bf16 or fp8 file",
     ),
 ]
+# names that belong to no network and hold nothing that is needed: what SDXL finetunes and sgm's training add
+MARKERS = ("v_pred", "ztsnr", "denoiser.sigmas")
 # the same for files in which no network is found
 REFUSED = [
     (
@@ -85,7 +92,9 @@ def detect(checkpoint: Checkpoint) -> list[Component]:
     if not found:
         raise CheckpointError(f"{checkpoint.path} {_refusal(checkpoint, list(checkpoint.tensors))}")
     components = [_with_keys(component, found, names) for component in found]
-    claimed = {component.prefix + name for component in components for name in component.keys}
+    markers = names & set(MARKERS)
+    components = [replace(c, keys=c.keys - markers, markers=frozenset(markers)) for c in components]
+    claimed = markers | {component.prefix + name for component in components for name in component.keys}
     if names - claimed:
         raise CheckpointError(f"{checkpoint.path} {_refusal(checkpoint, sorted(names - claimed))}")
     return components
@@ -362,8 +371,13 @@ def _refusal(checkpoint: Checkpoint, names: list[str]) -> str:
             return f"is {sentence}."
     context = next((t.shape for n, t in checkpoint.tensors.items() if n.endswith("attn2.to_k.weight")), None)
     if context is not None:
-        family = {768: "Stable Diffusion 1.x", 1024: "Stable Diffusion 2.x", 2048: "SDXL", 1280: "the SDXL refiner"}
-        return f"is {family.get(context[-1], 'a UNet of unknown kind')}, which this version does not load."
+        family = {
+            768: "Stable Diffusion 1.x",
+            1024: "Stable Diffusion 2.x",
+            2048: "a part of an SDXL",
+            1280: "a part of an SDXL refiner",
+        }
+        return f"is {family.get(context[-1], 'a UNet of unknown kind')}, which eridiff does not load."
     near = _nearest_signature(names)
     if len(names) < len(checkpoint.tensors):
         return f"holds {len(names)} tensors that belong to no part of a model, the first is '{names[0]}'{near}."

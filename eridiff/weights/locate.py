@@ -11,20 +11,20 @@ from eridiff.weights.detect import DESCRIPTIONS, Component, component_of, detect
 from eridiff.weights.header import SHARD_NAME, open_checkpoint, read_json_file
 from eridiff.weights.hub import resolve
 
-DENOISERS = ("flux", "mmdit")
+DENOISERS = ("flux", "mmdit", "unet")
 TEXT_ENCODERS = ("clip", "clip_g", "t5")
 PART_NAMES = {  # of the model section -> the components that it may be
     "transformer": DENOISERS, "vae": ("vae",), "clip": ("clip",), "clip_g": ("clip_g",), "t5": ("t5",),
 }  # fmt: skip
-PIPELINES = ("Flux", "StableDiffusion3")  # how the class names of readable diffusers folders begin
-SUBFOLDERS = ("transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3")  # of a diffusers folder
+PIPELINES = ("Flux", "StableDiffusion3", "StableDiffusionXL")  # how the class names of readable diffusers folders begin
+SUBFOLDERS = ("transformer", "unet", "vae", "text_encoder", "text_encoder_2", "text_encoder_3")  # of a diffusers folder
 TOKENIZER_FOLDERS = {"clip": ("tokenizer", "clip_tokenizer"), "t5": ("tokenizer_3", "tokenizer_2", "t5_tokenizer")}
 Model = str | os.PathLike[str] | Mapping[str, object]
 
 
 @dataclass(frozen=True)
 class Parts:
-    """The networks of a model by kind (flux or mmdit, vae, clip, clip_g, t5) and its tokenizers' files or folders (clip, t5)."""
+    """The networks of a model by kind (flux, mmdit or unet, vae, clip, clip_g, t5) and its tokenizers' files or folders (clip, t5)."""
 
     components: dict[str, Component] = field(default_factory=dict)
     tokenizers: dict[str, Path] = field(default_factory=dict)
@@ -109,7 +109,7 @@ def _search(path: Path) -> Parts:
         kind = read_json_file(path / "model_index.json").get("_class_name")
         if not isinstance(kind, str) or not kind.startswith(PIPELINES):
             raise CheckpointError(
-                f"'{path}' is the folder of a {kind or 'pipeline without a name'}, not of Flux or SD 3, and is not loaded"
+                f"'{path}' is the folder of a {kind or 'pipeline without a name'}, not of Flux, SD 3 or SDXL, and is not loaded"
             )
     places = [path / name for name in SUBFOLDERS if any((path / name).glob("*.safetensors*"))]
     if not places:  # whole files side by side, or the folder of one network

@@ -44,7 +44,7 @@ def load_case(
 ) -> Any:
     """The case's weights through a file in the original layout and the loader: a module for each network of `configs`."""
     tensors = {
-        name: torch.from_numpy(parameter(name, tuple(shape), case["salt"], case["overrides"])).to(stored)
+        name: torch.as_tensor(parameter(name, tuple(shape), case["salt"], case["overrides"])).to(stored)
         for name, shape in case["parameters"]
     }
     modules = []

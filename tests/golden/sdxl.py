@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from eridiff.inference.sdxl import joined
+from eridiff.models.layers import sinusoid
 from eridiff.models.unet import UNet, size_vector
 from eridiff.text.encoders import ClipEncoder
 from eridiff.trace.record import record
@@ -89,8 +91,6 @@ def run_vector(case: Mapping[str, Any], expected: Mapping[str, Tensor], dtype: t
 
 
 def run_sdxl_text(case: Mapping[str, Any], expected: Mapping[str, Tensor], dtype: torch.dtype) -> list[Row]:
-    from eridiff.inference.sdxl import joined
-
     c, given = case["config"], {item["name"]: torch.tensor(item["values"]) for item in case["inputs"]}
     configs = {
         "clip": {"num_attention_heads": c["l_heads"], "hidden_act": c["l_act"]},
@@ -101,8 +101,6 @@ def run_sdxl_text(case: Mapping[str, Any], expected: Mapping[str, Tensor], dtype
     clip, clip_g = ClipEncoder(modules[0], tokenizer), ClipEncoder(modules[1], tokenizer, pad=0, name="CLIP-G")
     first, second = clip(given["ids.clip_l"]), clip_g(given["ids.open_clip"])
     found = joined(first, second)
-    from eridiff.models.layers import sinusoid
-
     sizes = sinusoid(given["sizes"].to(dtype), c["size_embed_dim"]).flatten(1)
     tensors = {
         "context": found.text, "pooled": found.pooled, "vector": torch.cat([found.pooled, sizes], dim=1),

@@ -1,0 +1,246 @@
+"""Stable Diffusion XL: two CLIPs, sizes as conditioning, discrete noise levels; base, refiner, inpainting, Turbo, Lightning.
+
+Sources: Stability-AI/generative-models; Podell et al. 2023; the schedulers that diffusers publishes with the checkpoints.
+"""
+
+import logging
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from eridiff.errors import ConfigError
+from eridiff.inference.base import DiffusionInference, Prompt, dtype_of, finite_features
+from eridiff.inference.settings import Defaults, Text, spoken
+from eridiff.models.autoencoder import Autoencoder
+from eridiff.models.unet import UNet, UNetConfig, UNetRun, size_vector
+from eridiff.schedulers import Schedule, discrete
+from eridiff.text import Conditioning
+from eridiff.text.encoders import ClipEncoder, ClipFeatures
+from eridiff.weights.locate import Model, Parts, locate
+
+log = logging.getLogger(__name__)
+TIMESTEPS = {
+    "leading": discrete.leading_timesteps, "trailing": discrete.trailing_timesteps, "legacy": discrete.legacy_timesteps,
+    "linspace": discrete.linspace_timesteps, "ddim": discrete.leading_timesteps, "lcm": discrete.lcm_timesteps,
+    "turbo": discrete.turbo_timesteps,
+}  # fmt: skip
+SIGMAS = {"karras": discrete.karras_sigmas, "exponential": discrete.exponential_sigmas}
+PREDICTIONS = ("epsilon", "v", "sample")
+SIZES = 256  # features of each number beside the pooled vector
+
+
+@dataclass(frozen=True)
+class SDXLDefaults(Defaults):
+    """How a published SDXL is sampled when nothing is said."""
+
+    steps: int = 50
+    cfg_scale: float = 5.0
+    schedule: str = "leading"
+    guidance_scale: float | None = None  # of lcm-sdxl's embedding
+
+
+class SDXLInference(DiffusionInference):
+    """Draws with any SDXL: `SDXLInference().load_model("sd_xl_base_1.0.safetensors")`, or with modules already there."""
+
+    family = "unet"
+    variants: ClassVar[Mapping[str, SDXLDefaults]] = {
+        "base": SDXLDefaults(),
+        "refiner": SDXLDefaults(),
+        "inpaint": SDXLDefaults(steps=20, cfg_scale=7.5),
+        "turbo": SDXLDefaults(4, 1.0, "euler_ancestral", 512, 512, "turbo"),
+        "lightning": SDXLDefaults(4, 1.0, schedule="trailing"),
+        "lcm": SDXLDefaults(4, 1.0, "lcm", schedule="lcm", guidance_scale=8.0),
+    }
+    network: UNet
+
+    def __init__(
+        self,
+        network: UNet | None = None,
+        autoencoder: Autoencoder | None = None,
+        clip: ClipEncoder | None = None,
+        clip_g: ClipEncoder | None = None,
+        *,
+        prediction: str | None = None,
+        zero_terminal_snr: bool | None = None,
+        empty_negative: str = "zeros",
+        clip_windows: str = "first",
+        original_size: tuple[int, int] | None = None,
+        crop: tuple[int, int] = (0, 0),
+        aesthetic_scores: tuple[float, float] = (6.0, 2.5),
+        **options: Any,
+    ) -> None:
+        """Modules are used as they are; the encoders may be absent when conditionings are handed in.
+
+        prediction (epsilon, v, sample) and zero_terminal_snr None are what the file says, else epsilon without. A negative
+        prompt that is not given is "zeros" (as in sgm and diffusers; for the refiner always encoded) or "encoded" (as in
+        kohya's scripts and ComfyUI). clip_windows as in SD35Inference. original_size and crop, (height, width) and
+        (top, left) in pixels, are what the network is told of the picture; None is the picture's own size. aesthetic_scores
+        are the refiner's, of the prompt and of the negative one. Other options are DiffusionInference's: variant (base,
+        refiner, inpaint, turbo, lightning, lcm), device, dtype, offload, progress.
+        """
+        for name, value, known in (
+            ("prediction", prediction, (None, *PREDICTIONS)), ("empty_negative", empty_negative, ("zeros", "encoded")),
+            ("clip_windows", clip_windows, ("first", "all")),
+        ):  # fmt: skip
+            if value not in known:
+                raise ConfigError(f"{name} must be {' or '.join(str(k) for k in known if k)}, not '{value}'")
+        super().__init__(network, autoencoder, **options)
+        self.clip, self.clip_g = clip, clip_g
+        self.asked_prediction, self.asked_zero_snr = prediction, zero_terminal_snr
+        self.prediction, self.zero_terminal_snr = prediction or "epsilon", bool(zero_terminal_snr)
+        self.empty_negative, self.clip_windows = empty_negative, clip_windows
+        self.original_size, self.crop, self.aesthetic_scores = original_size, crop, aesthetic_scores
+
+    @staticmethod
+    def possible_variants(config: UNetConfig) -> list[str]:
+        if config.in_channels == 9:
+            return ["inpaint"]
+        if _is_refiner(config):
+            return ["refiner"]
+        return ["lcm"] if config.guidance else ["base", "turbo", "lightning"]
+
+    @staticmethod
+    def needed(config: UNetConfig) -> tuple[str, ...]:
+        return ("clip_g",) if _is_refiner(config) else ("clip", "clip_g")
+
+    @staticmethod
+    def text_widths(configs: Mapping[str, Mapping[str, Any]]) -> tuple[int, int]:
+        width = sum(configs[name]["hidden_size"] for name in ("clip", "clip_g") if name in configs)
+        return width, configs["clip_g"]["projection_dim"]
+
+    @staticmethod
+    def told_widths(config: UNetConfig) -> tuple[int, int]:
+        return config.text_width, config.vector_width - SIZES * (5 if _is_refiner(config) else 6)
+
+    @property
+    def multiple(self) -> int:  # type: ignore[override]
+        """Every stage halves the latents' sides: 32 pixels, 64 for the refiner."""
+        return int(8 * 2 ** (self.network.config.levels - 1))
+
+    def load_model(self, model: Model | Parts) -> Self:
+        parts = locate(model)
+        found = parts.components.get(self.family)
+        if found is not None:
+            says_v = "v_pred" in found.markers or found.checkpoint.metadata.get("modelspec.prediction_type") == "v"
+            says_zero = "ztsnr" in found.markers
+            if says_v and self.asked_prediction not in (None, "v"):
+                raise ConfigError(f"{found.checkpoint.path} says that it predicts v, not {self.asked_prediction}")
+            self.prediction = self.asked_prediction or ("v" if says_v else "epsilon")
+            self.zero_terminal_snr = says_zero if self.asked_zero_snr is None else self.asked_zero_snr
+        return super().load_model(parts)
+
+    def set_encoders(self, modules: Mapping[str, nn.Module], tokenizers: Mapping[str, Any]) -> None:
+        self.clip = ClipEncoder(modules["clip"], tokenizers["clip"]) if "clip" in modules else None
+        self.clip_g = ClipEncoder(modules["clip_g"], tokenizers["clip_g"], pad=0, name="CLIP-G")
+
+    def encode(self, prompts: Sequence[Text]) -> Conditioning:
+        """Both CLIPs' rows side by side (the refiner has only CLIP-G): text `[B, 77, text_width]`, pooled `[B, P]`."""
+        names = self.needed(self.network.config)
+        encoders = {"clip": self.clip, "clip_g": self.clip_g}
+        texts = {name: spoken(prompts, name, names) for name in names}
+        features = []
+        for name in names:
+            encoder = encoders[name]
+            if encoder is None:
+                raise ConfigError(f"no text encoders are loaded: hand in conditioning, or give {' and '.join(names)}")
+            count = 1
+            if self.clip_windows == "all":
+                count = max(encoder.windows_needed(text) for text in texts.values())
+            with self._stage(encoder.module):
+                features.append(encoder(encoder.tokenize(texts[name], windows=count)))
+        return joined(*features)
+
+    def default_negative(self, prompts: list[Text]) -> Prompt:
+        if self.empty_negative == "encoded" or self.variant == "refiner":
+            return super().default_negative(prompts)
+        positive = self.encode(prompts)
+        return Prompt(positive, Conditioning(torch.zeros_like(positive.text), torch.zeros_like(positive.pooled)))
+
+    def named_schedule(self, steps: int, width: int, height: int, name: str | None, shift: float | None) -> Schedule:
+        """Noise levels at leading (published), trailing, linspace, legacy (sgm), ddim, lcm or turbo timesteps; or karras,
+        exponential, between the ends of the training's table."""
+        name = name or self.sampling.schedule
+        if shift is not None or name not in {**TIMESTEPS, **SIGMAS}:
+            what = f"'{name}' is no schedule of SDXL" if shift is None else "SDXL's schedules have no shift"
+            raise ConfigError(f"{what}; there are {', '.join([*TIMESTEPS, *SIGMAS])}")
+        alphas = discrete.alphas_cumprod(self.zero_terminal_snr)
+        table = discrete.sigma_table(alphas)
+        if name in SIGMAS:
+            return self.schedule_through(
+                torch.cat([SIGMAS[name](steps, float(table[-1]), float(table[0])), torch.zeros(1)])
+            )
+        timesteps = TIMESTEPS[name](steps).clamp(max=discrete.LEVELS - 1)
+        sigmas = discrete.sigmas_at(timesteps, alphas)
+        final = float(table[0]) if name == "ddim" and sigmas[-1] > table[0] else 0.0
+        return discrete.discrete_schedule(timesteps, sigmas, self.prediction, final)
+
+    def schedule_through(self, sigmas: Tensor) -> Schedule:
+        """Sigmas as in variance-exploding space: from at most 14.6 down to 0."""
+        falling = len(sigmas) > 1 and bool((sigmas.diff() < 0).all()) and bool(torch.isfinite(sigmas).all())
+        if not falling or sigmas[-1] < 0:
+            raise ConfigError(f"sigmas must be at least two numbers that fall to 0, not {sigmas.tolist()}")
+        alphas = discrete.alphas_cumprod(self.zero_terminal_snr)
+        timesteps = discrete.timesteps_at(sigmas[:-1], alphas)
+        return discrete.discrete_schedule(timesteps, sigmas[:-1].double(), self.prediction, float(sigmas[-1]))
+
+    def table_of(self, sampler: str) -> str | None:
+        return sampler if sampler in ("ddim", "lcm") else None
+
+    def place(self, schedule: Schedule, share: float) -> int:
+        """By timestep, as diffusers hands over from the base to the refiner: those below the cut are the refiner's."""
+        return int((schedule.times >= round(discrete.LEVELS * (1 - share))).sum()) if share < 1 else schedule.steps
+
+    def guidance(self, guidance_scale: float | None) -> float | None:
+        if not self.network.config.guidance:
+            if guidance_scale is not None:
+                log.warning("this SDXL has no guidance embedding: guidance_scale %g has no effect", guidance_scale)
+            return None
+        return self.sampling.guidance_scale if guidance_scale is None else guidance_scale
+
+    def prepare(
+        self, conditioning: Conditioning, negatives: int, times: Tensor, width: int, height: int,
+        guidance_scale: float | None,
+    ) -> UNetRun:  # fmt: skip
+        rows = len(conditioning)
+        numbers = [*(self.original_size or (height, width)), *self.crop, height, width]
+        table = torch.tensor([numbers] * rows, dtype=torch.float32, device=self.device)
+        if _is_refiner(self.network.config):
+            scores = [self.aesthetic_scores[0]] * (rows - negatives) + [self.aesthetic_scores[1]] * negatives
+            table = torch.cat([table[:, :4], torch.tensor(scores, device=self.device)[:, None]], dim=1)
+        scale = self.guidance(guidance_scale) if self.network.config.guidance else None
+        told = None if scale is None else torch.full((rows,), scale, device=self.device)
+        return self.network.prepare(conditioning.text, size_vector(conditioning.pooled, table), times, told)
+
+    def step(
+        self, latents: Tensor, run: UNetRun, i: int, skip_blocks: Collection[int] = (), condition: Tensor | None = None
+    ) -> Tensor:
+        if condition is not None:
+            latents = torch.cat([latents, condition.repeat(len(latents) // len(condition), 1, 1, 1)], dim=1)
+        return self.network.step(latents.to(dtype_of(self.network)), run, i).float()
+
+    def condition(self, image: Tensor | None, mask: Tensor | None, control: Tensor | None) -> Tensor | None:
+        """The inpainting variant: the mask, and the latents of the picture without what shall be painted."""
+        if self.variant != "inpaint":
+            return super().condition(image, mask, control)
+        if image is None or mask is None:
+            raise ConfigError("SDXL inpainting needs an image and a mask (white is painted)")
+        hard = (mask > 0.5).float()
+        small = F.interpolate(hard, scale_factor=1 / 8, mode="nearest").to(self.device)
+        latents = self.encode_vae(image * (1 - hard))
+        return torch.cat([small.expand(len(latents), -1, -1, -1), latents], dim=1)
+
+
+def joined(*features: ClipFeatures) -> Conditioning:
+    """The last but one states of CLIP-L and CLIP-G side by side, before the final norm; CLIP-G's pooled vector, projected."""
+    names = ("CLIP-L", "CLIP-G")[-len(features) :]
+    rows = [finite_features(found.hidden[-2], name) for found, name in zip(features, names, strict=True)]
+    return Conditioning(torch.cat(rows, dim=-1), features[-1].projected)
+
+
+def _is_refiner(config: UNetConfig) -> bool:
+    """Its text is CLIP-G alone, as wide as the pooled vector, and it is told five numbers."""
+    return config.vector_width == config.text_width + 5 * SIZES

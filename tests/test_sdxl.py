@@ -1,0 +1,352 @@
+"""SDXL from a prompt to a picture, with small random models in the published files' form."""
+
+import itertools
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from torch import Tensor
+
+import eridiff
+from eridiff.cli import main
+from eridiff.errors import CheckpointError, ConfigError
+from eridiff.inference import Prompt, SDXLInference
+from eridiff.memory.plan import stage_bytes
+from eridiff.models.unet import PRESETS, size_vector
+from eridiff.text import Conditioning
+from eridiff.weights.header import open_checkpoint
+from eridiff.weights.locate import locate
+from eridiff.weights.save import write_tensors
+from tests import tiny
+from tests.sparse import sparse_manifest
+
+INPAINT = replace(tiny.UNET, in_channels=9)
+LCM = replace(tiny.UNET, guidance=True)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.write_sdxl_model(tmp_path_factory.mktemp("sdxl"))
+
+
+@pytest.fixture(scope="module")
+def whole(folder: Path) -> SDXLInference:
+    return load(folder)
+
+
+def load(path: Any, **options: Any) -> SDXLInference:
+    model = eridiff.load(path, device="cpu", progress=False, **options)
+    assert isinstance(model, SDXLInference)
+    return model
+
+
+def draw(model: SDXLInference, prompt: Any = "a swan", **options: Any) -> Any:
+    given: dict[str, Any] = {
+        "width": 96,
+        "height": 64,
+        "steps": 4,
+        "seed": 1,
+        "keep": ("latents", "noise", "conditioning"),
+    }
+    return model.generate(prompt, **given | options)
+
+
+# the loop -------------------------------------------------------------------------------------------------------------
+
+
+def told(pooled: Tensor, numbers: list[float]) -> Tensor:
+    return size_vector(pooled, torch.tensor([numbers]))
+
+
+def test_the_loop_is_the_published_euler(whole: SDXLInference) -> None:
+    """diffusers' EulerDiscrete by its own formula: variance-exploding latents, leading timesteps, cfg 5, zeros as negative."""
+    found = draw(whole)
+    p = found.conditioning
+    timesteps = [751, 501, 251, 1]
+    betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
+    a = torch.cumprod(1 - betas, 0)[timesteps]
+    sigmas = [*((1 - a) / a).sqrt().tolist(), 0.0]
+    x = found.noise * (1 + sigmas[0] ** 2) ** 0.5
+    sizes = [64, 96, 0, 0, 64, 96]
+    for t, (now, then) in zip(timesteps, itertools.pairwise(sigmas), strict=True):
+        scaled = x / (1 + now**2) ** 0.5
+        positive, negative = (
+            whole.network(scaled, c.text, told(c.pooled, sizes), torch.tensor([[float(t)]]))
+            for c in (p.positive, p.negative)
+        )
+        x = x + (then - now) * (negative + 5.0 * (positive - negative))
+    assert torch.allclose(found.latents, x, atol=2e-3 * float(x.abs().max()))
+
+
+def test_an_empty_negative_is_zeros_or_encoded_by_option(whole: SDXLInference, folder: Path) -> None:
+    zeros = whole.encode_prompt("a swan").negative
+    assert zeros and not bool(zeros.text.any()) and not bool(zeros.pooled.any())
+    encoded = load(folder, empty_negative="encoded").encode_prompt("a swan").negative
+    said = whole.encode_prompt("a swan", "").negative
+    assert encoded and said and torch.allclose(encoded.text, said.text, atol=1e-5) and bool(said.text.any())
+
+
+def test_every_sampler_and_schedule_draws_its_own_picture(whole: SDXLInference) -> None:
+    samplers = ("euler", "euler_ancestral", "heun", "ddim", "dpmpp_2m", "dpmpp_2m_sde", "lcm")
+    drawn = [draw(whole, sampler=name).latents for name in samplers]
+    drawn += [
+        draw(whole, schedule=name).latents
+        for name in ("trailing", "linspace", "legacy", "karras", "exponential", "turbo")
+    ]
+    assert all(not torch.allclose(a, b, atol=1e-4) for a, b in itertools.combinations(drawn, 2))
+    assert all(bool(torch.isfinite(latents).all()) for latents in drawn)
+    assert draw(whole, sampler="lcm").settings[0]["schedule"] == "lcm"
+    assert torch.equal(
+        draw(whole, sampler="euler_ancestral", steps=3).latents, drawn[1]
+    )  # the noise of the way is the seed's
+    assert not torch.equal(draw(whole, sampler="euler_ancestral", steps=3, seed=2).latents, drawn[1])
+
+
+def test_noise_on_the_way_does_not_depend_on_the_neighbours(whole: SDXLInference) -> None:
+    both = draw(whole, sampler="euler_ancestral", seed=[3, 7], cfg_scale=1.0).latents
+    for i, seed in enumerate((3, 7)):
+        alone = draw(whole, sampler="euler_ancestral", seed=seed, cfg_scale=1.0).latents[0]
+        assert torch.allclose(both[i], alone, atol=1e-3)
+    prompt = whole.encode_prompt("a swan")
+    with pytest.raises(ConfigError, match="euler_ancestral draws noise on the way: give seeds"):
+        whole.denoise(whole.noise([1], 64, 64), prompt, 2, sampler="euler_ancestral")
+
+
+def test_what_the_network_is_told_of_sizes_changes_the_picture(folder: Path, whole: SDXLInference) -> None:
+    plain = draw(whole).latents
+    for options in ({"original_size": (512, 512)}, {"crop": (64, 0)}):
+        assert not torch.allclose(draw(load(folder, **options)).latents, plain, atol=1e-4)
+
+
+def test_a_run_handed_over_is_the_run_in_one(whole: SDXLInference) -> None:
+    """The first part's latents, given as noise to the second part, which could be the refiner's."""
+    for sampler in ("euler", "heun"):
+        one = draw(whole, steps=10, sampler=sampler).latents
+        first = draw(whole, steps=10, sampler=sampler, part=(0.0, 0.8)).latents
+        second = draw(whole, steps=10, sampler=sampler, part=(0.8, 1.0), noise=first).latents
+        assert not torch.allclose(first, one, atol=1e-3) and torch.allclose(second, one, atol=1e-5)
+
+
+@pytest.mark.parametrize(("steps", "base"), [(20, 16), (25, 20), (30, 23), (40, 32), (50, 40)])
+def test_the_hand_over_is_diffusers(steps: int, base: int, whole: SDXLInference) -> None:
+    facts = json.loads((Path(__file__).parent / "goldens" / "sdxl-samplers.json").read_text())[
+        "hand_over_diffusers_leading"
+    ]
+    assert facts[str(steps)]["base"] == base
+    assert whole.place(whole.schedule(steps, 64, 64), 0.8) == base
+
+
+def test_the_refiner_reads_clip_g_and_scores(tmp_path: Path, whole: SDXLInference) -> None:
+    refiner = load(tiny.write_sdxl_model(tmp_path / "r", tiny.SDXL_REFINER, "refiner"))
+    assert (refiner.variant, refiner.multiple, refiner.clip) == ("refiner", 64, None)
+    prompt = refiner.encode_prompt("a swan")
+    assert prompt.positive.text.shape == (1, 77, 8) and prompt.negative and bool(prompt.negative.text.any())
+    latents = draw(whole, width=64, part=(0.0, 0.8), steps=10).latents
+    found = draw(refiner, width=64, part=(0.8, 1.0), steps=10, noise=latents)
+    assert found.images[0].size == (64, 64) and not torch.equal(found.latents, latents)
+    other = tiny.write_sdxl_model(tmp_path / "r", tiny.SDXL_REFINER, "refiner")
+    low = load(other, aesthetic_scores=(2.5, 2.5))
+    assert not torch.allclose(draw(low, width=64).latents, draw(refiner, width=64).latents, atol=1e-5)
+
+
+def test_pictures_begin_from_pictures_and_masks_keep_what_is_black(whole: SDXLInference) -> None:
+    image = Image.radial_gradient("L").resize((96, 64)).convert("RGB")
+    start = whole.encode_vae(eridiff.images.to_tensor(image, 96, 64))
+    near, far = (draw(whole, image=image, strength=s, cfg_scale=1.0).latents for s in (0.25, 1.0))
+    assert (near - start).norm() < (far - start).norm()
+    assert draw(whole, image=image, mask=Image.new("L", (96, 64), 0)).images[0].tobytes() == image.tobytes()
+
+
+def test_inpainting_sees_the_mask_and_the_picture_without_what_is_painted(tmp_path: Path) -> None:
+    model = load(tiny.write_sdxl_model(tmp_path / "m", INPAINT))
+    assert model.variant == "inpaint" and model.sampling.cfg_scale == 7.5
+    image = Image.radial_gradient("L").resize((96, 64)).convert("RGB")
+    mask = Image.new("L", (96, 64), 0)
+    mask.paste(255, (0, 0, 48, 64))
+    condition = model.condition(
+        eridiff.images.to_tensor(image, 96, 64), eridiff.images.to_tensor(mask, 96, 64, mask=True), None
+    )
+    assert condition is not None and condition.shape == (1, 5, 8, 12)
+    assert condition[0, 0, :, :6].eq(1).all() and condition[0, 0, :, 6:].eq(0).all()
+    hole = eridiff.images.to_tensor(image, 96, 64)
+    hole[..., :48] = 0
+    assert torch.allclose(condition[:, 1:], model.encode_vae(hole))
+    found = draw(model, image=image, mask=mask)
+    assert found.images[0].crop((48, 0, 96, 64)).tobytes() == image.crop((48, 0, 96, 64)).tobytes()
+    with pytest.raises(ConfigError, match="needs an image and a mask"):
+        draw(model)
+    with pytest.raises(ConfigError, match="needs an image and a mask"):
+        draw(model, image=image)
+
+
+def test_lcm_is_told_its_guidance(tmp_path: Path) -> None:
+    model = load(tiny.write_sdxl_model(tmp_path / "m", LCM))
+    assert (model.variant, model.sampling.sampler, model.guidance(None)) == ("lcm", "lcm", 8.0)
+    eight, three = (draw(model, guidance_scale=scale).latents for scale in (8.0, 3.0))
+    assert torch.equal(draw(model).latents, eight) and not torch.allclose(eight, three, atol=1e-4)
+    assert draw(model).settings[0]["cfg_scale"] == 1.0
+
+
+# variants and predictions ---------------------------------------------------------------------------------------------
+
+
+def rewritten(
+    folder: Path, target: Path, change: Callable[[dict[str, Tensor]], object], metadata: dict[str, str] | None = None
+) -> Path:
+    """The model's file after a function changed its tensors."""
+    target.mkdir(exist_ok=True)
+    state = load_file(folder / "sdxl.safetensors")
+    change(state)
+    write_tensors(
+        state, target / "sdxl.safetensors", open_checkpoint(folder / "sdxl.safetensors").metadata | (metadata or {})
+    )
+    if not (target / "tokenizer").exists():
+        (target / "tokenizer").symlink_to(folder / "tokenizer")
+    return target
+
+
+def test_published_variants_are_told_by_sizes_then_by_name(folder: Path, tmp_path: Path) -> None:
+    for name, config in PRESETS.items():
+        assert SDXLInference.possible_variants(config)[0] == name
+    turbo = rewritten(folder, tmp_path / "sdxl-turbo", lambda s: None)
+    assert (load(turbo).variant, load(turbo).sampling.sampler) == ("turbo", "euler_ancestral")
+    assert load(folder, variant="lightning").sampling.schedule == "trailing"
+    with pytest.raises(ConfigError, match="the sizes of base or turbo or lightning, not of refiner"):
+        load(folder, variant="refiner")
+
+
+def test_v_prediction_is_read_off_the_file_and_never_taken_for_noise(folder: Path, tmp_path: Path) -> None:
+    marked = rewritten(folder, tmp_path / "v", lambda s: s.update({"v_pred": torch.zeros(1), "ztsnr": torch.zeros(1)}))
+    model = load(marked)
+    assert model.prediction == "v" and model.zero_terminal_snr
+    schedule = model.schedule(4, 64, 64, "trailing")
+    assert schedule.prediction == "v" and schedule.alphas[0] == 0 and schedule.sigmas[0] == 1
+    assert bool(torch.isfinite(draw(model, schedule="trailing").latents).all())
+    with pytest.raises(ConfigError, match="says that it predicts v, not epsilon"):
+        load(marked, prediction="epsilon")
+    said = rewritten(folder, tmp_path / "said", lambda s: None, {"modelspec.prediction_type": "v"})
+    assert load(said).prediction == "v" and not load(said).zero_terminal_snr
+    assert load(folder, prediction="v").prediction == "v"
+    edm = rewritten(folder, tmp_path / "edm", lambda s: s.update({"edm_mean": torch.zeros(4)}))
+    with pytest.raises(CheckpointError, match="EDM's preconditioning"):
+        load(edm)
+
+
+def test_a_float16_autoencoder_decodes_in_float32(folder: Path) -> None:
+    model = load(folder, dtype=torch.float16)
+    assert next(model.network.parameters()).dtype == torch.float16
+    assert next(model.autoencoder.parameters()).dtype == torch.float32
+
+
+# refused --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"width": 80}, "the width must be a multiple of 32, not 80; the nearest is 64"),
+        ({"schedule": "candle"}, "'candle' is no schedule of SDXL; there are leading"),
+        ({"schedule": [0.0, 14.0]}, "sigmas must be at least two numbers that fall to 0"),
+        ({"shift": 3.0}, "SDXL's schedules have no shift"),
+        ({"schedule": "turbo", "steps": 5}, "Turbo's own schedule has 1 to 4 steps, not 5"),
+        ({"part": (0.8, 0.2)}, "part must be two rising shares"),
+        ({"skip_layers": True}, "no published skip-layer guidance for base"),
+    ],
+)
+def test_impossible_settings_end_in_a_sentence(options: dict[str, Any], says: str, whole: SDXLInference) -> None:
+    with pytest.raises(ConfigError, match=says):
+        draw(whole, **options)
+
+
+def test_what_does_not_fit_together_is_named(tmp_path: Path, folder: Path) -> None:
+    refiner = tiny.write_sdxl_model(tmp_path / "r", tiny.SDXL_REFINER, "refiner")
+    with pytest.raises(ConfigError, match="the sizes of refiner, not of base"):
+        load(refiner, variant="base")
+    lone = rewritten(
+        folder, tmp_path / "lone", lambda s: [s.pop(n) for n in list(s) if n.startswith("conditioner.embedders.1")]
+    )
+    with pytest.raises(CheckpointError, match="a CLIP-G text encoder is missing: .* give the rest as clip_g"):
+        load(lone)
+    with pytest.raises(CheckpointError, match="holds an SDXL, FluxInference draws with a Flux"):
+        eridiff.FluxInference(device="cpu").load_model(folder)
+    unknown = rewritten(
+        folder, tmp_path / "unknown", lambda s: s.update({"model.diffusion_model.extra.weight": torch.zeros(2)})
+    )
+    with pytest.raises(CheckpointError, match="unknown, the first is 'extra.weight'"):
+        load(unknown)
+
+
+def test_the_command_line_draws_with_sdxl(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "swan.png"
+    options = ["--model", str(folder), "--prompt", "a swan", "--size", "96x64", "--device", "cpu", "--steps", "2"]
+    assert (
+        main(["sample", *options, "--sampler", "dpmpp_2m", "--schedule", "karras", "--cfg", "7", "--out", str(out)])
+        == 0
+    )
+    text = Image.open(out).text  # type: ignore[attr-defined]
+    assert "Sampler: DPM++ 2M, Schedule type: Karras, CFG scale: 7.0" in text["parameters"]
+    for extra, says in ((["--size", "80x64"], "a multiple of 32"), (["--variant", "refiner"], "not of refiner")):
+        assert main(["sample", *options, *extra]) == 2
+        (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("eridiff:")]
+        assert says in line
+
+
+# the plan's tests -----------------------------------------------------------------------------------------------------
+
+
+def test_model_loading(whole: SDXLInference, folder: Path) -> None:
+    parts = locate(folder)
+    assert set(parts.components) == {"unet", "vae", "clip", "clip_g"}
+    for network, module in {"unet": whole.network, "vae": whole.autoencoder}.items():
+        component, state = parts.components[network], module.state_dict()
+        for entry in component.layout.entries(state, component.sizes):
+            stored = [component.checkpoint.read(component.prefix + name) for name in entry.foreign]
+            assert torch.equal(entry.read(stored, tuple(state[entry.native].shape)), state[entry.native]), entry
+
+
+def test_text_encoding(whole: SDXLInference) -> None:
+    first, second, other = (whole.encode_prompt(text).positive for text in ("a swan", "a swan", "a fox"))
+    assert first.text.shape == (1, 77, 16) and first.pooled.shape == (1, 8)
+    assert torch.equal(first.text, second.text) and not torch.allclose(first.text, other.text, atol=1e-3)
+    assert whole.clip and whole.clip_g
+    pair = whole.clip(whole.clip.tokenize(["a swan"])), whole.clip_g(whole.clip_g.tokenize(["a swan"]))
+    assert torch.allclose(first.text, torch.cat([f.hidden[-2] for f in pair], dim=-1), atol=1e-5)
+    assert torch.allclose(first.pooled, pair[1].projected, atol=1e-5)
+
+
+def test_single_denoising_step(whole: SDXLInference) -> None:
+    """One leading step from timestep 1 to no noise: (x - sigma * noise) / alpha, with the noise of a plain forward call."""
+    prompt = Prompt(Conditioning(torch.randn(1, 77, 16), torch.randn(1, 8)))
+    noise = whole.noise([0], 64, 64)
+    found = whole.denoise(noise, prompt, 1, guidance=eridiff.schedulers.guidance.Guidance())
+    a = (1 - 0.00085) * (1 - (0.00085**0.5 + (0.012**0.5 - 0.00085**0.5) / 999) ** 2)
+    with torch.no_grad():
+        p = prompt.positive
+        output = whole.network(noise, p.text, told(p.pooled, [64, 64, 0, 0, 64, 64]), torch.tensor([[1.0]]))
+    assert torch.allclose(found, (noise - (1 - a) ** 0.5 * output) / a**0.5, atol=1e-4)
+
+
+def test_full_generation_with_a_prompt(whole: SDXLInference) -> None:
+    options = {"width": 64, "height": 64, "steps": 3, "seed": 3}
+    picture = whole.generate("a swan", **options).images[0]
+    assert whole.generate("a swan", **options).images[0].tobytes() == picture.tobytes()
+    for prompt, change in (("a fox", {}), ("a swan", {"seed": 4}), ("a swan", {"cfg_scale": 2.0})):
+        assert whole.generate(prompt, **options | change).images[0].tobytes() != picture.tobytes()
+
+
+@pytest.mark.parametrize(
+    ("manifest", "parameters"), [("sd_xl_base_1.0", 2_567_463_684), ("sd_xl_refiner_1.0", 2_259_526_660)]
+)
+def test_memory_use(manifest: str, parameters: int, tmp_path: Path) -> None:
+    """1024 x 1024 in bfloat16 with both prompts in one batch: everything together fits 24 GiB."""
+    parts = locate(sparse_manifest(tmp_path / "m.safetensors", manifest))
+    stages = stage_bytes(parts.components, 1024, 1024, batch=2, steps=50)
+    print({stage: round(size / 2**30, 2) for stage, size in stages.items()})
+    assert parameters * 2 < stages["denoising"] < parameters * 2 + 2**30
+    assert sum(stages.values()) < 24 * 2**30
