@@ -15,10 +15,11 @@ from eridiff.errors import ConfigError
 def checkpoint_blocks(model: nn.Module) -> Iterator[None]:
     """Within the block, the model's repeated blocks keep no activations and compute them again in the backward pass.
 
-    Repeated blocks are the members of its `nn.ModuleList`s. Outputs and gradients stay the same; raises ConfigError for
+    Repeated blocks are the members of its `nn.ModuleList`s that hold no further list. Outputs and gradients stay the same; raises ConfigError for
     a model that has none.
     """
-    blocks = [block for child in model.modules() if isinstance(child, nn.ModuleList) for block in child]
+    members = [block for child in model.modules() if isinstance(child, nn.ModuleList) for block in child]
+    blocks = [block for block in members if not any(isinstance(m, nn.ModuleList) for m in block.modules())]
     if not blocks:
         raise ConfigError(f"{type(model).__name__} has no repeated blocks to checkpoint")
     originals: list[Callable[..., Any]] = [block.forward for block in blocks]

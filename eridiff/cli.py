@@ -18,6 +18,7 @@ from eridiff.errors import ConfigError, EridiffError
 from eridiff.images import contact_sheet, first_text, read_image, save_png
 from eridiff.inference import BUILT_IN, DiffusionInference, load
 from eridiff.inference.sd35 import OPTIONS as TEXT_OPTIONS
+from eridiff.inference.sdxl import PREDICTIONS
 from eridiff.inference.settings import check_settings, check_size
 from eridiff.inspect import inspect, summary
 from eridiff.schedulers.guidance import SkipLayers
@@ -52,7 +53,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="eridiff", description="Draw pictures with Flux and Stable Diffusion 3, from published checkpoints."
+        prog="eridiff", description="Draw pictures with Flux, Stable Diffusion 3 and SDXL, from published checkpoints."
     )
     parser.add_argument("--version", action="version", version=f"eridiff {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
@@ -84,6 +85,10 @@ def _parser() -> argparse.ArgumentParser:
         model.add_argument(
             f"--{name.replace('_', '-')}", choices=values, help=f"of SD 3's text; {values[0]} by default"
         )
+    model.add_argument("--prediction", choices=PREDICTIONS, help="what an SDXL predicts, where its file does not say")
+    model.add_argument(
+        "--empty-negative", choices=["zeros", "encoded"], help="SDXL's negative prompt when none is given"
+    )
     model.add_argument("--device", help="cpu, cuda, cuda:1, ...; a GPU if there is one")
     model.add_argument(
         "--dtype", choices=DTYPES, help="of the computation; the file's on a GPU, float32 on a CPU with room"
@@ -104,7 +109,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     picture.add_argument("--skip-layers", action="store_true", default=None, help="sd3.5-medium's published guidance")
     picture.add_argument("--sampler", choices=SAMPLERS)
-    picture.add_argument("--schedule", metavar="NAME", help="of SD 3: original, script, diffusers or candle")
+    picture.add_argument(
+        "--schedule", metavar="NAME", help="SD 3: original, script, diffusers, candle; SDXL: leading, karras, ..."
+    )
     picture.add_argument("--shift", type=float, help="of SD 3's schedule; 3 when not said")
     picture.add_argument("--image", metavar="FILE", help="begin from this picture")
     picture.add_argument(

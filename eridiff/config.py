@@ -145,7 +145,7 @@ NO_EFFECT = {  # known words of training configurations
     "format": "pictures are PNG",
 }
 SAMPLER_SYNONYMS = {"flowmatch": "euler"}  # of ai-toolkit
-MODEL_OPTIONS = ("variant", "t5_padding", "without_t5", "clip_windows")
+MODEL_OPTIONS = ("variant", "t5_padding", "without_t5", "clip_windows", "prediction", "empty_negative")
 TOP = ("model", "device", "dtype", "offload", *MODEL_OPTIONS, "sample")
 ENCODERS = ("clip", "clip_g", "t5")  # a prompt may be given for each
 

@@ -288,3 +288,44 @@ def test_checkpointed_mmdit_blocks_give_the_same_gradients() -> None:
         gradients.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
     assert gradients[0].keys() == gradients[1].keys()
     assert all(torch.equal(gradients[0][n], gradients[1][n]) for n in gradients[0])
+
+
+# UNet -----------------------------------------------------------------------------------------------------------------
+
+
+def unet_inputs(batch: int = 2) -> tuple[Tensor, Tensor, Tensor]:
+    g = torch.Generator().manual_seed(3)
+    shapes = ((batch, 4, 8, 4), (batch, 5, 16), (batch, tiny.UNET.vector_width))
+    return tuple(torch.randn(shape, generator=g).double() for shape in shapes)  # type: ignore[return-value]
+
+
+def test_a_unet_run_of_steps_equals_single_forward_calls_and_rows_are_runs() -> None:
+    model = tiny.unet().double()
+    x, text, vector = unet_inputs()
+    times = torch.tensor([[999.0, 500.0], [61.375, 1.0]], dtype=torch.float64)
+    run = model.prepare(text, vector, times)
+    for i, pair in enumerate(times):
+        both = model.step(x, run, i)
+        assert torch.allclose(both, model(x, text, vector, pair[None]), rtol=1e-11, atol=1e-11)
+        for row in range(2):
+            one = slice(row, row + 1)
+            assert torch.allclose(model.step(x[one], run.rows(one), i), both[one], rtol=1e-11, atol=1e-11)
+
+
+def test_unet_gradients_reach_every_parameter_and_input() -> None:
+    model = tiny.unet().double().requires_grad_(True)
+    x, text, vector = (t.requires_grad_(True) for t in unet_inputs())
+    model(x, text, vector, torch.tensor([[500.0]], dtype=torch.float64)).square().sum().backward()
+    for name, tensor in [*model.named_parameters(), ("x", x), ("text", text), ("vector", vector)]:
+        assert tensor.grad is not None and bool(tensor.grad.abs().sum() > 0), name
+
+
+def test_checkpointed_unet_blocks_give_the_same_gradients() -> None:
+    gradients = []
+    for checkpointed in (False, True):
+        model = tiny.unet().double().requires_grad_(True)
+        x, text, vector = unet_inputs()
+        with checkpoint_blocks(model) if checkpointed else nullcontext():
+            model(x, text, vector, torch.tensor([[500.0, 20.0]], dtype=torch.float64)).square().sum().backward()
+        gradients.append({n: p.grad for n, p in model.named_parameters()})
+    assert all(torch.allclose(gradients[0][n], gradients[1][n], rtol=1e-9, atol=1e-12) for n in gradients[0])

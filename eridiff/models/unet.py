@@ -8,7 +8,7 @@ Letters: B batch, C channels, h x w the latents' size at a stage, L text tokens,
 a run. A stage is a resolution, the finest first.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -297,9 +297,10 @@ class UpStage(Stage):
         super().__init__(config, inputs, width, config.transformer_depths[level], RESIDUAL_BLOCKS + 1)
         self.upsample = Upsample(width) if level > 0 else nn.Identity()
 
-    def forward(self, x: Tensor, kept: list[Tensor], run: StageRun, i: int) -> Tensor:
-        for residual, shift, transformer, keys_values in self.parts(run, i):
-            x = transformer(residual(torch.cat([x, kept.pop()], dim=1), shift), keys_values)
+    def forward(self, x: Tensor, kept: Sequence[Tensor], run: StageRun, i: int) -> Tensor:
+        """kept: as many outputs of the way down as there are blocks, the last first."""
+        for skip, (residual, shift, transformer, keys_values) in zip(kept, self.parts(run, i), strict=True):
+            x = transformer(residual(torch.cat([x, skip], dim=1), shift), keys_values)
         return self.upsample(x)
 
 
@@ -365,7 +366,8 @@ class UNet(nn.Module):
             kept += stage(kept[-1], stage_run, i)
         x = self.middle(kept[-1], run.middle, i)
         for stage, stage_run in zip(reversed(self.up), reversed(run.up), strict=True):
-            x = stage(x, kept, stage_run, i)
+            kept, skips = kept[: -RESIDUAL_BLOCKS - 1], kept[-RESIDUAL_BLOCKS - 1 :]
+            x = stage(x, skips[::-1], stage_run, i)
         return self.conv_out(F.silu(self.norm_out(x)))
 
     def forward(
