@@ -93,6 +93,7 @@ def _parser() -> argparse.ArgumentParser:
     model.add_argument(
         "--dtype", choices=DTYPES, help="of the computation; the file's on a GPU, float32 on a CPU with room"
     )
+    model.add_argument("--vae-rows", type=int, metavar="N", help="decode in strips of N rows: exact, in less memory")
     model.add_argument("--offload", choices=["stages"], help="only the component at work is on the device")
     picture = sample.add_argument_group("picture")
     picture.add_argument("--prompt", action="append", help="may be given several times")
@@ -230,7 +231,7 @@ def _merged(config: RunConfig, options: argparse.Namespace) -> RunConfig:
     if parts:
         model = {**({"path": model} if isinstance(model, str) else model or {}), **parts}
     rest = {name: getattr(options, name) for name in ("device", "dtype", "offload") if getattr(options, name)}
-    chosen = {name: getattr(options, name) for name in MODEL_OPTIONS if getattr(options, name)}
+    chosen = {name: getattr(options, name) for name in MODEL_OPTIONS if getattr(options, name) is not None}
     sample = replace(config.sample, **given)
     return replace(config, model=model, sample=sample, options=config.options | chosen, **rest)
 

@@ -130,7 +130,7 @@ class RunConfig:
     device: str | None = None
     dtype: str | None = None
     offload: str | None = None
-    options: dict[str, str] = field(default_factory=dict)  # how the model is loaded: MODEL_OPTIONS
+    options: dict[str, Any] = field(default_factory=dict)  # how the model is loaded: MODEL_OPTIONS
     sample: SampleSettings = field(default_factory=SampleSettings)
     notices: tuple[str, ...] = ()
 
@@ -145,7 +145,10 @@ NO_EFFECT = {  # known words of training configurations
     "format": "pictures are PNG",
 }
 SAMPLER_SYNONYMS = {"flowmatch": "euler"}  # of ai-toolkit
-MODEL_OPTIONS = ("variant", "t5_padding", "without_t5", "clip_windows", "prediction", "empty_negative")
+MODEL_OPTIONS: dict[str, type] = {
+    "variant": str, "t5_padding": str, "without_t5": str, "clip_windows": str, "prediction": str, "empty_negative": str,
+    "vae_rows": int,
+}  # fmt: skip
 TOP = ("model", "device", "dtype", "offload", *MODEL_OPTIONS, "sample")
 ENCODERS = ("clip", "clip_g", "t5")  # a prompt may be given for each
 
@@ -196,7 +199,7 @@ def parse_config(document: Any) -> RunConfig:
     texts = {
         name: _scalar(name, document.get(name), str) for name in ("device", "dtype", "offload") if document.get(name)
     }
-    options = {name: _scalar(name, document[name], str) for name in MODEL_OPTIONS if document.get(name)}
+    options = {n: _scalar(n, document[n], kind) for n, kind in MODEL_OPTIONS.items() if document.get(n) is not None}
     return RunConfig(model=model, options=options, sample=SampleSettings(**values), notices=notices, **texts)
 
 

@@ -12,9 +12,13 @@ import pytest
 import torch
 from diffusers import (
     AutoencoderKL,
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     FlowMatchHeunDiscreteScheduler,
     FluxTransformer2DModel,
+    HeunDiscreteScheduler,
     LatentConsistencyModelPipeline,
     SD3Transformer2DModel,
     UNet2DConditionModel,
@@ -26,6 +30,7 @@ from torch import Tensor
 from eridiff import load_network, save_network
 from eridiff.models.flux import position_ids
 from eridiff.models.unet import guidance_sinusoid
+from eridiff.schedulers.discrete import alphas_cumprod, discrete_schedule, leading_timesteps, sigma_table, sigmas_at
 from eridiff.schedulers.flow_match import flow_schedule
 from eridiff.schedulers.samplers import SAMPLERS
 from eridiff.trace.record import relative_l2
@@ -235,6 +240,38 @@ def test_samplers_equal_diffusers_schedulers(name: str) -> None:
     for i in range(schedule.steps):
         x, previous = SAMPLERS[name](lambda x, i: velocity(x, float(schedule.times[i])), x, schedule, i, previous)
     assert relative_l2(x, theirs) < 5e-6
+
+
+@pytest.mark.parametrize(("name", "kind"), [
+    ("euler", EulerDiscreteScheduler), ("heun", HeunDiscreteScheduler), ("ddim", DDIMScheduler), ("dpmpp_2m", DPMSolverMultistepScheduler),
+])  # fmt: skip
+@pytest.mark.parametrize("prediction", ["epsilon", "v"])
+def test_sdxls_samplers_equal_diffusers_schedulers(name: str, kind: Any, prediction: str) -> None:
+    """On a network that is a fixed function, at the published spacing; diffusers' tables are float32, off by 1e-5."""
+    steps, sizes = 10, (3, 4, 2, 2)
+    reference = kind(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1, timestep_spacing="leading",
+        prediction_type="epsilon" if prediction == "epsilon" else "v_prediction",
+        **({"clip_sample": False, "set_alpha_to_one": False} if name == "ddim" else {}),
+    )  # fmt: skip
+    reference.set_timesteps(steps)
+    times = leading_timesteps(steps + 1)[:-1] if name == "dpmpp_2m" else leading_timesteps(steps)
+    alphas = alphas_cumprod()
+    final = float(sigma_table(alphas)[0]) if name == "ddim" else 0.0
+    schedule = discrete_schedule(times, sigmas_at(times, alphas), prediction, final)
+    weights = torch.randn(4, 4, generator=torch.Generator().manual_seed(2), dtype=torch.float64) / 2
+
+    def network(x: Tensor, t: float) -> Tensor:
+        return torch.tanh(torch.einsum("kc,bchw->bkhw", weights, x)) + x * t / 2000
+
+    noise = torch.randn(sizes, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    theirs = noise * float(reference.init_noise_sigma)
+    for t in reference.timesteps:
+        theirs = reference.step(network(reference.scale_model_input(theirs, t), float(t)), t, theirs).prev_sample
+    x, previous = noise, None
+    for i in range(steps):
+        x, previous = SAMPLERS[name](lambda x, i: network(x, float(schedule.times[i])), x, schedule, i, previous, None)
+    assert relative_l2(x, theirs) < 5e-5
 
 
 def reference_autoencoder(quant: bool) -> Any:

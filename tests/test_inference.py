@@ -15,7 +15,7 @@ import eridiff
 import eridiff.images
 from eridiff.errors import ConfigError, EridiffError
 from eridiff.inference import FluxInference, Prompt, Step
-from eridiff.inference.base import _first_step
+from eridiff.inference.latents import first_step
 from eridiff.memory.stages import on_device
 from eridiff.models.flux import FluxConfig, patchify, unpatchify
 from eridiff.schedulers.flow_match import flux_mu
@@ -152,7 +152,7 @@ def test_strength_goes_from_the_picture_to_the_noise(dev: FluxInference) -> None
 @settings(max_examples=50, deadline=None)
 @given(st.integers(1, 60), st.floats(0, 1))
 def test_image_to_image_runs_its_share_of_the_steps(steps: int, strength: float) -> None:
-    run = steps - _first_step(steps, strength)
+    run = steps - first_step(steps, strength)
     assert 0 <= run <= steps and abs(run - steps * strength) <= 1 and (run > 0) == (strength > 0)
 
 

@@ -193,6 +193,16 @@ def test_lcm_is_told_its_guidance(tmp_path: Path) -> None:
     assert draw(model).settings[0]["cfg_scale"] == 1.0
 
 
+def test_strips_draw_the_same_picture(folder: Path, whole: SDXLInference) -> None:
+    image = Image.radial_gradient("L").resize((96, 64)).convert("RGB")
+    expected = draw(whole, image=image, strength=0.5).images[0]
+    found = draw(load(folder, vae_rows=24), image=image, strength=0.5).images[0]
+    pairs = zip(expected.tobytes(), found.tobytes(), strict=True)
+    assert max(abs(a - b) for a, b in pairs) <= 1
+    with pytest.raises(ConfigError, match="vae_rows must be at least 1, not 0"):
+        load(folder, vae_rows=0)
+
+
 # variants and predictions ---------------------------------------------------------------------------------------------
 
 

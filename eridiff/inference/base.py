@@ -4,7 +4,6 @@ Letters: B pictures, C latent channels, H x W the picture's size in pixels.
 """
 
 import logging
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import nullcontext
@@ -12,31 +11,28 @@ from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, Self
 
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
 import eridiff
-from eridiff.errors import CheckpointError, ConfigError, EridiffError
+from eridiff.errors import ConfigError
 from eridiff.images import to_images, to_tensor
-from eridiff.inference.loading import check_parts, own_sampling
+from eridiff.inference.latents import LATENT_SCALE, dtype_of, finite, first_step, latent_mask, noise_of_steps
+from eridiff.inference.loading import fill
 from eridiff.inference.settings import Defaults, Table, Text, check_settings, listed, matched, settle_size
 from eridiff.memory.stages import on_device
+from eridiff.memory.strips import decode_in_strips, encode_in_strips
 from eridiff.models.autoencoder import Autoencoder
 from eridiff.schedulers import Schedule
 from eridiff.schedulers.flow_match import flow_schedule
 from eridiff.schedulers.guidance import Guidance, SkipLayers, guided
-from eridiff.schedulers.samplers import SAMPLERS, STOCHASTIC, Draw, Predict, mixed
+from eridiff.schedulers.samplers import SAMPLERS, STOCHASTIC, Predict, mixed
 from eridiff.text import Conditioning
-from eridiff.text.encoders import build_encoder
-from eridiff.text.tokenizers import clip_tokenizer, t5_tokenizer
 from eridiff.weights.detect import DESCRIPTIONS
-from eridiff.weights.load import build, default_dtype
-from eridiff.weights.locate import TEXT_ENCODERS, Model, Parts, locate
+from eridiff.weights.locate import Model, Parts, locate
 
 log = logging.getLogger(__name__)
-LATENT_SCALE = 8  # pixels a latent's side, in every autoencoder of the three families
 KEEP = ("conditioning", "noise", "latents")
 
 
@@ -89,24 +85,28 @@ class DiffusionInference(ABC):
     def __init__(
         self, network: nn.Module | None, autoencoder: Autoencoder | None, *, variant: str | None = None,
         device: torch.device | str | None = None, dtype: torch.dtype | None = None, offload: str | None = None,
-        progress: bool = True,
+        vae_rows: int | None = None, progress: bool = True,
     ) -> None:  # fmt: skip
         """`offload="stages"` keeps every component on the CPU and moves it to `device` for its stage alone.
 
-        variant None is told from the network's sizes, and where two have the same from the file's name. dtype None is the
+        `vae_rows` decodes and encodes in strips of so many rows, exactly and in less memory (memory/strips.py). variant None is
+        told from the network's sizes, and where two have the same from the file's name. dtype None is the
         file's on a GPU and float32 on a CPU with room for it.
         """
         if offload not in (None, "stages"):
             raise ConfigError(f"offload must be 'stages' or nothing, not {offload!r}")
+        if vae_rows is not None and vae_rows < 1:
+            raise ConfigError(f"vae_rows must be at least 1, not {vae_rows}")
         if variant is not None and variant not in self.variants:
             raise ConfigError(f"'{variant}' is no variant of {DESCRIPTIONS[self.family].split(' ', 1)[1]}; there are {', '.join(self.variants)}")  # fmt: skip
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.asked_variant, self.dtype, self.offload, self.progress = variant, dtype, offload, progress
+        self.vae_rows = vae_rows
         self.source: dict[str, Any] = {}  # which files, for the record
         if autoencoder is not None:
             self.autoencoder = autoencoder
         if network is not None:
-            self._set_network(network)
+            self.set_network(network)
 
     @staticmethod
     @abstractmethod
@@ -164,33 +164,11 @@ class DiffusionInference(ABC):
 
         Raises CheckpointError when a part is missing or damaged or does not fit, before any weight is read.
         """
-        parts = locate(model)
-        components = parts.components
-        check_parts(type(self), components)
-        text = [name for name in TEXT_ENCODERS if name in components]
-        readers = {"clip": clip_tokenizer, "clip_g": clip_tokenizer, "t5": t5_tokenizer}
-        tokenizers = {n: readers[n](parts.tokenizers.get("t5" if n == "t5" else "clip")) for n in text}
-        own = components[self.family]
-        path = own.checkpoint.path  # a folder is known by the pipeline's or the hub's above it, a file by its own
-        name = str(path) if path.is_dir() else "/".join(path.parts[-2:])
-        sampling = own_sampling(own, self._variant(own.config, name), self.variants)
-
-        def options(name: str) -> dict[str, Any]:
-            dtype = self.dtype or default_dtype(components[name], self.device)
-            if name == "vae" and dtype == torch.float16 and components[name].config.latent_channels == 4:
-                log.info("SDXL's autoencoder overflows in float16, so it decodes in float32")
-                dtype = torch.float32
-            return {"dtype": dtype, "device": "cpu" if self.offload else self.device, "progress": self.progress}
-
-        network = build(own, **options(self.family))
-        self.autoencoder = build(components["vae"], **options("vae"))  # type: ignore[assignment]
-        self._set_network(network, name)
-        self.sampling = sampling
-        self.set_encoders({n: build_encoder(components[n], **options(n)) for n in text}, tokenizers)
-        self.source = {"model": str(path), "family": self.family, "variant": self.variant}
+        fill(self, locate(model))
         return self
 
-    def _variant(self, config: Any, name: str) -> str:
+    def choose_variant(self, config: Any, name: str) -> str:
+        """The published variant: what was asked for, if the sizes allow it, else by sizes, then by the file's name."""
         possible = self.possible_variants(config)
         if self.asked_variant is not None:
             if self.asked_variant not in possible:
@@ -201,9 +179,10 @@ class DiffusionInference(ABC):
             log.info("%s have the same sizes; the name '%s' decides", " and ".join(possible), name)
         return (by_name or possible)[-1 if by_name else 0]
 
-    def _set_network(self, network: nn.Module, name: str = "") -> None:
+    def set_network(self, network: nn.Module, name: str = "") -> None:
+        """Take a network and its variant's defaults."""
         self.network = network
-        self.variant = self._variant(self.network.config, name)
+        self.variant = self.choose_variant(self.network.config, name)
         self.sampling = self.variants[self.variant]
 
     def defaults(self) -> Mapping[str, Any]:
@@ -281,11 +260,11 @@ class DiffusionInference(ABC):
         sampler = sampler or self.sampling.sampler
         move = SAMPLERS[sampler]
         first, last = (self.place(schedule, share) for share in part)
-        first = max(first, _first_step(schedule.steps, 1.0 if image is None else strength))
+        first = max(first, first_step(schedule.steps, 1.0 if image is None else strength))
         noise = latents.to(self.device, torch.float32)
         if sampler in STOCHASTIC and seeds is None:
             raise ConfigError(f"{sampler} draws noise on the way: give seeds, one a picture")
-        draw = _noise_of_steps(seeds, noise) if seeds is not None else None
+        draw = noise_of_steps(seeds, noise) if seeds is not None else None
         x = noise if image is None else mixed(image, noise, schedule, first)
         clean: Tensor | None = None
         with self._stage(self.network):
@@ -296,7 +275,7 @@ class DiffusionInference(ABC):
                     x = mask * x + (1 - mask) * mixed(image, noise, schedule, i + 1)
                 if callback and callback(Step(i, schedule.steps, float(schedule.sigmas[i + 1]), x, clean)):
                     break
-        return _finite(x, "denoising")
+        return finite(x, "denoising")
 
     def predictor(
         self, prompt: Prompt, schedule: Schedule, width: int, height: int, guidance: Guidance,
@@ -322,16 +301,20 @@ class DiffusionInference(ABC):
     @torch.no_grad()
     def decode_vae(self, latents: Tensor) -> Tensor:
         """Latents `[B, C, H / 8, W / 8]` -> pictures `[B, 3, H, W]` float32, in [-1, 1]."""
+        z = latents.to(self.device, dtype_of(self.autoencoder))
         with self._stage(self.autoencoder):
-            pictures = self.autoencoder.decode(latents.to(self.device, dtype_of(self.autoencoder)))
-        return _finite(pictures.float(), "decoding").clamp(-1, 1)
+            rows = self.vae_rows
+            pictures = decode_in_strips(self.autoencoder, z, rows) if rows else self.autoencoder.decode(z)
+        return finite(pictures.float(), "decoding").clamp(-1, 1)
 
     @torch.no_grad()
     def encode_vae(self, pictures: Tensor) -> Tensor:
         """Pictures `[B, 3, H, W]` in [-1, 1] -> latents `[B, C, H / 8, W / 8]` float32, the posterior's mean."""
+        x = pictures.to(self.device, dtype_of(self.autoencoder))
         with self._stage(self.autoencoder):
-            latents = self.autoencoder.encode(pictures.to(self.device, dtype_of(self.autoencoder)))
-        return _finite(latents.float(), "encoding the picture")
+            rows = self.vae_rows
+            latents = encode_in_strips(self.autoencoder, x, rows) if rows else self.autoencoder.encode(x)
+        return finite(latents.float(), "encoding the picture")
 
     def noise(self, seeds: Sequence[int], width: int, height: int) -> Tensor:
         """`[len(seeds), C, H / 8, W / 8]`: float32 on the CPU, each picture from its own seed.
@@ -420,7 +403,7 @@ class DiffusionInference(ABC):
             noise, conditioning, points, guidance=guidance, guidance_scale=guidance_scale, sampler=sampler,
             image=self.encode_vae(pictures[0]) if starts_from_image and pictures[0] is not None else None,
             strength=used_strength, condition=condition, callback=callback, part=part, seeds=seeds,
-            mask=_latent_mask(whole_mask, self.device) if starts_from_image else None,
+            mask=latent_mask(whole_mask, self.device) if starts_from_image else None,
         )  # fmt: skip
         decoded = self.decode_vae(latents).cpu()
         if pictures[0] is not None and whole_mask is not None:
@@ -457,45 +440,3 @@ class DiffusionInference(ABC):
     @property
     def _bar(self) -> dict[str, Any]:
         return {"disable": None if self.progress else True, "leave": False}
-
-
-def finite_features(x: Tensor, name: str) -> Tensor:
-    """`x`, or a CheckpointError that names the encoder that gave it."""
-    if not bool(torch.isfinite(x).all()):
-        raise CheckpointError(
-            f"{name} gave values that are not finite; its weights may be damaged or float16, try bfloat16"
-        )
-    return x
-
-
-def _first_step(steps: int, strength: float) -> int:
-    """Where image to image begins: the share `strength` of the steps is run, at least one unless it is 0."""
-    return steps - math.ceil(steps * strength)
-
-
-def _noise_of_steps(seeds: Sequence[int], start: Tensor) -> Draw:
-    """New noise like `start` at every call, each picture from its own seed, going on where its start was drawn."""
-    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-
-    def draw() -> Tensor:
-        return torch.stack([torch.randn(start.shape[1:], generator=g) for g in generators]).to(start.device)
-
-    draw()
-    return draw
-
-
-def _latent_mask(mask: Tensor | None, device: torch.device) -> Tensor | None:
-    return None if mask is None else F.interpolate(mask, scale_factor=1 / LATENT_SCALE, mode="area").to(device)
-
-
-def dtype_of(module: nn.Module) -> torch.dtype:
-    return next(module.parameters()).dtype
-
-
-def _finite(x: Tensor, stage: str) -> Tensor:
-    bad = int((~torch.isfinite(x)).sum())
-    if bad:
-        raise EridiffError(
-            f"{stage} gave {bad} of {x.numel()} values that are not finite; float16 weights may overflow, try bfloat16 or float32"
-        )
-    return x

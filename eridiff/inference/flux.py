@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from eridiff.errors import ConfigError
-from eridiff.inference.base import DiffusionInference, dtype_of, finite_features
+from eridiff.inference.base import DiffusionInference
+from eridiff.inference.latents import dtype_of, finite_features
 from eridiff.inference.settings import Defaults, Text, spoken
 from eridiff.models.autoencoder import Autoencoder
 from eridiff.models.flux import Flux, FluxConfig, FluxRun, fill_condition, patchify, unpatchify

@@ -1,16 +1,54 @@
-"""What is checked of a model's files before any weight is read."""
+"""A model's files become the modules of an inference; what can be wrong is said before any weight is read."""
 
 import json
+import logging
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from eridiff.errors import CheckpointError, ConfigError
+from eridiff.text.encoders import build_encoder
+from eridiff.text.tokenizers import clip_tokenizer, t5_tokenizer
 from eridiff.weights.detect import DESCRIPTIONS, Component
-from eridiff.weights.locate import DENOISERS, PART_NAMES, TEXT_ENCODERS
+from eridiff.weights.load import build, default_dtype
+from eridiff.weights.locate import DENOISERS, PART_NAMES, TEXT_ENCODERS, Parts
 
 if TYPE_CHECKING:
     from eridiff.inference.base import DiffusionInference
+
+log = logging.getLogger(__name__)
+
+
+def fill(drawer: "DiffusionInference", parts: Parts) -> None:
+    """Read the network, the autoencoder, the text encoders and their tokenizers into an inference.
+
+    Raises CheckpointError when a part is missing or damaged or does not fit.
+    """
+    components = parts.components
+    check_parts(type(drawer), components)
+    text = [name for name in TEXT_ENCODERS if name in components]
+    readers = {"clip": clip_tokenizer, "clip_g": clip_tokenizer, "t5": t5_tokenizer}
+    tokenizers = {n: readers[n](parts.tokenizers.get("t5" if n == "t5" else "clip")) for n in text}
+    own = components[drawer.family]
+    path = own.checkpoint.path  # a folder is known by the pipeline's or the hub's above it, a file by its own
+    name = str(path) if path.is_dir() else "/".join(path.parts[-2:])
+    sampling = own_sampling(own, drawer.choose_variant(own.config, name), drawer.variants)
+
+    def options(name: str) -> dict[str, Any]:
+        dtype = drawer.dtype or default_dtype(components[name], drawer.device)
+        if name == "vae" and dtype == torch.float16 and components[name].config.latent_channels == 4:
+            log.info("SDXL's autoencoder overflows in float16, so it decodes in float32")
+            dtype = torch.float32
+        return {"dtype": dtype, "device": "cpu" if drawer.offload else drawer.device, "progress": drawer.progress}
+
+    network = build(own, **options(drawer.family))
+    drawer.autoencoder = build(components["vae"], **options("vae"))  # type: ignore[assignment]
+    drawer.set_network(network, name)
+    drawer.sampling = sampling
+    drawer.set_encoders({n: build_encoder(components[n], **options(n)) for n in text}, tokenizers)
+    drawer.source = {"model": str(path), "family": drawer.family, "variant": drawer.variant}
 
 
 def check_parts(drawer: "type[DiffusionInference]", components: Mapping[str, Component]) -> None:

@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from eridiff.errors import ConfigError
-from eridiff.inference.base import DiffusionInference, dtype_of, finite_features
+from eridiff.inference.base import DiffusionInference
+from eridiff.inference.latents import dtype_of, finite_features
 from eridiff.inference.settings import Defaults, Text, spoken
 from eridiff.models.autoencoder import Autoencoder
 from eridiff.models.mmdit import MMDiT, MMDiTConfig, MMDiTRun

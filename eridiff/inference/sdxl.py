@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from eridiff.errors import ConfigError
-from eridiff.inference.base import DiffusionInference, Prompt, dtype_of, finite_features
+from eridiff.inference.base import DiffusionInference, Prompt
+from eridiff.inference.latents import dtype_of, finite_features
 from eridiff.inference.settings import Defaults, Text, spoken
 from eridiff.models.autoencoder import Autoencoder
 from eridiff.models.unet import UNet, UNetConfig, UNetRun, size_vector

@@ -1,0 +1,55 @@
+"""What goes into the loop and what comes out: noise from seeds, masks, where a run begins, values that must be finite."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from eridiff.errors import CheckpointError, EridiffError
+from eridiff.schedulers.samplers import Draw
+
+LATENT_SCALE = 8  # pixels a latent's side, in every autoencoder of the three families
+
+
+def first_step(steps: int, strength: float) -> int:
+    """Where image to image begins: the share `strength` of the steps is run, at least one unless it is 0."""
+    return steps - math.ceil(steps * strength)
+
+
+def noise_of_steps(seeds: Sequence[int], start: Tensor) -> Draw:
+    """New noise like `start` at every call, each picture from its own seed, going on where its start was drawn."""
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+
+    def draw() -> Tensor:
+        return torch.stack([torch.randn(start.shape[1:], generator=g) for g in generators]).to(start.device)
+
+    draw()
+    return draw
+
+
+def latent_mask(mask: Tensor | None, device: torch.device) -> Tensor | None:
+    return None if mask is None else F.interpolate(mask, scale_factor=1 / LATENT_SCALE, mode="area").to(device)
+
+
+def dtype_of(module: nn.Module) -> torch.dtype:
+    return next(module.parameters()).dtype
+
+
+def finite(x: Tensor, stage: str) -> Tensor:
+    bad = int((~torch.isfinite(x)).sum())
+    if bad:
+        raise EridiffError(
+            f"{stage} gave {bad} of {x.numel()} values that are not finite; float16 weights may overflow, try bfloat16 or float32"
+        )
+    return x
+
+
+def finite_features(x: Tensor, name: str) -> Tensor:
+    """`x`, or a CheckpointError that names the encoder that gave it."""
+    if not bool(torch.isfinite(x).all()):
+        raise CheckpointError(
+            f"{name} gave values that are not finite; its weights may be damaged or float16, try bfloat16"
+        )
+    return x
