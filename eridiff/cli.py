@@ -16,7 +16,7 @@ from eridiff import __version__
 from eridiff.config import MODEL_OPTIONS, RunConfig, SampleSettings, load_config, settle_guidance
 from eridiff.errors import ConfigError, EridiffError
 from eridiff.images import contact_sheet, first_text, read_image, save_png
-from eridiff.inference import BUILT_IN, DiffusionInference, load
+from eridiff.inference import BUILT_IN, DiffusionInference, SDXLInference, load
 from eridiff.inference.sd35 import OPTIONS as TEXT_OPTIONS
 from eridiff.inference.sdxl import PREDICTIONS
 from eridiff.inference.settings import check_settings, check_size
@@ -34,7 +34,7 @@ SETTINGS = {  # option -> field of SampleSettings
     "prompt": "prompts", "negative": "negative_prompt", "steps": "sample_steps", "seed": "seed",
     "guidance": "guidance_scale", "cfg": "true_cfg_scale", "image": "image", "strength": "strength", "mask": "mask",
     "control": "control", "out": "out", "sampler": "sampler", "schedule": "schedule", "shift": "shift",
-    "cfg_rescale": "cfg_rescale", "skip_layers": "skip_layers",
+    "cfg_rescale": "cfg_rescale", "skip_layers": "skip_layers", "hand_over": "hand_over",
 }  # fmt: skip
 
 
@@ -93,6 +93,7 @@ def _parser() -> argparse.ArgumentParser:
     model.add_argument(
         "--dtype", choices=DTYPES, help="of the computation; the file's on a GPU, float32 on a CPU with room"
     )
+    model.add_argument("--refiner", metavar="PATH|ID", help="an SDXL refiner, which finishes the base's pictures")
     model.add_argument("--vae-rows", type=int, metavar="N", help="decode in strips of N rows: exact, in less memory")
     model.add_argument("--offload", choices=["stages"], help="only the component at work is on the device")
     picture = sample.add_argument_group("picture")
@@ -110,6 +111,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     picture.add_argument("--skip-layers", action="store_true", default=None, help="sd3.5-medium's published guidance")
     picture.add_argument("--sampler", choices=SAMPLERS)
+    picture.add_argument(
+        "--hand-over", type=float, metavar="S", help="share of the run after which the refiner goes on"
+    )
     picture.add_argument(
         "--schedule", metavar="NAME", help="SD 3: original, script, diffusers, candle; SDXL: leading, karras, ..."
     )
@@ -153,20 +157,27 @@ def _sample(options: argparse.Namespace) -> int:
         say(f"eridiff: {notice}")
     if config.model is None:
         say("eridiff: no model is given, so the built-in small Flux draws; --list shows its words")
-    model = load(
-        config.model, device=_device(config.device), dtype=DTYPES[config.dtype] if config.dtype else None,
-        offload=config.offload, progress=not options.quiet, **config.options,
-    )  # fmt: skip
+    common = {
+        "device": _device(config.device), "dtype": DTYPES[config.dtype] if config.dtype else None,
+        "offload": config.offload, "progress": not options.quiet,
+    }  # fmt: skip
+    model = load(config.model, **common, **config.options)
+    extra: dict[str, Any] = {}
+    if config.refiner:
+        if not isinstance(model, SDXLInference):
+            raise ConfigError("a refiner works with an SDXL base alone")
+        extra = {"refiner": load(config.refiner, **common)}
+        extra |= {} if settings.hand_over is None else {"hand_over": settings.hand_over}
     embedding = model.guidance(None) is not None
     settings, notices = settle_guidance(settings, embedding, by_cfg=model.family != "flux")
     for notice in notices:
         say(f"eridiff: {notice}")
-    for path in _draw(model, settings):
+    for path in _draw(model, settings, extra):
         say(path)
     return 0
 
 
-def _draw(model: DiffusionInference, settings: SampleSettings) -> list[Path]:
+def _draw(model: DiffusionInference, settings: SampleSettings, extra: dict[str, Any]) -> list[Path]:
     """One picture at a time, so that none depends on its neighbours; then the contact sheet of several."""
     pictures = {
         name: read_image(path) if path else None
@@ -191,7 +202,7 @@ def _draw(model: DiffusionInference, settings: SampleSettings) -> list[Path]:
             cfg_rescale=settings.cfg_rescale, cfg_interval=settings.cfg_interval,
             skip_layers=skip if isinstance(skip, bool) else SkipLayers(**skip), sampler=settings.sampler,
             schedule=settings.schedule, shift=settings.shift,
-            seed=settings.seed + i * settings.walk_seed, strength=settings.strength, image=pictures["image"], mask=pictures["mask"], control=pictures["control"],
+            seed=settings.seed + i * settings.walk_seed, strength=settings.strength, image=pictures["image"], mask=pictures["mask"], control=pictures["control"], **extra,
         )  # fmt: skip
         record = {
             **result.settings[0],
@@ -230,7 +241,9 @@ def _merged(config: RunConfig, options: argparse.Namespace) -> RunConfig:
     model: str | dict[str, Any] | None = options.model or config.model
     if parts:
         model = {**({"path": model} if isinstance(model, str) else model or {}), **parts}
-    rest = {name: getattr(options, name) for name in ("device", "dtype", "offload") if getattr(options, name)}
+    rest = {
+        name: getattr(options, name) for name in ("device", "dtype", "offload", "refiner") if getattr(options, name)
+    }
     chosen = {name: getattr(options, name) for name in MODEL_OPTIONS if getattr(options, name) is not None}
     sample = replace(config.sample, **given)
     return replace(config, model=model, sample=sample, options=config.options | chosen, **rest)

@@ -111,6 +111,7 @@ class SampleSettings:
     sampler: str | None = None
     schedule: str | tuple[float, ...] | None = None  # by name, or the sigmas
     shift: float | None = None
+    hand_over: float | None = None  # share of the run after which a refiner goes on
     seed: int = 42
     walk_seed: bool = False  # seed, seed + 1, ... over the prompts
     width: int | None = None
@@ -130,6 +131,7 @@ class RunConfig:
     device: str | None = None
     dtype: str | None = None
     offload: str | None = None
+    refiner: str | None = None
     options: dict[str, Any] = field(default_factory=dict)  # how the model is loaded: MODEL_OPTIONS
     sample: SampleSettings = field(default_factory=SampleSettings)
     notices: tuple[str, ...] = ()
@@ -149,7 +151,7 @@ MODEL_OPTIONS: dict[str, type] = {
     "variant": str, "t5_padding": str, "without_t5": str, "clip_windows": str, "prediction": str, "empty_negative": str,
     "vae_rows": int,
 }  # fmt: skip
-TOP = ("model", "device", "dtype", "offload", *MODEL_OPTIONS, "sample")
+TOP = ("model", "refiner", "device", "dtype", "offload", *MODEL_OPTIONS, "sample")
 ENCODERS = ("clip", "clip_g", "t5")  # a prompt may be given for each
 
 
@@ -197,7 +199,9 @@ def parse_config(document: Any) -> RunConfig:
         read = _SPECIAL.get(name)
         values[name] = read(value) if read else _scalar(f"sample: {key}", value, _TYPES[name])
     texts = {
-        name: _scalar(name, document.get(name), str) for name in ("device", "dtype", "offload") if document.get(name)
+        name: _scalar(name, document.get(name), str)
+        for name in ("device", "dtype", "offload", "refiner")
+        if document.get(name)
     }
     options = {n: _scalar(n, document[n], kind) for n, kind in MODEL_OPTIONS.items() if document.get(n) is not None}
     return RunConfig(model=model, options=options, sample=SampleSettings(**values), notices=notices, **texts)

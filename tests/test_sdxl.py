@@ -22,7 +22,7 @@ from eridiff.models.unet import PRESETS, size_vector
 from eridiff.text import Conditioning
 from eridiff.weights.header import open_checkpoint
 from eridiff.weights.locate import locate
-from eridiff.weights.save import write_tensors
+from eridiff.weights.save import save_network, write_tensors
 from tests import tiny
 from tests.sparse import sparse_manifest
 
@@ -147,12 +147,20 @@ def test_the_refiner_reads_clip_g_and_scores(tmp_path: Path, whole: SDXLInferenc
     assert (refiner.variant, refiner.multiple, refiner.clip) == ("refiner", 64, None)
     prompt = refiner.encode_prompt("a swan")
     assert prompt.positive.text.shape == (1, 77, 8) and prompt.negative and bool(prompt.negative.text.any())
-    latents = draw(whole, width=64, part=(0.0, 0.8), steps=10).latents
-    found = draw(refiner, width=64, part=(0.8, 1.0), steps=10, noise=latents)
-    assert found.images[0].size == (64, 64) and not torch.equal(found.latents, latents)
-    other = tiny.write_sdxl_model(tmp_path / "r", tiny.SDXL_REFINER, "refiner")
-    low = load(other, aesthetic_scores=(2.5, 2.5))
-    assert not torch.allclose(draw(low, width=64).latents, draw(refiner, width=64).latents, atol=1e-5)
+    first = draw(whole, width=64, part=(0.0, 0.8), steps=10)
+    options = {"width": 64, "steps": 10, "part": (0.8, 1.0), "noise": first.latents}
+    found = draw(refiner, **options)
+    assert found.images[0].size == (64, 64) and not torch.equal(found.latents, first.latents)
+    together = draw(whole, width=64, steps=10, refiner=refiner)
+    assert torch.equal(together.latents, found.latents) and together.settings[0]["hand_over"] == 0.8
+    low = load(tmp_path / "r", aesthetic_scores=(2.5, 2.5))
+    assert not torch.allclose(draw(low, **options).latents, found.latents, atol=1e-6)
+    with pytest.raises(ConfigError, match="the refiner finishes pictures: give it to a base as refiner"):
+        draw(refiner, width=64)
+    with pytest.raises(ConfigError, match="a base and a refiner draw together, not base and base"):
+        draw(whole, refiner=whole)
+    with pytest.raises(ConfigError, match="hand_over must be between 0 and 1"):
+        draw(whole, refiner=refiner, width=64, hand_over=1.0)
 
 
 def test_pictures_begin_from_pictures_and_masks_keep_what_is_black(whole: SDXLInference) -> None:
@@ -248,6 +256,40 @@ def test_v_prediction_is_read_off_the_file_and_never_taken_for_noise(folder: Pat
         load(edm)
 
 
+def write_pipeline(folder: Path, target: Path, scheduler: dict[str, Any]) -> Path:
+    """As the published diffusers folders: every network in its own, in diffusers' names."""
+    model = load(folder)
+    assert model.clip and model.clip_g
+    for name, module in {"unet": model.network, "vae": model.autoencoder}.items():
+        (target / name).mkdir(parents=True)
+        save_network(module, target / name / "diffusion_pytorch_model.safetensors", layout="diffusers")
+    for name, encoder, activation in (
+        ("text_encoder", model.clip, "quick_gelu"),
+        ("text_encoder_2", model.clip_g, "gelu"),
+    ):
+        (target / name).mkdir()
+        metadata = {"eridiff.config": '{"clip_g": {}}'} if encoder is model.clip_g else {}
+        write_tensors(encoder.module.state_dict(), target / name / "model.safetensors", metadata)
+        (target / name / "config.json").write_text(json.dumps({"num_attention_heads": 2, "hidden_act": activation}))
+    for name in ("tokenizer", "tokenizer_2"):
+        (target / name).symlink_to(folder / "tokenizer")
+    (target / "scheduler").mkdir()
+    (target / "scheduler" / "scheduler_config.json").write_text(json.dumps(scheduler))
+    (target / "model_index.json").write_text('{"_class_name": "StableDiffusionXLPipeline"}')
+    return target
+
+
+def test_a_diffusers_folder_draws_the_same_picture_and_says_what_it_predicts(
+    folder: Path, whole: SDXLInference, tmp_path: Path
+) -> None:
+    plain = load(write_pipeline(folder, tmp_path / "plain", {"prediction_type": "epsilon"}))
+    assert torch.equal(draw(plain).latents, draw(whole).latents)
+    model = load(
+        write_pipeline(folder, tmp_path / "v", {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True})
+    )
+    assert (model.prediction, model.zero_terminal_snr) == ("v", True)
+
+
 def test_a_float16_autoencoder_decodes_in_float32(folder: Path) -> None:
     model = load(folder, dtype=torch.float16)
     assert next(model.network.parameters()).dtype == torch.float16
@@ -314,6 +356,10 @@ def test_the_command_line_draws_with_sdxl(folder: Path, tmp_path: Path, capsys: 
     )
     text = Image.open(out).text  # type: ignore[attr-defined]
     assert "Sampler: DPM++ 2M, Schedule type: Karras, CFG scale: 7.0" in text["parameters"]
+    refiner = tiny.write_sdxl_model(tmp_path / "r", tiny.SDXL_REFINER, "refiner")
+    both = ["--refiner", str(refiner), "--hand-over", "0.5", "--size", "64x64", "--out", str(out)]
+    assert main(["sample", *options, *both]) == 0
+    assert json.loads(Image.open(out).text["eridiff"])["hand_over"] == 0.5  # type: ignore[attr-defined]
     for extra, says in ((["--size", "80x64"], "a multiple of 32"), (["--variant", "refiner"], "not of refiner")):
         assert main(["sample", *options, *extra]) == 2
         (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("eridiff:")]

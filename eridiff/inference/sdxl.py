@@ -5,7 +5,7 @@ Sources: Stability-AI/generative-models; Podell et al. 2023; the schedulers that
 
 import logging
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Self
 
 import torch
@@ -13,14 +13,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from eridiff.errors import ConfigError
-from eridiff.inference.base import DiffusionInference, Prompt
+from eridiff.inference.base import DiffusionInference, Prompt, Result
 from eridiff.inference.latents import dtype_of, finite_features
-from eridiff.inference.settings import Defaults, Text, spoken
+from eridiff.inference.settings import Defaults, Text, matched, spoken
 from eridiff.models.autoencoder import Autoencoder
 from eridiff.models.unet import UNet, UNetConfig, UNetRun, size_vector
 from eridiff.schedulers import Schedule, discrete
 from eridiff.text import Conditioning
 from eridiff.text.encoders import ClipEncoder, ClipFeatures
+from eridiff.weights.detect import Component
+from eridiff.weights.header import read_json_file
 from eridiff.weights.locate import Model, Parts, locate
 
 log = logging.getLogger(__name__)
@@ -123,16 +125,48 @@ class SDXLInference(DiffusionInference):
         return int(8 * 2 ** (self.network.config.levels - 1))
 
     def load_model(self, model: Model | Parts) -> Self:
+        """As DiffusionInference.load_model; what the file says of its prediction wins over the usual and forbids another."""
         parts = locate(model)
-        found = parts.components.get(self.family)
-        if found is not None:
-            says_v = "v_pred" in found.markers or found.checkpoint.metadata.get("modelspec.prediction_type") == "v"
-            says_zero = "ztsnr" in found.markers
-            if says_v and self.asked_prediction not in (None, "v"):
-                raise ConfigError(f"{found.checkpoint.path} says that it predicts v, not {self.asked_prediction}")
-            self.prediction = self.asked_prediction or ("v" if says_v else "epsilon")
-            self.zero_terminal_snr = says_zero if self.asked_zero_snr is None else self.asked_zero_snr
+        if self.family in parts.components:
+            told, zero = _told(parts.components[self.family])
+            asked = self.asked_prediction
+            if told is not None and asked not in (None, told):
+                path = parts.components[self.family].checkpoint.path
+                raise ConfigError(f"{path} says that it predicts {told}, not {asked}")
+            self.prediction = asked or told or "epsilon"
+            self.zero_terminal_snr = zero if self.asked_zero_snr is None else self.asked_zero_snr
         return super().load_model(parts)
+
+    def generate(
+        self, prompt: Text | Sequence[Text] = "", *, refiner: "SDXLInference | None" = None, hand_over: float = 0.8,
+        **options: Any,
+    ) -> Result:  # fmt: skip
+        """As DiffusionInference.generate; with a `refiner`, which takes over after the share `hand_over` of the run.
+
+        The refiner gets the latents as they are and reads the prompts by its own encoder. Raises ConfigError for a refiner
+        that is asked to begin from noise, and for a hand-over that leaves one of both nothing to do.
+        """
+        begins = options.get("part", (0.0, 1.0))[0] == 0 and options.get("image") is None
+        if self.variant == "refiner" and begins:
+            raise ConfigError(
+                "the refiner finishes pictures: give it to a base as refiner, or an image with a strength"
+            )
+        if refiner is None:
+            return super().generate(prompt, **options)
+        if refiner.variant != "refiner" or self.variant == "refiner":
+            raise ConfigError(f"a base and a refiner draw together, not {self.variant} and {refiner.variant}")
+        if options.get("conditioning") is not None or not 0 < hand_over < 1:
+            raise ConfigError("with a refiner hand_over must be between 0 and 1, and prompts are given as text")
+        options["seed"] = seeds = matched(prompt, options.get("seed"))[1]
+        options["steps"] = self.sampling.steps if options.get("steps") is None else options["steps"]
+        keep = options.pop("keep", ())
+        first = super().generate(prompt, **options, part=(0.0, hand_over), keep=("latents",))
+        options |= {"width": first.images[0].width, "height": first.images[0].height, "seed": seeds}
+        options.pop("image", None), options.pop("strength", None), options.pop("mask", None)
+        result = refiner.generate(prompt, **options, part=(hand_over, 1.0), noise=first.latents, keep=keep)
+        both = [{**settings, **self.source, "refiner": refiner.source.get("model"), "hand_over": hand_over, "part": [0.0, 1.0]}
+                for settings in result.settings]  # fmt: skip
+        return replace(result, settings=both)
 
     def set_encoders(self, modules: Mapping[str, nn.Module], tokenizers: Mapping[str, Any]) -> None:
         self.clip = ClipEncoder(modules["clip"], tokenizers["clip"]) if "clip" in modules else None
@@ -245,3 +279,17 @@ def joined(*features: ClipFeatures) -> Conditioning:
 def _is_refiner(config: UNetConfig) -> bool:
     """Its text is CLIP-G alone, as wide as the pooled vector, and it is told five numbers."""
     return config.vector_width == config.text_width + 5 * SIZES
+
+
+def _told(component: Component) -> tuple[str | None, bool]:
+    """What a checkpoint says: its prediction type (None: nothing) and whether its last noise level is all noise.
+
+    By marker tensors, by metadata, or by the scheduler's folder beside a diffusers one.
+    """
+    said, zero = component.checkpoint.metadata.get("modelspec.prediction_type"), "ztsnr" in component.markers
+    beside = component.checkpoint.path.parent / "scheduler" / "scheduler_config.json"
+    if component.checkpoint.path.is_dir() and beside.is_file():
+        config = read_json_file(beside)
+        said, zero = config.get("prediction_type"), config.get("rescale_betas_zero_snr") is True
+    said = "v" if "v_pred" in component.markers else said
+    return {"v": "v", "v_prediction": "v", "sample": "sample", "epsilon": "epsilon"}.get(str(said)), zero

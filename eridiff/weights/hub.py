@@ -8,7 +8,7 @@ from eridiff.errors import CheckpointError
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 PATTERNS = ["model_index.json", "*/config.json", "*/*.safetensors", "*/*.safetensors.index.json",
-            "tokenizer*/*.json", "tokenizer*/merges.txt"]  # fmt: skip
+            "tokenizer*/*.json", "tokenizer*/merges.txt", "scheduler/*.json"]  # fmt: skip
 
 
 def resolve(name: str | os.PathLike[str]) -> Path:
