@@ -283,7 +283,7 @@ def test_a_diffusers_folder_draws_the_same_picture_and_says_what_it_predicts(
     folder: Path, whole: SDXLInference, tmp_path: Path
 ) -> None:
     plain = load(write_pipeline(folder, tmp_path / "plain", {"prediction_type": "epsilon"}))
-    assert torch.equal(draw(plain).latents, draw(whole).latents)
+    assert torch.allclose(draw(plain).latents, draw(whole).latents, rtol=1e-4, atol=1e-3)
     model = load(
         write_pipeline(folder, tmp_path / "v", {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True})
     )
