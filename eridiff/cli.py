@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from eridiff import __version__
-from eridiff.config import MODEL_OPTIONS, RunConfig, SampleSettings, load_config, settle_guidance
+from eridiff.config import MODEL_OPTIONS, RunConfig, SampleSettings, load_config, settle_guidance, size_of
 from eridiff.errors import ConfigError, EridiffError
 from eridiff.images import contact_sheet, first_text, read_image, save_png
 from eridiff.inference import BUILT_IN, DiffusionInference, SDXLInference, load
@@ -35,7 +35,10 @@ SETTINGS = {  # option -> field of SampleSettings
     "guidance": "guidance_scale", "cfg": "true_cfg_scale", "image": "image", "strength": "strength", "mask": "mask",
     "control": "control", "out": "out", "sampler": "sampler", "schedule": "schedule", "shift": "shift",
     "cfg_rescale": "cfg_rescale", "skip_layers": "skip_layers", "hand_over": "hand_over",
+    "original_size": "original_size", "crop": "crop", "target_size": "target_size", "aesthetic_score": "aesthetic_score",
+    "negative_aesthetic_score": "negative_aesthetic_score",
 }  # fmt: skip
+TOLD = ("original_size", "crop", "target_size", "aesthetic_score", "negative_aesthetic_score")  # to an SDXL
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -117,6 +120,15 @@ def _parser() -> argparse.ArgumentParser:
     picture.add_argument(
         "--schedule", metavar="NAME", help="SD 3: original, script, diffusers, candle; SDXL: leading, karras, ..."
     )
+    picture.add_argument(
+        "--original-size", metavar="WxH", help="what SDXL is told that the picture had before it was scaled and cropped"
+    )
+    picture.add_argument("--crop", type=int, nargs=2, metavar=("TOP", "LEFT"), help="and what was cut away (0 0)")
+    picture.add_argument(
+        "--target-size", metavar="WxH", help="and what it should have; the picture's size when not said"
+    )
+    for name, score in (("--aesthetic-score", "6"), ("--negative-aesthetic-score", "2.5")):
+        picture.add_argument(name, type=float, metavar="S", help=f"what SDXL's refiner is told, 0 to 10 ({score})")
     picture.add_argument("--shift", type=float, help="of SD 3's schedule; 3 when not said")
     picture.add_argument("--image", metavar="FILE", help="begin from this picture")
     picture.add_argument(
@@ -161,13 +173,16 @@ def _sample(options: argparse.Namespace) -> int:
         "device": _device(config.device), "dtype": DTYPES[config.dtype] if config.dtype else None,
         "offload": config.offload, "progress": not options.quiet,
     }  # fmt: skip
-    model = load(config.model, **common, **config.options)
+    told = {name: getattr(settings, name) for name in TOLD if getattr(settings, name) is not None}
+    model = load(config.model, **common, **config.options, **told)
     extra: dict[str, Any] = {}
     if config.refiner:
         if not isinstance(model, SDXLInference):
             raise ConfigError("a refiner works with an SDXL base alone")
-        extra = {"refiner": load(config.refiner, **common)}
+        extra = {"refiner": load(config.refiner, **common, **told)}
         extra |= {} if settings.hand_over is None else {"hand_over": settings.hand_over}
+    if any("aesthetic" in name for name in told) and not config.refiner and model.variant != "refiner":
+        say(f"eridiff: an aesthetic score has no effect: {model.variant} is not told one, the refiner is")
     embedding = model.guidance(None) is not None
     settings, notices = settle_guidance(settings, embedding, by_cfg=model.family != "flux")
     for notice in notices:
@@ -233,10 +248,13 @@ def _merged(config: RunConfig, options: argparse.Namespace) -> RunConfig:
     if "prompts" in given:
         given["prompts"] = tuple(given["prompts"])
     if options.size is not None:
-        found = re.fullmatch(r"(\d+)[xX](\d+)", options.size)
-        if not found:
-            raise ConfigError(f"--size must be WIDTHxHEIGHT such as 1024x768, not '{options.size}'")
-        given |= {"width": int(found[1]), "height": int(found[2])}
+        height, width = size_of("--size", options.size)
+        given |= {"width": width, "height": height}
+    for name in ("original_size", "target_size"):
+        if name in given:
+            given[name] = size_of(f"--{name.replace('_', '-')}", given[name])
+    if "crop" in given:
+        given["crop"] = tuple(given["crop"])
     parts = {name: getattr(options, name) for name in [*PART_NAMES, "tokenizers"] if getattr(options, name)}
     model: str | dict[str, Any] | None = options.model or config.model
     if parts:

@@ -112,6 +112,11 @@ class SampleSettings:
     schedule: str | tuple[float, ...] | None = None  # by name, or the sigmas
     shift: float | None = None
     hand_over: float | None = None  # share of the run after which a refiner goes on
+    original_size: tuple[int, int] | None = None  # (height, width); these five are what SDXL is told of the picture
+    crop: tuple[int, int] | None = None  # (top, left)
+    target_size: tuple[int, int] | None = None
+    aesthetic_score: float | None = None  # the refiner's
+    negative_aesthetic_score: float | None = None
     seed: int = 42
     walk_seed: bool = False  # seed, seed + 1, ... over the prompts
     width: int | None = None
@@ -230,6 +235,21 @@ def _schedule(value: Any) -> str | tuple[float, ...]:
     return _numbers("schedule", value) if isinstance(value, list) else _scalar("sample: schedule", value, str)
 
 
+def size_of(name: str, text: Any) -> tuple[int, int]:
+    """(height, width) of a size written as WIDTHxHEIGHT."""
+    found = re.fullmatch(r"(\d+)[xX](\d+)", text) if isinstance(text, str) else None
+    if not found:
+        raise ConfigError(f"{name} must be WIDTHxHEIGHT such as 1024x768, not {text!r}")
+    return int(found[2]), int(found[1])
+
+
+def _crop(value: Any) -> tuple[int, int]:
+    if not isinstance(value, list) or len(value) != 2:
+        raise ConfigError(f"sample: crop must be two numbers, top and left, such as [0, 64], not {value!r}")
+    top, left = (_scalar("sample: crop", number, int) for number in value)
+    return top, left
+
+
 def _sampler(value: Any) -> str:
     name = _scalar("sample: sampler", value, str)
     return SAMPLER_SYNONYMS.get(name, name)
@@ -270,7 +290,8 @@ def _prompts(value: Any) -> tuple[str | dict[str, str], ...]:
 
 _SPECIAL: dict[str, Callable[[Any], Any]] = {
     "prompts": _prompts, "cfg_interval": partial(_numbers, "cfg_interval"), "schedule": _schedule, "sampler": _sampler,
-    "skip_layers": _skip_layers,
+    "skip_layers": _skip_layers, "original_size": partial(size_of, "sample: original_size"),
+    "target_size": partial(size_of, "sample: target_size"), "crop": _crop,
 }  # fmt: skip
 
 

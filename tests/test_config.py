@@ -147,3 +147,23 @@ def test_cfg_scale_means_what_the_network_has() -> None:
 def test_any_prompt_survives_in_quotes(prompts: list[str]) -> None:
     text = yaml.safe_dump({"sample": {"prompts": prompts}}, default_style='"', allow_unicode=True)
     assert parse_config(read_yaml(text)).sample.prompts == tuple(prompt.strip() for prompt in prompts)
+
+
+@pytest.mark.parametrize(
+    ("written", "says"),
+    [
+        ("original_size: 1024", "sample: original_size must be WIDTHxHEIGHT such as 1024x768, not 1024"),
+        ("target_size: [1024, 768]", "sample: target_size must be WIDTHxHEIGHT"),
+        ("crop: 64", r"sample: crop must be two numbers, top and left, such as \[0, 64\], not 64"),
+        ("crop: [0, 1.5]", "sample: crop must be a whole number, not 1.5"),
+        ("aesthetic_score: high", "sample: aesthetic_score must be a number, not 'high'"),
+    ],
+)
+def test_sizes_that_cannot_be_read_end_in_a_sentence(written: str, says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        parse_config(read_yaml(f"sample:\n  {written}\n"))
+
+
+def test_sizes_are_written_width_first_and_read_height_first() -> None:
+    sample = parse_config(read_yaml("sample:\n  original_size: 1024x768\n  crop: [8, 16]\n")).sample
+    assert (sample.original_size, sample.crop, sample.target_size) == ((768, 1024), (8, 16), None)

@@ -118,10 +118,48 @@ def test_noise_on_the_way_does_not_depend_on_the_neighbours(whole: SDXLInference
         whole.denoise(whole.noise([1], 64, 64), prompt, 2, sampler="euler_ancestral")
 
 
+def vectors(model: SDXLInference, **options: Any) -> Tensor:
+    """What the network is told beside the text while it draws: `[B, vector_width]`."""
+    seen: list[Tensor] = []
+    hook = model.network.vector_in.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    draw(model, **options)
+    hook.remove()
+    return seen[0]
+
+
+SIZES = {"original_size": (512, 768), "crop": (16, 32), "target_size": (1024, 640)}
+
+
+def test_the_network_is_told_of_sizes_height_before_width(folder: Path, whole: SDXLInference) -> None:
+    pooled = whole.encode_prompt("a swan").positive.pooled
+    assert torch.equal(vectors(whole)[:1], told(pooled, [64, 96, 0, 0, 64, 96]))
+    model = load(folder, **SIZES)
+    assert torch.equal(vectors(model)[:1], told(pooled, [512, 768, 16, 32, 1024, 640]))
+    assert torch.equal(vectors(model)[1:, 8:], vectors(model)[:1, 8:])  # the negative prompt's row too
+
+
 def test_what_the_network_is_told_of_sizes_changes_the_picture(folder: Path, whole: SDXLInference) -> None:
-    plain = draw(whole).latents
-    for options in ({"original_size": (512, 512)}, {"crop": (64, 0)}):
-        assert not torch.allclose(draw(load(folder, **options)).latents, plain, atol=1e-4)
+    plain = draw(whole)
+    assert plain.settings[0] | {"original_size": "96x64", "crop": [0, 0], "target_size": "96x64"} == plain.settings[0]
+    for name, value in SIZES.items():
+        assert not torch.allclose(draw(load(folder, **{name: value})).latents, plain.latents, atol=1e-4)
+    same = draw(load(folder, original_size=(64, 96), target_size=(64, 96)))
+    assert torch.equal(same.latents, plain.latents)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"original_size": (0, 96)}, "original_size must be two whole numbers of pixels, at least 1, not \\(0, 96\\)"),
+        ({"crop": (-8, 0)}, "crop must be two whole numbers of pixels, at least 0"),
+        ({"target_size": (64.5, 96)}, "target_size must be two whole numbers"),
+        ({"aesthetic_score": 11}, "aesthetic_score must be between 0 and 10, not 11"),
+        ({"negative_aesthetic_score": float("nan")}, "negative_aesthetic_score must be between 0 and 10, not nan"),
+    ],
+)
+def test_impossible_sizes_and_scores_end_in_a_sentence(options: dict[str, Any], says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        SDXLInference(**options)
 
 
 def test_a_run_handed_over_is_the_run_in_one(whole: SDXLInference) -> None:
@@ -153,8 +191,12 @@ def test_the_refiner_reads_clip_g_and_scores(tmp_path: Path, whole: SDXLInferenc
     assert found.images[0].size == (64, 64) and not torch.equal(found.latents, first.latents)
     together = draw(whole, width=64, steps=10, refiner=refiner)
     assert torch.equal(together.latents, found.latents) and together.settings[0]["hand_over"] == 0.8
-    low = load(tmp_path / "r", aesthetic_scores=(2.5, 2.5))
-    assert not torch.allclose(draw(low, **options).latents, found.latents, atol=1e-6)
+    p = prompt.positive.pooled, prompt.negative.pooled
+    expected = torch.cat([told(pooled, [64, 64, 0, 0, score]) for pooled, score in zip(p, (6.0, 2.5), strict=True)])
+    assert torch.equal(vectors(refiner, **options), expected)
+    for name in ("aesthetic_score", "negative_aesthetic_score"):
+        other = draw(load(tmp_path / "r", **{name: 4.0}), **options)
+        assert not torch.allclose(other.latents, found.latents, atol=1e-6) and other.settings[0][name] == 4.0
     with pytest.raises(ConfigError, match="the refiner finishes pictures: give it to a base as refiner"):
         draw(refiner, width=64)
     with pytest.raises(ConfigError, match="a base and a refiner draw together, not base and base"):
@@ -360,7 +402,23 @@ def test_the_command_line_draws_with_sdxl(folder: Path, tmp_path: Path, capsys: 
     both = ["--refiner", str(refiner), "--hand-over", "0.5", "--size", "64x64", "--out", str(out)]
     assert main(["sample", *options, *both]) == 0
     assert json.loads(Image.open(out).text["eridiff"])["hand_over"] == 0.5  # type: ignore[attr-defined]
-    for extra, says in ((["--size", "80x64"], "a multiple of 32"), (["--variant", "refiner"], "not of refiner")):
+    written = "original_size: 512x768\n  crop: [16, 32]\n  aesthetic_score: 5"
+    (tmp_path / "run.yaml").write_text(f"sample:\n  {written}\n")
+    yaml = [str(tmp_path / "run.yaml"), *options, *both]
+    line = ["--original-size", "512x768", "--crop", "16", "32", "--aesthetic-score", "5"]
+    for arguments in (yaml, [*options, *both, *line]):
+        assert main(["sample", *arguments]) == 0
+        found = json.loads(Image.open(out).text["eridiff"])  # type: ignore[attr-defined]
+        sizes = {"original_size": "512x768", "crop": [16, 32], "target_size": "64x64"}
+        assert found | sizes | {"aesthetic_score": 5.0, "negative_aesthetic_score": 2.5} == found
+    assert main(["sample", *options, "--aesthetic-score", "5", "--out", str(out)]) == 0
+    assert "an aesthetic score has no effect: base is not told one" in capsys.readouterr().out
+    refused = [
+        (["--size", "80x64"], "a multiple of 32"), (["--variant", "refiner"], "not of refiner"),
+        (["--original-size", "512"], "--original-size must be WIDTHxHEIGHT such as 1024x768, not '512'"),
+        (["--crop", "-8", "0"], "crop must be two whole numbers"),
+    ]  # fmt: skip
+    for extra, says in refused:
         assert main(["sample", *options, *extra]) == 2
         (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("eridiff:")]
         assert says in line

@@ -73,17 +73,19 @@ class SDXLInference(DiffusionInference):
         clip_windows: str = "first",
         original_size: tuple[int, int] | None = None,
         crop: tuple[int, int] = (0, 0),
-        aesthetic_scores: tuple[float, float] = (6.0, 2.5),
+        target_size: tuple[int, int] | None = None,
+        aesthetic_score: float = 6.0,
+        negative_aesthetic_score: float = 2.5,
         **options: Any,
     ) -> None:
         """Modules are used as they are; the encoders may be absent when conditionings are handed in.
 
         prediction (epsilon, v, sample) and zero_terminal_snr None are what the file says, else epsilon without. A negative
         prompt that is not given is "zeros" (as in sgm and diffusers; for the refiner always encoded) or "encoded" (as in
-        kohya's scripts and ComfyUI). clip_windows as in SD35Inference. original_size and crop, (height, width) and
-        (top, left) in pixels, are what the network is told of the picture; None is the picture's own size. aesthetic_scores
-        are the refiner's, of the prompt and of the negative one. Other options are DiffusionInference's: variant (base,
-        refiner, inpaint, turbo, lightning, lcm), device, dtype, offload, progress.
+        kohya's scripts and ComfyUI). clip_windows as in SD35Inference. original_size, crop and target_size,
+        (height, width) and (top, left) in pixels, are what the network is told of the picture; None is the picture's own
+        size. The refiner is told aesthetic scores, 0 to 10, in place of the target. Other options are DiffusionInference's:
+        variant (base, refiner, inpaint, turbo, lightning, lcm), device, dtype, offload, progress.
         """
         for name, value, known in (
             ("prediction", prediction, (None, *PREDICTIONS)), ("empty_negative", empty_negative, ("zeros", "encoded")),
@@ -91,12 +93,26 @@ class SDXLInference(DiffusionInference):
         ):  # fmt: skip
             if value not in known:
                 raise ConfigError(f"{name} must be {' or '.join(str(k) for k in known if k)}, not '{value}'")
+        for name, pair, least in (
+            ("original_size", original_size, 1),
+            ("crop", crop, 0),
+            ("target_size", target_size, 1),
+        ):
+            if pair is not None and (len(pair) != 2 or any(type(n) is not int or n < least for n in pair)):
+                raise ConfigError(f"{name} must be two whole numbers of pixels, at least {least}, not {pair}")
+        for name, score in (
+            ("aesthetic_score", aesthetic_score),
+            ("negative_aesthetic_score", negative_aesthetic_score),
+        ):
+            if not 0 <= score <= 10:
+                raise ConfigError(f"{name} must be between 0 and 10, not {score}")
         super().__init__(network, autoencoder, **options)
         self.clip, self.clip_g = clip, clip_g
         self.asked_prediction, self.asked_zero_snr = prediction, zero_terminal_snr
         self.prediction, self.zero_terminal_snr = prediction or "epsilon", bool(zero_terminal_snr)
         self.empty_negative, self.clip_windows = empty_negative, clip_windows
-        self.original_size, self.crop, self.aesthetic_scores = original_size, crop, aesthetic_scores
+        self.original_size, self.crop, self.target_size = original_size, crop, target_size
+        self.aesthetic_score, self.negative_aesthetic_score = aesthetic_score, negative_aesthetic_score
 
     @staticmethod
     def possible_variants(config: UNetConfig) -> list[str]:
@@ -152,7 +168,8 @@ class SDXLInference(DiffusionInference):
                 "the refiner finishes pictures: give it to a base as refiner, or an image with a strength"
             )
         if refiner is None:
-            return super().generate(prompt, **options)
+            result = super().generate(prompt, **options)
+            return replace(result, settings=[settings | self._told_sizes(settings) for settings in result.settings])
         if refiner.variant != "refiner" or self.variant == "refiner":
             raise ConfigError(f"a base and a refiner draw together, not {self.variant} and {refiner.variant}")
         if options.get("conditioning") is not None or not 0 < hand_over < 1:
@@ -164,9 +181,17 @@ class SDXLInference(DiffusionInference):
         options |= {"width": first.images[0].width, "height": first.images[0].height, "seed": seeds}
         options.pop("image", None), options.pop("strength", None), options.pop("mask", None)
         result = refiner.generate(prompt, **options, part=(hand_over, 1.0), noise=first.latents, keep=keep)
-        both = [{**settings, **self.source, "refiner": refiner.source.get("model"), "hand_over": hand_over, "part": [0.0, 1.0]}
+        both = [{**settings, **self._told_sizes(settings), **self.source, "refiner": refiner.source.get("model"), "hand_over": hand_over, "part": [0.0, 1.0]}
                 for settings in result.settings]  # fmt: skip
         return replace(result, settings=both)
+
+    def _told_sizes(self, settings: Mapping[str, Any]) -> dict[str, Any]:
+        """What the network was told of a picture, as the `sample:` section and the command line write it."""
+        size = settings["height"], settings["width"]
+        original, target = (f"{w}x{h}" for h, w in (self.original_size or size, self.target_size or size))
+        scores = {n: getattr(self, n) for n in ("aesthetic_score", "negative_aesthetic_score")}
+        rest = scores if self.variant == "refiner" else {"target_size": target}
+        return {"original_size": original, "crop": list(self.crop), **rest}
 
     def set_encoders(self, modules: Mapping[str, nn.Module], tokenizers: Mapping[str, Any]) -> None:
         self.clip = ClipEncoder(modules["clip"], tokenizers["clip"]) if "clip" in modules else None
@@ -241,10 +266,11 @@ class SDXLInference(DiffusionInference):
         guidance_scale: float | None,
     ) -> UNetRun:  # fmt: skip
         rows = len(conditioning)
-        numbers = [*(self.original_size or (height, width)), *self.crop, height, width]
+        size = height, width
+        numbers = [*(self.original_size or size), *self.crop, *(self.target_size or size)]
         table = torch.tensor([numbers] * rows, dtype=torch.float32, device=self.device)
         if _is_refiner(self.network.config):
-            scores = [self.aesthetic_scores[0]] * (rows - negatives) + [self.aesthetic_scores[1]] * negatives
+            scores = [self.aesthetic_score] * (rows - negatives) + [self.negative_aesthetic_score] * negatives
             table = torch.cat([table[:, :4], torch.tensor(scores, device=self.device)[:, None]], dim=1)
         scale = self.guidance(guidance_scale) if self.network.config.guidance else None
         told = None if scale is None else torch.full((rows,), scale, device=self.device)
