@@ -1,7 +1,8 @@
 """What each stage of a picture needs on the device, from headers alone: the modules run on the meta device.
 
-Counted is every tensor that is alive at once, weights included. Not counted: what the device's runtime takes for itself
-(on CUDA some 0.5 GiB) and scratch of the convolution and attention kernels.
+Counted is every tensor that is alive at once, weights included, and what a convolution takes while it runs: it rearranges
+its input and then its output (oneDNN; measured by `benchmarks/decode_memory.py`). Not counted: what the device's runtime
+takes for itself (on CUDA some 0.5 GiB) and scratch of the attention kernels.
 """
 
 import weakref
@@ -16,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 from eridiff.errors import ConfigError
+from eridiff.memory.strips import decode_in_strips
 from eridiff.models.autoencoder import Autoencoder
 from eridiff.models.flux import Flux
 from eridiff.models.mmdit import MMDiT
@@ -30,7 +32,10 @@ STAGES = {  # component -> stage, in order
 
 
 class LiveBytes(TorchDispatchMode):
-    """Within the block, `peak` is the largest sum of bytes of tensors that were made in it and alive at once."""
+    """Within the block, `peak` is the largest sum of bytes of tensors that were made in it and alive at once.
+
+    While a convolution runs, a copy of its input or of its output in another arrangement is alive too.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -41,6 +46,8 @@ class LiveBytes(TorchDispatchMode):
         given = {t.untyped_storage()._cdata for t in args if isinstance(t, Tensor)}
         result = function(*args, **(kwargs or {}))
         tree_map_only(Tensor, lambda t: self._count(t, given), result)
+        if function is torch.ops.aten.convolution.default:
+            self._peak(max(args[0].nbytes, result.nbytes))
         return result
 
     def _count(self, tensor: Tensor, given: set[int]) -> Tensor:
@@ -49,8 +56,11 @@ class LiveBytes(TorchDispatchMode):
         if key not in self.alive and key not in given:  # else a view of something counted, or of a weight
             self.alive[key] = storage.nbytes()
             weakref.finalize(storage, self.alive.pop, key, None)
-            self.peak = max(self.peak, sum(self.alive.values()))
+            self._peak()
         return tensor
+
+    def _peak(self, scratch: int = 0) -> None:
+        self.peak = max(self.peak, sum(self.alive.values()) + scratch)
 
 
 class FusedAttention(TorchFunctionMode):
@@ -80,11 +90,13 @@ def stage_bytes(
     text_length: int = 512,
     batch: int = 1,
     dtype: torch.dtype = torch.bfloat16,
+    vae_rows: int | None = None,
 ) -> dict[str, int]:
     """Stage -> peak bytes with only that stage's component on the device (`offload="stages"`).
 
-    `components` as `locate` finds them: any of flux, mmdit or unet, vae, clip, clip_g, t5. `batch` counts negative prompts too. Sizes are the picture's, in pixels. Raises
-    ConfigError for sizes that are no multiples of 16.
+    `components` as `locate` finds them: any of flux, mmdit or unet, vae, clip, clip_g, t5. `batch` counts negative prompts
+    too. Sizes are the picture's, in pixels; with `vae_rows` it is decoded in strips. Raises ConfigError for sizes that are
+    no multiples of 16.
     """
     if width % 16 or height % 16 or min(width, height) < 16:
         raise ConfigError(f"the size must be multiples of 16, not {width} x {height}")
@@ -93,7 +105,7 @@ def stage_bytes(
         if network in components:
             module = _empty(components[network]).to(dtype)
             weights = sum(t.nbytes for t in [*module.parameters(), *module.buffers()])
-            options = (width, height, steps, text_length, batch, dtype)
+            options = (width, height, steps, text_length, batch, dtype, vae_rows)
             result[stage] = weights + peak_bytes(lambda module=module, options=options: _run(module, *options))  # type: ignore[misc]
     return result
 
@@ -105,7 +117,9 @@ def _empty(component: Component) -> Any:
         return NETWORKS[component.network](component.config)
 
 
-def _run(module: Any, width: int, height: int, steps: int, text_length: int, batch: int, dtype: torch.dtype) -> object:
+def _run(
+    module: Any, width: int, height: int, steps: int, text_length: int, batch: int, dtype: torch.dtype, vae_rows: int | None
+) -> object:  # fmt: skip
     """The work of a stage once, on meta tensors."""
     with torch.device("meta"):
         if isinstance(module, Flux):
@@ -127,8 +141,7 @@ def _run(module: Any, width: int, height: int, steps: int, text_length: int, bat
             latents = torch.empty(batch, u.in_channels, height // 8, width // 8, dtype=dtype)
             return module.step(latents, module.prepare(text.to(dtype), vector.to(dtype), torch.empty(steps)), 0)
         if isinstance(module, Autoencoder):
-            return module.decode(
-                torch.empty(batch, module.config.latent_channels, height // 8, width // 8, dtype=dtype)
-            )
+            latents = torch.empty(batch, module.config.latent_channels, height // 8, width // 8, dtype=dtype)
+            return decode_in_strips(module, latents, vae_rows) if vae_rows else module.decode(latents)
         length = getattr(module.config, "max_position_embeddings", None) or text_length
         return module(input_ids=torch.zeros(batch, length, dtype=torch.int64)).last_hidden_state

@@ -3,7 +3,8 @@
 Tiles of a picture decoded for themselves show seams, because a group norm looks at the whole picture. Here every layer sees
 all of it: a norm's mean and variance are taken over the whole map first, then norm, SiLU and convolution run strip by strip
 with the rows above and below that a convolution needs; the attention runs over chunks of its queries. Beside a layer's
-input only its output is alive, and a residual block writes its result over its input. The autoencoder knows nothing of it.
+input only its output is alive, and a residual block writes its result over its input, or over the first channels of it
+where it has fewer. The autoencoder knows nothing of it.
 """
 
 from collections.abc import Callable
@@ -59,8 +60,8 @@ def _module(module: nn.Module, x: Tensor, rows: int) -> Tensor:
 
 def _residual(block: ResidualBlock, x: Tensor, rows: int) -> Tensor:
     h = _convolved(x, block.conv1, rows, _normed(x, block.norm1, rows))
-    same = isinstance(block.shortcut, nn.Identity)
-    out = x if same else x.new_empty(len(x), block.conv2.out_channels, *x.shape[2:])
+    channels = block.conv2.out_channels
+    out = x[:, :channels] if channels <= x.shape[1] else x.new_empty(len(x), channels, *x.shape[2:])
     prepare = _normed(h, block.norm2, rows)
     for top in range(0, x.shape[2], rows):
         part = slice(top, top + rows)
