@@ -19,6 +19,7 @@ from eridiff.errors import CheckpointError, ConfigError
 from eridiff.inference import Prompt, SDXLInference
 from eridiff.memory.plan import stage_bytes
 from eridiff.models.unet import PRESETS, size_vector
+from eridiff.schedulers.discrete import discrete_schedule
 from eridiff.text import Conditioning
 from eridiff.weights.header import open_checkpoint
 from eridiff.weights.locate import locate
@@ -180,6 +181,11 @@ def test_the_hand_over_is_diffusers(steps: int, base: int, whole: SDXLInference)
     assert whole.place(whole.schedule(steps, 64, 64), 0.8) == base
 
 
+def test_the_level_of_the_hand_over_is_the_bases(whole: SDXLInference) -> None:
+    times = torch.tensor([300.0, 200.0, 100.0])
+    assert whole.place(discrete_schedule(times, torch.tensor([3.0, 2.0, 1.0])), 0.8) == 2
+
+
 def test_the_refiner_reads_clip_g_and_scores(tmp_path: Path, whole: SDXLInference) -> None:
     refiner = load(tiny.write_sdxl_model(tmp_path / "r", tiny.SDXL_REFINER, "refiner"))
     assert (refiner.variant, refiner.multiple, refiner.clip) == ("refiner", 64, None)
@@ -189,6 +195,8 @@ def test_the_refiner_reads_clip_g_and_scores(tmp_path: Path, whole: SDXLInferenc
     options = {"width": 64, "steps": 10, "part": (0.8, 1.0), "noise": first.latents}
     found = draw(refiner, **options)
     assert found.images[0].size == (64, 64) and not torch.equal(found.latents, first.latents)
+    with pytest.raises(ConfigError, match="the width must be a multiple of 64, not 96"):
+        draw(refiner, **options | {"width": 96})
     together = draw(whole, width=64, steps=10, refiner=refiner)
     assert torch.equal(together.latents, found.latents) and together.settings[0]["hand_over"] == 0.8
     p = prompt.positive.pooled, prompt.negative.pooled
@@ -233,6 +241,23 @@ def test_inpainting_sees_the_mask_and_the_picture_without_what_is_painted(tmp_pa
         draw(model)
     with pytest.raises(ConfigError, match="needs an image and a mask"):
         draw(model, image=image)
+
+
+def test_inpainting_takes_latents_then_mask_then_picture_each_row_its_own(tmp_path: Path) -> None:
+    model = load(tiny.write_sdxl_model(tmp_path / "m", INPAINT))
+    images = torch.rand(2, 3, 64, 96, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    mask = torch.full((1, 1, 64, 96), 0.6)
+    mask[..., 48:] = 0.4
+    seen: list[Tensor] = []
+    hook = model.network.conv_in.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    found = draw(model, image=images, mask=mask, seed=[1, 2], steps=1)
+    hook.remove()
+    rows = seen[0]  # both pictures with the prompt, both with the negative one
+    assert torch.allclose(rows[:, :4], found.noise.repeat(2, 1, 1, 1), atol=1e-5)
+    assert rows[:, 4, :, :6].eq(1).all() and rows[:, 4, :, 6:].eq(0).all()  # gray is painted or not, nothing between
+    pictures = model.encode_vae(images * (mask < 0.5))
+    assert torch.allclose(rows[:, 5:], pictures.repeat(2, 1, 1, 1), atol=1e-4)
+    assert not torch.allclose(pictures[0], pictures[1], atol=0.1)
 
 
 def test_lcm_is_told_its_guidance(tmp_path: Path) -> None:
@@ -281,6 +306,36 @@ def test_published_variants_are_told_by_sizes_then_by_name(folder: Path, tmp_pat
         load(folder, variant="refiner")
 
 
+@pytest.mark.parametrize(
+    ("variant", "steps", "cfg_scale", "sampler", "schedule", "side"),
+    [
+        ("base", 50, 5.0, "euler", "leading", 1024), ("refiner", 50, 5.0, "euler", "leading", 1024),
+        ("inpaint", 20, 7.5, "euler", "leading", 1024), ("turbo", 4, 1.0, "euler_ancestral", "turbo", 512),
+        ("lightning", 4, 1.0, "euler", "trailing", 1024), ("lcm", 4, 1.0, "lcm", "lcm", 1024),
+    ],
+)  # fmt: skip
+def test_variants_are_sampled_as_published(
+    variant: str, steps: int, cfg_scale: float, sampler: str, schedule: str, side: int
+) -> None:
+    d = SDXLInference.variants[variant]
+    assert (d.steps, d.cfg_scale, d.sampler, d.schedule) == (steps, cfg_scale, sampler, schedule)
+    assert (d.width, d.height) == (side, side)
+
+
+def test_karras_and_exponential_run_from_one_end_of_the_table_to_the_other(whole: SDXLInference) -> None:
+    for name in ("karras", "exponential"):
+        schedule = whole.schedule(10, 64, 64, name)
+        sigmas = schedule.sigmas / schedule.alphas
+        assert abs(float(sigmas[0]) - 14.614641) < 1e-5 and abs(float(sigmas[-2]) - 0.029167) < 1e-6 and sigmas[-1] == 0
+        assert float(schedule.times[0]) == 999 and abs(float(schedule.times[-1])) < 1e-6
+
+
+def test_both_prompts_ends_are_padded_as_published(whole: SDXLInference) -> None:
+    """CLIP-L with its end token, CLIP-G with 0."""
+    assert whole.clip and whole.clip_g
+    assert [int(encoder.tokenize(["a swan"]).flatten()[-1]) for encoder in (whole.clip, whole.clip_g)] == [842, 0]
+
+
 def test_v_prediction_is_read_off_the_file_and_never_taken_for_noise(folder: Path, tmp_path: Path) -> None:
     marked = rewritten(folder, tmp_path / "v", lambda s: s.update({"v_pred": torch.zeros(1), "ztsnr": torch.zeros(1)}))
     model = load(marked)
@@ -293,6 +348,7 @@ def test_v_prediction_is_read_off_the_file_and_never_taken_for_noise(folder: Pat
     said = rewritten(folder, tmp_path / "said", lambda s: None, {"modelspec.prediction_type": "v"})
     assert load(said).prediction == "v" and not load(said).zero_terminal_snr
     assert load(folder, prediction="v").prediction == "v"
+    assert model.schedule(2, 64, 64, [14.0, 1.0, 0.0]).prediction == "v"
     edm = rewritten(folder, tmp_path / "edm", lambda s: s.update({"edm_mean": torch.zeros(4)}))
     with pytest.raises(CheckpointError, match="EDM's preconditioning"):
         load(edm)
