@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from eridiff.memory import strips
@@ -21,6 +21,7 @@ MEASURED = Path(__file__).parent.parent / "benchmarks" / "results" / "decode_mem
 
 
 @settings(max_examples=25, deadline=None)
+@example(16, 1, 1, 1, True)  # groups of a single number
 @given(st.integers(1, 40), st.integers(1, 9), st.integers(1, 5), st.integers(1, 2), st.booleans())
 def test_strips_of_any_height_give_the_plain_result(rows: int, h: int, w: int, batch: int, quant: bool) -> None:
     """In float64 to rounding: halos, paddings and statistics are exact whatever the strips."""
@@ -28,8 +29,8 @@ def test_strips_of_any_height_give_the_plain_result(rows: int, h: int, w: int, b
     g = torch.Generator().manual_seed(rows)
     latents, pictures = (torch.randn(s, generator=g).double() for s in ((batch, 4, h, w), (batch, 3, 4 * h, 4 * w)))
     kept = latents.clone(), pictures.clone()
-    assert relative_l2(decode_in_strips(model, latents, rows), model.decode(latents)) < 1e-12
-    assert relative_l2(encode_in_strips(model, pictures, rows), model.encode(pictures)) < 1e-12
+    assert relative_l2(decode_in_strips(model, latents, rows), model.decode(latents)) < 1e-11
+    assert relative_l2(encode_in_strips(model, pictures, rows), model.encode(pictures)) < 1e-11
     assert torch.equal(latents, kept[0]) and torch.equal(pictures, kept[1])
 
 
@@ -41,6 +42,14 @@ def test_strips_follow_the_dtype(dtype: torch.dtype) -> None:
     assert found.dtype == dtype and relative_l2(found, model.decode(latents)) < (
         1e-5 if dtype == torch.float32 else 0.02
     )
+
+
+def test_a_map_that_hardly_varies_keeps_its_variance() -> None:
+    """float32, deviation 0.01 around 100: the difference of two sums of squares would be off by more than the variance."""
+    norm = torch.nn.GroupNorm(32, 32, eps=1e-6).requires_grad_(False)
+    x = 100 + 0.01 * torch.randn(1, 32, 64, 64, generator=torch.Generator().manual_seed(0))
+    expected = torch.nn.functional.silu(norm.double()(x.double()))
+    assert relative_l2(strips._normed(x, norm.float(), 8)(x), expected) < 5e-3
 
 
 def test_queries_in_chunks_see_all_keys(monkeypatch: pytest.MonkeyPatch) -> None:

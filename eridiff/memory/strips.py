@@ -78,17 +78,15 @@ def _attention(block: AttentionBlock, x: Tensor) -> Tensor:
 
 def _normed(x: Tensor, norm: nn.GroupNorm, rows: int) -> Strip:
     """Norm and SiLU with the statistics of the whole map, as a function on strips; sums in float64."""
-    groups = x.unflatten(1, (norm.num_groups, -1))  # B G C/G H W
-    total = x.new_zeros(len(x), norm.num_groups, dtype=torch.float64)
-    squares = total.clone()
-    for strip in groups.split(rows, dim=3):
-        wide = strip.double() if x.dtype == torch.float64 else strip.float()
-        total += wide.sum((2, 3, 4), dtype=torch.float64)
-        squares += wide.square().sum((2, 3, 4), dtype=torch.float64)
-    count = groups[0, 0].numel()
-    mean = total / count
-    scale = (squares / count - mean**2 + norm.eps).rsqrt()
     dtype = torch.promote_types(x.dtype, torch.float32)
+    strips = x.unflatten(1, (norm.num_groups, -1)).split(rows, dim=3)  # B G C/G h W
+    count = x[0].numel() // norm.num_groups
+    total = torch.stack([strip.sum((2, 3, 4), dtype=torch.float64) for strip in strips]).sum(0)
+    mean = total / count
+    # around the mean: where a map hardly varies, the difference of two large squares would lose the variance
+    centre = mean.to(dtype)[:, :, None, None, None]
+    squares = [(strip.to(dtype) - centre).square().sum((2, 3, 4), dtype=torch.float64) for strip in strips]
+    scale = (torch.stack(squares).sum(0) / count + norm.eps).rsqrt()
     each = norm.num_channels // norm.num_groups
     factor = scale.repeat_interleave(each, 1).to(dtype) * norm.weight  # B C
     offset = norm.bias - mean.repeat_interleave(each, 1).to(dtype) * factor
