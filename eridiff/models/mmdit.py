@@ -241,7 +241,8 @@ class MMDiT(nn.Module):
         Both streams pass the blocks of `skip_blocks` unchanged (for skip-layer guidance).
         """
         patches = self.image_in(latents)  # B hidden h w
-        image, text = patches.flatten(2).transpose(1, 2) + run.positions, run.text
+        # contiguous: else every block's norms and sums would inherit the convolution's layout, and copy
+        image, text = patches.flatten(2).transpose(1, 2).contiguous() + run.positions, run.text
         for index, (block, (image_mod, text_mod)) in enumerate(zip(self.joint_blocks, run.joint, strict=True)):
             if index not in skip_blocks:
                 image, text = block(image, text, image_mod[:, i : i + 1], text_mod[:, i : i + 1])
