@@ -78,6 +78,10 @@ CASES: dict[str, tuple[Callable[[State], object], str]] = {
         lambda s: [s.clear(), s.update({"model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight":
                                         torch.zeros(320, 768)})], "is Stable Diffusion 1.x",
     ),
+    "48 Stable Diffusion 2": (
+        lambda s: [s.clear(), s.update({"model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight":
+                                        torch.zeros(320, 1024)})], "is Stable Diffusion 2.x",
+    ),
     "SDXL": (
         lambda s: [s.clear(), s.update({"model.diffusion_model.input_blocks.4.1.transformer_blocks.0.attn2.to_k.weight":
                                         torch.zeros(640, 2048)})], "is a part of an SDXL",

@@ -41,6 +41,15 @@ from tests.tiny import randomised, scaled
 GRID = (3, 4)
 
 
+def both(reference: Any, layout: str, dtype: torch.dtype, folder: Path) -> tuple[Any, Any]:
+    """Ours, filled from diffusers' file or from what we write of it in the original layout; and diffusers'."""
+    reference.save_pretrained(folder / "m")
+    path = folder / "m"
+    if layout == "original":
+        path = save_network(load_network(path), folder / "original.safetensors")
+    return load_network(path, dtype=dtype), reference.to(dtype)
+
+
 def reference_flux(guidance: bool = True, in_channels: int = 64) -> Any:
     return randomised(
         FluxTransformer2DModel(
@@ -83,12 +92,7 @@ def flux_inputs(dtype: torch.dtype, in_channels: int = 64) -> dict[str, Tensor]:
 def test_flux_equals_diffusers(
     dtype: torch.dtype, guidance: bool, in_channels: int, layout: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    reference = reference_flux(guidance, in_channels)
-    reference.save_pretrained(tmp_path / "m")
-    path = tmp_path / "m"
-    if layout == "original":
-        path = save_network(load_network(path), tmp_path / "original.safetensors")
-    model, reference = load_network(path, dtype=dtype), reference.to(dtype)
+    model, reference = both(reference_flux(guidance, in_channels), layout, dtype, tmp_path)
     x = flux_inputs(dtype, in_channels)
     times, scale = torch.tensor([0.3, 0.9], dtype=dtype), torch.tensor([3.5, 2.0], dtype=dtype) if guidance else None
 
@@ -125,12 +129,7 @@ def test_mmdit_equals_diffusers(
     dtype: torch.dtype, qk_norm: str | None, dual: tuple[int, ...], layout: str, tmp_path: Path
 ) -> None:
     """diffusers takes the mean square of its q/k norm in float32 whatever the input, which bounds those at 1e-7."""
-    reference = reference_sd3(qk_norm, dual)
-    reference.save_pretrained(tmp_path / "m")
-    path = tmp_path / "m"
-    if layout == "original":
-        path = save_network(load_network(path), tmp_path / "original.safetensors")
-    model, reference = load_network(path, dtype=dtype), reference.to(dtype)
+    model, reference = both(reference_sd3(qk_norm, dual), layout, dtype, tmp_path)
     g = torch.Generator().manual_seed(7)
     shapes = {"latents": (2, 16, 6, 8), "text": (2, 5, 12), "pooled": (2, 8)}
     x = {name: torch.randn(shape, generator=g).to(dtype) for name, shape in shapes.items()}
@@ -174,12 +173,7 @@ def reference_unet(refiner: bool = False, in_channels: int = 4, lcm: bool = Fals
 def test_the_unet_equals_diffusers(
     dtype: torch.dtype, refiner: bool, in_channels: int, lcm: bool, layout: str, tmp_path: Path
 ) -> None:
-    reference = reference_unet(refiner, in_channels, lcm)
-    reference.save_pretrained(tmp_path / "m")
-    path = tmp_path / "m"
-    if layout == "original":
-        path = save_network(load_network(path), tmp_path / "original.safetensors")
-    model, reference = load_network(path, dtype=dtype), reference.to(dtype)
+    model, reference = both(reference_unet(refiner, in_channels, lcm), layout, dtype, tmp_path)
     g = torch.Generator().manual_seed(7)
     x, text, pooled = (torch.randn(s, generator=g).to(dtype) for s in ((2, in_channels, 16, 8), (2, 5, 24), (2, 8)))
     times, numbers = torch.tensor([999.0, 61.375]), torch.tensor([[1024, 768, 0, 64, 832, 1216]] * 2)
@@ -288,12 +282,7 @@ def reference_autoencoder(quant: bool) -> Any:
 def test_the_autoencoder_equals_diffusers(
     dtype: torch.dtype, bound: float, quant: bool, layout: str, tmp_path: Path
 ) -> None:
-    reference = reference_autoencoder(quant)
-    reference.save_pretrained(tmp_path / "m")
-    path = tmp_path / "m"
-    if layout == "original":
-        path = save_network(load_network(path), tmp_path / "original.safetensors")
-    model, reference = load_network(path, dtype=dtype), reference.to(dtype)
+    model, reference = both(reference_autoencoder(quant), layout, dtype, tmp_path)
     g = torch.Generator().manual_seed(7)
     picture, latents = torch.randn(1, 3, 16, 24, generator=g).to(dtype), torch.randn(1, 4, 4, 6, generator=g).to(dtype)
     with torch.no_grad():

@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 import torch
 
-import eridiff
 from eridiff.inference import BUILT_IN, FluxInference
 from eridiff.memory.plan import peak_bytes, stage_bytes
 from eridiff.models.flux import patchify, unpatchify
 from eridiff.trace.record import relative_l2
 from eridiff.weights.locate import locate
+from tests import tiny
 from tests.sparse import sparse_manifest
 
 GIB = 2**30
@@ -21,25 +21,17 @@ CAPTION = "a swan on mars"
 
 @pytest.fixture(scope="module")
 def built_in() -> FluxInference:
-    model = eridiff.load(device="cpu", progress=False)
-    assert isinstance(model, FluxInference)
-    return model
+    return tiny.load(FluxInference, None)
 
 
 def test_model_loading(built_in: FluxInference) -> None:
     """Every tensor of every file is in a module, in the module's place, and none is left on the meta device."""
     parts = locate(BUILT_IN)
-    modules: dict[str, Any] = {"flux": built_in.network, "vae": built_in.autoencoder}
     assert set(parts.components) == {"flux", "vae", "clip", "t5"}
-    for network, module in modules.items():
-        component = parts.components[network]
-        state = module.state_dict()
-        for entry in component.layout.entries(state, component.sizes):
-            stored = [component.checkpoint.read(name) for name in entry.foreign]
-            assert torch.equal(entry.read(stored, tuple(state[entry.native].shape)).float(), state[entry.native]), entry
+    assert tiny.every_tensor_is_in_its_place(parts, {"flux": built_in.network, "vae": built_in.autoencoder})
     assert built_in.clip and built_in.t5
-    everything = [*modules.values(), built_in.clip.module, built_in.t5.module]
-    assert not any(t.is_meta for m in everything for t in [*m.parameters(), *m.buffers()])
+    encoders: list[Any] = [built_in.clip.module, built_in.t5.module]
+    assert not any(t.is_meta for m in encoders for t in [*m.parameters(), *m.buffers()])
     size = sum(path.stat().st_size for path in Path(BUILT_IN).rglob("*") if path.is_file())
     assert size <= 16_000_000
 

@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 import torch
 
-import eridiff
 from eridiff.inference import SD35Inference
 from eridiff.memory.plan import stage_bytes
 from eridiff.trace.record import relative_l2
@@ -25,23 +24,17 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def model(folder: Path) -> SD35Inference:
-    found = eridiff.load(folder, device="cpu", progress=False)
-    assert isinstance(found, SD35Inference)
-    return found
+    return tiny.load(SD35Inference, folder)
 
 
 def test_model_loading(model: SD35Inference, folder: Path) -> None:
     """Every tensor of the network's file is in a module, in the module's place, the table of positions too."""
     parts = locate(folder)
     assert set(parts.components) == {"mmdit", "vae", "clip", "clip_g", "t5"}
-    for network, module in {"mmdit": model.network, "vae": model.autoencoder}.items():
-        component, state = parts.components[network], module.state_dict()
-        for entry in component.layout.entries(state, component.sizes):
-            stored = [component.checkpoint.read(component.prefix + name) for name in entry.foreign]
-            assert torch.equal(entry.read(stored, tuple(state[entry.native].shape)), state[entry.native]), entry
+    assert tiny.every_tensor_is_in_its_place(parts, {"mmdit": model.network, "vae": model.autoencoder})
     assert model.clip and model.clip_g and model.t5
-    everything: list[Any] = [model.network, model.autoencoder, model.clip.module, model.clip_g.module, model.t5.module]
-    assert not any(t.is_meta for m in everything for t in [*m.parameters(), *m.buffers()])
+    encoders: list[Any] = [model.clip.module, model.clip_g.module, model.t5.module]
+    assert not any(t.is_meta for m in encoders for t in [*m.parameters(), *m.buffers()])
 
 
 def test_text_encoding(model: SD35Inference) -> None:

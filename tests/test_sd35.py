@@ -37,20 +37,11 @@ def whole(folder: Path) -> SD35Inference:
 
 
 def load(path: Any, **options: Any) -> SD35Inference:
-    model = eridiff.load(path, device="cpu", progress=False, **options)
-    assert isinstance(model, SD35Inference)
-    return model
+    return tiny.load(SD35Inference, path, **options)
 
 
 def draw(model: SD35Inference, prompt: Any = "a swan", **options: Any) -> Any:
-    given: dict[str, Any] = {
-        "width": 48,
-        "height": 32,
-        "steps": 4,
-        "seed": 1,
-        "keep": ("latents", "noise", "conditioning"),
-    }
-    return model.generate(prompt, **given | options)
+    return tiny.draw(model, prompt, **{"width": 48, "height": 32} | options)
 
 
 # the loop -------------------------------------------------------------------------------------------------------------

@@ -42,20 +42,11 @@ def whole(folder: Path) -> SDXLInference:
 
 
 def load(path: Any, **options: Any) -> SDXLInference:
-    model = eridiff.load(path, device="cpu", progress=False, **options)
-    assert isinstance(model, SDXLInference)
-    return model
+    return tiny.load(SDXLInference, path, **options)
 
 
 def draw(model: SDXLInference, prompt: Any = "a swan", **options: Any) -> Any:
-    given: dict[str, Any] = {
-        "width": 96,
-        "height": 64,
-        "steps": 4,
-        "seed": 1,
-        "keep": ("latents", "noise", "conditioning"),
-    }
-    return model.generate(prompt, **given | options)
+    return tiny.draw(model, prompt, **{"width": 96, "height": 64} | options)
 
 
 # the loop -------------------------------------------------------------------------------------------------------------
@@ -486,11 +477,7 @@ def test_the_command_line_draws_with_sdxl(folder: Path, tmp_path: Path, capsys: 
 def test_model_loading(whole: SDXLInference, folder: Path) -> None:
     parts = locate(folder)
     assert set(parts.components) == {"unet", "vae", "clip", "clip_g"}
-    for network, module in {"unet": whole.network, "vae": whole.autoencoder}.items():
-        component, state = parts.components[network], module.state_dict()
-        for entry in component.layout.entries(state, component.sizes):
-            stored = [component.checkpoint.read(component.prefix + name) for name in entry.foreign]
-            assert torch.equal(entry.read(stored, tuple(state[entry.native].shape)), state[entry.native]), entry
+    assert tiny.every_tensor_is_in_its_place(parts, {"unet": whole.network, "vae": whole.autoencoder})
 
 
 def test_text_encoding(whole: SDXLInference) -> None:
@@ -533,3 +520,12 @@ def test_memory_use(manifest: str, parameters: int, tmp_path: Path) -> None:
     print({stage: round(size / 2**30, 2) for stage, size in stages.items()})
     assert parameters * 2 < stages["denoising"] < parameters * 2 + 2**30
     assert sum(stages.values()) < 24 * 2**30
+
+
+def test_base_and_refiner_fit_one_device_together(tmp_path: Path) -> None:
+    """Both with all their encoders in bfloat16 at 1024 x 1024, even if every stage peaked at once."""
+    total = 0
+    for manifest in ("sd_xl_base_1.0", "sd_xl_refiner_1.0"):
+        components = locate(sparse_manifest(tmp_path / f"{manifest}.safetensors", manifest)).components
+        total += sum(stage_bytes(components, 1024, 1024, batch=2, steps=50, vae_rows=64).values())
+    assert 10 * 2**30 < total < 24 * 2**30

@@ -161,6 +161,32 @@ def write_sd3_model(folder: Path, config: MMDiTConfig = MMDIT, t5: bool = True, 
     return folder
 
 
+def load(kind: type[Any], path: Any, **options: Any) -> Any:
+    """Everything that draws with a model's files, which must be of that kind."""
+    import eridiff
+
+    model = eridiff.load(path, device="cpu", progress=False, **options)
+    assert isinstance(model, kind)
+    return model
+
+
+def draw(model: Any, prompt: Any, **options: Any) -> Any:
+    """A small picture in four steps, with every intermediate."""
+    given = {"height": 32, "steps": 4, "seed": 1, "keep": ("latents", "noise", "conditioning")}
+    return model.generate(prompt, **given | options)
+
+
+def every_tensor_is_in_its_place(parts: Any, modules: dict[str, nn.Module]) -> bool:
+    """The networks, by name, hold what their files hold, through the key map; none is left on the meta device."""
+    for network, module in modules.items():
+        component, state = parts.components[network], module.state_dict()
+        for entry in component.layout.entries(state, component.sizes):
+            stored = [component.checkpoint.read(component.prefix + name) for name in entry.foreign]
+            read = entry.read(stored, tuple(state[entry.native].shape))
+            assert torch.equal(read.to(state[entry.native].dtype), state[entry.native]), entry
+    return not any(t.is_meta for m in modules.values() for t in [*m.parameters(), *m.buffers()])
+
+
 def write_model(folder: Path, config: FluxConfig = FLUX, **sampling: Any) -> Path:
     """A whole model as files side by side, with tokenizers; `sampling` goes into the network's metadata."""
     folder.mkdir(parents=True, exist_ok=True)
