@@ -13,5 +13,9 @@ class ConfigError(EridiffError):
     """A setting has an unknown name, a wrong type or an impossible value."""
 
 
+class LoraError(EridiffError):
+    """A LoRA file is damaged, of an unknown or unsupported format, or does not fit the network; or a LoRA is misused."""
+
+
 class TraceError(EridiffError):
     """Two recordings cannot be compared."""

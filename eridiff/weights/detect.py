@@ -21,6 +21,17 @@ from eridiff.weights.keymap import Layout, Shape, key_map
 ShapeOf = Callable[[str], Shape | None]
 
 
+def sizes_of(config: Any) -> dict[str, Any]:
+    """What the expressions of a key map may name: the fields and properties of a network's configuration."""
+    if isinstance(config, Mapping):
+        return dict(config)
+    names = [
+        *(f.name for f in fields(config)),
+        *(n for n, v in vars(type(config)).items() if isinstance(v, property)),
+    ]
+    return {name: getattr(config, name) for name in names}
+
+
 @dataclass(frozen=True)
 class Component:
     """One network inside a checkpoint."""
@@ -38,13 +49,7 @@ class Component:
     @property
     def sizes(self) -> dict[str, Any]:
         """What the expressions of a key map may name."""
-        if isinstance(self.config, Mapping):
-            return dict(self.config)
-        names = [
-            *(f.name for f in fields(self.config)),
-            *(n for n, v in vars(type(self.config)).items() if isinstance(v, property)),
-        ]
-        return {name: getattr(self.config, name) for name in names}
+        return sizes_of(self.config)
 
 
 # (pattern of a name, what the file then is): whatever else it holds
@@ -221,13 +226,15 @@ def _mmdit_config(shape_of: ShapeOf, checkpoint: Checkpoint) -> MMDiTConfig:
     if side * side != positions:
         raise CheckpointError(f"{checkpoint.path}: its table of {positions} positions is no square; download it again")
     depth = _count(shape_of, "joint_blocks.{}.image.qkv.weight", "joint_blocks.{}.text.qkv.weight")
+    norm = shape_of("joint_blocks.0.text.k_norm.weight")
+    head = norm[0] if norm else 64  # 64 wide in every published one
     found = MMDiTConfig(
         in_channels=in_channels,
         out_channels=shape("final.linear.weight")[0] // 4,
         pooled_width=shape("pooled_in.in_layer.weight")[1],
         text_width=shape("text_in.weight")[1],
         hidden=hidden,
-        heads=hidden // 64,  # 64 wide in every published one
+        heads=hidden // head,
         mlp_ratio=shape("joint_blocks.0.image.mlp.0.weight")[0] / hidden,
         depth=depth,
         table_side=side,
@@ -238,7 +245,7 @@ def _mmdit_config(shape_of: ShapeOf, checkpoint: Checkpoint) -> MMDiTConfig:
         "in_channels": found.in_channels,
         "num_layers": found.depth,
         "num_attention_heads": found.heads,
-        "attention_head_dim": 64,
+        "attention_head_dim": head,
         "joint_attention_dim": found.text_width,
         "pooled_projection_dim": found.pooled_width,
         "caption_projection_dim": found.hidden,

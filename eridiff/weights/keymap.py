@@ -195,6 +195,8 @@ class KeyMap:
         body = body or yaml.safe_load((map_folder() / f"{network}.yaml").read_text(encoding="utf-8"))
         self.network = network
         self.layouts = {name: Layout(network, name, layout) for name, layout in body["layouts"].items()}
+        rules = body.get("lora", {})  # names that LoRA files alone use
+        self.lora_rules = [Rule(native, right) for native, right in rules.items()]
 
 
 @cache

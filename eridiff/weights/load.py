@@ -4,9 +4,8 @@ import logging
 import math
 import os
 from collections import Counter
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from difflib import get_close_matches
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +21,7 @@ from eridiff.weights.header import open_checkpoint
 from eridiff.weights.keymap import Entry
 
 log = logging.getLogger(__name__)
-NETWORKS: dict[str, Callable[[Any], nn.Module]] = {"flux": Flux, "mmdit": MMDiT, "unet": UNet, "vae": Autoencoder}
+NETWORKS: dict[str, type[nn.Module]] = {"flux": Flux, "mmdit": MMDiT, "unet": UNet, "vae": Autoencoder}
 SCALES = (".scale_weight", ".weight_scale")  # of fp8 weights: older and newer ComfyUI
 UNUSED_SCALES = (".scale_input", ".input_scale")  # of activations, for fp8 matrix products
 FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)

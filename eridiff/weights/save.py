@@ -15,8 +15,7 @@ from eridiff.models.autoencoder import Autoencoder
 from eridiff.models.flux import Flux
 from eridiff.models.mmdit import MMDiT
 from eridiff.models.unet import UNet
-from eridiff.weights.detect import Component
-from eridiff.weights.header import Checkpoint
+from eridiff.weights.detect import sizes_of
 from eridiff.weights.keymap import key_map
 from eridiff.weights.load import NETWORKS
 
@@ -35,8 +34,7 @@ def save_network(
     """
     network = next(name for name, kind in NETWORKS.items() if type(module) is kind)
     found = key_map(network).layouts[layout]
-    empty = Checkpoint(Path(path), {}, {}, {})
-    sizes = Component(network, found, "", empty, module.config).sizes
+    sizes = sizes_of(module.config)
     state = {n: t.detach().cpu().to(dtype or t.dtype).contiguous() for n, t in module.state_dict().items()}
     foreign = {name: tensor.contiguous().clone() for name, tensor in found.to_foreign(state, sizes).items()}
     text = json.dumps({network: asdict(module.config)}, sort_keys=True)

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from tests.golden.autoencoder import run_autoencoder
 from tests.golden.case import Float32Sinusoid, Row
 from tests.golden.flux import run_flux, run_trajectory
+from tests.golden.lora import run_lora
 from tests.golden.sd3 import run_mmdit, run_sd3_text, run_sd3_trajectory, run_skip_layers
 from tests.golden.sdxl import run_sdxl_text, run_unet, run_vector
 from tests.golden.sdxl_runs import run_sdxl_trajectories
@@ -24,6 +25,7 @@ RUNNERS = {
     "flux-": run_flux, "traj-flux": run_trajectory, "ae-": run_autoencoder, "text-clip-": run_clip, "text-t5-": run_t5,
     "sd3-": run_mmdit, "sd35-slg": run_skip_layers, "sd35-": run_mmdit, "traj-sd3": run_sd3_trajectory,
     "text-sd3-": run_sd3_text, "sdxl-trajectories": run_sdxl_trajectories, "sdxl-vector": run_vector, "text-sdxl-": run_sdxl_text, "sdxl-": run_unet,
+    "lora-": run_lora,
 }  # fmt: skip
 
 
@@ -31,7 +33,7 @@ def run_case(folder: Path, dtypes: Sequence[torch.dtype] = (torch.float64, torch
     """Every comparison of a case folder; raises ValueError for a folder that is no case this runner knows."""
     if not (folder / "case.json").is_file():
         raise ValueError(f"{folder} holds no case.json")
-    case = json.loads((folder / "case.json").read_text())
+    case = json.loads((folder / "case.json").read_text()) | {"folder": str(folder)}
     expected = load_file(folder / "expected.safetensors")
     name = case["case"]
     runner = next((r for start, r in RUNNERS.items() if name.startswith(start)), None)

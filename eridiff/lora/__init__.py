@@ -1,0 +1,1 @@
+"""LoRA: read, attach, merge, train and write; every format, nothing dropped without a word."""

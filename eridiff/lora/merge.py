@@ -1,0 +1,141 @@
+"""LoRAs become part of the weights: `W' = W + scale * up @ down`, rounded once; and back, bit for bit.
+
+Weights are never restored by subtraction, which in bfloat16 loses up to a quarter of them: the originals are kept.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor, nn
+
+from eridiff.errors import LoraError
+from eridiff.lora.deltas import Item, check_dora_rule, widened
+from eridiff.lora.load import Lora
+
+
+@dataclass(frozen=True)
+class Merged:
+    """What a merge made of a state dict."""
+
+    state: dict[str, Tensor] = field(repr=False)  # the given tensors, and new ones in place of those that changed
+    tensors: tuple[str, ...]  # which changed
+    changed: int  # single weights that should change
+    rounded_away: int  # of these, those that are in their dtype what they were
+
+    def __str__(self) -> str:
+        share = self.rounded_away / self.changed if self.changed else 0.0
+        return f"{len(self.tensors)} tensors changed; {share:.1%} of {self.changed} weights were rounded away"
+
+
+def merge_lora(
+    state_dict: Mapping[str, Tensor], lora: Lora, scale: float = 1.0, *, dtype: torch.dtype = torch.float32,
+    dora: str = "peft",
+) -> Merged:  # fmt: skip
+    """A state dict of native names, whole or a part, with a LoRA in it; the given tensors are not changed.
+
+    Computed in `dtype`, float32 or float64, and rounded once to each weight's own dtype. Several changes of one weight are
+    all computed on the unmerged one. `dora` is the rule for a scale that is not 1: `Item.change`. Raises LoraError when the
+    LoRA changes nothing of the state dict, or has parts for several networks of these names.
+    """
+    check_dora_rule(dora)
+    if dtype not in (torch.float32, torch.float64):
+        raise LoraError(f"a merge is computed in float32 or float64, not in {dtype}")
+    names = {
+        i.target.network for i in lora.items if i.target.name in state_dict or f"{i.target.module}.bias" in state_dict
+    }
+    if len(names) > 1:
+        raise LoraError(f"the LoRA has parts for {' and '.join(sorted(names))}; choose one by lora.of(network)")
+    if not names:
+        raise LoraError("the LoRA changes nothing of this state dict, whose names must be native ones")
+    state, changed, lost = dict(state_dict), 0, 0
+    found = {}
+    for name, items, bias in changes(lora.of(*names)):
+        if name not in state_dict:
+            continue
+        old = state_dict[name]
+        wide = old if bias else widened(old, items[0])
+        new = _bias(wide.to(dtype), items, scale) if bias else _weight(wide.to(dtype), items, scale, dora)
+        found[name] = new.to(old.dtype)
+        differ = new != wide.to(dtype)
+        changed += int(differ.sum())
+        lost += int((differ & (found[name].to(dtype) == wide.to(dtype))).sum())
+    return Merged(state | found, tuple(found), changed, lost)
+
+
+def changes(lora: Lora) -> Iterator[tuple[str, list[Item], bool]]:
+    """(native tensor, the items that change it, whether it is a bias) of a LoRA of one network."""
+    weights: dict[str, list[Item]] = {}
+    biases: dict[str, list[Item]] = {}
+    for item in lora.items:
+        if item.changes_weight:
+            weights.setdefault(item.target.name, []).append(item)
+        if item.changes_bias:
+            biases.setdefault(f"{item.target.module}.bias", []).append(item)
+    yield from ((name, items, False) for name, items in weights.items())
+    yield from ((name, items, True) for name, items in biases.items())
+
+
+def _weight(base: Tensor, items: list[Item], scale: float, dora: str) -> Tensor:
+    new = base.clone()
+    for item in items:
+        target, rows = item.target, item.target.take(base)
+        place = new if target.rows is None else new[target.rows[0] : target.rows[1]]
+        if item.kind == "set":
+            place.copy_(target.exchanged(item.tensors["set_weight"].to(base).reshape(rows.shape)))
+        else:
+            place += target.exchanged(item.change(rows, scale, dora))
+    return new
+
+
+def _bias(base: Tensor, items: list[Item], scale: float) -> Tensor:
+    new = base.clone()
+    for item in items:
+        target = item.target
+        place = new if target.rows is None else new[target.rows[0] : target.rows[1]]
+        place += target.exchanged(scale * item.bias_delta(target.take(base)))
+    return new
+
+
+class MergedModule:
+    """A module with a LoRA in its weights, and its own weights kept beside it; `restore()`, or the end of a `with`, brings them back."""
+
+    def __init__(self, module: nn.Module, merged: Merged, originals: dict[str, Tensor]) -> None:
+        self.module, self.originals = module, originals
+        self.merged = replace(merged, state={})  # the counts
+
+    def restore(self) -> None:
+        """The module's own tensors again, the very ones; a second call does nothing."""
+        tensors = _tensors(self.module)
+        for name, original in self.originals.items():
+            tensors[name].data = original
+        self.originals = {}
+
+    def __enter__(self) -> "MergedModule":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.restore()
+
+
+@torch.no_grad()
+def merge_into(
+    module: nn.Module, lora: Lora, scale: float = 1.0, *, dtype: torch.dtype = torch.float32, dora: str = "peft"
+) -> MergedModule:
+    """Merge in place: the module's parameters stay the same objects and get new values, the old ones are kept.
+
+    Arguments and errors as for `merge_lora`; a LoRA that enlarges a layer is not merged in place.
+    """
+    tensors = _tensors(module)
+    merged = merge_lora({name: t.data for name, t in tensors.items()}, lora, scale, dtype=dtype, dora=dora)
+    wider = next((name for name in merged.tensors if merged.state[name].shape != tensors[name].shape), None)
+    if wider:
+        raise LoraError(f"the LoRA enlarges {wider}: attach it, or merge it into a state dict")
+    originals = {name: tensors[name].data for name in merged.tensors}
+    for name in merged.tensors:
+        tensors[name].data = merged.state[name]
+    return MergedModule(module, merged, originals)
+
+
+def _tensors(module: nn.Module) -> dict[str, Tensor]:
+    return {**dict(module.named_parameters()), **dict(module.named_buffers())}

@@ -1,0 +1,144 @@
+"""Where a name of a LoRA file lands: every name that a key map knows, with dots or with underscores, and nothing else.
+
+No second table of names: what a published layout calls a tensor, a LoRA file calls the module that owns it.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from eridiff.errors import LoraError
+from eridiff.weights.detect import sizes_of
+from eridiff.weights.keymap import Entry, Shape, key_map
+from eridiff.weights.load import NETWORKS
+from eridiff.weights.locate import DENOISERS, TEXT_ENCODERS
+
+# what stands before a module's name -> the networks it may belong to; sd-scripts counts the text encoders of SD 3 as
+# te1, te2, te3 and those of Flux as te1, te3, OneTrainer those of Flux as te1, te2
+PREFIXES: dict[str, tuple[str, ...]] = {
+    "lora_unet_": DENOISERS, "lora_transformer_": DENOISERS, "lycoris_": DENOISERS,
+    "lora_te1_": ("clip",), "lora_te2_": ("clip_g", "t5"), "lora_te3_": ("t5",), "lora_te_": ("clip",),
+    "model.diffusion_model.": DENOISERS, "diffusion_model.": DENOISERS, "base_model.model.": DENOISERS,
+    "unet.": DENOISERS, "transformer.": DENOISERS,
+    "text_encoder.": ("clip",), "text_encoder_2.": ("clip_g", "t5"), "text_encoder_3.": ("t5",),
+    "text_encoders.clip_l.transformer.": ("clip",), "text_encoders.clip_g.transformer.": ("clip_g",),
+    "text_encoders.t5xxl.transformer.": ("t5",), "": DENOISERS,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Target:
+    """A tensor of a network, or a range of its rows; `swapped` if a file stores the halves of these rows exchanged."""
+
+    network: str  # flux, mmdit, unet, clip, clip_g, t5, or "" for any other module
+    module: str  # native name
+    parameter: str = "weight"
+    rows: tuple[int, int] | None = None  # of the native tensor; None is all of them
+    swapped: bool = False
+
+    @property
+    def name(self) -> str:
+        """The native name of the tensor."""
+        return f"{self.module}.{self.parameter}" if self.module else self.parameter
+
+    def __str__(self) -> str:
+        return self.module + (f"[{self.rows[0]}:{self.rows[1]}]" if self.rows else "")
+
+    def take(self, tensor: Tensor) -> Tensor:
+        """The rows of a native tensor, in the file's order."""
+        rows = tensor if self.rows is None else tensor[self.rows[0] : self.rows[1]]
+        return self.exchanged(rows)
+
+    def exchanged(self, rows: Tensor) -> Tensor:
+        """Rows in the file's order <-> in ours."""
+        return rows.roll(rows.shape[0] // 2, 0) if self.swapped else rows
+
+
+def network_of(module: nn.Module) -> str:
+    """flux, mmdit, unet or vae; "" for a module that is not ours, which is known by its own names."""
+    return next((name for name, kind in NETWORKS.items() if isinstance(module, kind)), "")
+
+
+class Names:
+    """Every name by which a LoRA file may mean a module of one network."""
+
+    def __init__(self, network: str, shapes: Mapping[str, Shape], config: Any = None) -> None:
+        """`shapes` are those of the network's tensors, by native name."""
+        self.network = network
+        self.shapes = shapes
+        self.targets: dict[str, Target] = {}
+        for native in shapes:
+            self._add(native, Target(network, *_split(native)))
+        if network:
+            found = key_map("clip" if network == "clip_g" else network)
+            sizes = {} if config is None or network in TEXT_ENCODERS else sizes_of(config)
+            for layout in found.layouts.values():
+                if network in DENOISERS or layout.name == "huggingface":
+                    for entry in layout.entries(shapes, sizes):
+                        self._add_entry(entry)
+            for native in shapes:
+                for rule in found.lora_rules:
+                    if found_entry := rule.entry(native, sizes):
+                        self._add_entry(found_entry)
+        self.underscored = {name.replace(".", "_"): target for name, target in self.targets.items()}
+
+    def _add_entry(self, entry: Entry) -> None:
+        module, parameter = _split(entry.native)
+        if entry.operation == "rows":
+            start = 0
+            for name, shape in zip(entry.foreign, entry.foreign_shapes(self.shapes[entry.native]), strict=True):
+                if name:
+                    self._add(name, Target(self.network, module, parameter, (start, start + shape[0])))
+                start += shape[0]
+        elif entry.operation != "transpose":  # no LoRA file has such a name
+            for name in entry.foreign:
+                self._add(name, Target(self.network, module, parameter, swapped=entry.operation == "swap_halves"))
+
+    def _add(self, foreign: str, target: Target) -> None:
+        """A tensor is known by its own name, and a weight, or a norm's scale, by its module's too."""
+        owner, last = _split(foreign)
+        for name in (foreign, owner) if last in ("weight", "scale") else (foreign,):
+            known = self.targets.setdefault(name, target)
+            if known != target:
+                raise LoraError(f"the name '{name}' means both {known} and {target}; the key map must tell them apart")
+
+    def find(self, name: str) -> Target | None:
+        """The target of a module's name, without its prefix."""
+        return self.targets.get(name) or self.underscored.get(name)
+
+
+def _split(name: str) -> tuple[str, str]:
+    module, _, last = name.rpartition(".")
+    return module, last
+
+
+def names_of(network: str, module: nn.Module | Mapping[str, Tensor]) -> Names:
+    """The names of a module, or of a text encoder's native state dict."""
+    state = module.state_dict() if isinstance(module, nn.Module) else module
+    shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    shapes.pop("positions.table", None)  # of MMDiT: computed, no parameter
+    return Names(network, shapes, getattr(module, "config", None))
+
+
+def find(name: str, tables: Mapping[str, Names]) -> Target | None:
+    """The target that a module's name in a file, prefix included, has in the given networks."""
+    for prefix, networks in PREFIXES.items():
+        if name.startswith(prefix):
+            for network in networks:
+                target = tables[network].find(name.removeprefix(prefix)) if network in tables else None
+                if target:
+                    return target
+    return tables[""].find(name) if "" in tables else None
+
+
+def meant_networks(name: str) -> tuple[str, ...]:
+    """The networks to which the prefix of a name points."""
+    return next(networks for prefix, networks in PREFIXES.items() if name.startswith(prefix))
+
+
+def known_names(tables: Mapping[str, Names], networks: Iterable[str], underscores: bool) -> list[str]:
+    """All names of some networks, as a file without dots or with them would write them."""
+    found = [tables[n] for n in networks if n in tables]
+    return [name for table in found for name in (table.underscored if underscores else table.targets)]
