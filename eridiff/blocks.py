@@ -1,4 +1,4 @@
-"""Gradient checkpointing of repeated blocks, from outside the network."""
+"""Gradient checkpointing and compilation of repeated blocks, from outside the network."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -9,19 +9,35 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from eridiff.errors import ConfigError
+from eridiff.lora.branches import install_slots
+
+
+def repeated_blocks(model: nn.Module) -> list[nn.Module]:
+    """The members of a model's `nn.ModuleList`s that hold no further list; raises ConfigError for a model that has none."""
+    members = [block for child in model.modules() if isinstance(child, nn.ModuleList) for block in child]
+    blocks = [block for block in members if not any(isinstance(m, nn.ModuleList) for m in block.modules())]
+    if not blocks:
+        raise ConfigError(f"{type(model).__name__} has no repeated blocks")
+    return blocks
+
+
+def compile_blocks(model: nn.Module, **options: Any) -> None:
+    """`torch.compile` each repeated block, with these options; equal blocks are compiled once.
+
+    LoRAs that are attached, changed or detached afterwards take effect.
+    """
+    install_slots(model)
+    for block in repeated_blocks(model):
+        block.compile(**options)
 
 
 @contextmanager
 def checkpoint_blocks(model: nn.Module) -> Iterator[None]:
     """Within the block, the model's repeated blocks keep no activations and compute them again in the backward pass.
 
-    Repeated blocks are the members of its `nn.ModuleList`s that hold no further list. Outputs and gradients stay the same; raises ConfigError for
-    a model that has none.
+    Outputs and gradients stay the same; raises ConfigError for a model that has none.
     """
-    members = [block for child in model.modules() if isinstance(child, nn.ModuleList) for block in child]
-    blocks = [block for block in members if not any(isinstance(m, nn.ModuleList) for m in block.modules())]
-    if not blocks:
-        raise ConfigError(f"{type(model).__name__} has no repeated blocks to checkpoint")
+    blocks = repeated_blocks(model)
     originals: list[Callable[..., Any]] = [block.forward for block in blocks]
     for block, forward in zip(blocks, originals, strict=True):
         block.forward = partial(checkpoint, forward, use_reentrant=False)

@@ -3,7 +3,7 @@
 Weights are never restored by subtraction, which in bfloat16 loses up to a quarter of them: the originals are kept.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -55,11 +55,12 @@ def merge_lora(
             continue
         old = state_dict[name]
         wide = old if bias else widened(old, items[0])
-        new = _bias(wide.to(dtype), items, scale) if bias else _weight(wide.to(dtype), items, scale, dora)
+        base = wide.to(dtype)
+        new = merged_tensor(base, [(item, scale) for item in items], bias, dora)
         found[name] = new.to(old.dtype)
-        differ = new != wide.to(dtype)
+        differ = new != base
         changed += int(differ.sum())
-        lost += int((differ & (found[name].to(dtype) == wide.to(dtype))).sum())
+        lost += int((differ & (found[name].to(dtype) == base)).sum())
     return Merged(state | found, tuple(found), changed, lost)
 
 
@@ -76,24 +77,16 @@ def changes(lora: Lora) -> Iterator[tuple[str, list[Item], bool]]:
     yield from ((name, items, True) for name, items in biases.items())
 
 
-def _weight(base: Tensor, items: list[Item], scale: float, dora: str) -> Tensor:
+def merged_tensor(base: Tensor, items: Sequence[tuple[Item, float]], bias: bool, dora: str) -> Tensor:
+    """A weight or a bias with items in it, each at its scale; in base's dtype and of its shape."""
     new = base.clone()
-    for item in items:
+    for item, scale in items:
         target, rows = item.target, item.target.take(base)
         place = new if target.rows is None else new[target.rows[0] : target.rows[1]]
         if item.kind == "set":
             place.copy_(target.exchanged(item.tensors["set_weight"].to(base).reshape(rows.shape)))
         else:
-            place += target.exchanged(item.change(rows, scale, dora))
-    return new
-
-
-def _bias(base: Tensor, items: list[Item], scale: float) -> Tensor:
-    new = base.clone()
-    for item in items:
-        target = item.target
-        place = new if target.rows is None else new[target.rows[0] : target.rows[1]]
-        place += target.exchanged(scale * item.bias_delta(target.take(base)))
+            place += target.exchanged(scale * item.bias_delta(rows) if bias else item.change(rows, scale, dora))
     return new
 
 

@@ -1,6 +1,8 @@
 """LoRA files of every format: what they make of the weights, merged and attached."""
 
+import copy
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,9 +10,13 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from eridiff.lora.attach import attach_lora
 from eridiff.lora.load import Lora, load_lora
 from eridiff.lora.merge import merge_lora
 from eridiff.models import unet
+from eridiff.models.flux import Flux
+from eridiff.models.mmdit import MMDiT
+from eridiff.trace.record import relative_l2
 from eridiff.weights.detect import sizes_of
 from eridiff.weights.keymap import Entry, Layout, key_map
 from tests.golden.case import Row, load_case
@@ -79,6 +85,14 @@ class Base:
             return {"heads": c["num_heads"], "rope_axes": [width // 4 * 2, width // 4, width // 4]}
         return {"head_width": 4} if self.network == "unet" else {}
 
+    def with_weights(self, state: Mapping[str, Tensor]) -> Any:
+        """A network of this kind with a state dict, whose first layer may be wider."""
+        module = copy.deepcopy(self.module)
+        if self.network == "flux" and state["image_in.weight"].shape != module.image_in.weight.shape:
+            module = Flux(replace(module.config, in_channels=state["image_in.weight"].shape[1]))
+        module.load_state_dict(dict(state), assign=True)
+        return module
+
     def given(self) -> dict[str, Any]:
         """For load_lora."""
         return {self.network: self.module} | {ENCODERS[p][0]: s for p, s in self.states.items()}
@@ -125,6 +139,8 @@ def run_lora(case: Mapping[str, Any], expected: Mapping[str, Tensor], dtype: tor
     base = Base(case, dtype)
     lora = load_lora(folder / "lora.safetensors", base.given())
     rows = compare(case, dtype, "merged", base, lora, expected) + ledger_rows(case, dtype, lora)
+    if base.network in lora.networks:
+        rows += forward_rows(case, dtype, base, lora.of(base.network), expected)
     for name, scale, dora in (
         ("scale0.5", 0.5, "peft"), ("scale0", 0.0, "peft"), ("peft.scale0.5", 0.5, "peft"),
     ):  # fmt: skip
@@ -148,6 +164,59 @@ def ledger_rows(case: Mapping[str, Any], dtype: torch.dtype, lora: Lora) -> list
             error += abs(row.change / module["dw_over_w"] - 1)
         rows.append(Row(case["case"], str(dtype).removeprefix("torch."), f"ledger {row.key}", error, 1e-5))
     return rows
+
+
+def forward_rows(
+    case: Mapping[str, Any], dtype: torch.dtype, base: Base, lora: Lora, expected: Mapping[str, Tensor]
+) -> list[Row]:
+    """The network with the LoRA attached gives what it gives with merged weights, and with the reference's."""
+    plain = ask(base.module)
+    attached = attach_lora(base.module, lora)
+    beside, keys = ask(base.module), list(base.module.state_dict())
+    attached.detach()
+    restored = ask(base.module)
+    merged = base.with_weights(merge_lora(base.module.state_dict(), lora, dtype=dtype).state)
+    layout = key_map(base.network).layouts["original"]
+    own = layout.to_foreign(base.module.state_dict(), sizes_of(base.module.config))
+    foreign = own | {name: tensor.to(dtype) for name, tensor in expected.items() if name in own}
+    shapes = {n: tuple(t.shape) for n, t in merged.state_dict().items()}
+    entries = layout.entries(shapes, sizes_of(merged.config))
+    reference = base.with_weights(
+        {e.native: e.read([foreign[n] for n in e.foreign], shapes[e.native]) for e in entries}
+    )
+    label, exact = str(dtype).removeprefix("torch."), dtype == torch.float64
+    distances = {
+        "attached, merged": (relative_l2(beside, ask(merged)), 1e-12 if exact else 2e-5),
+        "attached, reference": (relative_l2(beside, ask(reference)), 1e-6 if exact else 2e-5),
+        "detached": (float(not torch.equal(restored, plain)), 0.0),
+        "names": (float(keys != list(shapes)), 0.0),
+        "it changes the output": (float(relative_l2(beside, plain) < 1e-3), 0.0),
+    }
+    return [Row(case["case"], label, name, error, bound) for name, (error, bound) in distances.items()]
+
+
+def ask(module: Any) -> Tensor:
+    """The network's output for some input."""
+    g = torch.Generator().manual_seed(0)
+    c, dtype = module.config, next(module.parameters()).dtype
+
+    def noise(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=g, dtype=torch.float64).to(dtype)
+
+    with torch.no_grad():
+        if isinstance(module, Flux):
+            options = (
+                noise(2, 5, c.text_width),
+                noise(2, c.pooled_width),
+                torch.tensor([[0.7, 0.3]], dtype=dtype),
+                (2, 3),
+            )
+            return module(noise(2, 6, c.in_channels), *options, torch.tensor([3.5, 2.0], dtype=dtype))
+        if isinstance(module, MMDiT):
+            options = (noise(2, 5, c.text_width), noise(2, c.pooled_width), torch.tensor([[0.7, 0.3]], dtype=dtype))
+            return module(noise(2, c.in_channels, 4, 6), *options)
+        options = (noise(2, 5, c.text_width), noise(2, c.vector_width), torch.tensor([[700.0, 300.0]], dtype=dtype))
+        return module(noise(2, c.in_channels, 8, 12), *options)
 
 
 def compare(

@@ -1,0 +1,281 @@
+"""A LoRA beside a network: attached, weighed, detached; or made new, to be trained."""
+
+import logging
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from eridiff.errors import LoraError
+from eridiff.lora.branches import Branch, branch_place, exact, has_slot, install_slots, wide
+from eridiff.lora.deltas import Item, check_dora_rule, widened
+from eridiff.lora.load import Lora
+from eridiff.lora.merge import changes, merged_tensor
+from eridiff.lora.names import Target, network_of
+
+log = logging.getLogger(__name__)
+Scale = float | Tensor
+TARGETS: dict[str, tuple[str, ...]] = {  # preset -> patterns of native module names
+    "cross-attention": ("*.cross_attention.*",),  # SDXL
+    "joint-attention": (
+        "joint_blocks.*.qkv",
+        "joint_blocks.*.qkv2",
+        "joint_blocks.*.proj",
+        "joint_blocks.*.proj2",
+    ),  # SD 3
+    "blocks": ("double_blocks.*", "single_blocks.*"),  # Flux
+    "all-linear": ("*",),
+}
+USUAL = {"unet": "cross-attention", "mmdit": "joint-attention", "flux": "blocks"}
+
+
+class LoraSet(nn.Module):
+    """The branches of one LoRA on one network, whose names and classes stay as they are.
+
+    The set is no part of the network: give its parameters to the optimizer, save its `state_dict`, move it by `.to()`. What
+    is no matrix of an `nn.Linear` or `nn.Conv2d` (a norm's scale, an enlarged first layer) is changed in place while the set
+    is attached; the network's own tensors are kept, and come back when it is detached.
+    """
+
+    def __init__(
+        self, network: nn.Module, items: Sequence[Item], *, dtype: torch.dtype | None = None, trainable: bool = False,
+        dora: str = "peft", dropout: float = 0.0,
+    ) -> None:  # fmt: skip
+        """Arguments as for `attach_lora`."""
+        super().__init__()
+        check_dora_rule(dora)
+        self._network = [network]  # in a list, so that it does not become a part of the set
+        self.dora, self.attached = dora, False
+        self.branches = nn.ModuleDict()
+        self.patches: list[tuple[Item, float]] = []  # what is changed in place, each at its scale
+        self.originals: dict[str, Tensor] = {}
+        for item in items:
+            base = branch_place(network, item.target)
+            if base is None or item.kind == "set":
+                self.patches.append((item, 1.0))
+            else:
+                own = base.weight.dtype if base.weight.dtype.itemsize > 1 else torch.bfloat16
+                self.branches[str(item.target).replace(".", "/")] = Branch(
+                    item, device=base.weight.device, dtype=dtype or own, trainable=trainable, dora=dora, dropout=dropout
+                )
+        if trainable and self.patches:
+            raise LoraError(f"{self.patches[0][0].target} is changed in place and cannot be trained as a branch")
+        self.train(trainable)
+        self.attach()
+
+    @property
+    def network(self) -> nn.Module:
+        return self._network[0]
+
+    def lora(self) -> Lora:
+        """The set as a file would hold it, with the tensors as they are now."""
+        return Lora((*(branch.item for branch in self.all_branches()), *(item for item, _ in self.patches)))
+
+    def all_branches(self) -> list[Branch]:
+        return [branch for branch in self.branches.values() if isinstance(branch, Branch)]
+
+    def attach(self) -> "LoraSet":
+        """Put the branches beside the network again; does nothing when they are.
+
+        A network without slots that may have been compiled makes the compiler forget everything, which is logged.
+        """
+        if self.attached:
+            return self
+        places = [(branch, branch_place(self.network, branch.target)) for branch in self.all_branches()]
+        if not all(has_slot(place) for _, place in places):
+            install_slots(self.network)
+            if "torch._dynamo" in sys.modules:
+                torch.compiler.reset()
+                log.warning("the network had no slots for LoRAs, so whatever is compiled is compiled again; compile by eridiff.blocks.compile_blocks, or call install_slots before")  # fmt: skip
+        self._patch()
+        for branch, place in places:
+            place.lora_branches.append(branch)
+        self.attached = True
+        return self
+
+    def detach(self) -> "LoraSet":
+        """Take the branches away: the network gives, bit for bit, what it gave before."""
+        if self.attached:
+            for branch in self.all_branches():
+                place = branch_place(self.network, branch.target)
+                place.lora_branches[:] = [other for other in place.lora_branches if other is not branch]
+            self._unpatch()
+            self.attached = False
+        return self
+
+    def set_scale(self, scale: Scale | Mapping[str, Scale]) -> "LoraSet":
+        """The weight of all branches, in place: a number, or `[B]`, one for each row of the batch.
+
+        A mapping gives weights to the modules that a pattern of native names matches (`"double_blocks.*": 0.5`), the first
+        that does; the others keep theirs. Raises LoraError for a pattern that matches nothing, and for weights of rows
+        where there is only one: inside DoRA's norm and for what is changed in place.
+        """
+        patterns = dict(scale) if isinstance(scale, Mapping) else {"*": scale}
+        values = {pattern: torch.as_tensor(value, dtype=torch.float64) for pattern, value in patterns.items()}
+        names = [str(target) for target in self.targets()]
+        for pattern, value in values.items():
+            if not any(fnmatchcase(name, pattern) for name in names):
+                raise LoraError(
+                    f"no module of the LoRA matches '{pattern}'; there are {', '.join(names[:3])} and so on"
+                )
+            if value.ndim > 1 or not bool(torch.isfinite(value).all()):
+                raise LoraError(f"a scale is a finite number, or one for each row of the batch, not {value.tolist()}")
+
+        def chosen(target: Target) -> Tensor | None:
+            return next((value for pattern, value in values.items() if fnmatchcase(str(target), pattern)), None)
+
+        for branch in self.all_branches():
+            given = chosen(branch.target)
+            if given is not None and given.ndim and branch.scales_rows_inside:
+                raise LoraError('DoRA has one scale for all rows inside its norm; attach it with dora="interpolate"')
+        for item, _ in self.patches:
+            given = chosen(item.target)
+            if given is not None and given.ndim:
+                raise LoraError(f"{item.target} is changed in place, for all rows alike; give one scale")
+        for branch in self.all_branches():
+            given = chosen(branch.target)
+            if given is not None and given.shape == branch.scale.shape:
+                branch.scale.copy_(given)
+            elif given is not None:
+                branch.scale = exact(given, branch.scale.device)
+        found = [(item, chosen(item.target)) for item, _ in self.patches]
+        new = [(i, old if v is None else float(v)) for (i, v), (_, old) in zip(found, self.patches, strict=True)]
+        if self.attached and new != self.patches:
+            self._unpatch()
+            self.patches = new
+            self._patch()
+        self.patches = new
+        return self
+
+    def targets(self) -> list[Target]:
+        """What the LoRA changes."""
+        return [*(branch.target for branch in self.all_branches()), *(item.target for item, _ in self.patches)]
+
+    def wrap(self) -> "Wrapped":
+        """One module that holds the network and the set, for DistributedDataParallel, which averages what it holds."""
+        return Wrapped(self.network, self)
+
+    @torch.no_grad()
+    def _patch(self) -> None:
+        scales = {id(item): scale for item, scale in self.patches}
+        new = {}
+        for name, items, bias in changes(Lora(tuple(item for item, _ in self.patches))):
+            base = self.network.get_parameter(name)
+            found = merged_tensor(wide(base.data), [(item, scales[id(item)]) for item in items], bias, self.dora)
+            new[name] = found.to(base.dtype)
+        for branch in self.all_branches():  # the first layer of a control LoRA takes twice as many channels
+            weight = branch_place(self.network, branch.target).weight.data
+            enlarged = widened(weight, branch.item)
+            if enlarged.shape != weight.shape:
+                new[branch.target.name] = enlarged
+        for name in new:
+            if getattr(self.network.get_parameter(name), "changed_by_lora", False):
+                raise LoraError(f"another LoRA has changed {name} in place; detach it first")
+        for name, tensor in new.items():
+            self.originals[name] = self._exchange(name, tensor, True)
+
+    def _unpatch(self) -> None:
+        for name, original in self.originals.items():
+            self._exchange(name, original, False)
+        self.originals = {}
+
+    def _exchange(self, name: str, tensor: Tensor, changed: bool) -> Tensor:
+        """Another value for a parameter, which stays the same object; returns the one it had."""
+        parameter: Any = self.network.get_parameter(name)
+        old = parameter.data
+        parameter.data, parameter.changed_by_lora = tensor.to(old), changed
+        if tensor.shape != old.shape:
+            layer: Any = self.network.get_submodule(name.rpartition(".")[0])
+            layer.in_features = tensor.shape[1]
+            self.network.config = replace(self.network.config, in_channels=tensor.shape[1])  # type: ignore[type-var]
+        return old
+
+
+class Wrapped(nn.Module):
+    """A network and the LoRA that is trained on it, as one module; called like the network."""
+
+    def __init__(self, network: nn.Module, lora: LoraSet) -> None:
+        super().__init__()
+        self.network, self.lora = network, lora
+
+    def forward(self, *args: Any, **options: Any) -> Any:
+        return self.network(*args, **options)
+
+
+def attach_lora(
+    network: nn.Module, lora: Lora, scale: Scale | Mapping[str, Scale] = 1.0, *, dtype: torch.dtype | None = None,
+    trainable: bool = False, dora: str = "peft",
+) -> LoraSet:  # fmt: skip
+    """Put a LoRA, read by `load_lora`, beside a network; several at once add up, each computed on the base's own weights.
+
+    `scale` as in `LoraSet.set_scale`; dtype None is that of each base weight, bfloat16 beside float8. `dora` is the rule
+    for a scale that is not 1 (`Item.change`). Raises LoraError when the LoRA has parts for other networks: choose by
+    `lora.of(...)`.
+    """
+    networks = lora.networks
+    if len(networks) != 1:
+        raise LoraError(f"the LoRA has parts for {' and '.join(networks) or 'nothing'}; choose one by lora.of(network)")
+    own = network_of(network)
+    if own and own != networks[0]:
+        raise LoraError(f"the LoRA is for {networks[0]}, and this network is {own}")
+    found = LoraSet(network, lora.items, dtype=dtype, trainable=trainable, dora=dora)
+    try:
+        return found.set_scale(scale)
+    except LoraError:
+        found.detach()
+        raise
+
+
+def inject_lora(
+    network: nn.Module, rank: int, alpha: float | None = None, targets: str | Sequence[str] | None = None,
+    *, dropout: float = 0.0, dtype: torch.dtype = torch.float32, generator: torch.Generator | None = None,
+) -> LoraSet:  # fmt: skip
+    """A new LoRA to be trained, on any module: down random (Kaiming, as in Hu et al. 2021's code), up zero, so nothing changes yet.
+
+    alpha None is the rank, so that the scale alpha / rank is 1. `targets` is a preset of `TARGETS` or patterns of native
+    module names (`"double_blocks.*.qkv"`); they choose `nn.Linear`s, and `nn.Conv2d`s that a pattern other than "*" names.
+    None is cross-attention for SDXL, joint attention for SD 3, the blocks for Flux, else all linears. Raises LoraError for
+    a pattern that chooses nothing.
+    """
+    if rank < 1 or not 0 <= dropout < 1:
+        raise LoraError(f"rank must be at least 1 and dropout in [0, 1), not {rank} and {dropout}")
+    kind = network_of(network)
+    chosen = USUAL.get(kind, "all-linear") if targets is None else targets
+    preset = isinstance(chosen, str) and chosen in TARGETS
+    patterns = TARGETS.get(chosen, (chosen,)) if isinstance(chosen, str) else chosen
+    found: dict[str, Any] = {}
+    for pattern in patterns:
+        kinds = nn.Linear if pattern == "*" else (nn.Linear, nn.Conv2d)
+        matching = {n: m for n, m in network.named_modules() if isinstance(m, kinds) and fnmatchcase(n, pattern)}
+        if not matching and not preset:
+            raise LoraError(f"no linear layer or convolution matches '{pattern}'; presets are {', '.join(TARGETS)}")
+        found |= matching
+    if not found:
+        raise LoraError(f"{type(network).__name__} has no module for the targets {', '.join(patterns)}")
+    items = []
+    for name, module in found.items():
+        weight = module.weight
+        down = torch.empty(
+            rank, *weight.shape[1:], dtype=torch.float32, device=generator.device if generator else "cpu"
+        )
+        nn.init.kaiming_uniform_(down, a=math.sqrt(5), generator=generator)
+        up = torch.zeros(weight.shape[0], rank, *[1] * (weight.ndim - 2))
+        strength = float(rank if alpha is None else alpha)
+        items.append(Item(name, Target(kind, name), "lora", {"down": down, "up": up}, strength / rank, strength, rank))
+    return LoraSet(network, items, dtype=dtype, trainable=True, dropout=dropout)
+
+
+def all_reduce_gradients(lora: LoraSet) -> None:
+    """The mean of the gradients over all processes: for a set beside a network that FSDP2 shards, after `backward`."""
+    size = torch.distributed.get_world_size()
+    for parameter in lora.parameters():
+        if parameter.requires_grad:
+            if parameter.grad is None:  # this process has not used the branch
+                parameter.grad = torch.zeros_like(parameter)
+            torch.distributed.all_reduce(parameter.grad)
+            parameter.grad /= size

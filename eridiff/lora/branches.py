@@ -1,0 +1,141 @@
+"""What a branch computes beside its `nn.Linear` or `nn.Conv2d`, and the slot through which it is added.
+
+A slot is one forward hook that reads a plain list, `module.lora_branches`. The module's class, parameters and names stay as
+they are, and `torch.compile` guards the list: what is put into it or taken out after compiling takes effect, if the slot was
+there before (a hook that is registered later is silently ignored by a compiled module).
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from eridiff.lora.deltas import Item
+from eridiff.lora.names import Target
+
+INTEGERS = ("on_input",)
+
+
+def has_slot(module: nn.Module) -> bool:
+    return "lora_branches" in vars(module)
+
+
+def install_slots(network: nn.Module) -> None:
+    """Prepare every `nn.Linear` and `nn.Conv2d` for branches; do this before compiling."""
+    for module in network.modules():
+        if isinstance(module, nn.Linear | nn.Conv2d) and not has_slot(module):
+            module.lora_branches = []  # type: ignore[assignment]  # a plain list, so that no name of the network changes
+            module.register_forward_hook(_add_branches)
+
+
+def _add_branches(module: Any, inputs: tuple[Tensor], output: Tensor) -> Tensor:
+    for branch in module.lora_branches:
+        output = branch(module, inputs[0], output)
+    return output
+
+
+class Branch(nn.Module):
+    """One item of a LoRA beside the module that it changes: `out + scale * ratio * up(down(x))`.
+
+    Of LoRA proper only the two thin products are computed, whatever the dtype of the base. The other kinds compute their
+    change of the weight in each call, from the base as it is then.
+    """
+
+    scale: Tensor  # 0-dim, or one number for each row of the batch
+
+    def __init__(self, item: Item, *, device: torch.device, dtype: torch.dtype, trainable: bool = False, dora: str = "peft", dropout: float = 0.0) -> None:  # fmt: skip
+        """`dora` as in `Item.change`; dropout acts on the branch's input while the branch is in training mode."""
+        super().__init__()
+        self.told = replace(item, tensors={})
+        self.target, self.dora, self.dropout = item.target, dora, dropout
+        self.names = tuple(item.tensors)
+        self.by_weight = item.kind != "lora" or item.dora
+        self.changes_weight, self.changes_bias, self.has_lengths = item.changes_weight, item.changes_bias, item.dora
+        for name, tensor in item.tensors.items():
+            if name in INTEGERS:
+                self.register_buffer(name, tensor.to(device))
+            else:
+                copy = tensor.detach().to(device, dtype, copy=True)
+                self.register_parameter(name, nn.Parameter(copy, requires_grad=trainable))
+        self.register_buffer("scale", exact(torch.tensor(1.0), device), persistent=False)
+
+    @property
+    def item(self) -> Item:
+        """What the branch is, as a file would say it; the tensors are the branch's own."""
+        return replace(self.told, tensors={name: getattr(self, name) for name in self.names})
+
+    @property
+    def scales_rows_inside(self) -> bool:
+        """Whether the scale stands inside DoRA's norm, where there is only one for all rows."""
+        return self.has_lengths and self.dora == "peft"
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        """`.to(dtype)` is for the matrices: a scale of 0.7 stays 0.7."""
+        scale = self.scale
+        super()._apply(fn, recurse)
+        self.scale = exact(scale, self.scale.device)
+        return self
+
+    def forward(self, base: Any, x: Tensor, out: Tensor) -> Tensor:
+        """The module's input and output -> the output with the change added, in the output's dtype."""
+        item, dimensions = self.item, out.ndim
+        features = 1 if isinstance(base, nn.Conv2d) else dimensions - 1
+        scale = self.scale if self.scale.ndim == 0 else self.scale.reshape(-1, *[1] * (dimensions - 1))
+        parts = []
+        if not self.by_weight:
+            y = self._low_rank(item, base, x)
+            strength = scale * item.ratio
+            parts.append(y * (strength if strength.ndim == 0 else strength.to(y.dtype)))
+        elif self.changes_weight:
+            y = self._changed(item, base, x)
+            parts.append(y if self.scales_rows_inside else y * (scale if scale.ndim == 0 else scale.to(y.dtype)))
+        if self.changes_bias:
+            bias = item.bias_delta(wide(self.target.take(base.bias)))
+            bias = bias.reshape(-1, *[1] * (dimensions - 1 - features))
+            parts.append((bias * scale).expand(*out.shape[:features], *[-1] * (dimensions - features)))
+        change = parts[0] if len(parts) == 1 else parts[0] + parts[1]
+        if self.target.swapped:
+            change = change.roll(change.shape[features] // 2, features)
+        if self.target.rows is not None:
+            first, last = self.target.rows
+            change = F.pad(change, (*[0, 0] * (dimensions - 1 - features), first, out.shape[features] - last))
+        return out + change.to(out.dtype)
+
+    def _low_rank(self, item: Item, base: Any, x: Tensor) -> Tensor:
+        down, up = item.tensors["down"], item.tensors["up"]
+        x = F.dropout(x.to(down.dtype), self.dropout, self.training)
+        if not isinstance(base, nn.Conv2d):
+            return F.linear(F.linear(x, down.flatten(1)), up.flatten(1))
+        where: dict[str, Any] = {"stride": base.stride, "padding": base.padding, "dilation": base.dilation}
+        if "mid" in item.tensors:
+            hidden = F.conv2d(F.conv2d(x, down.reshape(*down.shape[:2], 1, 1)), item.tensors["mid"], **where)
+        else:
+            hidden = F.conv2d(x, down.reshape(down.shape[0], *base.weight.shape[1:]), **where)
+        return F.conv2d(hidden, up.reshape(*up.shape[:2], 1, 1))
+
+    def _changed(self, item: Item, base: Any, x: Tensor) -> Tensor:
+        scale: Any = self.scale if self.scales_rows_inside else 1.0
+        change = item.change(wide(self.target.take(base.weight)), scale, self.dora)
+        x = F.dropout(x.to(change.dtype), self.dropout, self.training)
+        if isinstance(base, nn.Conv2d):
+            return F.conv2d(x, change, None, base.stride, base.padding, base.dilation)
+        return F.linear(x, change)
+
+
+def wide(tensor: Tensor) -> Tensor:
+    """In float32, or in float64 as it is: where the change of a weight is computed."""
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
+def exact(number: Tensor, device: torch.device) -> Tensor:
+    """A scale in float64, so that merging in float64 gives the same; not every device has it."""
+    return number.to(device, torch.float32 if device.type == "mps" else torch.float64)
+
+
+def branch_place(network: nn.Module, target: Target) -> Any:
+    """The module beside which a target's branch works; None if it has to be changed in place."""
+    module = network.get_submodule(target.module)
+    return module if isinstance(module, nn.Linear | nn.Conv2d) and target.parameter == "weight" else None
