@@ -19,7 +19,9 @@ from eridiff.schedulers.flow_match import (
 from tests.golden import RUNNERS, run_case
 
 FOLDER = Path(__file__).parent / "goldens"
-CASES = [f.name for f in sorted(FOLDER.iterdir()) if f.is_dir() and f.name.startswith(tuple(RUNNERS))]
+CASES = [
+    f.parent.name for f in sorted(FOLDER.glob("*/expected.safetensors")) if f.parent.name.startswith(tuple(RUNNERS))
+]
 
 
 @pytest.mark.parametrize("name", CASES)

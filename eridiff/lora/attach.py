@@ -209,11 +209,12 @@ class Wrapped(nn.Module):
 
 def attach_lora(
     network: nn.Module, lora: Lora, scale: Scale | Mapping[str, Scale] = 1.0, *, dtype: torch.dtype | None = None,
-    trainable: bool = False, dora: str = "peft",
+    trainable: bool = False, dropout: float = 0.0, dora: str = "peft",
 ) -> LoraSet:  # fmt: skip
     """Put a LoRA, read by `load_lora`, beside a network; several at once add up, each computed on the base's own weights.
 
-    `scale` as in `LoraSet.set_scale`; dtype None is that of each base weight, bfloat16 beside float8. `dora` is the rule
+    `scale` as in `LoraSet.set_scale`; dtype None is that of each base weight, bfloat16 beside float8; `trainable` and dropout go on
+    with its training. `dora` is the rule
     for a scale that is not 1 (`Item.change`). Raises LoraError when the LoRA has parts for other networks: choose by
     `lora.of(...)`.
     """
@@ -223,7 +224,7 @@ def attach_lora(
     own = network_of(network)
     if own and own != networks[0]:
         raise LoraError(f"the LoRA is for {networks[0]}, and this network is {own}")
-    found = LoraSet(network, lora.items, dtype=dtype, trainable=trainable, dora=dora)
+    found = LoraSet(network, lora.items, dtype=dtype, trainable=trainable, dropout=dropout, dora=dora)
     try:
         return found.set_scale(scale)
     except LoraError:

@@ -100,7 +100,7 @@ class _Reader:
     ) -> None:  # fmt: skip
         self.checkpoint, self.scaling, self.tables, self.states = checkpoint, scaling, tables, states
         names = list(checkpoint.tensors)
-        self.control = any(n.endswith("norm.scale") for n in names)
+        self.control = any(n.endswith(("norm.scale", ".set_weight")) for n in names)
         self.sources, self.unknown = sort_names(names)
 
     def read(self, allow_partial: bool, without_text_encoders: bool) -> Lora:

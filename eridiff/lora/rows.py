@@ -1,0 +1,148 @@
+"""Rows of a LoRA: a change of a fused weight taken apart, changes of its parts put together, halves exchanged.
+
+Everything is exact: matrices are cut, stacked or moved, never multiplied out.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from eridiff.errors import LoraError
+from eridiff.lora.deltas import Item
+from eridiff.lora.names import Target
+
+ROWS = ("up", "up_bias", "diff_b", "diff", "set_weight", "magnitude", "w_norm", "b_norm")  # one row an output
+HADAMARD = ("hada_w1_a", "hada_w2_a")
+
+
+def part_of(items: Sequence[Item], part: Target, rows: int) -> Item | None:
+    """What items of one tensor of so many `rows` do to a part of it, as one item in the part's order; None if nothing.
+
+    Raises LoraError where that is no item of a known kind.
+    """
+    start, stop = part.rows or (0, rows)
+    native = [in_native_order(item) for item in items]
+    touching = []
+    for item in native:
+        first, last = item.target.rows or (0, rows)
+        if first < stop and start < last:
+            touching.append((first, last, item))
+    if not touching:
+        return None
+    if len(touching) == 1 and touching[0][0] <= start and stop <= touching[0][1]:
+        first, last, item = touching[0]
+        found = item if (first, last) == (start, stop) else cut(item, start - first, stop - first)
+    elif all(start <= first and last <= stop for first, last, _ in touching):
+        found = stacked(sorted(touching, key=lambda piece: piece[0]), start, stop)
+    else:
+        raise LoraError(f"{items[0].target.module}: the rows of its LoRA cross those of {part}")
+    if found is None:
+        return None
+    found = replace(found, target=replace(part, swapped=False))
+    return replace(in_native_order(replace(found, target=part)), target=part) if part.swapped else found
+
+
+def in_native_order(item: Item) -> Item:
+    """The same item with rows in our order; exchanging halves is its own inverse."""
+    if not item.target.swapped:
+        return item
+    moved: dict[str, Tensor] = {}
+    for name, tensor in item.tensors.items():
+        along_rows = name in ROWS or (name in HADAMARD and "hada_t1" not in item.tensors)
+        if name == "dora_scale" or (name == "multiplier" and not bool(item.tensors["on_input"].any())):
+            along_rows = tensor.shape[0] > 1
+        if name in ("lokr_w1", "lokr_w1_a"):  # the outer factor counts blocks of rows
+            along_rows = True
+            if tensor.shape[0] % 2:
+                raise LoraError(f"{item.target}: the halves of a lokr of {tensor.shape[0]} blocks cannot be exchanged")
+        if name in HADAMARD and not along_rows:
+            raise LoraError(f"{item.target}: the halves of a {item.kind} with a Tucker core cannot be exchanged")
+        moved[name] = tensor.roll(tensor.shape[0] // 2, 0) if along_rows else tensor
+    return replace(item, tensors=moved, target=replace(item.target, swapped=False))
+
+
+def cut(item: Item, start: int, stop: int) -> Item | None:
+    """Rows [start, stop) of an item; None if they are all zero.
+
+    Of a block-diagonal `up` only the columns that these rows use stay, as before the parts were stacked.
+    """
+    moved: dict[str, Tensor] = {}
+    for name, tensor in item.tensors.items():
+        along_rows = name in ROWS or (name in HADAMARD and "hada_t1" not in item.tensors)
+        if name == "dora_scale":
+            along_rows = tensor.shape[0] > 1
+        if name == "multiplier":
+            along_rows = not bool(item.tensors["on_input"].any())
+        if item.kind == "lokr" or name in HADAMARD and not along_rows:
+            raise LoraError(f"{item.target}: a {item.kind} of a fused weight cannot be split")
+        moved[name] = tensor[start:stop] if along_rows else tensor
+    if item.kind == "lora" and "mid" not in moved:
+        used = moved["up"].flatten(1).any(0)
+        count = int(used.sum())
+        idle = not any(bool(moved[n].any()) for n in ("up_bias", "diff_b") if n in moved) and not item.dora
+        if count == 0 and idle and bool(item.tensors["up"].any()):
+            return None
+        if 0 < count < len(used) and item.ratio * count / count == item.ratio:
+            moved |= {"up": moved["up"][:, used], "down": moved["down"][used]}
+            alpha = None if item.alpha is None else item.ratio * count
+            return replace(item, tensors=moved, rank=count, alpha=alpha)
+    elif item.kind == "full" and not any(bool(tensor.any()) for tensor in moved.values()):
+        return None
+    return replace(item, tensors=moved)
+
+
+def stacked(pieces: Sequence[tuple[int, int, Item]], start: int, stop: int) -> Item:
+    """Items of disjoint rows as one of rows [start, stop); rows without an item stay unchanged."""
+    items = [item for _, _, item in pieces]
+    if len(pieces) == 1 and pieces[0][:2] == (start, stop):
+        return items[0]
+    first = items[0]
+    whole = sum(last - begin for begin, last, _ in pieces) == stop - start
+    kinds = {item.kind for item in items}
+    if len(kinds) > 1 or first.kind not in ("lora", "full", "set") or any("mid" in item.tensors for item in items):
+        raise LoraError(
+            f"{first.target.module}: changes of the kind {' and '.join(sorted(kinds))} of some of its rows make none of the whole weight"
+        )
+    names = list(dict.fromkeys(name for item in items for name in item.tensors if name != "down"))
+    for name in names:
+        if name in ("magnitude", "dora_scale", "set_weight") and not (
+            whole and all(name in item.tensors for item in items)
+        ):
+            raise LoraError(
+                f"{first.target.module}: some of its rows have no {name}, which cannot be left out of a whole"
+            )
+        if name == "dora_scale" and any(item.tensors[name].shape[0] == 1 for item in items):
+            raise LoraError(
+                f"{first.target.module}: lengths of columns of parts are none of the whole; write diffusers"
+            )
+    same_ratio = len({item.ratio for item in items}) == 1
+    ratio = first.ratio if same_ratio else 1.0
+    tensors: dict[str, Tensor] = {}
+    shared = first.kind == "lora" and all(
+        "down" in i.tensors and torch.equal(i.tensors["down"], first.tensors["down"]) for i in items
+    )
+    rank = first.rank
+    if first.kind == "lora":
+        downs = [first.tensors["down"]] if shared else [item.tensors["down"] for item in items]
+        tensors["down"] = torch.cat(downs)
+        rank = len(tensors["down"])
+    column = 0
+    for begin, last, item in pieces:
+        place = slice(begin - start, last - start)
+        for name, tensor in item.tensors.items():
+            if name == "down":
+                continue
+            scaled = tensor if same_ratio or name not in ("up", "up_bias") else tensor * item.ratio
+            if name == "up":
+                width = tensor.shape[1]
+                shape = (stop - start, rank or 0, *tensor.shape[2:])
+                into = tensors.setdefault(name, tensor.new_zeros(shape))
+                into[place, column : column + width] = scaled
+                column += 0 if shared else width
+            else:
+                into = tensors.setdefault(name, tensor.new_zeros(stop - start, *tensor.shape[1:]))
+                into[place] = scaled
+    alpha = None if rank is None or all(item.alpha is None for item in items) and ratio == 1 else ratio * rank
+    return replace(first, tensors=tensors, ratio=ratio, alpha=alpha, rank=rank)
