@@ -4,6 +4,7 @@ Letters: B pictures, C latent channels, H x W the picture's size in pixels.
 """
 
 import logging
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import nullcontext
@@ -20,7 +21,10 @@ from eridiff.errors import ConfigError
 from eridiff.images import to_images, to_tensor
 from eridiff.inference.latents import LATENT_SCALE, dtype_of, finite, first_step, latent_mask, noise_of_steps
 from eridiff.inference.loading import fill
+from eridiff.inference.lora import LoraHandle, apply
 from eridiff.inference.settings import Defaults, Table, Text, check_settings, listed, matched, settle_size
+from eridiff.lora.attach import Scale
+from eridiff.lora.load import Lora
 from eridiff.memory.stages import on_device
 from eridiff.memory.strips import decode_in_strips, encode_in_strips
 from eridiff.models.autoencoder import Autoencoder
@@ -103,6 +107,7 @@ class DiffusionInference(ABC):
         self.asked_variant, self.dtype, self.offload, self.progress = variant, dtype, offload, progress
         self.vae_rows = vae_rows
         self.source: dict[str, Any] = {}  # which files, for the record
+        self.loras: list[LoraHandle] = []  # what apply_lora has put on it
         if autoencoder is not None:
             self.autoencoder = autoencoder
         if network is not None:
@@ -166,6 +171,18 @@ class DiffusionInference(ABC):
         """
         fill(self, locate(model))
         return self
+
+    def apply_lora(
+        self, weights: str | os.PathLike[str] | Lora, scale: Scale | Mapping[str, Scale] = 1.0, *,
+        allow_partial: bool = False, dora: str = "peft",
+    ) -> LoraHandle:  # fmt: skip
+        """Put a LoRA beside the network and the text encoders: a file of any format, a peft folder, a hub id, or a `Lora`.
+
+        Several add up. `scale` is a number, `[B]` for the rows of a batch, or numbers by patterns of native module names.
+        The handle weighs it anew and takes it away. Raises LoraError, having changed nothing, for a file of which anything
+        does not fit; `allow_partial` leaves that out, and the handle's ledger says what.
+        """
+        return apply(self, weights, scale, allow_partial=allow_partial, dora=dora)
 
     def choose_variant(self, config: Any, name: str) -> str:
         """The published variant: what was asked for, if the sizes allow it, else by sizes, then by the file's name."""
@@ -415,6 +432,7 @@ class DiffusionInference(ABC):
             "cfg_scale": cfg_scale, "cfg_rescale": cfg_rescale, "cfg_interval": list(cfg_interval),
             "skip_layers": guidance.skip_layers and asdict(guidance.skip_layers),
             "part": list(part), "strength": used_strength if starts_from_image else None, "dtype": str(dtype_of(self.network)).removeprefix("torch."),
+            "loras": [handle.record() for handle in self.loras] or None,
             "device": self.device.type, "version": eridiff.__version__, "torch": torch.__version__,
         }  # fmt: skip
         each = [{"prompt": p, "seed": s, **settings} for p, s in zip(prompts, seeds, strict=True)]

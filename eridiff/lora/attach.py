@@ -15,7 +15,7 @@ from eridiff.errors import LoraError
 from eridiff.lora.branches import Branch, branch_place, exact, has_slot, install_slots, wide
 from eridiff.lora.deltas import Item, check_dora_rule, widened
 from eridiff.lora.load import Lora
-from eridiff.lora.merge import changes, merged_tensor
+from eridiff.lora.merge import by_tensor, merged_tensor
 from eridiff.lora.names import Target, network_of
 
 log = logging.getLogger(__name__)
@@ -162,11 +162,10 @@ class LoraSet(nn.Module):
 
     @torch.no_grad()
     def _patch(self) -> None:
-        scales = {id(item): scale for item, scale in self.patches}
         new = {}
-        for name, items, bias in changes(Lora(tuple(item for item, _ in self.patches))):
+        for (name, bias), pairs in by_tensor(self.patches).items():
             base = self.network.get_parameter(name)
-            found = merged_tensor(wide(base.data), [(item, scales[id(item)]) for item in items], bias, self.dora)
+            found = merged_tensor(wide(base.data), pairs, bias, self.dora)
             new[name] = found.to(base.dtype)
         for branch in self.all_branches():  # the first layer of a control LoRA takes twice as many channels
             weight = branch_place(self.network, branch.target).weight.data

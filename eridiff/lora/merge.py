@@ -3,7 +3,7 @@
 Weights are never restored by subtraction, which in bfloat16 loses up to a quarter of them: the originals are kept.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -29,52 +29,57 @@ class Merged:
 
 
 def merge_lora(
-    state_dict: Mapping[str, Tensor], lora: Lora, scale: float = 1.0, *, dtype: torch.dtype = torch.float32,
-    dora: str = "peft",
+    state_dict: Mapping[str, Tensor], lora: Lora | Sequence[tuple[Lora, float]], scale: float = 1.0, *,
+    dtype: torch.dtype = torch.float32, dora: str = "peft",
 ) -> Merged:  # fmt: skip
-    """A state dict of native names, whole or a part, with a LoRA in it; the given tensors are not changed.
+    """A state dict of native names, whole or a part, with a LoRA in it, or several with their scales; nothing given changes.
 
     Computed in `dtype`, float32 or float64, and rounded once to each weight's own dtype. Several changes of one weight are
-    all computed on the unmerged one. `dora` is the rule for a scale that is not 1: `Item.change`. Raises LoraError when the
+    all computed on the unmerged one. `dora` is the rule for a scale that is not 1: `Item.change`. Raises LoraError when a
     LoRA changes nothing of the state dict, or has parts for several networks of these names.
     """
     check_dora_rule(dora)
     if dtype not in (torch.float32, torch.float64):
         raise LoraError(f"a merge is computed in float32 or float64, not in {dtype}")
-    names = {
-        i.target.network for i in lora.items if i.target.name in state_dict or f"{i.target.module}.bias" in state_dict
-    }
-    if len(names) > 1:
-        raise LoraError(f"the LoRA has parts for {' and '.join(sorted(names))}; choose one by lora.of(network)")
-    if not names:
-        raise LoraError("the LoRA changes nothing of this state dict, whose names must be native ones")
-    state, changed, lost = dict(state_dict), 0, 0
-    found = {}
-    for name, items, bias in changes(lora.of(*names)):
+    items: list[tuple[Item, float]] = []
+    for part, weight in [(lora, 1.0)] if isinstance(lora, Lora) else lora:
+        own = [item for item in part.items if any(name in state_dict for name, _ in changed_by(item))]
+        networks = sorted({item.target.network for item in own})
+        if len(networks) > 1:
+            raise LoraError(f"the LoRA has parts for {' and '.join(networks)}; choose one by lora.of(network)")
+        if not own:
+            raise LoraError("the LoRA changes nothing of this state dict, whose names must be native ones")
+        items += [(item, scale * weight) for item in own]
+    found: dict[str, Tensor] = {}
+    changed = lost = 0
+    for (name, bias), pairs in by_tensor(items).items():
         if name not in state_dict:
             continue
         old = state_dict[name]
-        wide = old if bias else widened(old, items[0])
-        base = wide.to(dtype)
-        new = merged_tensor(base, [(item, scale) for item in items], bias, dora)
+        base = old.to(dtype)
+        for item, _ in pairs:
+            base = base if bias else widened(base, item)
+        new = merged_tensor(base, pairs, bias, dora)
         found[name] = new.to(old.dtype)
         differ = new != base
         changed += int(differ.sum())
         lost += int((differ & (found[name].to(dtype) == base)).sum())
-    return Merged(state | found, tuple(found), changed, lost)
+    return Merged(dict(state_dict) | found, tuple(found), changed, lost)
 
 
-def changes(lora: Lora) -> Iterator[tuple[str, list[Item], bool]]:
-    """(native tensor, the items that change it, whether it is a bias) of a LoRA of one network."""
-    weights: dict[str, list[Item]] = {}
-    biases: dict[str, list[Item]] = {}
-    for item in lora.items:
-        if item.changes_weight:
-            weights.setdefault(item.target.name, []).append(item)
-        if item.changes_bias:
-            biases.setdefault(f"{item.target.module}.bias", []).append(item)
-    yield from ((name, items, False) for name, items in weights.items())
-    yield from ((name, items, True) for name, items in biases.items())
+def changed_by(item: Item) -> list[tuple[str, bool]]:
+    """(native tensor, whether it is a bias) of what an item changes."""
+    weight, bias = (item.target.name, False), (f"{item.target.module}.bias", True)
+    return [weight] * item.changes_weight + [bias] * item.changes_bias
+
+
+def by_tensor(items: Sequence[tuple[Item, float]]) -> dict[tuple[str, bool], list[tuple[Item, float]]]:
+    """The items that change each tensor, with their scales."""
+    result: dict[tuple[str, bool], list[tuple[Item, float]]] = {}
+    for item, scale in items:
+        for place in changed_by(item):
+            result.setdefault(place, []).append((item, scale))
+    return result
 
 
 def merged_tensor(base: Tensor, items: Sequence[tuple[Item, float]], bias: bool, dora: str) -> Tensor:

@@ -142,6 +142,23 @@ def empty_encoder(component: Component) -> Any:
         ) from None
 
 
+def published_encoder(network: str) -> Any:
+    """The published clip, clip_g or t5 of all families, on the meta device: its names and sizes."""
+    from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
+
+    with torch.device("meta"):
+        if network == "t5":
+            sizes = {"vocab_size": 32128, "d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_heads": 64}
+            return T5EncoderModel(T5Config(**sizes, feed_forward_proj="gated-gelu"))
+        width, layers, heads = {"clip": (768, 12, 12), "clip_g": (1280, 32, 20)}[network]
+        return CLIPTextModelWithProjection(
+            CLIPTextConfig(
+                vocab_size=49408, hidden_size=width, intermediate_size=4 * width, projection_dim=width,
+                num_hidden_layers=layers, num_attention_heads=heads,
+            )
+        )  # fmt: skip
+
+
 def _check_size(name: str, tokenizer: Any, rows: int) -> None:
     if len(tokenizer) > rows:
         raise CheckpointError(

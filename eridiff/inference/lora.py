@@ -1,0 +1,104 @@
+"""LoRAs on everything that an inference draws with: the network and its text encoders, by one mechanism."""
+
+import os
+from collections.abc import Mapping
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from eridiff.errors import LoraError
+from eridiff.lora.attach import LoraSet, Scale, attach_lora
+from eridiff.lora.ledger import Row
+from eridiff.lora.load import Lora, load_lora
+from eridiff.weights.locate import TEXT_ENCODERS
+
+if TYPE_CHECKING:
+    from eridiff.inference.base import DiffusionInference
+
+
+class LoraHandle:
+    """A LoRA on an inference: weigh it anew, take it away; as a context it is taken away at the end."""
+
+    def __init__(self, drawer: "DiffusionInference", lora: Lora, sets: tuple[LoraSet, ...]) -> None:
+        self._drawer, self.path, self.sets = drawer, lora.path, sets
+        self.ledger: tuple[Row, ...] = lora.ledger
+        self.scale: Scale | Mapping[str, Scale] = 1.0
+        self._variant = drawer.variant, drawer.sampling
+
+    def set_scale(self, scale: Scale | Mapping[str, Scale]) -> "LoraHandle":
+        """The weight of all that the LoRA changes, text encoders too: as `LoraSet.set_scale`."""
+        if not isinstance(scale, Mapping):
+            for lora in self.sets:
+                lora.set_scale(scale)
+        else:
+            rest = dict(scale)
+            for lora in self.sets:
+                names = [str(target) for target in lora.targets()]
+                own = {pattern: v for pattern, v in scale.items() if any(fnmatchcase(name, pattern) for name in names)}
+                if own:
+                    lora.set_scale(own)
+                rest = {pattern: value for pattern, value in rest.items() if pattern not in own}
+            if rest:
+                raise LoraError(f"no module of the LoRA matches '{next(iter(rest))}'")
+        self.scale = scale
+        return self
+
+    def detach(self) -> None:
+        """Take the LoRA away; the model draws, bit for bit, as before it."""
+        for lora in self.sets:
+            lora.detach()
+        if self in self._drawer.loras:
+            self._drawer.loras.remove(self)
+            self._drawer.variant, self._drawer.sampling = self._variant
+
+    def record(self) -> dict[str, Any]:
+        """For a picture's settings."""
+        scale = self.scale
+        told = {p: _plain(s) for p, s in scale.items()} if isinstance(scale, Mapping) else _plain(scale)
+        return {"file": str(self.path) if self.path else None, "scale": told}
+
+    def __enter__(self) -> "LoraHandle":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.detach()
+
+
+def apply(
+    drawer: "DiffusionInference", weights: str | os.PathLike[str] | Lora, scale: Scale | Mapping[str, Scale], *,
+    allow_partial: bool = False, dora: str = "peft",
+) -> LoraHandle:  # fmt: skip
+    """Attach a LoRA to an inference's network and text encoders: `DiffusionInference.apply_lora`."""
+    modules = modules_of(drawer)
+    lora = weights if isinstance(weights, Lora) else load_lora(weights, modules, allow_partial=allow_partial)
+    lacking = [name for name in lora.networks if name not in modules]
+    if lacking:
+        raise LoraError(f"the LoRA changes {lacking[0]}, which is not loaded; choose the rest by lora.of(...)")
+    sets: list[LoraSet] = []
+    config = drawer.network.config
+    try:
+        for network in lora.networks:
+            sets.append(attach_lora(modules[network], lora.of(network), dora=dora))
+        handle = LoraHandle(drawer, lora, tuple(sets)).set_scale(scale)
+    except LoraError:
+        for attached in sets:
+            attached.detach()
+        raise
+    if drawer.network.config != config:  # a control LoRA: the network takes a picture more
+        asked, drawer.asked_variant = drawer.asked_variant, None
+        drawer.set_network(drawer.network, Path(lora.path or "").stem)
+        drawer.asked_variant = asked
+    drawer.loras.append(handle)
+    return handle
+
+
+def modules_of(drawer: "DiffusionInference") -> dict[str, nn.Module]:
+    """The network and the text encoders that are loaded, by kind."""
+    encoders = {name: getattr(drawer, name, None) for name in TEXT_ENCODERS}
+    return {drawer.family: drawer.network} | {name: e.module for name, e in encoders.items() if e is not None}
+
+
+def _plain(scale: Scale) -> Any:
+    return scale.tolist() if isinstance(scale, Tensor) else scale
