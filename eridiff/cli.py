@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from eridiff import __version__
+from eridiff import __version__, cli_lora
 from eridiff.config import MODEL_OPTIONS, RunConfig, SampleSettings, load_config, settle_guidance, size_of
 from eridiff.errors import ConfigError, EridiffError
 from eridiff.images import contact_sheet, first_text, read_image, save_png
@@ -21,6 +21,7 @@ from eridiff.inference.sd35 import OPTIONS as TEXT_OPTIONS
 from eridiff.inference.sdxl import PREDICTIONS
 from eridiff.inference.settings import check_settings, check_size
 from eridiff.inspect import inspect, summary
+from eridiff.lora.ledger import counted
 from eridiff.schedulers.guidance import SkipLayers
 from eridiff.schedulers.samplers import SAMPLERS
 from eridiff.weights.locate import PART_NAMES
@@ -97,6 +98,15 @@ def _parser() -> argparse.ArgumentParser:
         "--dtype", choices=DTYPES, help="of the computation; the file's on a GPU, float32 on a CPU with room"
     )
     model.add_argument("--refiner", metavar="PATH|ID", help="an SDXL refiner, which finishes the base's pictures")
+    model.add_argument(
+        "--lora",
+        action="append",
+        metavar="FILE[:SCALE]",
+        help="a LoRA of any format, or a peft folder; may be given several times",
+    )
+    model.add_argument(
+        "--lora-partial", action="store_true", default=None, help="leave out what of a LoRA does not fit"
+    )
     model.add_argument("--vae-rows", type=int, metavar="N", help="decode in strips of N rows: exact, in less memory")
     model.add_argument("--offload", choices=["stages"], help="only the component at work is on the device")
     picture = sample.add_argument_group("picture")
@@ -149,6 +159,7 @@ def _parser() -> argparse.ArgumentParser:
     look.add_argument("path", metavar="FILE|FOLDER")
     look.add_argument("--json", action="store_true", help="everything, for programs")
     look.add_argument("--values", action="store_true", help="read every weight and name those that are not finite")
+    cli_lora.add_parser(commands)
     return parser
 
 
@@ -175,6 +186,10 @@ def _sample(options: argparse.Namespace) -> int:
     }  # fmt: skip
     told = {name: getattr(settings, name) for name in TOLD if getattr(settings, name) is not None}
     model = load(config.model, **common, **config.options, **told)
+    for file, scale in settings.lora if settings.use_lora else ():
+        weight = settings.lora_scale if scale is None else scale
+        handle = model.apply_lora(file, weight, allow_partial=settings.lora_partial)
+        say(f"eridiff: {file} at {weight:g}: {counted(handle.ledger)}")
     extra: dict[str, Any] = {}
     if config.refiner:
         if not isinstance(model, SDXLInference):
@@ -245,6 +260,8 @@ def _merged(config: RunConfig, options: argparse.Namespace) -> RunConfig:
     given = {
         field: getattr(options, option) for option, field in SETTINGS.items() if getattr(options, option) is not None
     }
+    if "lora" in given:
+        given["lora"] = tuple(cli_lora.scaled(text) for text in given["lora"])
     if "prompts" in given:
         given["prompts"] = tuple(given["prompts"])
     if options.size is not None:

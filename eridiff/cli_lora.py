@@ -75,13 +75,13 @@ def add_parser(commands: Any) -> None:
     output(resize, "kohya")
 
 
-def scaled(text: str) -> tuple[str, float]:
-    """FILE[:SCALE] -> both; 1 when no scale is given."""
+def scaled(text: str) -> tuple[str, float | None]:
+    """FILE[:SCALE] -> both; None when no scale is given."""
     file, colon, scale = text.rpartition(":")
     try:
-        return (file, float(scale)) if colon and file else (text, 1.0)
+        return (file, float(scale)) if colon and file else (text, None)
     except ValueError:
-        return text, 1.0  # a colon in the name
+        return text, None  # a colon in the name
 
 
 def _check(options: argparse.Namespace) -> int:
@@ -121,7 +121,9 @@ def _merge(options: argparse.Namespace) -> int:
     loras = []
     for text in options.lora:
         file, scale = scaled(text)
-        loras.append((load_lora(file, networks, allow_partial=options.partial).of(network), scale))
+        loras.append(
+            (load_lora(file, networks, allow_partial=options.partial).of(network), 1.0 if scale is None else scale)
+        )
     merged = merge_lora(state, loras)
     print(merged)
     module.load_state_dict(merged.state, assign=True)

@@ -125,6 +125,10 @@ class SampleSettings:
     strength: float | None = None
     mask: str | None = None
     control: str | None = None
+    lora: tuple[tuple[str, float | None], ...] = ()  # files, each with its scale; None is lora_scale
+    use_lora: bool = True  # false draws without them
+    lora_scale: float = 1.0
+    lora_partial: bool = False  # what does not fit is left out, not an error
     out: str = "samples"
 
 
@@ -142,13 +146,13 @@ class RunConfig:
     notices: tuple[str, ...] = ()
 
 
-SYNONYMS = {"neg": "negative_prompt", "negative": "negative_prompt", "steps": "sample_steps"}
+SYNONYMS = {
+    "neg": "negative_prompt", "negative": "negative_prompt", "steps": "sample_steps", "network_multiplier": "lora_scale",
+    "loras": "lora",
+}  # fmt: skip
 NO_EFFECT = {  # known words of training configurations
     "sample_every": "it is for training",
     "sample_start_step": "it is for training",
-    "use_lora": "no LoRA file is given",
-    "lora_scale": "no LoRA file is given",
-    "network_multiplier": "no LoRA file is given",
     "format": "pictures are PNG",
 }
 SAMPLER_SYNONYMS = {"flowmatch": "euler"}  # of ai-toolkit
@@ -194,6 +198,8 @@ def parse_config(document: Any) -> RunConfig:
         for key in section
         if key in NO_EFFECT and section[key] is not False
     )
+    if section.get("use_lora") is True and not section.get("lora", section.get("loras")):
+        notices += ("use_lora has no effect here: no file is named by lora",)
     values: dict[str, Any] = {}
     for key, value in section.items():
         name = str(SYNONYMS.get(key, key))
@@ -288,10 +294,23 @@ def _prompts(value: Any) -> tuple[str | dict[str, str], ...]:
     return tuple(entry.strip() if isinstance(entry, str) else entry for entry in entries)
 
 
+def _loras(value: Any) -> tuple[tuple[str, float | None], ...]:
+    found: list[tuple[str, float | None]] = []
+    for entry in value if isinstance(value, list) else [value]:
+        if isinstance(entry, dict):
+            _known(entry, ("file", "scale"), "lora")
+            scale = entry.get("scale")
+            file = _scalar("sample: lora: file", entry.get("file"), str)
+            found.append((file, None if scale is None else _scalar("sample: lora: scale", scale, float)))
+        else:
+            found.append((_scalar("sample: lora", entry, str), None))
+    return tuple(found)
+
+
 _SPECIAL: dict[str, Callable[[Any], Any]] = {
     "prompts": _prompts, "cfg_interval": partial(_numbers, "cfg_interval"), "schedule": _schedule, "sampler": _sampler,
     "skip_layers": _skip_layers, "original_size": partial(size_of, "sample: original_size"),
-    "target_size": partial(size_of, "sample: target_size"), "crop": _crop,
+    "target_size": partial(size_of, "sample: target_size"), "crop": _crop, "lora": _loras,
 }  # fmt: skip
 
 

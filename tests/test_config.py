@@ -33,7 +33,7 @@ def test_the_plans_section_is_accepted_as_it_stands() -> None:
         7.5,
         42,
     )
-    assert [notice.split()[0] for notice in config.notices] == ["sample_every", "use_lora", "lora_scale"]
+    assert [notice.split()[0] for notice in config.notices] == ["sample_every", "use_lora"]
     assert all("has no effect here" in notice for notice in config.notices)
 
 

@@ -116,9 +116,8 @@ def _split(name: str) -> tuple[str, str]:
 
 def names_of(network: str, module: nn.Module | Mapping[str, Tensor]) -> Names:
     """The names of a module, or of a text encoder's native state dict."""
-    state = module.state_dict() if isinstance(module, nn.Module) else module
-    shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
-    shapes.pop("positions.table", None)  # of MMDiT: computed, no parameter
+    tensors = dict(module.named_parameters()) if isinstance(module, nn.Module) else module  # a shared one once
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     return Names(network, shapes, getattr(module, "config", None))
 
 
