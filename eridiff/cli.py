@@ -37,7 +37,7 @@ SETTINGS = {  # option -> field of SampleSettings
     "control": "control", "out": "out", "sampler": "sampler", "schedule": "schedule", "shift": "shift",
     "cfg_rescale": "cfg_rescale", "skip_layers": "skip_layers", "hand_over": "hand_over",
     "original_size": "original_size", "crop": "crop", "target_size": "target_size", "aesthetic_score": "aesthetic_score",
-    "negative_aesthetic_score": "negative_aesthetic_score",
+    "negative_aesthetic_score": "negative_aesthetic_score", "lora": "lora", "lora_partial": "lora_partial",
 }  # fmt: skip
 TOLD = ("original_size", "crop", "target_size", "aesthetic_score", "negative_aesthetic_score")  # to an SDXL
 

@@ -1,4 +1,4 @@
-"""The plan's verification tests for Flux, by its names. (Its LoRA test comes with LoRA.)"""
+"""The plan's verification tests for Flux, by its names. (Those of LoRA: test_plan_lora.py.)"""
 
 import math
 from pathlib import Path

@@ -43,7 +43,7 @@ def merge_lora(
         raise LoraError(f"a merge is computed in float32 or float64, not in {dtype}")
     items: list[tuple[Item, float]] = []
     for part, weight in [(lora, 1.0)] if isinstance(lora, Lora) else lora:
-        own = [item for item in part.items if any(name in state_dict for name, _ in changed_by(item))]
+        own = [item for item in part.items if any(name in state_dict for name, _ in tensors_of(item))]
         networks = sorted({item.target.network for item in own})
         if len(networks) > 1:
             raise LoraError(f"the LoRA has parts for {' and '.join(networks)}; choose one by lora.of(network)")
@@ -67,7 +67,7 @@ def merge_lora(
     return Merged(dict(state_dict) | found, tuple(found), changed, lost)
 
 
-def changed_by(item: Item) -> list[tuple[str, bool]]:
+def tensors_of(item: Item) -> list[tuple[str, bool]]:
     """(native tensor, whether it is a bias) of what an item changes."""
     weight, bias = (item.target.name, False), (f"{item.target.module}.bias", True)
     return [weight] * item.changes_weight + [bias] * item.changes_bias
@@ -77,7 +77,7 @@ def by_tensor(items: Sequence[tuple[Item, float]]) -> dict[tuple[str, bool], lis
     """The items that change each tensor, with their scales."""
     result: dict[tuple[str, bool], list[tuple[Item, float]]] = {}
     for item, scale in items:
-        for place in changed_by(item):
+        for place in tensors_of(item):
             result.setdefault(place, []).append((item, scale))
     return result
 

@@ -1,0 +1,173 @@
+"""The plan's two LoRA tests, by their names, for all three families: the network and the text encoders, from files."""
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from eridiff.cli import main
+from eridiff.errors import LoraError
+from eridiff.inference import DiffusionInference
+from eridiff.inference.lora import modules_of
+from eridiff.lora import inject_lora, load_lora, merge_into, save_lora
+from eridiff.lora.load import Lora
+from eridiff.trace.record import relative_l2
+from eridiff.weights.header import open_checkpoint
+from eridiff.weights.load import load_network
+from tests import tiny
+
+WRITERS: dict[str, Callable[[Path], Path]] = {
+    "flux": tiny.write_model, "sd3": tiny.write_sd3_model, "sdxl": tiny.write_sdxl_model,
+}  # fmt: skip
+FORMATS = ("kohya", "diffusers", "native")
+
+
+@pytest.fixture(scope="module", params=list(WRITERS))
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A whole small model, and in `lora/` a LoRA on its network and all its text encoders in every format."""
+    folder = WRITERS[request.param](tmp_path_factory.mktemp(request.param) / "model")
+    model = tiny.load(DiffusionInference, folder)
+    modules = modules_of(model)
+    items = []
+    for kind, module in modules.items():
+        made = inject_lora(module, 3, 1.5, "all-linear").detach()
+        with torch.no_grad():
+            for branch in made.all_branches():
+                nn.init.normal_(branch.up, std=0.3, generator=torch.Generator().manual_seed(len(items)))
+
+        items += [replace(item, target=replace(item.target, network=kind)) for item in made.lora().items]
+    (folder.parent / "lora").mkdir()
+    for format in FORMATS:
+        save_lora(Lora(tuple(items)), folder.parent / "lora" / f"{format}.safetensors", modules, format=format)
+    return folder
+
+
+@pytest.fixture
+def model(folder: Path) -> Any:
+    return tiny.load(DiffusionInference, folder)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_lora_application(model: Any, folder: Path, format: str) -> None:
+    """Every module of the file changes, in the network and the text encoders; drawing equals drawing with merged weights."""
+    file = folder.parent / "lora" / f"{format}.safetensors"
+    before = {kind: {n: t.clone() for n, t in m.state_dict().items()} for kind, m in modules_of(model).items()}
+    handle = model.apply_lora(file, 0.7)
+    assert {row.status for row in handle.ledger} <= {"applied", "applied to a slice"}
+    assert all(row.change and row.change > 0 for row in handle.ledger)
+    attached = tiny.draw(model, "a swan")
+    for kind, module in modules_of(model).items():
+        assert all(torch.equal(t, before[kind][name]) for name, t in module.state_dict().items())
+    handle.detach()
+    lora = load_lora(file, modules_of(model))
+    assert set(lora.networks) == set(before)
+    merged = [merge_into(module, lora.of(kind), 0.7) for kind, module in modules_of(model).items()]
+    assert relative_l2(attached.latents, tiny.draw(model, "a swan").latents) < 1e-4
+    for change in merged:
+        change.restore()
+
+
+def test_lora_weights_properly_affect_output(model: Any, folder: Path) -> None:
+    """The picture changes, more with a larger scale; at scale 0 and after detaching it is, bit for bit, what it was."""
+    plain = tiny.draw(model, "a swan")
+    handle = model.apply_lora(folder.parent / "lora" / "kohya.safetensors")
+    distances = []
+    for scale in (0.0, 0.1, 0.5, 1.0):
+        handle.set_scale(scale)
+        drawn = tiny.draw(model, "a swan")
+        distances.append(relative_l2(drawn.latents, plain.latents))
+        assert drawn.settings[0]["loras"] == [{"file": str(handle.path), "scale": scale}]
+    assert distances[0] == 0 and 1e-3 < distances[1] < distances[2] < distances[3]
+    text = tiny.draw(model, "a swan").conditioning.positive.text
+    assert relative_l2(text, plain.conditioning.positive.text) > 1e-3
+    handle.detach()
+    again = tiny.draw(model, "a swan")
+    assert torch.equal(again.latents, plain.latents) and again.settings[0]["loras"] is None
+    assert again.images[0].tobytes() == plain.images[0].tobytes()
+
+
+def test_a_batch_holds_base_and_lora_side_by_side(model: Any, folder: Path) -> None:
+    lora = load_lora(folder.parent / "lora" / "kohya.safetensors", modules_of(model)).of(model.family)
+    given = {"seed": [1, 1], "cfg_scale": 1.0}
+    plain = tiny.draw(model, ["a swan"] * 2, **given).latents
+    with model.apply_lora(lora) as handle:
+        whole = tiny.draw(model, ["a swan"] * 2, **given).latents
+        handle.set_scale(torch.tensor([0.0, 1.0]))
+        rows = tiny.draw(model, ["a swan"] * 2, **given).latents
+    assert relative_l2(rows[0], plain[0]) < 1e-5 and relative_l2(rows[1], whole[1]) < 1e-5
+    assert relative_l2(rows[0], rows[1]) > 1e-2
+
+
+def test_nothing_is_left_of_a_lora_that_does_not_fit(model: Any, folder: Path, tmp_path: Path) -> None:
+    plain = tiny.draw(model, "a swan")
+    with pytest.raises(LoraError, match=r"no module of the LoRA matches 'nowhere\.\*'"):
+        model.apply_lora(folder.parent / "lora" / "kohya.safetensors", {"nowhere.*": 1.0})
+    other = next(path for path in (tiny.flux(), tiny.mmdit(), tiny.unet()) if not isinstance(path, type(model.network)))
+    save_lora(inject_lora(other, 2), tmp_path / "other.safetensors", format="kohya")
+    with pytest.raises(LoraError, match="nothing in it fits"):
+        model.apply_lora(tmp_path / "other.safetensors")
+    assert model.loras == [] and torch.equal(tiny.draw(model, "a swan").latents, plain.latents)
+
+
+def test_files_and_scales_come_from_yaml_and_the_command_line(folder: Path, tmp_path: Path, capsys: Any) -> None:
+    lora, out = folder.parent / "lora", tmp_path / "swan.png"
+
+    def drawn(*arguments: str) -> tuple[bytes, Any]:
+        assert main(["sample", *arguments, "--model", str(folder), "--prompt", "a swan", "--out", str(out)]) == 0
+        image = Image.open(out)
+        return image.tobytes(), json.loads(image.text["eridiff"])["loras"]  # type: ignore[attr-defined]
+
+    plain, none = drawn()
+    line, told = drawn("--lora", f"{lora}/kohya.safetensors:0.5", "--lora", f"{lora}/diffusers.safetensors")
+    assert none is None and plain != line and [entry["scale"] for entry in told] == [0.5, 1.0]
+    assert "modules: " in capsys.readouterr().out
+    config = tmp_path / "run.yaml"
+    text = f"sample:\n  lora: [{lora}/kohya.safetensors, {{file: {lora}/diffusers.safetensors, scale: 1}}]\n  lora_scale: 0.5\n"
+    config.write_text(text)
+    assert drawn(str(config)) == (line, told)
+    config.write_text(text + "  use_lora: false\n")
+    assert drawn(str(config)) == (plain, None)
+    assert main(["sample", "--lora", f"{lora}/nix.safetensors", "--model", str(folder), "--prompt", "a swan"]) == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith("eridiff: ")
+
+
+def test_the_command_line_checks_converts_merges_extracts_and_resizes(
+    folder: Path, tmp_path: Path, capsys: Any
+) -> None:
+    def run(*arguments: object) -> str:
+        assert main(["lora", *map(str, arguments)]) == 0
+        return capsys.readouterr().out
+
+    lora = folder.parent / "lora"
+    model = ("--model", folder)
+    modules = modules_of(tiny.load(DiffusionInference, folder))
+    ledger = run("check", lora / "kohya.safetensors", *model).splitlines()
+    count = len(load_lora(lora / "kohya.safetensors", modules).items)
+    assert len(ledger) == count + 2 and "|dW|/|W|" in ledger[0] and ledger[-1] == f"{count} modules: {count} applied"
+    run("convert", lora / "kohya.safetensors", *model, "--format", "diffusers", "--out", tmp_path / "d.safetensors")
+    run("convert", tmp_path / "d.safetensors", *model, "--format", "kohya", "--out", tmp_path / "k.safetensors")
+    there, back = (open_checkpoint(file) for file in (lora / "kohya.safetensors", tmp_path / "k.safetensors"))
+    assert there.metadata == back.metadata and there.tensors.keys() == back.tensors.keys()
+    assert all(torch.equal(there.read(name), back.read(name)) for name in there.tensors)
+
+    own = next(iter(modules))
+    only = tmp_path / "network.safetensors"
+    save_lora(load_lora(lora / "kohya.safetensors", modules).of(own), only, modules, format="kohya")
+    assert "tensors changed" in run("merge", f"{only}:0.5", *model, "--out", tmp_path / "merged.safetensors")
+    merged, base = load_network(tmp_path / "merged.safetensors", progress=False), modules[own]
+    with merge_into(base, load_lora(only, base), 0.5):
+        assert all(torch.equal(t, base.state_dict()[name]) for name, t in merged.state_dict().items())
+    difference = tmp_path / "difference.safetensors"
+    said = run("extract", tmp_path / "merged.safetensors", folder, "--rank", 3, "--out", difference)
+    assert "100.00% of the energy kept" in said
+    with merge_into(base, load_lora(difference, base)):
+        assert all(relative_l2(base.state_dict()[name], t) < 1e-5 for name, t in merged.state_dict().items())
+    small = run("resize", lora / "kohya.safetensors", *model, "--rank", 1, "--out", tmp_path / "small.safetensors")
+    assert {item.rank for item in load_lora(tmp_path / "small.safetensors", modules).items} == {1}
+    assert 0.4 < float(small.splitlines()[-2].split("%")[0].split()[-1]) / 100 < 0.95
