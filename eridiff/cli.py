@@ -208,11 +208,14 @@ def _fitted(entry: SampleSettings, model: DiffusionInference) -> tuple[SampleSet
     """The settings of one picture in what the model has, and notices of what that changed."""
     embedding = model.guidance(None) is not None
     entry, notices = settle_guidance(entry, embedding, by_cfg=model.family != "flux")
-    for name in ("width", "height") if entry.round_sizes else ():
+    for name in ("width", "height") if entry.lenient else ():
         side = getattr(entry, name)
         if side is not None and (rounded := max(64, side // model.multiple * model.multiple)) != side:
             notices.append(f"the {name} {side} becomes {rounded}, a multiple of {model.multiple}")
             entry = replace(entry, **{name: rounded})
+    if entry.lenient and entry.schedule == "karras" and model.family != "unet":
+        notices.append(f"Karras' noise levels have no effect: {model.variant} has its own")
+        entry = replace(entry, schedule=None)
     return entry, notices
 
 
@@ -273,7 +276,7 @@ def _merged(config: RunConfig, options: argparse.Namespace) -> RunConfig:
         if options.prompt:
             raise ConfigError("--prompt and --prompts-file both say what to draw; keep one")
         read = load_config(options.prompts_file)
-        sample = replace(config.sample, prompts=read.sample.prompts, own=read.sample.own, round_sizes=True)
+        sample = replace(config.sample, prompts=read.sample.prompts, own=read.sample.own, lenient=True)
         config = replace(config, sample=sample, notices=(*config.notices, *read.notices))
     if "prompts" in given:
         given |= {"prompts": tuple(given["prompts"]), "own": ()}
@@ -309,7 +312,7 @@ def _check(settings: SampleSettings, config: RunConfig) -> None:
         raise ConfigError("no prompt is given: use --prompt, or prompts in the sample section")
     for entry in settings.each():
         for side, name in ((entry.width, "width"), (entry.height, "height")):
-            if side is not None and not entry.round_sizes:
+            if side is not None and not entry.lenient:
                 check_size(side if name == "width" else 16, side if name == "height" else 16)
         check_settings(
             steps=entry.sample_steps, guidance_scale=entry.guidance_scale, cfg_scale=entry.true_cfg_scale,

@@ -36,8 +36,8 @@ class SampleSettings:
     walk_seed: bool = False  # seed, seed + 1, ... over the prompts
     width: int | None = None
     height: int | None = None
-    round_sizes: bool = False  # sides go down to the model's multiple, at least 64, as trainers have it
-    lora_scale: float | None = None
+    lenient: bool = False  # as in trainers, sides go down to what the model can draw, and Karras' levels to SDXL alone
+    lora_scale: float = 1.0
     image: str | None = None
     strength: float | None = None
     mask: str | None = None

@@ -31,11 +31,11 @@ MODEL_KEYS = (
     "name_or_path", "vae_path", "refiner_name_or_path", "dtype", "low_vram", "use_flux_cfg", "is_v_pred", "arch", *FLAGGED,
 )  # fmt: skip
 TRAIN_KEYS = ("skip_first_sample", "disable_sampling")
-UNUSED_MODEL_KEYS = {
+UNUSED_KEYS = {
     **dict.fromkeys(["quantize", "quantize_te", "qtype", "qtype_te"], "weights are used as they are stored"),
     **dict.fromkeys(["lora_path", "assistant_lora_path", "inference_lora_path"], "no LoRA file is given"),
     **dict.fromkeys(
-        ["te_name_or_path", "unet_path", "name_or_path_original"], "parts are given as transformer, clip, t5"
+        ["te_name_or_path", "unet_path", "name_or_path_original"], "--transformer, --clip, --clip-g and --t5 give parts"
     ),
 }
 
@@ -64,7 +64,7 @@ def _parsed(text: str, ending: str) -> RunConfig:
     if ending in PROMPT_FILES or json and re.match(r"(\s|//[^\n]*\n)*\[", text):
         unused: dict[str, str] = {}
         entries = read_prompt_file(text, ".json" if json else ending, unused)
-        return parse_config({"sample": _drawn({"samples": entries, "round_sizes": True})}, unused)
+        return parse_config({"sample": _drawn({"samples": entries, "lenient": True})}, unused)
     if re.search(r"""^\s*["']?config["']?\s*:""", text, re.MULTILINE):
         text = _with_environment(text)
     document = read_json(text) if json else read_yaml(text)
@@ -164,7 +164,7 @@ def _sample(
             raise ConfigError(f"{name}: samples must be a list of mappings, each with a prompt")
     read = [_entry(entry, f"{name}: prompt {n}", process, family, unused) for n, entry in enumerate(entries, 1)]
     notices += _sticky(entries, given)
-    own = _drawn({**_multiplier(given, unused), **({"samples": read} if read else {}), "round_sizes": True})
+    own = _drawn({**_multiplier(given, unused), **({"samples": read} if read else {}), "lenient": True})
     return _truly_guided(own) if _flag(_mapping(process, "model"), "use_flux_cfg", "model") else own
 
 
@@ -242,10 +242,10 @@ def _unread(section: Mapping[str, Any], known: Sequence[str], where: str, prefix
     for key in section:
         if key in known:
             continue
-        near = None if key in UNUSED_MODEL_KEYS else get_close_matches(key, known, 1, 0.8)
+        near = None if key in UNUSED_KEYS else get_close_matches(key, known, 1, 0.8)
         if near:
             raise ConfigError(f"'{key}' is no key of {where}; did you mean '{near[0]}'?")
-        unread[prefix + key] = UNUSED_MODEL_KEYS.get(key, "it is for training")
+        unread[prefix + key] = UNUSED_KEYS.get(key, "it is for training")
     return unread
 
 
