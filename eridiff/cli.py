@@ -196,7 +196,7 @@ def _sample(options: argparse.Namespace) -> int:
         refiner = load(config.refiner, **common, **told)  # type: ignore[assignment]
     if any("aesthetic" in name for name in told) and not config.refiner and model.variant != "refiner":
         say(f"eridiff: an aesthetic score has no effect: {model.variant} is not told one, the refiner is")
-    pictures = [_fitted(entry, model) for entry in settings.each()]
+    pictures = [_fitted(entry, model, (refiner or model).multiple) for entry in settings.each()]
     for notice in dict.fromkeys(notice for _, notices in pictures for notice in notices):
         say(f"eridiff: {notice}")
     for path in _draw(model, [entry for entry, _ in pictures], refiner):
@@ -204,16 +204,18 @@ def _sample(options: argparse.Namespace) -> int:
     return 0
 
 
-def _fitted(entry: SampleSettings, model: DiffusionInference) -> tuple[SampleSettings, list[str]]:
+def _fitted(entry: SampleSettings, model: DiffusionInference, multiple: int) -> tuple[SampleSettings, list[str]]:
     """The settings of one picture in what the model has, and notices of what that changed."""
     embedding = model.guidance(None) is not None
     entry, notices = settle_guidance(entry, embedding, by_cfg=model.family != "flux")
-    for name in ("width", "height") if entry.lenient else ():
+    if not entry.lenient:
+        return entry, notices
+    for name in ("width", "height"):
         side = getattr(entry, name)
-        if side is not None and (rounded := max(64, side // model.multiple * model.multiple)) != side:
-            notices.append(f"the {name} {side} becomes {rounded}, a multiple of {model.multiple}")
-            entry = replace(entry, **{name: rounded})
-    if entry.lenient and entry.schedule == "karras" and model.family != "unet":
+        if side is not None and (fitting := max(64, side // multiple * multiple)) != side:
+            notices.append(f"the {name} {side} becomes {fitting}, a multiple of {multiple}")
+            entry = replace(entry, **{name: fitting})
+    if entry.schedule == "karras" and model.family != "unet":
         notices.append(f"Karras' noise levels have no effect: {model.variant} has its own")
         entry = replace(entry, schedule=None)
     return entry, notices
@@ -298,7 +300,8 @@ def _merged(config: RunConfig, options: argparse.Namespace) -> RunConfig:
     chosen = {name: getattr(options, name) for name in MODEL_OPTIONS if getattr(options, name) is not None}
     own = [{k: v for k, v in entry.items() if k not in _replaced(given)} for entry in config.sample.own]
     sample = replace(config.sample, **({"own": tuple(own)} | given))
-    return replace(config, model=model, sample=sample, options=config.options | chosen, **rest)
+    family = None if options.model or options.transformer else config.family
+    return replace(config, model=model, family=family, sample=sample, options=config.options | chosen, **rest)
 
 
 def _replaced(given: Mapping[str, Any]) -> set[str]:

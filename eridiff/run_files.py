@@ -61,7 +61,7 @@ def load_config(path: str | Path) -> RunConfig:
 
 def _parsed(text: str, ending: str) -> RunConfig:
     json = ending in (".json", ".jsonc")
-    if ending in PROMPT_FILES or json and re.match(r"(\s|//[^\n]*\n)*\[", text):
+    if ending in PROMPT_FILES or json and re.match(r"(\s|//[^\n]*|/\*.*?\*/)*\[", text, re.DOTALL):
         unused: dict[str, str] = {}
         entries = read_prompt_file(text, ".json" if json else ending, unused)
         return parse_config({"sample": _drawn({"samples": entries, "lenient": True})}, unused)

@@ -191,6 +191,11 @@ def test_a_key_of_kohyas_files_becomes_what_the_document_says(row: Row, tmp_path
     fulfils(loaded(tmp_path, usual + subset, "prompts.toml"), key, row[2])
 
 
+def test_the_documents_example_is_read(tmp_path: Path) -> None:
+    examples = re.findall(r"```yaml\n(.*?)```", DOCUMENT, re.DOTALL)
+    assert [len(loaded(tmp_path, text, "run.yaml").sample.each()) for text in examples] == [2]
+
+
 def test_every_key_that_the_parser_knows_stands_in_the_document_and_no_other() -> None:
     own = [field.name for field in fields(SampleSettings) if field.name != "own"]
     assert sorted(names(SECTION)) == sorted({*own, "samples", *SYNONYMS, *NO_EFFECT})

@@ -397,12 +397,27 @@ def test_options_win_over_every_prompts_own_settings(models: dict[str, Path], tm
         (9, 1, 1.0, 64, 3.5), (9, 1, 1.0, 64, 2.5)
     ]  # fmt: skip
 
+    section = "{lenient: true, width: 40, samples: [{prompt: a, cfg_scale: 7.5, height: 100}]}"
+    own = written(tmp_path, f"model: MODEL\nsample: {section}", models["flux"])
+    assert values(drawn(tmp_path / "own", own, "--cfg", 2), "cfg_scale", "width", "height") == [(2.0, 64, 96)]
+
+
+def test_a_runs_refiner_finishes_each_picture_where_it_says(models: dict[str, Path], tmp_path: Path) -> None:
+    refiner = tiny.write_sdxl_model(tmp_path / "refiner", tiny.SDXL_REFINER)
+    text = SDXL.replace("is_xl: true", f"is_xl: true\n        refiner_name_or_path: {refiner}")
+    text = text.replace("format: png", "refiner_start_at: 0.5").replace('[trigger]"', '[trigger] --ref 0.7"', 1)
+    pictures = drawn(tmp_path / "out", written(tmp_path, text, models["sdxl"]))
+    assert values(pictures, "hand_over", "width", "height") == [(0.7, 64, 64), (0.5, 64, 64)]
+
 
 def test_a_file_whose_family_is_not_the_models_is_refused(
     models: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["sample", str(written(tmp_path, SDXL, models["flux"])), "--out", str(tmp_path / "out")]) == 2
-    assert "the model holds Flux" in capsys.readouterr().err.replace("a Flux", "Flux")
+    error = capsys.readouterr().err
+    assert "the model holds" in error and "is expected" in error and error.count("\n") == 1
+    other = written(tmp_path, SDXL, Path("nowhere"))
+    assert len(drawn(tmp_path / "out", other, "--model", models["flux"])) == 2
 
 
 WHITE = "a white swan on mars"
@@ -581,6 +596,24 @@ def test_a_guidance_of_its_own_replaces_the_sections_under_every_name() -> None:
     section: dict[str, Any] = {"cfg_scale": 7.5, "samples": [{"prompt": "a"}, {"prompt": "b", "true_cfg_scale": 3.0}]}
     first, second = parse_config({"sample": section}).sample.each()
     assert (first.cfg_scale, second.cfg_scale, second.true_cfg_scale) == (7.5, None, 3.0)
+    section = {"true_cfg_scale": 3.0, "samples": [{"prompt": "a"}, {"prompt": "b", "cfg_scale": 7.5}]}
+    first, second = parse_config({"sample": section}).sample.each()
+    assert (first.true_cfg_scale, second.true_cfg_scale, second.cfg_scale) == (3.0, None, 7.5)
+
+
+def test_a_negative_prompt_of_false_is_none(tmp_path: Path) -> None:
+    assert read(tmp_path, toolkit("{prompts: [a], neg: false}")).sample.negative_prompt is None
+
+
+def test_the_first_process_with_pictures_draws(tmp_path: Path) -> None:
+    processes = [{"type": "extract"}, {"sample": {"prompts": ["a"]}}, {"sample": {"prompts": ["b"]}}]
+    config = read(tmp_path, json.dumps({"config": {"name": "x", "process": processes}}), "run.json")
+    assert config.sample.prompts == ("a",) and "process 1, process 3 (one process draws)" in config.notices[0]
+
+
+def test_a_list_in_json_is_a_prompt_file_behind_comments_too(tmp_path: Path) -> None:
+    text = '/* prompts [of a run] */ // and "more"\n["a // b", "c /* d */ --d 3"]'
+    assert read(tmp_path, text, "p.json").sample.prompts == ("a // b", "c /* d */")
 
 
 BAD = {
