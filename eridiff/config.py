@@ -192,7 +192,7 @@ def _values(section: Mapping[str, Any], where: str, unused: dict[str, str], noti
     values: dict[str, Any] = {}
     for key, value in section.items():
         name = SYNONYMS.get(key, key)
-        if key in NO_EFFECT and value not in (None, False):
+        if key in NO_EFFECT and value is not None and value is not False:
             unused[key] = NO_EFFECT[key]
         if name not in _TYPES or value is None:
             continue

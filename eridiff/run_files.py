@@ -20,7 +20,7 @@ from eridiff.yaml_reader import read_yaml
 
 PROMPT_FILES = (".txt", ".toml")  # and .json that holds a list
 ARCHITECTURES = {"flux": "flux", "sd3": "mmdit", "sdxl": "unet"}  # ai-toolkit's name -> family
-FLAGGED = {"is_flux": "flux", "is_v3": "sd3", "is_xl": "sdxl", "is_sdxl": "sdxl"}
+FLAGGED = {"is_flux": "flux", "is_v3": "mmdit", "is_xl": "unet", "is_sdxl": "unet"}  # a key that is true -> family
 DTYPES = {
     "bf16": "bfloat16", "bfloat16": "bfloat16", "fp16": "float16", "float16": "float16", "fp32": "float32",
     "float": "float32", "float32": "float32",
@@ -32,6 +32,8 @@ MODEL_KEYS = (
 )  # fmt: skip
 TRAIN_KEYS = ("skip_first_sample", "disable_sampling")
 UNUSED_KEYS = {
+    "device": "--device says where",
+    "network": "a LoRA's own file says it",
     **dict.fromkeys(["quantize", "quantize_te", "qtype", "qtype_te"], "weights are used as they are stored"),
     **dict.fromkeys(["lora_path", "assistant_lora_path", "inference_lora_path"], "no LoRA file is given"),
     **dict.fromkeys(
@@ -65,7 +67,7 @@ def _parsed(text: str, ending: str) -> RunConfig:
         unused: dict[str, str] = {}
         entries = read_prompt_file(text, ".json" if json else ending, unused)
         return parse_config({"sample": _drawn({"samples": entries, "lenient": True})}, unused)
-    if re.search(r"""^\s*["']?config["']?\s*:""", text, re.MULTILINE):
+    if re.search(r'^config\s*:|"config"\s*:', text, re.MULTILINE):
         text = _with_environment(text)
     document = read_json(text) if json else read_yaml(text)
     if isinstance(document, dict) and "config" in document:
@@ -118,10 +120,10 @@ def parse_trainer(document: Mapping[str, Any]) -> RunConfig:
 
 def _model(section: Mapping[str, Any], unused: dict[str, str]) -> tuple[dict[str, Any], str | None]:
     """The model in our words, and the family that the section names."""
-    named = {ARCHITECTURES[name] for key, name in FLAGGED.items() if _flag(section, key, "model")}
+    named = {family for key, family in FLAGGED.items() if _flag(section, key, "model")}
     other = next((key for key, on in section.items() if key.startswith("is_") and on and key not in MODEL_KEYS), None)
     arch = section.get("arch")
-    if other or arch is not None and arch not in ARCHITECTURES:
+    if other or arch is not None and arch not in list(ARCHITECTURES):
         what = other or f"arch: {arch}"
         raise ConfigError(f"model: {what} is none of the families that are drawn here: {', '.join(ARCHITECTURES)}")
     named |= {ARCHITECTURES[arch]} if arch is not None else set()
@@ -139,7 +141,7 @@ def _model(section: Mapping[str, Any], unused: dict[str, str]) -> tuple[dict[str
     if _flag(section, "is_v_pred", "model"):
         own["prediction"] = "v"
     dtype = section.get("dtype")
-    if dtype is not None and dtype not in DTYPES:
+    if dtype is not None and dtype not in list(DTYPES):
         raise ConfigError(f"model: dtype must be one of {', '.join(DTYPES)}, not {dtype!r}")
     own["dtype"] = DTYPES[dtype] if dtype is not None else None
     return own, next(iter(named), None)

@@ -14,7 +14,7 @@ from eridiff.cli import main
 from eridiff.config import RunConfig, TrainingSchedule, parse_config
 from eridiff.errors import ConfigError
 from eridiff.prompt_files import FLAGS, UNUSED_FLAGS, split_flags
-from eridiff.run_files import load_config
+from eridiff.run_files import MODEL_KEYS, load_config, parse_trainer
 from eridiff.yaml_reader import read_yaml
 from tests import tiny
 
@@ -309,7 +309,18 @@ def test_ai_toolkits_flux_run_draws(
     ]
     assert out.count("without effect here: ") == 1
     told = next(line for line in out.splitlines() if "without effect here" in line)
-    for key in ("job", "meta", "datasets", "save", "network", "train", "sample_every", "device", "model: quantize"):
+    for key in (
+        "job",
+        "meta",
+        "datasets",
+        "save",
+        "network",
+        "train",
+        "sample_every",
+        "sample_start_step",
+        "device",
+        "model: quantize",
+    ):
         assert f" {key}" in told
     assert "the width 103 becomes 96, a multiple of 16" in out
     assert pictures[1][1] == again(FluxInference, models["flux"], pictures[1][0], guidance_scale=3.5)
@@ -614,6 +625,33 @@ def test_the_first_process_with_pictures_draws(tmp_path: Path) -> None:
 def test_a_list_in_json_is_a_prompt_file_behind_comments_too(tmp_path: Path) -> None:
     text = '/* prompts [of a run] */ // and "more"\n["a // b", "c /* d */ --d 3"]'
     assert read(tmp_path, text, "p.json").sample.prompts == ("a // b", "c /* d */")
+
+
+ANYTHING = st.sampled_from([
+    None, True, False, -1, 0, 3, 0.5, float("nan"), "", "flux", "a --s 3", "a --s", [], {}, [None], ["a"], [3], [["a"]], [{}],
+    {"x": 3}, {"prompt": "a"}, [{"prompt": "a", "seed": -1}], [{"prompt": None}], {"prompts": ["a"]}, {"samples": 3},
+])  # fmt: skip
+PLACES = [
+    *[("sample", key) for key in ("prompts", "samples", "seed", "sampler", "width", "sample_every", "network_multiplier")],
+    *[("model", key) for key in (*MODEL_KEYS, "x")], *[("train", key) for key in ("skip_first_sample", "x")],
+    *[("", key) for key in ("sample", "model", "train", "trigger_word", "first_sample", "x")],
+]  # fmt: skip
+
+
+@given(st.dictionaries(st.sampled_from(PLACES), ANYTHING, max_size=3))
+def test_whatever_stands_in_a_trainers_file_is_read_or_refused_in_a_sentence(
+    places: dict[tuple[str, str], Any],
+) -> None:
+    process: dict[str, Any] = {"sample": {"prompts": ["a"]}, "model": {}, "train": {}}
+    for (section, key), value in places.items():
+        target = process.get(section) if section else process
+        if isinstance(target, dict):
+            target[key] = value
+    try:
+        config = parse_trainer({"config": {"process": [process]}})
+        assert all(entry.seed is not None for entry in config.sample.each())
+    except ConfigError as error:
+        assert str(error)
 
 
 BAD = {
