@@ -6,6 +6,7 @@ import logging
 import os
 import re
 import sys
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,15 +14,17 @@ from typing import Any
 import torch
 
 from eridiff import __version__, cli_lora
-from eridiff.config import MODEL_OPTIONS, RunConfig, SampleSettings, load_config, settle_guidance, size_of
+from eridiff.config import MODEL_OPTIONS, RunConfig, SampleSettings, settle_guidance, size_of
 from eridiff.errors import ConfigError, EridiffError
 from eridiff.images import contact_sheet, first_text, read_image, save_png
 from eridiff.inference import BUILT_IN, DiffusionInference, SDXLInference, load
+from eridiff.inference.lora import LoraHandle
 from eridiff.inference.sd35 import OPTIONS as TEXT_OPTIONS
 from eridiff.inference.sdxl import PREDICTIONS
 from eridiff.inference.settings import check_settings, check_size
 from eridiff.inspect import inspect, summary
 from eridiff.lora.ledger import counted
+from eridiff.run_files import load_config
 from eridiff.schedulers.guidance import SkipLayers
 from eridiff.schedulers.samplers import SAMPLERS
 from eridiff.weights.locate import PART_NAMES
@@ -66,7 +69,13 @@ def _parser() -> argparse.ArgumentParser:
         "sample", help="draw pictures", description="Draw pictures; options win over the file."
     )
     sample.set_defaults(run=_sample)
-    sample.add_argument("config", nargs="?", type=Path, metavar="CONFIG.yaml", help="what to load and to draw")
+    sample.add_argument(
+        "config",
+        nargs="?",
+        type=Path,
+        metavar="FILE",
+        help="what to load and to draw: YAML, a trainer's too, or a prompt file",
+    )
     model = sample.add_argument_group("model")
     model.add_argument(
         "--model", metavar="PATH|ID", help="a checkpoint, a folder or a hub id; the built-in small Flux otherwise"
@@ -111,6 +120,12 @@ def _parser() -> argparse.ArgumentParser:
     model.add_argument("--offload", choices=["stages"], help="only the component at work is on the device")
     picture = sample.add_argument_group("picture")
     picture.add_argument("--prompt", action="append", help="may be given several times")
+    picture.add_argument(
+        "--prompts-file",
+        type=Path,
+        metavar="FILE",
+        help="kohya's .txt, .toml or .json; in place of the configuration's prompts",
+    )
     picture.add_argument("--negative", metavar="TEXT", help="what to steer away from, with --cfg")
     picture.add_argument("--steps", type=int)
     picture.add_argument("--seed", type=int, help="of every picture; 42 when not said")
@@ -172,72 +187,106 @@ def _sample(options: argparse.Namespace) -> int:
         print('a prompt is "a [size] NOUN BACKGROUND", such as "a small fox at night"')
         return 0
     config = _merged(load_config(options.config) if options.config else RunConfig(), options)
+    if config.model is None and not config.sample.prompts:
+        config = replace(config, sample=replace(config.sample, prompts=BUILT_IN_PROMPTS))
     settings = config.sample
-    if config.model is None and not settings.prompts:
-        settings = replace(settings, prompts=BUILT_IN_PROMPTS)
     _check(settings, config)
     for notice in config.notices:
         say(f"eridiff: {notice}")
     if config.model is None:
         say("eridiff: no model is given, so the built-in small Flux draws; --list shows its words")
-    common = {
+    common: dict[str, Any] = {
         "device": _device(config.device), "dtype": DTYPES[config.dtype] if config.dtype else None,
         "offload": config.offload, "progress": not options.quiet,
     }  # fmt: skip
     told = {name: getattr(settings, name) for name in TOLD if getattr(settings, name) is not None}
-    model = load(config.model, **common, **config.options, **told)
-    for file, scale in settings.lora if settings.use_lora else ():
-        weight = settings.lora_scale if scale is None else scale
-        handle = model.apply_lora(file, weight, allow_partial=settings.lora_partial)
-        say(f"eridiff: {file} at {weight:g}: {counted(handle.ledger)}")
-    extra: dict[str, Any] = {}
+    model = load(config.model, family=config.family, **common, **config.options, **told)
+    loras = _apply_loras(model, settings, say)
+    refiner: SDXLInference | None = None
     if config.refiner:
         if not isinstance(model, SDXLInference):
             raise ConfigError("a refiner works with an SDXL base alone")
-        extra = {"refiner": load(config.refiner, **common, **told)}
-        extra |= {} if settings.hand_over is None else {"hand_over": settings.hand_over}
+        refiner = load(config.refiner, **common, **told)  # type: ignore[assignment]
     if any("aesthetic" in name for name in told) and not config.refiner and model.variant != "refiner":
         say(f"eridiff: an aesthetic score has no effect: {model.variant} is not told one, the refiner is")
-    embedding = model.guidance(None) is not None
-    settings, notices = settle_guidance(settings, embedding, by_cfg=model.family != "flux")
-    for notice in notices:
+    pictures = [_fitted(entry, model, (refiner or model).multiple) for entry in settings.each()]
+    for notice in dict.fromkeys(notice for _, notices in pictures for notice in notices):
         say(f"eridiff: {notice}")
-    for path in _draw(model, settings, extra):
+    for path in _draw(model, [entry for entry, _ in pictures], refiner, loras):
         say(path)
     return 0
 
 
-def _draw(model: DiffusionInference, settings: SampleSettings, extra: dict[str, Any]) -> list[Path]:
+def _apply_loras(model: DiffusionInference, settings: SampleSettings, say: Callable[[str], None]) -> list[LoraHandle]:
+    """Put the files on the model; those without a scale of their own, which each picture may weigh otherwise, come back."""
+    if not settings.lora:
+        told = [name for name in ("use_lora", "lora_scale") if getattr(settings, name) not in (None, False)]
+        if told:
+            say(f"eridiff: without effect here: {', '.join(told)} (no LoRA file is given)")
+        return []
+    weighed = []
+    for file, scale in settings.lora if settings.use_lora is not False else ():
+        handle = model.apply_lora(file, 1.0 if scale is None else scale, allow_partial=settings.lora_partial)
+        say(f"eridiff: {file}: {counted(handle.ledger)}")
+        weighed += [handle] * (scale is None)
+    return weighed
+
+
+def _fitted(entry: SampleSettings, model: DiffusionInference, multiple: int) -> tuple[SampleSettings, list[str]]:
+    """The settings of one picture in what the model has, and notices of what that changed."""
+    embedding = model.guidance(None) is not None
+    entry, notices = settle_guidance(entry, embedding, by_cfg=model.family != "flux")
+    if not entry.lenient:
+        return entry, notices
+    for name in ("width", "height"):
+        side = getattr(entry, name)
+        if side is not None and (fitting := max(64, side // multiple * multiple)) != side:
+            notices.append(f"the {name} {side} becomes {fitting}, a multiple of {multiple}")
+            entry = replace(entry, **{name: fitting})
+    if entry.schedule == "karras" and model.family != "unet":
+        notices.append(f"Karras' noise levels have no effect: {model.variant} has its own")
+        entry = replace(entry, schedule=None)
+    return entry, notices
+
+
+def _draw(
+    model: DiffusionInference,
+    entries: Sequence[SampleSettings],
+    refiner: SDXLInference | None,
+    loras: Sequence[LoraHandle],
+) -> list[Path]:
     """One picture at a time, so that none depends on its neighbours; then the contact sheet of several."""
+    section = entries[0]
     pictures = {
         name: read_image(path) if path else None
-        for name, path in (("image", settings.image), ("mask", settings.mask), ("control", settings.control))
+        for name, path in (("image", section.image), ("mask", section.mask), ("control", section.control))
     }
-    cfg = model.sampling.cfg_scale if settings.true_cfg_scale is None else settings.true_cfg_scale
-    skip = settings.skip_layers
-    if settings.negative_prompt and cfg == 1:
+    out = Path(section.out)
+    single = out.suffix.lower() == ".png"
+    if single and len(entries) > 1:
+        raise ConfigError(f"'{out}' is one file and there are {len(entries)} prompts; give a folder")
+    scales = [model.sampling.cfg_scale if e.true_cfg_scale is None else e.true_cfg_scale for e in entries]
+    if any(entry.negative_prompt and cfg == 1 for entry, cfg in zip(entries, scales, strict=True)):
         logging.getLogger(__name__).warning(
             "the negative prompt has no effect without true guidance (--cfg, true_cfg_scale)"
         )
-    out = Path(settings.out)
-    single = out.suffix.lower() == ".png"
-    if single and len(settings.prompts) > 1:
-        raise ConfigError(f"'{out}' is one file and there are {len(settings.prompts)} prompts; give a folder")
     start = 0 if single else _next_number(out)
     images, paths = [], []
-    for i, prompt in enumerate(settings.prompts):
+    for i, (entry, cfg) in enumerate(zip(entries, scales, strict=True)):
+        prompt, skip = entry.prompts[0], entry.skip_layers
+        extra: dict[str, Any] = {} if refiner is None else {"refiner": refiner}
+        extra |= {"hand_over": entry.hand_over} if refiner is not None and entry.hand_over is not None else {}
+        for handle in loras:
+            handle.set_scale(1.0 if entry.lora_scale is None else entry.lora_scale)
         result = model.generate(
-            prompt, negative=settings.negative_prompt if cfg != 1 else None, width=settings.width, height=settings.height,
-            steps=settings.sample_steps, guidance_scale=settings.guidance_scale, cfg_scale=cfg,
-            cfg_rescale=settings.cfg_rescale, cfg_interval=settings.cfg_interval,
-            skip_layers=skip if isinstance(skip, bool) else SkipLayers(**skip), sampler=settings.sampler,
-            schedule=settings.schedule, shift=settings.shift,
-            seed=settings.seed + i * settings.walk_seed, strength=settings.strength, image=pictures["image"], mask=pictures["mask"], control=pictures["control"], **extra,
+            prompt, negative=entry.negative_prompt if cfg != 1 else None, width=entry.width, height=entry.height,
+            steps=entry.sample_steps, guidance_scale=entry.guidance_scale, cfg_scale=cfg,
+            cfg_rescale=entry.cfg_rescale, cfg_interval=entry.cfg_interval,
+            skip_layers=skip if isinstance(skip, bool) else SkipLayers(**skip), sampler=entry.sampler,
+            schedule=entry.schedule, shift=entry.shift, seed=entry.seed, strength=entry.strength, image=pictures["image"],
+            mask=pictures["mask"], control=pictures["control"], **extra,
         )  # fmt: skip
-        record = {
-            **result.settings[0],
-            **{name: getattr(settings, name) for name, picture in pictures.items() if picture},
-        }
+        record = {**result.settings[0], **{name: getattr(entry, name) for name, picture in pictures.items() if picture}}
         slug = re.sub(r"[^a-z0-9]+", "-", first_text(prompt).lower()).strip("-")[:40] or "picture"
         paths.append(save_png(result.images[0], out if single else out / f"{start + i:04d}-{slug}.png", record))
         images.append(result.images[0])
@@ -260,10 +309,16 @@ def _merged(config: RunConfig, options: argparse.Namespace) -> RunConfig:
     given = {
         field: getattr(options, option) for option, field in SETTINGS.items() if getattr(options, option) is not None
     }
+    if options.prompts_file is not None:
+        if options.prompt:
+            raise ConfigError("--prompt and --prompts-file both say what to draw; keep one")
+        read = load_config(options.prompts_file)
+        sample = replace(config.sample, prompts=read.sample.prompts, own=read.sample.own, lenient=True)
+        config = replace(config, sample=sample, notices=(*config.notices, *read.notices))
     if "lora" in given:
-        given["lora"] = tuple(cli_lora.scaled(text) for text in given["lora"])
+        given |= {"lora": tuple(cli_lora.scaled(text) for text in given["lora"]), "use_lora": True}
     if "prompts" in given:
-        given["prompts"] = tuple(given["prompts"])
+        given |= {"prompts": tuple(given["prompts"]), "own": ()}
     if options.size is not None:
         height, width = size_of("--size", options.size)
         given |= {"width": width, "height": height}
@@ -280,24 +335,32 @@ def _merged(config: RunConfig, options: argparse.Namespace) -> RunConfig:
         name: getattr(options, name) for name in ("device", "dtype", "offload", "refiner") if getattr(options, name)
     }
     chosen = {name: getattr(options, name) for name in MODEL_OPTIONS if getattr(options, name) is not None}
-    sample = replace(config.sample, **given)
-    return replace(config, model=model, sample=sample, options=config.options | chosen, **rest)
+    own = [{k: v for k, v in entry.items() if k not in _replaced(given)} for entry in config.sample.own]
+    sample = replace(config.sample, **({"own": tuple(own)} | given))
+    family = None if options.model or options.transformer else config.family
+    return replace(config, model=model, family=family, sample=sample, options=config.options | chosen, **rest)
+
+
+def _replaced(given: Mapping[str, Any]) -> set[str]:
+    """What of a prompt's own settings gives way to the command line's."""
+    return {*given, "cfg_scale"} if "true_cfg_scale" in given else set(given)
 
 
 def _check(settings: SampleSettings, config: RunConfig) -> None:
     """What can be known to be impossible before anything is loaded."""
     if not settings.prompts:
         raise ConfigError("no prompt is given: use --prompt, or prompts in the sample section")
-    for side, name in ((settings.width, "width"), (settings.height, "height")):
-        if side is not None:
-            check_size(side if name == "width" else 16, side if name == "height" else 16)
-    check_settings(
-        steps=settings.sample_steps, guidance_scale=settings.guidance_scale, cfg_scale=settings.true_cfg_scale,
-        strength=settings.strength, cfg_rescale=settings.cfg_rescale, cfg_interval=settings.cfg_interval,
-        sampler=settings.sampler, shift=settings.shift,
-    )  # fmt: skip
-    if not 0 <= settings.seed < 2**63 - len(settings.prompts):
-        raise ConfigError(f"the seed must be a whole number from 0 to 2^63 - 1, not {settings.seed}")
+    for entry in settings.each():
+        for side, name in ((entry.width, "width"), (entry.height, "height")):
+            if side is not None and not entry.lenient:
+                check_size(side if name == "width" else 16, side if name == "height" else 16)
+        check_settings(
+            steps=entry.sample_steps, guidance_scale=entry.guidance_scale, cfg_scale=entry.true_cfg_scale,
+            strength=entry.strength, cfg_rescale=entry.cfg_rescale, cfg_interval=entry.cfg_interval,
+            sampler=entry.sampler, shift=entry.shift,
+        )  # fmt: skip
+        if not 0 <= entry.seed < 2**63:
+            raise ConfigError(f"the seed must be a whole number from 0 to 2^63 - 1, not {entry.seed}")
     if config.dtype is not None and config.dtype not in DTYPES:
         raise ConfigError(f"dtype must be one of {', '.join(DTYPES)}, not '{config.dtype}'")
     if config.offload not in (None, "stages"):

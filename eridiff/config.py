@@ -1,98 +1,13 @@
-"""The YAML that says what to draw: read with YAML 1.2's scalars, every key known, every mistake one sentence.
-
-PyYAML reads YAML 1.1, where a prompt `no` is False, `16:9` is 969 and `1e-4` is text; duplicate keys pass silently.
-"""
+"""The configuration that says what to draw: every key known, every mistake one sentence."""
 
 import re
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from difflib import get_close_matches
 from functools import partial
-from pathlib import Path
 from typing import Any
 
-import yaml
-
 from eridiff.errors import ConfigError
-
-
-class Reader(yaml.SafeLoader):
-    """SafeLoader with the scalars of YAML 1.2's core schema, without aliases, with text keys that stand once."""
-
-    yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}  # its own, not the process's
-
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        if self.check_event(yaml.AliasEvent):
-            raise ConfigError(
-                f"{_place(self.peek_event())}: '*' begins an alias, which is not supported; quote the text"
-            )
-        event = self.peek_event()
-        if getattr(event, "anchor", None):
-            raise ConfigError(f"{_place(event)}: '&' begins an anchor, which is not supported; quote the text")
-        return super().compose_node(parent, index)
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Hashable, Any]:
-        result: dict[Hashable, Any] = {}
-        lines: dict[Hashable, int] = {}
-        for key_node, value_node in node.value:
-            if not isinstance(key_node, yaml.ScalarNode):
-                raise ConfigError(f"{_place(key_node)}: a key must be a word")
-            key, line = key_node.value, key_node.start_mark.line + 1
-            if key in result:
-                raise ConfigError(f"{_place(key_node)}: the key '{key}' stands twice, first in line {lines[key]}")
-            result[key], lines[key] = self.construct_object(value_node, deep=True), line
-        return result
-
-
-for _tag, _pattern, _first in [
-    ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
-    ("bool", r"true|True|TRUE|false|False|FALSE", list("tTfF")),
-    ("int", r"[-+]?[0-9]+", list("-+0123456789")),
-    ("float", r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?", list("-+.0123456789")),
-]:
-    Reader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), _first)
-
-
-def _number(loader: Reader, node: Any) -> int | float:
-    return (int if node.tag.endswith("int") else float)(loader.construct_scalar(node))
-
-
-Reader.add_constructor("tag:yaml.org,2002:int", _number)
-Reader.add_constructor("tag:yaml.org,2002:float", _number)
-Reader.add_constructor("tag:yaml.org,2002:map", Reader.construct_mapping)
-
-
-def read_yaml(text: str) -> Any:
-    """What a YAML document says; raises ConfigError with the line of a mistake and what may be meant."""
-    try:
-        return yaml.load(text, Reader)
-    except yaml.MarkedYAMLError as error:
-        raise ConfigError(_explained(error, text)) from None
-    except yaml.YAMLError as error:
-        raise ConfigError(f"a character that YAML does not allow: {' '.join(str(error).split())}") from None
-    except RecursionError:
-        raise ConfigError("lists or mappings are nested too deep") from None
-
-
-def _place(thing: Any) -> str:
-    return f"line {thing.start_mark.line + 1}"
-
-
-def _explained(error: yaml.MarkedYAMLError, text: str) -> str:
-    mark = error.problem_mark or error.context_mark
-    number = mark.line if mark else 0
-    lines = text.splitlines()
-    line = lines[number].strip() if number < len(lines) else ""
-    problem = str(error.problem or error.context)
-    if "\t" in problem or "\\t" in problem:
-        return f"line {number + 1}: a tab where spaces are needed"
-    if "unknown escape" in problem:
-        return f"line {number + 1}: a backslash in double quotes begins an escape; use single quotes or '/': {line}"
-    if "but found another document" in problem:
-        return f"line {number + 1}: a second document begins; one is expected"
-    body = re.sub(r"^(- |\w+:\s+)+", "", line)
-    quoted = f"'{body.replace(chr(39), chr(39) * 2)}'"
-    return f"line {number + 1}: {problem}; text with : # [ ] {{ }} & * ! or quotes in it must be quoted, here perhaps {quoted}"
 
 
 @dataclass(frozen=True)
@@ -121,15 +36,42 @@ class SampleSettings:
     walk_seed: bool = False  # seed, seed + 1, ... over the prompts
     width: int | None = None
     height: int | None = None
+    lenient: bool = False  # as in trainers, sides go down to what the model can draw, and Karras' levels to SDXL alone
+    lora: tuple[tuple[str, float | None], ...] = ()  # files, each with its scale; None is lora_scale
+    use_lora: bool | None = None  # false draws without them
+    lora_scale: float | None = None  # 1 when not said
+    lora_partial: bool = False  # what does not fit is left out, not an error
     image: str | None = None
     strength: float | None = None
     mask: str | None = None
     control: str | None = None
-    lora: tuple[tuple[str, float | None], ...] = ()  # files, each with its scale; None is lora_scale
-    use_lora: bool = True  # false draws without them
-    lora_scale: float = 1.0
-    lora_partial: bool = False  # what does not fit is left out, not an error
     out: str = "samples"
+    own: tuple[dict[str, Any], ...] = ()  # what each prompt has in place of the above, by field; none, or one a prompt
+
+    def each(self) -> tuple["SampleSettings", ...]:
+        """The settings of each picture: one prompt, its seed, and the section's values where it has none of its own.
+
+        A guidance of its own, under whichever name, replaces the section's cfg_scale.
+        """
+        result = []
+        for i, prompt in enumerate(self.prompts):
+            own = {"seed": self.seed + i * self.walk_seed} | (self.own[i] if self.own else {})
+            guidance = {"guidance_scale", "cfg_scale", "true_cfg_scale"} & own.keys()
+            base = replace(self, cfg_scale=None) if guidance else self
+            base = replace(base, true_cfg_scale=None) if "cfg_scale" in own else base
+            result.append(replace(base, prompts=(prompt,), own=(), walk_seed=False, **own))
+        return tuple(result)
+
+
+@dataclass(frozen=True)
+class TrainingSchedule:
+    """When a training run draws; nothing of it has an effect outside training."""
+
+    sample_every: int = 100  # steps; 0 is never
+    start_step: int = 0  # no pictures before it
+    skip_first: bool = False  # no pictures before the first step
+    at_end: bool = True
+    max_seconds: float | None = None  # of one round of pictures; None is any
 
 
 @dataclass(frozen=True)
@@ -137,49 +79,58 @@ class RunConfig:
     """A whole file: what to load, how to run, what to draw, and what to tell the reader of the file."""
 
     model: str | dict[str, Any] | None = None
+    family: str | None = None  # flux, mmdit or unet, where the file says it; the model must agree
     device: str | None = None
     dtype: str | None = None
     offload: str | None = None
     refiner: str | None = None
     options: dict[str, Any] = field(default_factory=dict)  # how the model is loaded: MODEL_OPTIONS
     sample: SampleSettings = field(default_factory=SampleSettings)
+    first_sample: SampleSettings | None = None  # in place of `sample` the first time that a training run draws
+    training: TrainingSchedule = field(default_factory=TrainingSchedule)
     notices: tuple[str, ...] = ()
 
 
 SYNONYMS = {
-    "neg": "negative_prompt", "negative": "negative_prompt", "steps": "sample_steps", "network_multiplier": "lora_scale",
-    "loras": "lora",
+    "neg": "negative_prompt", "negative": "negative_prompt", "steps": "sample_steps", "guidance_rescale": "cfg_rescale",
+    "refiner_start_at": "hand_over", "network_multiplier": "lora_scale",
+}  # fmt: skip
+SCHEDULE_KEYS = {  # key of the section -> field of TrainingSchedule
+    "sample_every": "sample_every", "sample_start_step": "start_step", "skip_first_sample": "skip_first",
+    "sample_at_end": "at_end", "sample_max_seconds": "max_seconds",
 }  # fmt: skip
 NO_EFFECT = {  # known words of training configurations
-    "sample_every": "it is for training",
-    "sample_start_step": "it is for training",
+    **dict.fromkeys(SCHEDULE_KEYS, "it is for training"),
     "format": "pictures are PNG",
+    **dict.fromkeys(
+        ["adapter_conditioning_scale", "ctrl_img", "ctrl_idx", "ctrl_img_1", "ctrl_img_2", "ctrl_img_3"],
+        "there are no adapters",
+    ),
+    **dict.fromkeys(["extra_values", "do_cfg_norm"], "no model here takes them"),
+    **dict.fromkeys(["num_frames", "fps"], "pictures do not move"),
 }
-SAMPLER_SYNONYMS = {"flowmatch": "euler"}  # of ai-toolkit
+ENTRY = (  # fields that an entry of `samples` may have for its own
+    "negative_prompt", "sample_steps", "guidance_scale", "cfg_scale", "true_cfg_scale", "cfg_rescale", "sampler",
+    "schedule", "shift", "hand_over", "seed", "width", "height", "lora_scale",
+)  # fmt: skip
+SAMPLER_SYNONYMS = {  # of ai-toolkit and kohya; `k_` before a name asks for Karras' noise levels
+    "flowmatch": "euler", "euler_a": "euler_ancestral", "ddpm": "euler_ancestral", "dpmsolver++": "dpmpp_2m",
+    "custom_lcm": "lcm",
+}  # fmt: skip
+ABSENT_SAMPLERS = ("pndm", "lms", "dpm_2", "dpm_2_a", "dpmsolver", "dpmsingle", "mean_flow")
 MODEL_OPTIONS: dict[str, type] = {
     "variant": str, "t5_padding": str, "without_t5": str, "clip_windows": str, "prediction": str, "empty_negative": str,
     "vae_rows": int,
 }  # fmt: skip
-TOP = ("model", "refiner", "device", "dtype", "offload", *MODEL_OPTIONS, "sample")
+TOP = ("model", "refiner", "device", "dtype", "offload", *MODEL_OPTIONS, "sample", "first_sample")
 ENCODERS = ("clip", "clip_g", "t5")  # a prompt may be given for each
 
 
-def load_config(path: str | Path) -> RunConfig:
-    """Read a YAML file; raises ConfigError, naming file and line, for anything that is unknown or impossible."""
-    try:
-        text = Path(path).read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: is not UTF-8 at byte {error.start}; save it as UTF-8") from None
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
-    try:
-        return parse_config(read_yaml(text))
-    except ConfigError as error:
-        raise ConfigError(f"{path}: {error}") from None
+def parse_config(document: Any, without_effect: Mapping[str, str] | None = None) -> RunConfig:
+    """The configuration that a YAML document means; raises ConfigError.
 
-
-def parse_config(document: Any) -> RunConfig:
-    """The configuration that a YAML document means; raises ConfigError."""
+    What has no effect is told in one notice; `without_effect`, key -> reason, is told in it too.
+    """
     if document is None:
         raise ConfigError("the file is empty; it needs a section 'sample'")
     if not isinstance(document, dict):
@@ -188,38 +139,94 @@ def parse_config(document: Any) -> RunConfig:
     model = document.get("model")
     if model is not None and not isinstance(model, str | dict):
         raise ConfigError(f"model must be a path, a hub id or the parts by name, not {model!r}")
-    section = document.get("sample") or {}
-    if not isinstance(section, dict):
-        raise ConfigError(f"sample must be a mapping, not {section!r}")
-    names = [f.name for f in fields(SampleSettings)]
-    _known(section, [*names, *SYNONYMS, *NO_EFFECT], "sample")
-    notices = tuple(
-        f"{key} has no effect here: {NO_EFFECT[key]}"
-        for key in section
-        if key in NO_EFFECT and section[key] is not False
-    )
-    if section.get("use_lora") is True and not section.get("lora", section.get("loras")):
-        notices += ("use_lora has no effect here: no file is named by lora",)
-    values: dict[str, Any] = {}
-    for key, value in section.items():
-        name = str(SYNONYMS.get(key, key))
-        if name in NO_EFFECT or value is None:
-            continue
-        if name in values:
-            raise ConfigError(f"sample: '{key}' and another key both mean {name}; keep one")
-        read = _SPECIAL.get(name)
-        values[name] = read(value) if read else _scalar(f"sample: {key}", value, _TYPES[name])
+    unused = dict(without_effect or {})
+    notices: list[str] = []
+    section = _mapping("sample", document.get("sample") or {})
+    sample = _sample(section, unused, notices)
     texts = {
         name: _scalar(name, document.get(name), str)
         for name in ("device", "dtype", "offload", "refiner")
         if document.get(name)
     }
     options = {n: _scalar(n, document[n], kind) for n, kind in MODEL_OPTIONS.items() if document.get(n) is not None}
-    return RunConfig(model=model, options=options, sample=SampleSettings(**values), notices=notices, **texts)
+    first = document.get("first_sample")
+    if first is not None:
+        unused["first_sample"] = NO_EFFECT["sample_every"]
+    return RunConfig(
+        model=model, options=options, sample=sample, training=_training(section),
+        first_sample=None if first is None else _sample(_mapping("first_sample", first), {}, []),
+        notices=(*_listed(unused), *dict.fromkeys(notices)), **texts,
+    )  # fmt: skip
+
+
+def _listed(unused: Mapping[str, str]) -> list[str]:
+    """One notice of all keys that have no effect, by reason."""
+    groups: dict[str, list[str]] = {}
+    for key, reason in unused.items():
+        groups.setdefault(reason, []).append(key)
+    told = "; ".join(f"{', '.join(keys)} ({reason})" for reason, keys in groups.items())
+    return [f"without effect here: {told}"] if told else []
+
+
+def _sample(section: Mapping[str, Any], unused: dict[str, str], notices: list[str]) -> SampleSettings:
+    _known(section, [*_TYPES, "samples", *SYNONYMS, *NO_EFFECT], "sample")
+    if "samples" in section and section.get("prompts") is not None:
+        raise ConfigError("sample: 'prompts' and 'samples' both say what to draw; keep one")
+    values = _values(section, "sample", unused, notices)
+    entries = section.get("samples")
+    if entries is not None:
+        if not isinstance(entries, list) or not all(isinstance(e, dict) and "prompt" in e for e in entries):
+            raise ConfigError("sample: samples must be a list of mappings, each with a prompt")
+        values["prompts"] = prompts_of([entry["prompt"] for entry in entries])
+        own = []
+        for number, entry in enumerate(entries, 1):
+            settings = {key: value for key, value in entry.items() if key != "prompt"}
+            _known(settings, [*ENTRY, *SYNONYMS, *NO_EFFECT], f"sample: entry {number}")
+            own.append(_values(settings, f"sample: entry {number}", unused, notices))
+        values["own"] = tuple(own)
+    return SampleSettings(**values)
+
+
+def _values(section: Mapping[str, Any], where: str, unused: dict[str, str], notices: list[str]) -> dict[str, Any]:
+    """Fields of SampleSettings that a section or an entry gives."""
+    values: dict[str, Any] = {}
+    for key, value in section.items():
+        name = SYNONYMS.get(key, key)
+        if key in NO_EFFECT and value is not None and value is not False:
+            unused[key] = NO_EFFECT[key]
+        if name not in _TYPES or value is None:
+            continue
+        if name in values:
+            raise ConfigError(f"{where}: '{key}' and another key both mean {name}; keep one")
+        read = _SPECIAL.get(name)
+        values[name] = read(value) if read else _scalar(f"{where}: {key}", value, _TYPES[name])
+    if "sampler" in values:
+        values = _sampler(values.pop("sampler"), notices) | values
+    return values
+
+
+def _training(section: Mapping[str, Any]) -> TrainingSchedule:
+    kinds = {"sample_every": int, "start_step": int, "skip_first": bool, "at_end": bool, "max_seconds": float}
+    never = "sample_every" in section and section["sample_every"] in (None, False)
+    given = {n: section[k] for k, n in SCHEDULE_KEYS.items() if section.get(k) is not None}
+    given |= {"sample_every": 0} if never else {}
+    values = {n: _scalar(f"sample: {n}", value, kinds[n]) for n, value in given.items()}
+    for name, value in values.items():
+        if value < 0:
+            raise ConfigError(f"sample: {name} must not be negative, but is {value}")
+    return TrainingSchedule(**values)
+
+
+def _mapping(name: str, value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise ConfigError(f"{name} must be a mapping, not {value!r}")
+    return value
 
 
 _TYPES: dict[str, type] = {
-    f.name: next(t for t in (bool, int, float, str) if t.__name__ in str(f.type)) for f in fields(SampleSettings)
+    f.name: next(t for t in (bool, int, float, str) if t.__name__ in str(f.type))
+    for f in fields(SampleSettings)
+    if f.name != "own"
 }
 
 
@@ -256,9 +263,14 @@ def _crop(value: Any) -> tuple[int, int]:
     return top, left
 
 
-def _sampler(value: Any) -> str:
-    name = _scalar("sample: sampler", value, str)
-    return SAMPLER_SYNONYMS.get(name, name)
+def _sampler(name: str, notices: list[str]) -> dict[str, str]:
+    """The sampler that a trainer's name means, with its schedule; nothing, and a notice, for one that is not there."""
+    plain = name.removeprefix("k_")
+    if plain in ABSENT_SAMPLERS or name.startswith("sample_"):
+        notices.append(f"the sampler '{name}' is not there: the model's own draws")
+        return {}
+    found = {"sampler": SAMPLER_SYNONYMS.get(plain, plain)}
+    return found if plain == name else found | {"schedule": "karras"}
 
 
 def _skip_layers(value: Any) -> bool | dict[str, Any]:
@@ -272,7 +284,8 @@ def _skip_layers(value: Any) -> bool | dict[str, Any]:
     return {"blocks": tuple(blocks)} | {k: _scalar(f"skip_layers: {k}", v, float) for k, v in numbers.items()}
 
 
-def _prompts(value: Any) -> tuple[str | dict[str, str], ...]:
+def prompts_of(value: Any) -> tuple[str | dict[str, str], ...]:
+    """Prompts of a YAML list, or one alone; raises ConfigError for an entry that lacks quotes."""
     entries = value if isinstance(value, list) else [value]
     for number, entry in enumerate(entries, 1):
         if isinstance(entry, dict) and entry and set(entry) <= set(ENCODERS):
@@ -308,7 +321,7 @@ def _loras(value: Any) -> tuple[tuple[str, float | None], ...]:
 
 
 _SPECIAL: dict[str, Callable[[Any], Any]] = {
-    "prompts": _prompts, "cfg_interval": partial(_numbers, "cfg_interval"), "schedule": _schedule, "sampler": _sampler,
+    "prompts": prompts_of, "cfg_interval": partial(_numbers, "cfg_interval"), "schedule": _schedule,
     "skip_layers": _skip_layers, "original_size": partial(size_of, "sample: original_size"),
     "target_size": partial(size_of, "sample: target_size"), "crop": _crop, "lora": _loras,
 }  # fmt: skip

@@ -17,10 +17,10 @@ FAMILIES: tuple[type[DiffusionInference], ...] = (FluxInference, SD35Inference, 
 BUILT_IN = os.path.join(os.path.dirname(os.path.dirname(__file__)), "assets", "tiny-flux")
 
 
-def load(model: Model | None = None, **options: Any) -> DiffusionInference:
+def load(model: Model | None = None, *, family: str | None = None, **options: Any) -> DiffusionInference:
     """Everything that draws with a published checkpoint: a path, a hub id, or the parts by name (`locate`).
 
-    None is the built-in small Flux. Options are the family's: variant, device, dtype, offload, progress, and those
+    None is the built-in small Flux. A `family` (flux, mmdit, unet) must be the model's. Options are the family's: variant, device, dtype, offload, progress, and those
     of SD35Inference and SDXLInference. Raises CheckpointError for files that are damaged, incomplete or of another kind, ConfigError for an option
     that the family does not have.
     """
@@ -30,6 +30,9 @@ def load(model: Model | None = None, **options: Any) -> DiffusionInference:
         held = " and ".join(DESCRIPTIONS[name] for name in parts.components) or "nothing"
         wanted = " or ".join(DESCRIPTIONS[family.family] for family in FAMILIES)
         raise CheckpointError(f"the model holds {held} and no network that draws; give {wanted} as transformer")
+    if family not in (None, kind.family):
+        held = DESCRIPTIONS[kind.family]
+        raise CheckpointError(f"the model holds {held}, and {DESCRIPTIONS[str(family)]} is expected")
     known = {*inspect.signature(kind.__init__).parameters, *inspect.signature(DiffusionInference.__init__).parameters}
     unknown = sorted(set(options) - known)
     if unknown:

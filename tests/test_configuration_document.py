@@ -1,0 +1,217 @@
+"""docs/configuration.md says of every key what it becomes; here each row is put into a file and read."""
+
+import json
+import re
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from eridiff.config import (
+    ABSENT_SAMPLERS,
+    ENTRY,
+    NO_EFFECT,
+    SAMPLER_SYNONYMS,
+    SYNONYMS,
+    TOP,
+    RunConfig,
+    SampleSettings,
+    TrainingSchedule,
+)
+from eridiff.errors import ConfigError
+from eridiff.prompt_files import FLAGS, KOHYA_KEYS, UNUSED_FLAGS, UNUSED_KOHYA_KEYS
+from eridiff.run_files import MODEL_KEYS, PROCESS_KEYS, UNUSED_KEYS, load_config
+from eridiff.schedulers.samplers import SAMPLERS
+from eridiff.yaml_reader import read_yaml
+
+DOCUMENT = (Path(__file__).parent.parent / "docs" / "configuration.md").read_text()
+Row = tuple[str, ...]
+
+
+def table(section: str, first: str) -> list[Row]:
+    """The rows of the table in a section whose first column has a heading."""
+    body = DOCUMENT.split(f"# {section}", 1)[1]
+    lines = body[body.index(f"| {first} |") :].splitlines()
+    rows = []
+    for line in lines[2:]:
+        if not line.startswith("|"):
+            break
+        rows.append(tuple(cell.strip() for cell in line.strip("| ").split(" |")))
+    assert rows
+    return rows
+
+
+def names(rows: list[Row]) -> list[str]:
+    return [row[0].strip("`") for row in rows]
+
+
+def read(cell: str) -> Any:
+    return read_yaml(cell.strip("`"))
+
+
+def wanted(cell: str) -> dict[str, Any]:
+    """The fields that a cell promises; of `without effect, ...` those behind the comma."""
+    found = re.fullmatch(r"(?:without effect(?:, )?)?(?:`(.*)`)?", cell)
+    assert found, cell
+    return read_yaml(found[1]) if found[1] else {}
+
+
+def plain(value: Any) -> Any:
+    return json.loads(json.dumps(value))
+
+
+def loaded(folder: Path, document: Any, name: str = "run.json") -> RunConfig:
+    (folder / name).write_text(document if isinstance(document, str) else json.dumps(document))
+    return load_config(folder / name)
+
+
+def fulfils(config: RunConfig, key: str, cell: str) -> None:
+    """Whether the first picture has what a cell says, and whether the key is told as without effect just when it says so."""
+    picture = plain(asdict(config.sample.each()[0]))
+    told = [notice for notice in config.notices if notice.startswith("without effect here: ")]
+    assert len(told) <= 1
+    words = re.findall(r"[-\w]+", told[0]) if told else []
+    if cell.startswith("without effect"):
+        assert key in words or wanted(cell).keys() & set(words), config.notices
+    else:
+        assert key not in words, config.notices
+    assert {name: picture[name] for name in wanted(cell)} == wanted(cell)
+
+
+def trainer(process: dict[str, Any], **document: Any) -> dict[str, Any]:
+    sample = {"prompts": ["a [trigger] swan"], "guidance_scale": 2.0}
+    return {"config": {"name": "run", "process": [{"sample": sample} | process]}} | document
+
+
+SECTION = table("1. The section `sample`", "key")
+TOP_LEVEL = table("2. What stands beside it", "key")
+TRAINERS, SCHEDULE = "3. ai-toolkit and EriDiffusion", table("3. ai-toolkit and EriDiffusion", "key")
+FLAG_ROWS, KOHYA = table("4. Flags in prompts", "flag"), table("5. kohya's prompt files", "key")
+
+
+@pytest.mark.parametrize("row", SECTION, ids=names(SECTION))
+def test_a_key_of_the_section_becomes_what_the_document_says(row: Row, tmp_path: Path) -> None:
+    key, value, each, here = row[0].strip("`"), read(row[1]), row[2], row[3]
+    prompts = {} if key in ("prompts", "samples") else {"prompts": ["a fox"]}
+    fulfils(loaded(tmp_path, {"sample": {**prompts, key: value}}), key, here)
+    entry = {"sample": {"samples": [{"prompt": "a fox", key: value}, {"prompt": "a dog"}]}}
+    if each == "yes":
+        config = loaded(tmp_path, entry)
+        fulfils(config, key, here)
+        first, second = config.sample.each()
+        assert all(getattr(first, name) != getattr(second, name) for name in wanted(here))
+    elif key not in NO_EFFECT:
+        with pytest.raises(ConfigError, match=f"'{key}' is no key of sample: entry 1"):
+            loaded(tmp_path, entry)
+
+
+@pytest.mark.parametrize("row", table("Samplers", "name"), ids=lambda row: row[0])
+def test_a_samplers_name_becomes_what_the_document_says(row: Row, tmp_path: Path) -> None:
+    for name in re.findall(r"`([^`]+)`", row[0]):
+        config = loaded(tmp_path, {"sample": {"prompts": ["a fox"], "sampler": name}})
+        sample = config.sample
+        if row[1].startswith("the model's own"):
+            assert (sample.sampler, sample.schedule) == (None, None) and f"'{name}' is not there" in config.notices[0]
+        else:
+            expected = {"schedule": None} | wanted(row[1])
+            assert {"sampler": sample.sampler, "schedule": sample.schedule} == expected and not config.notices
+
+
+@pytest.mark.parametrize("row", TOP_LEVEL, ids=names(TOP_LEVEL))
+def test_a_key_beside_the_section_becomes_what_the_document_says(row: Row, tmp_path: Path) -> None:
+    key, here = row[0].strip("`"), row[2]
+    config = loaded(tmp_path, {"sample": {"prompts": ["a fox"]}} | {key: read(row[1])})
+    if key != "sample":
+        said = here.startswith("without effect")
+        assert (f"without effect here: {key} (" in " ".join(config.notices)) == said
+        assert said or plain(getattr(config, next(iter(wanted(here))))) == next(iter(wanted(here).values()))
+
+
+def agrees(config: RunConfig, key: str, here: str) -> None:
+    """As `fulfils`, of a whole file."""
+    found = plain(asdict(config) | {"sample": asdict(config.sample.each()[0])})
+    for name, value in wanted(here).items():
+        assert (
+            {k: found[name][k] for k in value} == value
+            if isinstance(value, dict) and name != "model"
+            else found[name] == value
+        )
+    told = " ".join(config.notices)
+    assert (re.search(rf"(?:^|[ :]){key}[ ,]", told) is not None) == here.startswith("without effect"), told
+
+
+@pytest.mark.parametrize("row", table(TRAINERS, "key of the file")[:2], ids=lambda row: row[0])
+def test_a_key_of_a_trainers_file_becomes_what_the_document_says(row: Row, tmp_path: Path) -> None:
+    key = row[0].strip("`")
+    agrees(loaded(tmp_path, trainer({}, **{key: read(row[1])})), key, row[2])
+
+
+@pytest.mark.parametrize("row", table(TRAINERS, "key of `process`"), ids=lambda row: row[0])
+def test_a_key_of_a_process_becomes_what_the_document_says(row: Row, tmp_path: Path) -> None:
+    key = row[0].strip("`")
+    agrees(loaded(tmp_path, trainer({key: read(row[1])})), key, row[2])
+
+
+@pytest.mark.parametrize("row", table(TRAINERS, "key of `model`"), ids=lambda row: row[0])
+def test_a_key_of_a_model_becomes_what_the_document_says(row: Row, tmp_path: Path) -> None:
+    key = row[0].strip("`")
+    agrees(loaded(tmp_path, trainer({"model": {"name_or_path": "M"} | {key: read(row[1])}})), key, row[2])
+
+
+@pytest.mark.parametrize("row", SCHEDULE, ids=names(SCHEDULE))
+def test_what_steers_a_training_becomes_what_the_document_says(row: Row, tmp_path: Path) -> None:
+    section, key = row[0].strip("`").split(": ")
+    process = {"sample": {"prompts": ["a fox"]}}
+    process[section] = process.get(section, {}) | {key: read(row[1])}  # type: ignore[operator]
+    config = loaded(tmp_path, trainer(process))
+    assert asdict(config.training) == asdict(TrainingSchedule()) | wanted(row[2])
+    told = " ".join(config.notices)
+    assert read(row[1]) is False or (key if section == "sample" else section) in told
+
+
+@pytest.mark.parametrize("row", FLAG_ROWS, ids=names(FLAG_ROWS))
+def test_a_flag_becomes_what_the_document_says(row: Row, tmp_path: Path) -> None:
+    flag, here = row[0].strip("`"), row[2]
+    line = f"a fox {flag} {row[1].strip('`')} {'--h' if flag == '--w' else '--w'} 64"
+    found = re.fullmatch("kohya (.*), ai-toolkit (.*)", here)
+    kohya, toolkit = (found[1], found[2]) if found else (here, here)
+    key = "prompt_2" if flag == "--p2" else flag
+    fulfils(loaded(tmp_path, line, "prompts.txt"), key, kohya)
+    process = {"model": {"is_xl": True}, "sample": {"prompts": [line]}}
+    fulfils(loaded(tmp_path, trainer(process)), key, toolkit)
+
+
+@pytest.mark.parametrize("row", KOHYA, ids=names(KOHYA))
+def test_a_key_of_kohyas_files_becomes_what_the_document_says(row: Row, tmp_path: Path) -> None:
+    key, value = row[0].strip("`"), read(row[1])
+    fulfils(loaded(tmp_path, [{"prompt": "a fox"} | {key: value}], "prompts.json"), key, row[2])
+    usual = f"[prompt]\n{key} = {json.dumps(value)}\n"
+    subset = "[[prompt.subset]]\nwidth = 832\n" if key == "prompt" else "[[prompt.subset]]\nprompt = 'a fox'\n"
+    fulfils(loaded(tmp_path, usual + subset, "prompts.toml"), key, row[2])
+
+
+def test_the_documents_example_is_read(tmp_path: Path) -> None:
+    examples = re.findall(r"```yaml\n(.*?)```", DOCUMENT, re.DOTALL)
+    assert [len(loaded(tmp_path, text, "run.yaml").sample.each()) for text in examples] == [2]
+
+
+def test_every_key_that_the_parser_knows_stands_in_the_document_and_no_other() -> None:
+    own = [field.name for field in fields(SampleSettings) if field.name != "own"]
+    assert sorted(names(SECTION)) == sorted({*own, "samples", *SYNONYMS, *NO_EFFECT})
+    assert {key for key, row in zip(names(SECTION), SECTION, strict=True) if row[2] == "yes" and key in own} == set(
+        ENTRY
+    )
+    samplers = {name for row in table("Samplers", "name") for name in re.findall(r"`([^`]+)`", row[0])}
+    assert {name for name in samplers if not name.startswith(("k_", "sample_"))} == {
+        *SAMPLERS,
+        *SAMPLER_SYNONYMS,
+        *ABSENT_SAMPLERS,
+    }
+    assert sorted(names(TOP_LEVEL)) == sorted(TOP)
+    process = names(table(TRAINERS, "key of `process`"))
+    model = names(table(TRAINERS, "key of `model`"))
+    assert set(PROCESS_KEYS) <= set(process) and {*MODEL_KEYS} <= set(model)
+    assert set(UNUSED_KEYS) <= {*process, *model}
+    assert sorted(names(FLAG_ROWS)) == sorted(f"--{flag}" for flag in [*FLAGS, *UNUSED_FLAGS])
+    assert {*KOHYA_KEYS, *UNUSED_KOHYA_KEYS} - {"prompt_2"} <= set(names(KOHYA))
