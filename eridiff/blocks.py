@@ -1,4 +1,4 @@
-"""Gradient checkpointing of repeated blocks, from outside the network."""
+"""Networks as trainers treat them, from outside: checkpointed blocks, wrappers around the whole."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -9,6 +9,15 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from eridiff.errors import ConfigError
+
+WRAPPERS = ("_orig_mod", "module", "_fsdp_wrapped_module")  # torch.compile; DDP and averaged models; FSDP
+
+
+def unwrapped(module: nn.Module) -> Any:
+    """The module inside compiled, distributed and averaging wrappers."""
+    while inner := next((m for name in WRAPPERS if isinstance(m := module._modules.get(name), nn.Module)), None):
+        module = inner
+    return module
 
 
 @contextmanager

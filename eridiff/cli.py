@@ -1,4 +1,4 @@
-"""The command line: `eridiff sample` draws, `eridiff inspect` says what a file is."""
+"""The command line: `eridiff sample` draws, `resample` draws again, `inspect` says what a file is."""
 
 import argparse
 import json
@@ -15,13 +15,14 @@ import torch
 from eridiff import __version__
 from eridiff.config import MODEL_OPTIONS, RunConfig, SampleSettings, load_config, settle_guidance, size_of
 from eridiff.errors import ConfigError, EridiffError
-from eridiff.images import contact_sheet, first_text, read_image, save_png
+from eridiff.images import contact_sheet, read_image, save_png, slug
 from eridiff.inference import BUILT_IN, DiffusionInference, SDXLInference, load
+from eridiff.inference.again import circumstances, draw_again, load_again, read_settings
 from eridiff.inference.sd35 import OPTIONS as TEXT_OPTIONS
 from eridiff.inference.sdxl import PREDICTIONS
+from eridiff.inference.section import picture_paths, picture_requests
 from eridiff.inference.settings import check_settings, check_size
 from eridiff.inspect import inspect, summary
-from eridiff.schedulers.guidance import SkipLayers
 from eridiff.schedulers.samplers import SAMPLERS
 from eridiff.weights.locate import PART_NAMES
 
@@ -142,6 +143,22 @@ def _parser() -> argparse.ArgumentParser:
     sample.add_argument("--quiet", action="store_true", help="print nothing but errors")
     sample.add_argument("--list", action="store_true", help="show the words that the built-in model knows")
 
+    again = commands.add_parser(
+        "resample", help="draw a picture again", description="Draw a picture again from what its own PNG says."
+    )
+    again.set_defaults(run=_resample)
+    again.add_argument("picture", metavar="SAMPLE.png")
+    again.add_argument("--model", metavar="PATH|ID", help="draw with this in place of what the picture names")
+    for name in PART_NAMES:
+        again.add_argument(
+            f"--{name.replace('_', '-')}",
+            metavar="PATH",
+            help=f"another {name}; of a training run its checkpoint" if name == "transformer" else argparse.SUPPRESS,
+        )
+    again.add_argument("--device", help="another than the picture's")
+    again.add_argument("--out", metavar="FILE.png", help="where it is written (SAMPLE.again.png)")
+    again.add_argument("--quiet", action="store_true", help="print nothing but errors")
+
     look = commands.add_parser(
         "inspect", help="say what a file is", description="Say what a checkpoint is, to the last key."
     )
@@ -192,39 +209,41 @@ def _sample(options: argparse.Namespace) -> int:
     return 0
 
 
+def _resample(options: argparse.Namespace) -> int:
+    settings = read_settings(options.picture)
+    parts = {name: getattr(options, name) for name in PART_NAMES if getattr(options, name)}
+    model = {**({"path": options.model} if options.model else {}), **parts} if parts else options.model
+    device = {"device": _device(options.device or settings.get("device"))}
+    out = Path(options.out or Path(options.picture).with_suffix(".again.png"))
+    _check_writable(out)
+    drawn = draw_again(load_again(settings, model, progress=not options.quiet, **device), settings)
+    image, now = drawn.images[0], drawn.settings[0]
+    original = read_image(options.picture)
+    kept = {name: settings[name] for name in ("image", "mask", "control") if settings.get(name)}
+    save_png(image, out, {**now, **kept})
+    if not options.quiet:
+        print(out)
+        if image.tobytes() == original.convert("RGB").tobytes():
+            print("eridiff: the same picture, bit by bit")
+        else:
+            others = "; ".join(circumstances(settings, now))
+            print("eridiff: another picture" + (f" (then {others})" if others else ""))
+    return 0
+
+
 def _draw(model: DiffusionInference, settings: SampleSettings, extra: dict[str, Any]) -> list[Path]:
-    """One picture at a time, so that none depends on its neighbours; then the contact sheet of several."""
-    pictures = {
-        name: read_image(path) if path else None
-        for name, path in (("image", settings.image), ("mask", settings.mask), ("control", settings.control))
-    }
-    cfg = model.sampling.cfg_scale if settings.true_cfg_scale is None else settings.true_cfg_scale
-    skip = settings.skip_layers
-    if settings.negative_prompt and cfg == 1:
-        logging.getLogger(__name__).warning(
-            "the negative prompt has no effect without true guidance (--cfg, true_cfg_scale)"
-        )
+    """The pictures of a section, then the contact sheet of several."""
     out = Path(settings.out)
     single = out.suffix.lower() == ".png"
     if single and len(settings.prompts) > 1:
         raise ConfigError(f"'{out}' is one file and there are {len(settings.prompts)} prompts; give a folder")
     start = 0 if single else _next_number(out)
     images, paths = [], []
-    for i, prompt in enumerate(settings.prompts):
-        result = model.generate(
-            prompt, negative=settings.negative_prompt if cfg != 1 else None, width=settings.width, height=settings.height,
-            steps=settings.sample_steps, guidance_scale=settings.guidance_scale, cfg_scale=cfg,
-            cfg_rescale=settings.cfg_rescale, cfg_interval=settings.cfg_interval,
-            skip_layers=skip if isinstance(skip, bool) else SkipLayers(**skip), sampler=settings.sampler,
-            schedule=settings.schedule, shift=settings.shift,
-            seed=settings.seed + i * settings.walk_seed, strength=settings.strength, image=pictures["image"], mask=pictures["mask"], control=pictures["control"], **extra,
-        )  # fmt: skip
-        record = {
-            **result.settings[0],
-            **{name: getattr(settings, name) for name, picture in pictures.items() if picture},
-        }
-        slug = re.sub(r"[^a-z0-9]+", "-", first_text(prompt).lower()).strip("-")[:40] or "picture"
-        paths.append(save_png(result.images[0], out if single else out / f"{start + i:04d}-{slug}.png", record))
+    for i, request in enumerate(picture_requests(model, settings)):
+        result = model.generate(**request, **extra)
+        record = {**result.settings[0], **picture_paths(settings)}
+        name = f"{start + i:04d}-{slug(request['prompt'])}.png"
+        paths.append(save_png(result.images[0], out if single else out / name, record))
         images.append(result.images[0])
     if len(images) > 1:
         paths.append(save_png(contact_sheet(images), out / f"{start:04d}-contact-sheet.png"))

@@ -126,6 +126,11 @@ class SampleSettings:
     mask: str | None = None
     control: str | None = None
     out: str = "samples"
+    sample_every: int = 100  # steps of training; these five are for eridiff.training.Sampler
+    sample_start_step: int = 0
+    sample_skip_first: bool = False
+    sample_at_end: bool = True
+    sample_max_seconds: float | None = None  # of all pictures of a step
 
 
 @dataclass(frozen=True)
@@ -144,8 +149,10 @@ class RunConfig:
 
 SYNONYMS = {"neg": "negative_prompt", "negative": "negative_prompt", "steps": "sample_steps"}
 NO_EFFECT = {  # known words of training configurations
-    "sample_every": "it is for training",
-    "sample_start_step": "it is for training",
+    **{
+        name: "it is for training"
+        for name in ("sample_every", "sample_start_step", "sample_skip_first", "sample_at_end", "sample_max_seconds")
+    },
     "use_lora": "no LoRA file is given",
     "lora_scale": "no LoRA file is given",
     "network_multiplier": "no LoRA file is given",
@@ -197,7 +204,7 @@ def parse_config(document: Any) -> RunConfig:
     values: dict[str, Any] = {}
     for key, value in section.items():
         name = str(SYNONYMS.get(key, key))
-        if name in NO_EFFECT or value is None:
+        if (name in NO_EFFECT and name not in names) or value is None:
             continue
         if name in values:
             raise ConfigError(f"sample: '{key}' and another key both mean {name}; keep one")
