@@ -15,8 +15,10 @@ WRAPPERS = ("_orig_mod", "module", "_fsdp_wrapped_module")  # torch.compile; DDP
 
 def unwrapped(module: nn.Module) -> Any:
     """The module inside compiled, distributed and averaging wrappers."""
-    while inner := next((m for name in WRAPPERS if isinstance(m := module._modules.get(name), nn.Module)), None):
+    inner: nn.Module | None = module
+    while inner is not None:
         module = inner
+        inner = next((m for name in WRAPPERS if (m := module._modules.get(name)) is not None), None)
     return module
 
 

@@ -186,7 +186,8 @@ def tensors(modules: Mapping[str, nn.Module]) -> Iterator[None]:
     tables = [table for m in members(modules).values() for table in (m._parameters, m._buffers)]
     entries = [(table, dict(table)) for table in tables]
     unique = {id(t): t for _, entry in entries for t in entry.values() if t is not None}
-    states = [(t, t.data, t.requires_grad, t.grad if t.is_leaf else None) for t in unique.values()]
+    states = [(t, t.data, t.requires_grad) for t in unique.values()]
+    gradients = [(t, t.grad, None if t.grad is None else t.grad.data) for t in unique.values() if t.is_leaf]
     try:
         yield
     finally:
@@ -194,13 +195,16 @@ def tensors(modules: Mapping[str, nn.Module]) -> Iterator[None]:
             if [(n, id(t)) for n, t in table.items()] != [(n, id(t)) for n, t in entry.items()]:
                 table.clear()
                 table.update(entry)  # type: ignore[arg-type]
-        for tensor, data, requires_grad, grad in states:
+        for tensor, data, requires_grad in states:
             if place(tensor) != place(data):
                 tensor.data = data
             if tensor.requires_grad != requires_grad:
                 tensor.requires_grad_(requires_grad)
-            if tensor.is_leaf and tensor.grad is not grad:
-                tensor.grad = grad
+        for tensor, gradient, values in gradients:
+            if gradient is not None and values is not None and place(gradient) != place(values):
+                gradient.data = values  # sent away together with its parameter
+            if tensor.grad is not gradient:
+                tensor.grad = gradient
 
 
 def place(tensor: Tensor) -> tuple[torch.device, int, torch.dtype]:
