@@ -121,8 +121,8 @@ def autocast_types(device: torch.device | str) -> list[str]:
 def precision(device: torch.device | str = "cpu", autocast: torch.dtype | None = None) -> Iterator[None]:
     """Default dtype float32 and device CPU; autocast off, or to a dtype on the device alone.
 
-    Autocast keeps the weights that it casts. Cast without gradients, they would be taken by the next training step, which
-    would train nothing: so it keeps none here.
+    Autocast keeps the weights that it casts until its outermost region ends, which may be the trainer's: a second copy of
+    the network, stale after the next step. So it keeps none here.
     """
     types = autocast_types(device)
     before = [(t, torch.is_autocast_enabled(t), torch.get_autocast_dtype(t)) for t in types]

@@ -92,10 +92,7 @@ class Sampler:
         self.out = Path(sample.out)
         self.on_demand = os.fspath(self.out / "now" if on_demand is None else on_demand)
         self.every, self.max_seconds = sample.sample_every, sample.sample_max_seconds
-        start, every = sample.sample_start_step, max(self.every, 1)
-        self.first = -(-start // every) * every
-        if sample.sample_skip_first:
-            self.first += every
+        self.first = self.first_step(self.every, sample.sample_start_step, sample.sample_skip_first)
         self.at_end = sample.sample_at_end
         self.last: int | None = None  # the step that was drawn last
         self._look = 0.0  # when to look for the file on_demand
@@ -118,6 +115,12 @@ class Sampler:
                 encode = inference.encode_prompt if cache is None else cache.encode
                 given = [(r["prompt"], r["negative"], r["cfg_scale"]) for r in self.requests]
                 self.prompts = [on_cpu(encode(*what)) for what in given]
+
+    @staticmethod
+    def first_step(every: int, start: int, skip_first: bool) -> int:
+        """The first multiple of `every` from `start` on, or the one after it."""
+        every = max(every, 1)
+        return (-(-start // every) + skip_first) * every
 
     def due(self, step: int) -> bool:
         """Whether a step is one of the plan: a function of its number alone."""
