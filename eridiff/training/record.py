@@ -58,9 +58,11 @@ def read_entries(folder: str | os.PathLike[str]) -> dict[str, Entry]:
 
 
 def rows(entries: Mapping[str, Entry]) -> dict[tuple[str, ...], list[Entry]]:
-    """The pictures of each row, by step."""
+    """The pictures of each row, by step; rows in the order of the prompts, the plain weights before their averages."""
     found: dict[tuple[str, ...], list[Entry]] = {}
-    for entry in sorted(entries.values(), key=lambda e: (e.step, e.name)):
+    order = {"base": 0, "live": 1}
+    prefix = len("step-00000000-00")  # the step and the number of the prompt
+    for entry in sorted(entries.values(), key=lambda e: (e.step, e.name[:prefix], order.get(e.weights, 2), e.name)):
         found.setdefault(entry.row, []).append(entry)
     return found
 

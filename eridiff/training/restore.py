@@ -268,9 +268,9 @@ def averaged_weights(module: nn.Module, averages: Mapping[str, Tensor] | nn.Modu
     places = {
         f"{prefix}.{name}".lstrip("."): (table, name)
         for prefix, m in module.named_modules(remove_duplicate=False)
-        for table in (m._parameters, m._buffers)
+        for table in (m._parameters, m._buffers, vars(m))  # a table of positions is a plain attribute
         for name, tensor in table.items()
-        if tensor is not None
+        if isinstance(tensor, Tensor)
     }
     own = {name.replace("_orig_mod.", "").removeprefix("module."): tensor for name, tensor in averages.items()}
     wrong = next((n for n, t in own.items() if n not in places or t.shape != places[n][0][places[n][1]].shape), None)
