@@ -1,8 +1,8 @@
 """What sampling costs a training step that does not sample, and whether memory grows: `python -m benchmarks.sampler_overhead`.
 
 The time is that of `maybe_sample` at a step that is not due, in microseconds: the median and the 99.9th percentile of single
-calls, and the mean over many. Memory is the process's own, resident, over 100 events after 20 that warm up, with the built-in
-model in training. Writes `benchmarks/results/sampler_overhead.json`; `--memory` prints that part alone.
+calls, and the mean over many. Memory is the process's own, resident: the median of the last 20 of 120 steps of training the
+built-in model less that of the first 20, with a picture at each step and, beside it, without. Writes `benchmarks/results/sampler_overhead.json`; `--memory` prints that part alone.
 """
 
 import argparse
@@ -53,19 +53,20 @@ def idle(sampler: Sampler, calls: int = 200_000) -> dict[str, float]:
     }  # fmt: skip
 
 
-def memory(sampler: Sampler, events: int = 100, warm: int = 20) -> dict[str, Any]:
-    """Resident bytes before and after the events; a step of training before each."""
+def memory(sampler: Sampler, sampling: bool, steps: int = 120, part: int = 20) -> dict[str, Any]:
+    """Resident bytes over steps of training, with or without a sampling event after each."""
     optimizer = torch.optim.AdamW(sampler.inference.network.parameters(), lr=1e-4)
     readings = []
-    for event in range(warm + events):
+    for step in range(steps + part):  # the first part warms up
         for p in sampler.inference.network.parameters():
             p.grad = torch.full_like(p, 1e-3)
         optimizer.step()
-        sampler.sample(event % 10)
+        if sampling:
+            sampler.sample(step % 10)
         gc.collect()
         readings.append(resident())
-    before, after = readings[warm - 1], readings[-1]
-    return {"events": events, "before_bytes": before, "after_bytes": after, "growth_bytes": after - before}
+    before, after = (int(statistics.median(r)) for r in (readings[part : 2 * part], readings[-part:]))
+    return {"events": steps - part, "before_bytes": before, "after_bytes": after, "growth_bytes": after - before}
 
 
 def main() -> None:
@@ -78,9 +79,13 @@ def main() -> None:
         section = {"prompts": ["a swan on mars", "a fox at night"], "sample_steps": 2, "out": folder}
         sampler = Sampler(model, section, raise_errors=True)
         if options.memory:
-            print(json.dumps(memory(sampler)))
+            print(json.dumps(memory(sampler, sampling=True)))
             return
-        found = {"idle": idle(sampler), "memory": memory(sampler)}
+        found = {
+            "idle": idle(sampler),
+            "memory_without_sampling": memory(sampler, sampling=False),
+            "memory": memory(sampler, sampling=True),
+        }
     machine = {"torch": torch.__version__, "threads": torch.get_num_threads(), "processor": platform.machine()}
     RESULTS.parent.mkdir(exist_ok=True)
     RESULTS.write_text(json.dumps({"machine": machine, **found}, indent=1) + "\n")

@@ -18,23 +18,26 @@ from safetensors.torch import load_file
 
 import eridiff
 from eridiff.training import EmbeddingCache, Sampler
-from tests import tiny
 
 
-def work(sampler: Sampler, folder: Path) -> None:
-    """For ever: a picture with its page, a prompt, a checkpoint."""
-    cache = EmbeddingCache(sampler.inference, folder / "prompts")
-    for i in range(1_000_000):
-        sampler.sample(i % 5)
-        cache.encode(f"prompt {random.random()}")
-        eridiff.save_network(sampler.inference.network, folder / "checkpoint.safetensors")
+def work(sampler: Sampler, cache: EmbeddingCache, folder: Path) -> None:
+    """For ever, in any order: a picture with its page, a prompt, a checkpoint."""
+    generator = random.Random(os.urandom(8))
+    while True:
+        match min(generator.randrange(4), 2):
+            case 0:
+                sampler.sample(generator.randrange(8))
+            case 1:
+                cache.encode(f"a {generator.randrange(1000)}")
+            case 2:
+                eridiff.save_network(sampler.inference.network, folder / "checkpoint.safetensors")
 
 
 def check(folder: Path) -> dict[str, int]:
     """Read every file to its end; the number of each kind, and of temporary ones, which are removed."""
     found = {"png": 0, "safetensors": 0, "html": 0, "tmp": 0}
     for path in (p for p in folder.rglob("*") if p.is_file()):
-        kind = path.suffix[1:]
+        kind = "tmp" if path.name.startswith(".") else path.suffix[1:]
         if kind == "tmp":
             path.unlink()
         elif kind == "png":
@@ -53,17 +56,16 @@ def check(folder: Path) -> dict[str, int]:
 def main() -> None:
     folder, count = Path(sys.argv[1]), int(sys.argv[2])
     torch.set_num_threads(1)  # threads do not survive a fork
-    inference = eridiff.load(tiny.write_model(folder / "model"), device="cpu", progress=False)
+    inference = eridiff.load(device="cpu", progress=False)  # its checkpoint takes long enough to be interrupted
     out = folder / "run"
     section = {
         "prompts": ["a swan", "a fox"],
         "sample_steps": 1,
-        "width": 128,
-        "height": 128,
         "out": str(out / "samples"),
     }
     sampler = Sampler(inference, section, raise_errors=True)
     sampler.sample(0)
+    cache = EmbeddingCache(inference, out / "prompts")
     total = {"png": 0, "safetensors": 0, "html": 0, "tmp": 0}
     generator = random.Random(0)
     interrupted = 0
@@ -71,10 +73,10 @@ def main() -> None:
         child = os.fork()
         if child == 0:
             try:
-                work(sampler, out)
+                work(sampler, cache, out)
             finally:
                 os._exit(1)
-        time.sleep(generator.uniform(0.05, 0.6))
+        time.sleep(generator.uniform(0.05, 0.8))
         os.kill(child, signal.SIGKILL)
         _, status = os.waitpid(child, 0)
         assert os.WIFSIGNALED(status), "the child ended by itself"

