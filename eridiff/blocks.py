@@ -1,4 +1,4 @@
-"""Gradient checkpointing and compilation of repeated blocks, from outside the network."""
+"""Networks as trainers treat them, from outside: compiled and checkpointed blocks, wrappers around the whole."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -29,6 +29,18 @@ def compile_blocks(model: nn.Module, **options: Any) -> None:
     install_slots(model)
     for block in repeated_blocks(model):
         block.compile(**options)
+
+
+WRAPPERS = ("_orig_mod", "module", "_fsdp_wrapped_module")  # torch.compile; DDP and averaged models; FSDP
+
+
+def unwrapped(module: nn.Module) -> Any:
+    """The module inside compiled, distributed and averaging wrappers."""
+    inner: nn.Module | None = module
+    while inner is not None:
+        module = inner
+        inner = next((m for name in WRAPPERS if (m := module._modules.get(name)) is not None), None)
+    return module
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""The command line: `eridiff sample` draws, `eridiff inspect` says what a file is."""
+"""The command line: `eridiff sample` draws, `resample` draws again, `inspect` says what a file is."""
 
 import argparse
 import json
@@ -14,18 +14,19 @@ from typing import Any
 import torch
 
 from eridiff import __version__, cli_lora
-from eridiff.config import MODEL_OPTIONS, RunConfig, SampleSettings, settle_guidance, size_of
+from eridiff.config import MODEL_OPTIONS, RunConfig, SampleSettings, size_of
 from eridiff.errors import ConfigError, EridiffError
-from eridiff.images import contact_sheet, first_text, read_image, save_png
+from eridiff.images import contact_sheet, read_image, save_png, slug
 from eridiff.inference import BUILT_IN, DiffusionInference, SDXLInference, load
+from eridiff.inference.again import circumstances, draw_again, load_again, read_settings
 from eridiff.inference.lora import LoraHandle
 from eridiff.inference.sd35 import OPTIONS as TEXT_OPTIONS
 from eridiff.inference.sdxl import PREDICTIONS
+from eridiff.inference.section import fitted, picture_paths, picture_requests
 from eridiff.inference.settings import check_settings, check_size
 from eridiff.inspect import inspect, summary
 from eridiff.lora.ledger import counted
 from eridiff.run_files import load_config
-from eridiff.schedulers.guidance import SkipLayers
 from eridiff.schedulers.samplers import SAMPLERS
 from eridiff.weights.locate import PART_NAMES
 
@@ -167,6 +168,22 @@ def _parser() -> argparse.ArgumentParser:
     sample.add_argument("--quiet", action="store_true", help="print nothing but errors")
     sample.add_argument("--list", action="store_true", help="show the words that the built-in model knows")
 
+    again = commands.add_parser(
+        "resample", help="draw a picture again", description="Draw a picture again from what its own PNG says."
+    )
+    again.set_defaults(run=_resample)
+    again.add_argument("picture", metavar="SAMPLE.png")
+    again.add_argument("--model", metavar="PATH|ID", help="draw with this in place of what the picture names")
+    for name in PART_NAMES:
+        again.add_argument(
+            f"--{name.replace('_', '-')}",
+            metavar="PATH",
+            help=f"another {name}; of a training run its checkpoint" if name == "transformer" else argparse.SUPPRESS,
+        )
+    again.add_argument("--device", help="another than the picture's")
+    again.add_argument("--out", metavar="FILE.png", help="where it is written (SAMPLE.again.png)")
+    again.add_argument("--quiet", action="store_true", help="print nothing but errors")
+
     look = commands.add_parser(
         "inspect", help="say what a file is", description="Say what a checkpoint is, to the last key."
     )
@@ -209,10 +226,10 @@ def _sample(options: argparse.Namespace) -> int:
         refiner = load(config.refiner, **common, **told)  # type: ignore[assignment]
     if any("aesthetic" in name for name in told) and not config.refiner and model.variant != "refiner":
         say(f"eridiff: an aesthetic score has no effect: {model.variant} is not told one, the refiner is")
-    pictures = [_fitted(entry, model, (refiner or model).multiple) for entry in settings.each()]
-    for notice in dict.fromkeys(notice for _, notices in pictures for notice in notices):
+    entries, notices = fitted(model, settings, (refiner or model).multiple)
+    for notice in notices:
         say(f"eridiff: {notice}")
-    for path in _draw(model, [entry for entry, _ in pictures], refiner, loras):
+    for path in _draw(model, entries, refiner, loras):
         say(path)
     return 0
 
@@ -232,63 +249,47 @@ def _apply_loras(model: DiffusionInference, settings: SampleSettings, say: Calla
     return weighed
 
 
-def _fitted(entry: SampleSettings, model: DiffusionInference, multiple: int) -> tuple[SampleSettings, list[str]]:
-    """The settings of one picture in what the model has, and notices of what that changed."""
-    embedding = model.guidance(None) is not None
-    entry, notices = settle_guidance(entry, embedding, by_cfg=model.family != "flux")
-    if not entry.lenient:
-        return entry, notices
-    for name in ("width", "height"):
-        side = getattr(entry, name)
-        if side is not None and (fitting := max(64, side // multiple * multiple)) != side:
-            notices.append(f"the {name} {side} becomes {fitting}, a multiple of {multiple}")
-            entry = replace(entry, **{name: fitting})
-    if entry.schedule == "karras" and model.family != "unet":
-        notices.append(f"Karras' noise levels have no effect: {model.variant} has its own")
-        entry = replace(entry, schedule=None)
-    return entry, notices
+def _resample(options: argparse.Namespace) -> int:
+    settings = read_settings(options.picture)
+    parts = {name: getattr(options, name) for name in PART_NAMES if getattr(options, name)}
+    model = {**({"path": options.model} if options.model else {}), **parts} if parts else options.model
+    device = {"device": _device(options.device or settings.get("device"))}
+    out = Path(options.out or Path(options.picture).with_suffix(".again.png"))
+    _check_writable(out)
+    drawn = draw_again(load_again(settings, model, progress=not options.quiet, **device), settings)
+    image, now = drawn.images[0], drawn.settings[0]
+    original = read_image(options.picture)
+    kept = {name: settings[name] for name in ("image", "mask", "control") if settings.get(name)}
+    save_png(image, out, {**now, **kept})
+    if not options.quiet:
+        print(out)
+        if image.tobytes() == original.convert("RGB").tobytes():
+            print("eridiff: the same picture, bit by bit")
+        else:
+            others = "; ".join(circumstances(settings, now))
+            print("eridiff: another picture" + (f" (then {others})" if others else ""))
+    return 0
 
 
 def _draw(
-    model: DiffusionInference,
-    entries: Sequence[SampleSettings],
-    refiner: SDXLInference | None,
-    loras: Sequence[LoraHandle],
-) -> list[Path]:
+    model: DiffusionInference, entries: Sequence[SampleSettings], refiner: SDXLInference | None, loras: Sequence[LoraHandle]
+) -> list[Path]:  # fmt: skip
     """One picture at a time, so that none depends on its neighbours; then the contact sheet of several."""
-    section = entries[0]
-    pictures = {
-        name: read_image(path) if path else None
-        for name, path in (("image", section.image), ("mask", section.mask), ("control", section.control))
-    }
-    out = Path(section.out)
+    out = Path(entries[0].out)
     single = out.suffix.lower() == ".png"
     if single and len(entries) > 1:
         raise ConfigError(f"'{out}' is one file and there are {len(entries)} prompts; give a folder")
-    scales = [model.sampling.cfg_scale if e.true_cfg_scale is None else e.true_cfg_scale for e in entries]
-    if any(entry.negative_prompt and cfg == 1 for entry, cfg in zip(entries, scales, strict=True)):
-        logging.getLogger(__name__).warning(
-            "the negative prompt has no effect without true guidance (--cfg, true_cfg_scale)"
-        )
     start = 0 if single else _next_number(out)
     images, paths = [], []
-    for i, (entry, cfg) in enumerate(zip(entries, scales, strict=True)):
-        prompt, skip = entry.prompts[0], entry.skip_layers
+    for i, (entry, request) in enumerate(zip(entries, picture_requests(model, entries), strict=True)):
         extra: dict[str, Any] = {} if refiner is None else {"refiner": refiner}
         extra |= {"hand_over": entry.hand_over} if refiner is not None and entry.hand_over is not None else {}
         for handle in loras:
             handle.set_scale(1.0 if entry.lora_scale is None else entry.lora_scale)
-        result = model.generate(
-            prompt, negative=entry.negative_prompt if cfg != 1 else None, width=entry.width, height=entry.height,
-            steps=entry.sample_steps, guidance_scale=entry.guidance_scale, cfg_scale=cfg,
-            cfg_rescale=entry.cfg_rescale, cfg_interval=entry.cfg_interval,
-            skip_layers=skip if isinstance(skip, bool) else SkipLayers(**skip), sampler=entry.sampler,
-            schedule=entry.schedule, shift=entry.shift, seed=entry.seed, strength=entry.strength, image=pictures["image"],
-            mask=pictures["mask"], control=pictures["control"], **extra,
-        )  # fmt: skip
-        record = {**result.settings[0], **{name: getattr(entry, name) for name, picture in pictures.items() if picture}}
-        slug = re.sub(r"[^a-z0-9]+", "-", first_text(prompt).lower()).strip("-")[:40] or "picture"
-        paths.append(save_png(result.images[0], out if single else out / f"{start + i:04d}-{slug}.png", record))
+        result = model.generate(**request, **extra)
+        record = {**result.settings[0], **picture_paths(entry)}
+        name = f"{start + i:04d}-{slug(request['prompt'])}.png"
+        paths.append(save_png(result.images[0], out if single else out / name, record))
         images.append(result.images[0])
     if len(images) > 1:
         paths.append(save_png(contact_sheet(images), out / f"{start:04d}-contact-sheet.png"))

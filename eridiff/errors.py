@@ -19,3 +19,7 @@ class LoraError(EridiffError):
 
 class TraceError(EridiffError):
     """Two recordings cannot be compared."""
+
+
+class TrainingError(EridiffError):
+    """Sampling inside a training run changed the run, failed, or took too long."""

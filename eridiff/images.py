@@ -93,6 +93,11 @@ def first_text(prompt: Any) -> str:
     return str(next(iter(prompt.values()), "")) if isinstance(prompt, Mapping) else str(prompt)
 
 
+def slug(prompt: Any) -> str:
+    """A prompt as part of a file's name."""
+    return re.sub(r"[^a-z0-9]+", "-", first_text(prompt).lower()).strip("-")[:40] or "picture"
+
+
 def _quoted(value: object) -> str:
     """A1111's reader ends a value at a comma unless it is a JSON string."""
     text = str(value)

@@ -16,12 +16,13 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
-import eridiff
+from eridiff.blocks import unwrapped
 from eridiff.errors import ConfigError
 from eridiff.images import to_images, to_tensor
 from eridiff.inference.latents import LATENT_SCALE, dtype_of, finite, first_step, latent_mask, noise_of_steps
 from eridiff.inference.loading import fill
 from eridiff.inference.lora import LoraHandle, apply
+from eridiff.inference.provenance import provenance
 from eridiff.inference.settings import Defaults, Table, Text, check_settings, listed, matched, settle_size
 from eridiff.lora.attach import Scale
 from eridiff.lora.load import Lora
@@ -81,6 +82,7 @@ class DiffusionInference(ABC):
 
     family: ClassVar[str]  # of the network, as in weights/detect.py
     variants: ClassVar[Mapping[str, Defaults]]
+    recorded: ClassVar[tuple[str, ...]] = ("variant", "vae_rows")  # attributes that a picture depends on, as options
     multiple: int = 16  # of which width and height must be multiples
     network: Any
     autoencoder: Autoencoder
@@ -88,14 +90,14 @@ class DiffusionInference(ABC):
 
     def __init__(
         self, network: nn.Module | None, autoencoder: Autoencoder | None, *, variant: str | None = None,
-        device: torch.device | str | None = None, dtype: torch.dtype | None = None, offload: str | None = None,
-        vae_rows: int | None = None, progress: bool = True,
+        device: torch.device | str | None = None, dtype: torch.dtype | Mapping[str, torch.dtype] | None = None,
+        offload: str | None = None, vae_rows: int | None = None, progress: bool = True,
     ) -> None:  # fmt: skip
         """`offload="stages"` keeps every component on the CPU and moves it to `device` for its stage alone.
 
         `vae_rows` decodes and encodes in strips of so many rows, exactly and in less memory (memory/strips.py). variant None is
-        told from the network's sizes, and where two have the same from the file's name. dtype None is the
-        file's on a GPU and float32 on a CPU with room for it.
+        told from the network's sizes, and where two have the same from the file's name. dtype, one for
+        all or by component (flux, vae, t5, ...), None is the file's on a GPU and float32 on a CPU with room for it.
         """
         if offload not in (None, "stages"):
             raise ConfigError(f"offload must be 'stages' or nothing, not {offload!r}")
@@ -109,7 +111,7 @@ class DiffusionInference(ABC):
         self.source: dict[str, Any] = {}  # which files, for the record
         self.loras: list[LoraHandle] = []  # what apply_lora has put on it
         if autoencoder is not None:
-            self.autoencoder = autoencoder
+            self.autoencoder = unwrapped(autoencoder)
         if network is not None:
             self.set_network(network)
 
@@ -197,8 +199,8 @@ class DiffusionInference(ABC):
         return (by_name or possible)[-1 if by_name else 0]
 
     def set_network(self, network: nn.Module, name: str = "") -> None:
-        """Take a network and its variant's defaults."""
-        self.network = network
+        """Take a network, out of the wrappers of a trainer, and its variant's defaults."""
+        self.network = unwrapped(network)
         self.variant = self.choose_variant(self.network.config, name)
         self.sampling = self.variants[self.variant]
 
@@ -207,14 +209,21 @@ class DiffusionInference(ABC):
         return vars(self.sampling)
 
     @torch.no_grad()
-    def encode_prompt(self, prompt: Text | Sequence[Text], negative: Text | Sequence[Text] | None = None) -> Prompt:
+    def encode_prompt(
+        self,
+        prompt: Text | Sequence[Text],
+        negative: Text | Sequence[Text] | None = None,
+        cfg_scale: float | None = None,
+    ) -> Prompt:
         """Encode one prompt or several, and the negative ones with them, so that both have as many rows.
 
         A prompt is a text, or a text for each encoder by name (`{"clip": ..., "t5": ...}`; an encoder that is not named
         reads the first). `""` is encoded as it stands; a negative of None is the family's default: the empty prompt where
-        it is steered with classifier-free guidance, else none. Words that do not fit are cut, with a warning.
+        it is steered with classifier-free guidance (a cfg_scale other than 1; None is the variant's), else none. Words that
+        do not fit are cut, with a warning.
         """
-        return self._encode(listed(prompt), negative, self.sampling.cfg_scale != 1)
+        steered = (self.sampling.cfg_scale if cfg_scale is None else cfg_scale) != 1
+        return self._encode(listed(prompt), negative, steered)
 
     def default_negative(self, prompts: list[Text]) -> Prompt:
         """Prompts with what they are steered away from when no negative prompt is given: the empty one."""
@@ -382,6 +391,7 @@ class DiffusionInference(ABC):
         not finite.
         """
         prompts, seeds = matched(prompt, seed, len(conditioning.positive) if conditioning else 1)
+        given_objects = {"image": image, "mask": mask, "control": control, "noise": noise, "conditioning": conditioning}
         defaults = self.sampling
         given = next((picture for picture in (image, control) if picture is not None), None)
         width, height = settle_size(width, height, given, self.defaults(), self.multiple)
@@ -427,13 +437,13 @@ class DiffusionInference(ABC):
             decoded = whole_mask * decoded + (1 - whole_mask) * pictures[0]
         table = table if table is None or isinstance(table, str) else points.sigmas.tolist()
         settings = {
-            **self.source, "negative_prompt": negative, "width": width, "height": height, "steps": points.steps,
+            **provenance(self), "negative_prompt": negative, "width": width, "height": height, "steps": points.steps,
             "sampler": sampler, "schedule": table, "shift": shift, "guidance_scale": self.guidance(guidance_scale),
             "cfg_scale": cfg_scale, "cfg_rescale": cfg_rescale, "cfg_interval": list(cfg_interval),
-            "skip_layers": guidance.skip_layers and asdict(guidance.skip_layers),
-            "part": list(part), "strength": used_strength if starts_from_image else None, "dtype": str(dtype_of(self.network)).removeprefix("torch."),
+            "skip_layers": guidance.skip_layers and asdict(guidance.skip_layers), "part": list(part),
+            "strength": used_strength if starts_from_image else None, "batch": len(seeds),
             "loras": [handle.record() for handle in self.loras] or None,
-            "device": self.device.type, "version": eridiff.__version__, "torch": torch.__version__,
+            "handed_in": [name for name, thing in given_objects.items() if thing is not None],
         }  # fmt: skip
         each = [{"prompt": p, "seed": s, **settings} for p, s in zip(prompts, seeds, strict=True)]
         kept = {"conditioning": conditioning, "noise": noise, "latents": latents}

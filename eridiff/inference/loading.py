@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -37,8 +38,10 @@ def fill(drawer: "DiffusionInference", parts: Parts) -> None:
     sampling = own_sampling(own, drawer.choose_variant(own.config, name), drawer.variants)
 
     def options(name: str) -> dict[str, Any]:
-        dtype = drawer.dtype or default_dtype(components[name], drawer.device)
-        if name == "vae" and dtype == torch.float16 and components[name].config.latent_channels == 4:
+        asked = drawer.dtype.get(name) if isinstance(drawer.dtype, Mapping) else drawer.dtype
+        dtype = asked or default_dtype(components[name], drawer.device)
+        by_name = isinstance(drawer.dtype, Mapping)
+        if name == "vae" and not by_name and dtype == torch.float16 and components[name].config.latent_channels == 4:
             log.info("SDXL's autoencoder overflows in float16, so it decodes in float32")
             dtype = torch.float32
         return {"dtype": dtype, "device": "cpu" if drawer.offload else drawer.device, "progress": drawer.progress}
@@ -48,7 +51,15 @@ def fill(drawer: "DiffusionInference", parts: Parts) -> None:
     drawer.set_network(network, name)
     drawer.sampling = sampling
     drawer.set_encoders({n: build_encoder(components[n], **options(n)) for n in text}, tokenizers)
-    drawer.source = {"model": str(path), "family": drawer.family, "variant": drawer.variant}
+    drawer.source = {"model": str(path), "parts": _places(parts)}
+
+
+def _places(parts: Parts) -> dict[str, Any]:
+    """Where everything was read from, as `load` takes it."""
+    option = {network: name for name, networks in PART_NAMES.items() for network in networks}
+    found = {option[n]: os.path.abspath(component.checkpoint.path) for n, component in parts.components.items()}
+    tokenizers = {name: os.path.abspath(path) for name, path in parts.tokenizers.items()}
+    return {**found, **({"tokenizers": tokenizers} if tokenizers else {})}
 
 
 def check_parts(drawer: "type[DiffusionInference]", components: Mapping[str, Component]) -> None:

@@ -48,6 +48,7 @@ class SD35Inference(DiffusionInference):
     """Draws with any SD 3: `SD35Inference().load_model("sd3.5_medium/")`, or with modules that are already there."""
 
     family = "mmdit"
+    recorded = (*DiffusionInference.recorded, *OPTIONS)
     variants: ClassVar[Mapping[str, SD35Defaults]] = {
         "sd3-medium": SD35Defaults(script_shift=1.0),
         "sd3.5-medium": SD35Defaults(skip_layers=SkipLayers((7, 8, 9), scale=2.5, start=0.01, end=0.2)),

@@ -50,6 +50,7 @@ class SDXLInference(DiffusionInference):
     """Draws with any SDXL: `SDXLInference().load_model("sd_xl_base_1.0.safetensors")`, or with modules already there."""
 
     family = "unet"
+    recorded = (*DiffusionInference.recorded, "prediction", "zero_terminal_snr", "empty_negative", "clip_windows")
     variants: ClassVar[Mapping[str, SDXLDefaults]] = {
         "base": SDXLDefaults(),
         "refiner": SDXLDefaults(),
@@ -181,7 +182,8 @@ class SDXLInference(DiffusionInference):
         options |= {"width": first.images[0].width, "height": first.images[0].height, "seed": seeds}
         options.pop("image", None), options.pop("strength", None), options.pop("mask", None)
         result = refiner.generate(prompt, **options, part=(hand_over, 1.0), noise=first.latents, keep=keep)
-        both = [{**settings, **self._told_sizes(settings), **self.source, "refiner": refiner.source.get("model"), "hand_over": hand_over, "part": [0.0, 1.0]}
+        own = {name: first.settings[0][name] for name in (*self.source, *self.recorded, "handed_in")}
+        both = [{**settings, **self._told_sizes(settings), **own, "refiner": refiner.source.get("parts"), "hand_over": hand_over, "part": [0.0, 1.0]}
                 for settings in result.settings]  # fmt: skip
         return replace(result, settings=both)
 

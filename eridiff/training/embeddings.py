@@ -1,0 +1,156 @@
+"""Prompts encoded once and kept on the disk by content, so that text encoders need not be in memory.
+
+A file is named after all that its tensors depend on: the prompt, what it is steered away from, the family's options of text
+(length, padding, windows), and, as the folder that it lies in, the weights and the vocabulary of the encoders.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from eridiff.errors import CheckpointError, ConfigError, EridiffError
+from eridiff.inference import DiffusionInference, Prompt
+from eridiff.inference.settings import Text
+from eridiff.text import Conditioning
+from eridiff.training.fingerprint import digest
+from eridiff.weights.locate import TEXT_ENCODERS
+from eridiff.weights.save import write_tensors
+
+OPTIONS = ("t5_padding", "without_t5", "clip_windows", "empty_negative")  # attributes of inferences
+
+
+class EmbeddingCache:
+    """Encodes prompts by an inference's text encoders, or finds them in a folder."""
+
+    def __init__(self, inference: DiffusionInference, folder: str | os.PathLike[str]) -> None:
+        """The encoders' weights are hashed once, here; they must not be in training.
+
+        Without encoders in memory the folder must hold the prompts of just one set of encoders: ConfigError otherwise.
+        """
+        self.inference = inference
+        self.encoders = {n: e for n in TEXT_ENCODERS if (e := getattr(inference, n, None)) is not None}
+        if self.encoders:
+            self.folder = Path(folder) / encoders_digest(self.encoders)
+            return
+        found = sorted(p for p in Path(folder).iterdir() if p.is_dir()) if Path(folder).is_dir() else []
+        if len(found) != 1:
+            held = f"the prompts of {len(found)} sets of encoders" if found else "no prompts"
+            raise ConfigError(f"no text encoders are loaded and '{folder}' holds {held}: load the encoders once")
+        self.folder = found[0]
+
+    def encode(self, prompt: Text, negative: Text | None = None, cfg_scale: float | None = None) -> Prompt:
+        """As `inference.encode_prompt(prompt, negative, cfg_scale)`, on the CPU, to the last bit.
+
+        Raises ConfigError for a prompt that is not in the folder when no encoders are loaded.
+        """
+        path = self.path(prompt, negative, cfg_scale)
+        if path.exists():
+            return read_prompt(path)
+        if not self.encoders:
+            raise ConfigError(f"the prompt {prompt!r} is not among those kept in '{self.folder}', and no text encoders are loaded")  # fmt: skip
+        encoded = on_cpu(self.inference.encode_prompt(prompt, negative, cfg_scale))
+        write_prompt(path, encoded, {"prompt": json.dumps(prompt), "negative": json.dumps(negative)})
+        return encoded
+
+    def path(self, prompt: Text, negative: Text | None, cfg_scale: float | None) -> Path:
+        """The file of a prompt."""
+        inference = self.inference
+        steered = (inference.sampling.cfg_scale if cfg_scale is None else cfg_scale) != 1
+        text_width, _ = inference.told_widths(inference.network.config)
+        key = {
+            "prompt": prompt, "negative": negative, "steered": steered, "family": inference.family, "width": text_width,
+            "length": getattr(inference.sampling, "text_length", None),
+            "refiner": inference.variant == "refiner",
+            **{name: getattr(inference, name, None) for name in OPTIONS},
+        }  # fmt: skip
+        text = json.dumps(key, sort_keys=True, ensure_ascii=False)
+        return self.folder / f"{hashlib.blake2b(text.encode(), digest_size=16).hexdigest()}.safetensors"
+
+
+def encoders_digest(encoders: Mapping[str, Any]) -> str:
+    """Of the weights, and of how the tokenizers cut a text."""
+    found = hashlib.blake2b(digest_size=16)
+    for name, encoder in encoders.items():
+        module: nn.Module = encoder.module
+        for key, tensor in [*module.named_parameters(), *module.named_buffers()]:
+            found.update(f"{name} {key} {digest(tensor)}".encode())
+        tokenizer = encoder.tokenizer
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        found.update((backend.to_str() if backend else repr(sorted(tokenizer.get_vocab().items()))).encode())
+    return found.hexdigest()
+
+
+def on_cpu(prompt: Prompt) -> Prompt:
+    """The same, in main memory."""
+    parts = [c and Conditioning(c.text.cpu(), c.pooled.cpu()) for c in (prompt.positive, prompt.negative)]
+    return Prompt(*parts)  # type: ignore[arg-type]
+
+
+def write_prompt(path: Path, prompt: Prompt, metadata: Mapping[str, str]) -> None:
+    """The file appears whole or not at all."""
+    tensors: dict[str, Tensor] = {}
+    for name, conditioning in vars(prompt).items():
+        if conditioning is not None:
+            tensors |= {f"{name}.{n}": t.contiguous().clone() for n, t in vars(conditioning).items()}
+    _write(tensors, path, metadata)
+
+
+def _write(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise EridiffError(f"'{path.parent}' cannot be made: {error.strerror}") from None
+    write_tensors(tensors, path, metadata)
+
+
+def read_prompt(path: Path) -> Prompt:
+    """Raises CheckpointError for a file that is damaged."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        both = [
+            Conditioning(tensors[f"{name}.text"], tensors[f"{name}.pooled"]) if f"{name}.text" in tensors else None
+            for name in ("positive", "negative")
+        ]
+    except (SafetensorError, OSError, KeyError) as error:
+        raise CheckpointError(f"{path} is damaged ({error}); remove it and the prompt is encoded again") from None
+    if both[0] is None:
+        raise CheckpointError(f"{path} holds no prompt; remove it and the prompt is encoded again")
+    return Prompt(both[0], both[1])
+
+
+class LatentCache:
+    """A data set's pictures as latents, encoded once and kept on the disk by content."""
+
+    def __init__(self, inference: DiffusionInference, folder: str | os.PathLike[str]) -> None:
+        """The autoencoder's weights are hashed once, here."""
+        self.inference = inference
+        found = hashlib.blake2b(json.dumps(asdict(inference.autoencoder.config)).encode(), digest_size=16)
+        for name, tensor in inference.autoencoder.named_parameters():
+            found.update(f"{name} {digest(tensor)}".encode())
+        self.folder = Path(folder) / found.hexdigest()
+
+    def encode(self, picture: Tensor) -> Tensor:
+        """A picture `[1, 3, H, W]` in [-1, 1] -> its latents `[1, C, H / 8, W / 8]` float32 on the CPU, the posterior's mean."""
+        path = self.folder / f"{digest(picture)}.safetensors"
+        if path.exists():
+            try:
+                with safe_open(path, framework="pt") as file:
+                    return file.get_tensor("latents")
+            except (SafetensorError, OSError) as error:
+                raise CheckpointError(
+                    f"{path} is damaged ({error}); remove it and the picture is encoded again"
+                ) from None
+        latents = self.inference.encode_vae(picture).cpu()
+        _write({"latents": latents.contiguous()}, path, {})
+        return latents
+
+
+__all__ = ["EmbeddingCache", "LatentCache"]

@@ -1,0 +1,290 @@
+"""Drawing inside a training run without a trace: `undisturbed` puts back everything that drawing may touch.
+
+Each of the context managers below keeps one kind of state. What they keep are references and small values: only the weights
+of a schedule-free optimizer, which averages them in place, are copied for the time of a picture.
+"""
+
+import random
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from eridiff.blocks import unwrapped
+from eridiff.errors import ConfigError
+
+CHECKPOINTING = ("forward", "gradient_checkpointing", "_gradient_checkpointing_func")  # set on a module from outside
+
+
+@contextmanager
+def undisturbed(
+    modules: Mapping[str, nn.Module], optimizer: Any = None, *, autocast: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+) -> Iterator[None]:  # fmt: skip
+    """Within the block the modules are ready to draw; after it all is as before it, whatever happened inside.
+
+    Ready to draw: evaluation mode, no gradients, the optimizer's averaged weights where it keeps such (schedule-free), and
+    the precision of inference: float32 as the default dtype, no autocast unless a dtype for it is given. Put back: random
+    states of Python, NumPy, torch's CPU and every CUDA device; the mode of every module; which tensors are its parameters
+    and buffers, where they lie, `requires_grad` and `.grad`; gradient checkpointing; grad mode, autocast, default dtype
+    and device, and the flags of torch's backends. A graph of autograd that is under construction stays valid.
+    """
+    with ExitStack() as stack:
+        stack.enter_context(random_states(device))
+        stack.enter_context(flags())
+        stack.enter_context(precision(device, autocast))
+        stack.enter_context(tensors(modules))
+        stack.enter_context(evaluation(modules))
+        stack.enter_context(checkpointing(modules))
+        stack.enter_context(grad_mode())
+        stack.enter_context(schedule_free(optimizer))
+        yield
+
+
+@contextmanager
+def random_states(device: torch.device | str = "cpu") -> Iterator[None]:
+    """The global generators of Python, NumPy, torch on the CPU and on every CUDA device."""
+    python, legacy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    # asking for CUDA's states would start CUDA
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() or "cuda" in str(device) else None
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(legacy)
+        torch.set_rng_state(cpu)
+        if cuda is not None:
+            torch.cuda.set_rng_state_all(cuda)
+
+
+def _attribute(owner: Any, name: str) -> tuple[Callable[[], Any], Callable[[Any], None]]:
+    return lambda: getattr(owner, name), lambda value: setattr(owner, name, value)
+
+
+def _deterministic() -> tuple[bool, bool]:
+    return torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+
+
+def _matmul_precision() -> Any:
+    """By the older call, as long as nobody used the newer one, after which the older refuses."""
+    try:
+        return torch.get_float32_matmul_precision()
+    except RuntimeError:
+        return torch.backends.cuda.matmul.fp32_precision, torch.backends.mkldnn.matmul.fp32_precision  # type: ignore[attr-defined]
+
+
+def _set_matmul_precision(value: Any) -> None:
+    if isinstance(value, str):
+        torch.set_float32_matmul_precision(value)
+    else:
+        torch.backends.cuda.matmul.fp32_precision, torch.backends.mkldnn.matmul.fp32_precision = value  # type: ignore[attr-defined]
+
+
+_cuda = torch.backends.cuda
+FLAGS: dict[str, tuple[Callable[[], Any], Callable[[Any], None]]] = {  # name -> how it is read and set
+    **{f"cudnn.{n}": _attribute(torch.backends.cudnn, n) for n in ("enabled", "benchmark", "deterministic")},
+    "cudnn.allow_tf32": _attribute(torch.backends.cudnn, "allow_tf32"),
+    "float32 matmul precision": (_matmul_precision, _set_matmul_precision),
+    **{
+        f"cuda.matmul.{n}": _attribute(_cuda.matmul, n)
+        for n in ("allow_fp16_reduced_precision_reduction", "allow_bf16_reduced_precision_reduction")
+    },
+    "attention by flash": (_cuda.flash_sdp_enabled, _cuda.enable_flash_sdp),
+    "attention by mem_efficient": (_cuda.mem_efficient_sdp_enabled, _cuda.enable_mem_efficient_sdp),
+    "attention by math": (_cuda.math_sdp_enabled, _cuda.enable_math_sdp),
+    "attention by cudnn": (_cuda.cudnn_sdp_enabled, _cuda.enable_cudnn_sdp),
+    "deterministic algorithms": (_deterministic, lambda v: torch.use_deterministic_algorithms(v[0], warn_only=v[1])),
+    "threads": (torch.get_num_threads, torch.set_num_threads),
+}
+
+
+@contextmanager
+def flags() -> Iterator[None]:
+    """The flags of torch's backends."""
+    before = {name: read() for name, (read, _) in FLAGS.items()}
+    try:
+        yield
+    finally:
+        for name, (read, put) in FLAGS.items():
+            if read() != before[name]:
+                put(before[name])
+
+
+def autocast_types(device: torch.device | str) -> list[str]:
+    return sorted({"cpu", "cuda", torch.device(device).type})
+
+
+@contextmanager
+def precision(device: torch.device | str = "cpu", autocast: torch.dtype | None = None) -> Iterator[None]:
+    """Default dtype float32 and device CPU; autocast off, or to a dtype on the device alone.
+
+    Autocast keeps the weights that it casts until its outermost region ends, which may be the trainer's: a second copy of
+    the network, stale after the next step. So it keeps none here.
+    """
+    types = autocast_types(device)
+    before = [(t, torch.is_autocast_enabled(t), torch.get_autocast_dtype(t)) for t in types]
+    cached, default = torch.is_autocast_cache_enabled(), torch.get_default_dtype()
+    try:
+        torch.set_autocast_cache_enabled(False)
+        torch.set_default_dtype(torch.float32)
+        for kind in types:
+            torch.set_autocast_enabled(kind, False)
+        if autocast is not None:
+            kind = torch.device(device).type
+            torch.set_autocast_dtype(kind, autocast)
+            torch.set_autocast_enabled(kind, True)
+        with ExitStack() as stack:
+            if torch.get_default_device().type != "cpu":
+                stack.enter_context(torch.device("cpu"))
+            yield
+    finally:
+        for kind, enabled, dtype in before:
+            torch.set_autocast_enabled(kind, enabled)
+            torch.set_autocast_dtype(kind, dtype)
+        torch.set_autocast_cache_enabled(cached)
+        torch.set_default_dtype(default)
+
+
+@contextmanager
+def grad_mode() -> Iterator[None]:
+    """No gradients; the mode that was there afterwards, whoever set another."""
+    before = torch.is_grad_enabled()
+    try:
+        torch.set_grad_enabled(False)
+        yield
+    finally:
+        torch.set_grad_enabled(before)
+
+
+def members(modules: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+    """Every module inside, once, by its whole name."""
+    found = {
+        id(m): (f"{top}.{name}".rstrip("."), m) for top, whole in modules.items() for name, m in whole.named_modules()
+    }
+    return dict(found.values())
+
+
+@contextmanager
+def evaluation(modules: Mapping[str, nn.Module]) -> Iterator[None]:
+    """Evaluation mode, set where torch looks for it: a module's own `eval` may do more, merge an adapter for example."""
+    before = [(module, module.training) for module in members(modules).values()]
+    try:
+        for module, _ in before:
+            module.training = False
+        yield
+    finally:
+        for module, training in before:
+            module.training = training
+
+
+@contextmanager
+def tensors(modules: Mapping[str, nn.Module]) -> Iterator[None]:
+    """Which tensors are parameters and buffers, the memory that they lie in, `requires_grad` and `.grad`."""
+    tables = [table for m in members(modules).values() for table in (m._parameters, m._buffers)]
+    entries = [(table, dict(table)) for table in tables]
+    unique = {id(t): t for _, entry in entries for t in entry.values() if t is not None}
+    states = [(t, t.data, t.requires_grad) for t in unique.values()]
+    gradients = [(t, t.grad, None if t.grad is None else t.grad.data) for t in unique.values() if t.is_leaf]
+    try:
+        yield
+    finally:
+        for table, entry in entries:
+            if [(n, id(t)) for n, t in table.items()] != [(n, id(t)) for n, t in entry.items()]:
+                table.clear()
+                table.update(entry)  # type: ignore[arg-type]
+        for tensor, data, requires_grad in states:
+            if place(tensor) != place(data):
+                tensor.data = data
+            if tensor.requires_grad != requires_grad:
+                tensor.requires_grad_(requires_grad)
+        for tensor, gradient, values in gradients:
+            if gradient is not None and values is not None and place(gradient) != place(values):
+                gradient.data = values  # sent away together with its parameter
+            if tensor.grad is not gradient:
+                tensor.grad = gradient
+
+
+def place(tensor: Tensor) -> tuple[torch.device, int, torch.dtype]:
+    local = getattr(tensor, "_local_tensor", tensor)  # of a tensor that is spread over processes
+    return local.device, local.data_ptr(), local.dtype
+
+
+@contextmanager
+def checkpointing(modules: Mapping[str, nn.Module]) -> Iterator[None]:
+    """Gradient checkpointing as trainers switch it on: by a flag, or by a forward of the module's own."""
+    before = [(vars(m), {n: vars(m)[n] for n in CHECKPOINTING if n in vars(m)}) for m in members(modules).values()]
+    try:
+        yield
+    finally:
+        for attributes, kept in before:
+            for name in CHECKPOINTING:
+                if name in kept:
+                    attributes[name] = kept[name]
+                else:
+                    attributes.pop(name, None)
+
+
+@contextmanager
+def schedule_free(optimizer: Any) -> Iterator[None]:
+    """The averaged weights of a schedule-free optimizer (Defazio et al. 2024), and the trained ones back bit by bit.
+
+    Such an optimizer turns one into the other in place, by arithmetic that does not come back exactly. So it works on copies.
+    """
+    inner = getattr(optimizer, "optimizer", optimizer)  # accelerate's wrapper
+    able = callable(getattr(inner, "eval", None)) and callable(getattr(inner, "train", None))
+    if not able or not all(group.get("train_mode", True) for group in inner.param_groups):
+        yield
+        return
+    trained = tuple(p for group in inner.param_groups for p in group["params"])
+    kept = [p.data for p in trained]
+    # the in-place arithmetic must not count as a change for a graph that is under construction
+    with torch.autograd._unsafe_preserve_version_counter(trained):  # type: ignore[attr-defined]
+        try:
+            for p in trained:
+                p.data = p.data.clone()
+            inner.eval()
+            yield
+        finally:
+            inner.train()
+            for p, data in zip(trained, kept, strict=True):
+                p.data = data
+
+
+@contextmanager
+def averaged_weights(module: nn.Module, averages: Mapping[str, Tensor] | nn.Module) -> Iterator[None]:
+    """Within the block the module's parameters and buffers are the averages of the same names; others stay as they are.
+
+    The module's tables point at other tensors for a while: the trained parameters are not touched. Averages of another dtype
+    or device are cast for the time of the block. Raises ConfigError for a name or a shape that the module does not have.
+    """
+    if isinstance(averages, nn.Module):
+        inner = unwrapped(averages)
+        averages = dict(inner.named_parameters(remove_duplicate=False)) | dict(
+            inner.named_buffers(remove_duplicate=False)
+        )
+    places = {
+        f"{prefix}.{name}".lstrip("."): (table, name)
+        for prefix, m in module.named_modules(remove_duplicate=False)
+        for table in (m._parameters, m._buffers, vars(m))  # a table of positions is a plain attribute
+        for name, tensor in table.items()
+        if isinstance(tensor, Tensor)
+    }
+    own = {name.replace("_orig_mod.", "").removeprefix("module."): tensor for name, tensor in averages.items()}
+    wrong = next((n for n, t in own.items() if n not in places or t.shape != places[n][0][places[n][1]].shape), None)
+    if wrong is not None or not own:
+        what = f"have '{wrong}', which {type(module).__name__} has not in that shape" if wrong else "are empty"
+        raise ConfigError(f"the averaged weights {what}; give a mapping from the network's names to tensors")
+    kept = {name: places[name][0][places[name][1]] for name in own}
+    try:
+        for name, tensor in own.items():
+            table, short = places[name]
+            cast = tensor.detach().to(kept[name].device, kept[name].dtype)
+            table[short] = nn.Parameter(cast, False) if isinstance(kept[name], nn.Parameter) else cast
+        yield
+    finally:
+        for name, tensor in kept.items():
+            table, short = places[name]
+            table[short] = tensor

@@ -1,0 +1,239 @@
+"""Pictures inside a training loop: `Sampler` draws with the modules in training, and the run does not notice."""
+
+import copy
+import logging
+import os
+import time
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from eridiff.blocks import unwrapped
+from eridiff.config import RunConfig, parse_config
+from eridiff.errors import ConfigError, TrainingError
+from eridiff.images import save_png, slug
+from eridiff.inference import DiffusionInference, Prompt, Step
+from eridiff.inference.section import fitted, picture_paths, picture_requests
+from eridiff.training.embeddings import EmbeddingCache, on_cpu
+from eridiff.training.fingerprint import changed, fingerprint
+from eridiff.training.record import Entry, drift_of, read_entries, write_page
+from eridiff.training.restore import averaged_weights, undisturbed
+from eridiff.weights.locate import TEXT_ENCODERS
+
+log = logging.getLogger(__name__)
+LIVE = "live"  # the weights as they are in training
+
+
+class _TimedOut(Exception):
+    """Ends a picture between two steps."""
+
+
+@dataclass
+class Samples:
+    """What was drawn at one step, as far as it came."""
+
+    step: int
+    paths: list[Path] = field(default_factory=list)
+    images: list[Image.Image] = field(default_factory=list)
+    settings: list[dict[str, Any]] = field(default_factory=list)  # one a picture, as in its PNG
+    seconds: float = 0.0
+    failure: str | None = None  # why not everything was drawn
+
+
+class Sampler:
+    """Draws the pictures of a `sample:` section from weights in training."""
+
+    def __init__(
+        self,
+        inference: DiffusionInference,
+        sample: RunConfig | Mapping[str, Any],
+        *,
+        optimizer: Any = None,
+        ema: Mapping[str, Tensor] | nn.Module | None = None,
+        weights: Mapping[str, Callable[[], AbstractContextManager[Any]]] | None = None,
+        modules: Mapping[str, nn.Module] | None = None,
+        embeddings: str | os.PathLike[str] | None = None,
+        text_in_training: bool = False,
+        autocast: torch.dtype | None = None,
+        callbacks: Sequence[Callable[[Samples], object]] = (),
+        on_demand: str | os.PathLike[str] | None = None,
+        verify: bool = False,
+        raise_errors: bool = False,
+    ) -> None:
+        """Prompts are encoded here, once; afterwards the text encoders can go.
+
+        inference holds the modules in training as they are, wrapped (compiled, DDP, FSDP) or not; sample is a section's
+        keys and values (prompts, sample_every, sample_start_step, skip_first_sample, sample_at_end, sample_max_seconds, and
+        how to draw), or a whole file by `eridiff.run_files.load_config`, another trainer's too. optimizer is asked for its averages if it is schedule-free, and is checked by `verify`. ema, a module or
+        a mapping from the network's names to tensors, draws beside the live weights; weights names further ways to draw,
+        each a function that gives a context manager (an adapter switched off, for example); modules are further ones to
+        restore. embeddings is a folder that keeps encoded prompts. text_in_training encodes anew at each step instead.
+        autocast is the dtype to draw under autocast with, None draws in the weights' own. Callbacks get `Samples`. Touching
+        the file on_demand (None: `now` in the folder of the pictures) draws at the next step. verify hashes everything
+        before and after and raises TrainingError, naming what changed. An error while drawing is logged, or raised
+        with raise_errors. Raises ConfigError for settings that cannot be.
+        """
+        config = sample if isinstance(sample, RunConfig) else parse_config({"sample": dict(sample)})
+        if not config.sample.prompts:
+            raise ConfigError("sample: no prompts are given")
+        training = config.training
+        self.inference, self.optimizer, self.ema = inference, optimizer, ema
+        self.modules, self.autocast, self.callbacks = dict(modules or {}), autocast, list(callbacks)
+        self.verify, self.raise_errors, self.text_in_training = verify, raise_errors, text_in_training
+        self.out = Path(config.sample.out)
+        self.on_demand = os.fspath(self.out / "now" if on_demand is None else on_demand)
+        self.every, self.max_seconds, self.at_end = training.sample_every, training.max_seconds, training.at_end
+        self.first = self.first_step(self.every, training.start_step, training.skip_first)
+        self.last: int | None = None  # the step that was drawn last
+        self._look = 0.0  # when to look for the file on_demand
+        self._entries: dict[str, Entry] | None = None  # of the folder's pictures
+        self.weights: dict[str, Callable[[], AbstractContextManager[Any]]] = {LIVE: nullcontext, **(weights or {})}
+        if ema is not None:
+            self.weights["ema"] = lambda: averaged_weights(unwrapped(self.inference.network), ema)
+            with self.weights["ema"]():  # names and shapes are checked before training begins
+                pass
+        drawer = self._drawer()
+        self.entries, notices = fitted(drawer, config.sample, drawer.multiple)
+        for notice in notices:
+            log.info("%s", notice)
+        self.requests = picture_requests(drawer, self.entries)
+        self.prompts: list[Prompt] = []
+        if not text_in_training:
+            with undisturbed(self._modules(), device=inference.device):
+                cache = None if embeddings is None else EmbeddingCache(self._drawer(), embeddings)
+                encode = inference.encode_prompt if cache is None else cache.encode
+                given = [(r["prompt"], r["negative"], r["cfg_scale"]) for r in self.requests]
+                self.prompts = [on_cpu(encode(*what)) for what in given]
+
+    @staticmethod
+    def first_step(every: int, start: int, skip_first: bool) -> int:
+        """The first multiple of `every` from `start` on, or the one after it."""
+        every = max(every, 1)
+        return (-(-start // every) + skip_first) * every
+
+    def due(self, step: int) -> bool:
+        """Whether a step is one of the plan: a function of its number alone."""
+        return self.every > 0 and step >= self.first and step % self.every == 0
+
+    def maybe_sample(self, step: int) -> Samples | None:
+        """Draw if the step is due or the file on_demand was touched; None otherwise, in microseconds.
+
+        A step is drawn once, however often it is asked for.
+        """
+        if step != self.last and (self.due(step) or self._demanded()):
+            return self.sample(step)
+        return None
+
+    def finish(self, step: int) -> Samples | None:
+        """After the last step: draw, unless it was drawn or sample_at_end says not to."""
+        return self.sample(step) if self.at_end and step != self.last else None
+
+    def _demanded(self) -> bool:
+        """Whether the file was touched; looked for once a second, as a network's disk may be slow. It is removed."""
+        now = time.monotonic()
+        if now < self._look:
+            return False
+        self._look = now + 1.0
+        try:
+            os.unlink(self.on_demand)
+            return True
+        except OSError:
+            return False
+
+    def sample(self, step: int) -> Samples:
+        """Draw now. The run is afterwards as it was; what was drawn before a failure is in the result.
+
+        Raises TrainingError when verify finds a change; whatever went wrong while drawing only with raise_errors.
+        """
+        self.last, start = step, time.monotonic()
+        samples = Samples(step)
+        modules, device = self._modules(), self.inference.device
+        before = fingerprint(modules, self.optimizer, device) if self.verify else {}
+        try:
+            with undisturbed(modules, self.optimizer, autocast=self.autocast, device=device):
+                self._draw(samples, start)
+                for callback in self.callbacks:
+                    callback(samples)
+        except _TimedOut:
+            samples.failure = f"sample_max_seconds {self.max_seconds:g} had passed"
+            log.warning("sampling at step %d stopped: %s; training goes on", step, samples.failure)
+            if self.raise_errors:
+                raise TrainingError(f"sampling at step {step} stopped: {samples.failure}") from None
+        except Exception as error:
+            if self.raise_errors:
+                raise
+            samples.failure = f"{type(error).__name__}: {error}"
+            log.warning("sampling at step %d failed, training goes on", step, exc_info=True)
+            traceback.clear_frames(error.__traceback__)  # they hold tensors
+        finally:
+            if device.type == "cuda":
+                torch.cuda.empty_cache()  # blocks of a picture's sizes are of no use to training
+        samples.seconds = time.monotonic() - start
+        found = changed(before, fingerprint(modules, self.optimizer, device)) if self.verify else []
+        if found:
+            more = f" and {len(found) - 1} more" if len(found) > 1 else ""
+            raise TrainingError(f"sampling at step {step} changed the {found[0]}{more}: {', '.join(found[:8])}")
+        return samples
+
+    def _drawer(self) -> DiffusionInference:
+        """The inference with its modules out of their wrappers."""
+        drawer = copy.copy(self.inference)
+        drawer.network, drawer.autoencoder = unwrapped(drawer.network), unwrapped(drawer.autoencoder)
+        return drawer
+
+    def _modules(self) -> dict[str, nn.Module]:
+        """Everything that drawing may touch, by name."""
+        found: dict[str, nn.Module] = {"network": self.inference.network, "autoencoder": self.inference.autoencoder}
+        encoders = {name: getattr(self.inference, name, None) for name in TEXT_ENCODERS}
+        found |= {name: encoder.module for name, encoder in encoders.items() if encoder is not None}
+        found |= {"ema": self.ema} if isinstance(self.ema, nn.Module) else {}
+        return {name: unwrapped(module) for name, module in {**found, **self.modules}.items()}
+
+    def _draw(self, samples: Samples, start: float) -> None:
+        """Every picture by every kind of weights, one at a time; PNGs, then the page."""
+        drawer = self._drawer()
+        entries = read_entries(self.out) if self._entries is None else self._entries
+        self._entries = entries
+
+        def in_time(step: Step | None = None) -> None:
+            if self.max_seconds is not None and time.monotonic() - start > self.max_seconds:
+                raise _TimedOut
+
+        try:
+            for name, enter in self.weights.items():
+                with enter():
+                    for i, request in enumerate(self.requests):
+                        in_time()
+                        encoded = drawer.encode_prompt(request["prompt"], request["negative"], request["cfg_scale"]) if self.text_in_training else self.prompts[i]  # fmt: skip
+                        result = drawer.generate(**request, conditioning=encoded, callback=in_time)
+                        self._keep(samples, i, name, result.images[0], result.settings[0], entries)
+        finally:
+            if samples.paths:
+                write_page(self.out, entries)
+
+    def _keep(
+        self, samples: Samples, i: int, weights: str, image: Image.Image, drawn: Mapping[str, Any],
+        entries: dict[str, Entry],
+    ) -> None:  # fmt: skip
+        """A picture's PNG, with its step and its drift."""
+        suffix = "" if weights == LIVE else f"-{weights}"
+        name = f"step-{samples.step:08d}-{i:02d}-{slug(drawn['prompt'])}{suffix}.png"
+        training: dict[str, Any] = {"step": samples.step, "weights": weights}
+        if self.autocast is not None:
+            training["autocast"] = str(self.autocast).removeprefix("torch.")
+        # the conditioning is the prompt's own, so the prompt is all that is needed to draw it again
+        handed_in = [thing for thing in drawn["handed_in"] if thing != "conditioning"]
+        settings = {**drawn, **picture_paths(self.entries[i]), "handed_in": handed_in, "training": training}
+        training["drift"] = drift_of(image, Entry(name, settings), entries, self.out)
+        path = save_png(image, self.out / name, settings)
+        entries[name] = Entry(name, settings)
+        samples.paths.append(path)
+        samples.images.append(image)
+        samples.settings.append(settings)

@@ -1,0 +1,344 @@
+"""Sampling inside a training loop: when, from which weights, with which result; and the run does not notice."""
+
+import gc
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from torch import nn
+
+import eridiff
+from eridiff.cli import main
+from eridiff.config import SampleSettings
+from eridiff.errors import ConfigError, EridiffError, TrainingError
+from eridiff.inference import FluxInference, SD35Inference, SDXLInference
+from eridiff.inference.again import draw_again, load_again, read_settings
+from eridiff.training import Sampler, Samples
+from tests import tiny
+
+FAMILIES: dict[str, tuple[type, Callable[[Path], Path]]] = {
+    "flux": (FluxInference, tiny.write_model),
+    "mmdit": (SD35Inference, tiny.write_sd3_model),
+    "unet": (SDXLInference, tiny.write_sdxl_model),
+}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return {name: write(tmp_path_factory.mktemp(name)) for name, (_, write) in FAMILIES.items()}
+
+
+@pytest.fixture
+def model(folders: dict[str, Path]) -> Any:
+    return tiny.load(FluxInference, folders["flux"])
+
+
+def section(out: Path, **given_settings: Any) -> dict[str, Any]:
+    return {"prompts": ["a swan on mars"], "sample_steps": 1, "seed": 5, "out": str(out)} | given_settings
+
+
+# the run does not notice ----------------------------------------------------------------------------------------------
+
+
+def whole_network(network: nn.Module) -> list[nn.Parameter]:
+    return list(network.requires_grad_(True).parameters())
+
+
+def some_linears(network: nn.Module) -> list[nn.Parameter]:
+    found = [m for name, m in network.named_modules() if isinstance(m, nn.Linear) and name.endswith("qkv")]
+    return [p for m in found for p in m.requires_grad_(True).parameters()]
+
+
+TRAINED: dict[str, Callable[[nn.Module], list[nn.Parameter]]] = {"network": whole_network, "linears": some_linears}
+
+
+def losses(model: Any, parameters: list[nn.Parameter], steps: int, maybe_sample: Callable[..., object]) -> list[float]:
+    """A training whose losses follow from every draw of torch's generator and from dropout."""
+    torch.manual_seed(0)
+    network, dropout = model.network.train(), nn.Dropout(0.2)
+    optimizer = torch.optim.AdamW(parameters, lr=1e-3)
+    found = []
+    for step in range(steps):
+        clean, noise, time = torch.randn(1, 4, 64), torch.randn(1, 4, 64), torch.rand(1, 1)
+        x = time * noise + (1 - time) * clean
+        text, pooled = dropout(torch.ones(1, 5, 12)), torch.randn(1, 8)
+        loss = ((network(x, text, pooled, time, (2, 2), torch.tensor([3.5])) - (noise - clean)) ** 2).mean()
+        loss.backward()
+        optimizer.step()
+        maybe_sample(step, optimizer)
+        optimizer.zero_grad()
+        found.append(loss.item())
+    return found
+
+
+@pytest.mark.parametrize(("trained", "count"), [("network", 200), ("linears", 20)])
+def test_sampling_events_leave_the_loss_curve_as_it_is(
+    folders: dict[str, Path], tmp_path: Path, trained: str, count: int
+) -> None:
+    curves, events, pictures = [], [], set()
+    for sampling in (False, True):
+        model = tiny.load(FluxInference, folders["flux"])
+        parameters = TRAINED[trained](model.network)
+        sampler = Sampler(model, section(tmp_path, sample_every=1), verify=True, raise_errors=True)
+        sampler.callbacks.append(lambda _: torch.rand(3))  # a logger that draws
+        model.clip = model.t5 = None  # no longer needed
+
+        def maybe_sample(step: int, optimizer: Any, sampler: Sampler = sampler, sampling: bool = sampling) -> None:
+            sampler.optimizer = optimizer
+            if sampling and (samples := sampler.maybe_sample(step)):
+                events.append(step)
+                pictures.add(samples.images[0].tobytes())
+
+        curves.append(losses(model, parameters, count, maybe_sample))
+    assert curves[0] == curves[1] and curves[0][-1] != curves[0][0]
+    assert len(events) == count and len(pictures) > count // 2
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_picture_drawn_in_training_is_that_of_inference_from_the_checkpoint_saved_then(
+    folders: dict[str, Path], family: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = tiny.load(FAMILIES[family][0], folders[family])
+    sampler = Sampler(model, section(tmp_path, sample_steps=2, width=64, height=32), verify=True, raise_errors=True)
+    optimizer = torch.optim.AdamW(model.network.requires_grad_(True).train().parameters(), lr=1e-2)
+    first = sampler.sample(0)
+    for p in model.network.parameters():
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    second = sampler.sample(1)
+    assert first.images[0].tobytes() != second.images[0].tobytes()
+    checkpoint = eridiff.save_network(model.network, tmp_path / "step-1.safetensors")
+
+    loaded = load_again(read_settings(second.paths[0]), {"transformer": checkpoint}, progress=False)
+    plain = loaded.generate("a swan on mars", seed=5, steps=2, width=64, height=32)
+    assert plain.images[0].tobytes() == second.images[0].tobytes()
+    assert draw_again(loaded, read_settings(second.paths[0])).images[0].tobytes() == plain.images[0].tobytes()
+
+    command = ["resample", str(second.paths[0]), "--transformer", str(checkpoint), "--out", str(tmp_path / "again.png")]
+    assert main(command) == 0 and "the same picture, bit by bit" in capsys.readouterr().out
+    assert main(["resample", str(second.paths[0])]) == 2
+    assert "drawn in training, at step 1: give the checkpoint" in capsys.readouterr().err
+
+
+# when -----------------------------------------------------------------------------------------------------------------
+
+
+def drawn(sampler: Sampler, steps: range) -> list[int]:
+    return [step for step in steps if sampler.maybe_sample(step)]
+
+
+def test_pictures_are_drawn_at_the_steps_that_the_section_says(model: Any, tmp_path: Path) -> None:
+    cases: list[tuple[dict[str, Any], list[int]]] = [
+        ({"sample_every": 3}, [0, 3, 6, 9]),
+        ({"sample_every": 3, "sample_start_step": 4}, [6, 9]),
+        ({"sample_every": 3, "skip_first_sample": True}, [3, 6, 9]),
+        ({"sample_every": 0}, []),
+    ]
+    for given_settings, expected in cases:
+        sampler = Sampler(model, section(tmp_path, **given_settings))
+        assert drawn(sampler, range(10)) == expected
+    assert (samples := sampler.finish(9)) and samples.step == 9 and sampler.finish(9) is None
+    assert Sampler(model, section(tmp_path, sample_at_end=False)).finish(9) is None
+
+
+@given(st.integers(0, 20), st.integers(0, 50), st.booleans(), st.integers(0, 100))
+def test_a_resumed_run_draws_at_the_same_steps(every: int, start: int, skip: bool, resumed: int) -> None:
+    sampler = Sampler.__new__(Sampler)
+    sampler.every, sampler.first = every, Sampler.first_step(every, start, skip)
+    plan = [step for step in range(120) if sampler.due(step)]
+    assert all(step % every == 0 and step >= start for step in plan)
+    rest = [step for step in range(resumed, 120) if sampler.due(step)]
+    assert rest == [step for step in plan if step >= resumed]
+    assert bool(plan) == (every > 0)
+
+
+def test_a_step_is_drawn_once(model: Any, tmp_path: Path) -> None:
+    sampler = Sampler(model, section(tmp_path))
+    assert [bool(sampler.maybe_sample(step)) for step in (0, 0, 100, 100, 0)] == [True, False, True, False, True]
+
+
+def test_touching_a_file_draws_once(model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sampler = Sampler(model, section(tmp_path, sample_every=0))
+    assert sampler.maybe_sample(7) is None
+    (tmp_path / "now").touch()
+    assert sampler.maybe_sample(8) is None  # looked for a moment ago
+    clock = eridiff.training.sampler.time.monotonic()
+    monkeypatch.setattr(eridiff.training.sampler.time, "monotonic", lambda: clock + 2)
+    assert sampler.maybe_sample(9) is not None and sampler.maybe_sample(10) is None
+    assert not (tmp_path / "now").exists()
+
+
+# what goes wrong ------------------------------------------------------------------------------------------------------
+
+
+def test_an_error_is_logged_and_training_goes_on(model: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    def fail(_: Samples) -> None:
+        raise RuntimeError("the disk of the logger is full")
+
+    sampler = Sampler(model, section(tmp_path), callbacks=[fail])
+    samples = sampler.sample(3)
+    assert samples.failure == "RuntimeError: the disk of the logger is full" and len(samples.paths) == 1
+    assert "sampling at step 3 failed, training goes on" in caplog.text
+    with pytest.raises(RuntimeError, match="full"):
+        Sampler(model, section(tmp_path), callbacks=[fail], raise_errors=True).sample(3)
+
+
+def test_weights_that_give_no_finite_values_do_not_end_training(model: Any, tmp_path: Path) -> None:
+    sampler = Sampler(model, section(tmp_path))
+    model.network.image_in.weight.fill_(float("nan"))
+    samples = sampler.sample(3)
+    assert samples.failure and "not finite" in samples.failure and not samples.paths
+    assert [path.name for path in tmp_path.iterdir()] == []
+
+
+def test_sampling_that_takes_too_long_stops_between_two_steps(
+    model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    settings = section(tmp_path, prompts=["a swan", "a fox"], sample_steps=4, sample_max_seconds=8.5)
+    sampler = Sampler(model, settings)
+    ticks = iter(range(100))
+    monkeypatch.setattr(eridiff.training.sampler.time, "monotonic", lambda: float(next(ticks)))
+    samples = sampler.sample(0)
+    assert samples.failure == "sample_max_seconds 8.5 had passed" and len(samples.paths) == 1
+    assert "stopped: sample_max_seconds" in caplog.text
+    sampler.raise_errors = True
+    with pytest.raises(TrainingError, match="at step 1 stopped: sample_max_seconds 8.5"):
+        sampler.sample(1)
+
+
+def test_impossible_settings_are_refused_before_training(model: Any, tmp_path: Path) -> None:
+    for wrong, says in (
+        ({"prompts": []}, "empty"), ({"sample_every": -1}, "negative"), ({"sample_evry": 1}, "did you mean 'sample_every'"),
+        ({"sample_max_seconds": "soon"}, "a number"),
+    ):  # fmt: skip
+        with pytest.raises(ConfigError, match=says):
+            Sampler(model, section(tmp_path, **wrong))
+    with pytest.raises(ConfigError, match="no prompts are given"):
+        Sampler(model, SampleSettings())
+
+
+# what is drawn --------------------------------------------------------------------------------------------------------
+
+
+def test_callbacks_get_paths_and_pictures_and_each_picture_says_its_step(model: Any, tmp_path: Path) -> None:
+    seen: list[Samples] = []
+    settings = section(tmp_path, prompts=["a swan", "a fox"], walk_seed=True)
+    samples = Sampler(model, settings, callbacks=[seen.append]).sample(12)
+    assert seen == [samples] and [p.name for p in samples.paths] == ["step-00000012-00-a-swan.png", "step-00000012-01-a-fox.png"]  # fmt: skip
+    for path, image, seed in zip(samples.paths, samples.images, (5, 6), strict=True):
+        with Image.open(path) as written:
+            assert written.tobytes() == image.tobytes()
+            said = json.loads(written.info["eridiff"])
+        assert said["training"]["step"] == 12 and said["training"]["weights"] == "live" and said["seed"] == seed
+
+
+def test_further_weights_draw_beside_the_live_ones(model: Any, tmp_path: Path) -> None:
+    from eridiff.training import averaged_weights
+
+    zeros = {"image_in.bias": torch.zeros(32)}
+    sampler = Sampler(model, section(tmp_path), weights={"base": lambda: averaged_weights(model.network, zeros)})
+    samples = sampler.sample(0)
+    assert [s["training"]["weights"] for s in samples.settings] == ["live", "base"]
+    assert samples.images[0].tobytes() != samples.images[1].tobytes()
+    assert samples.settings[1]["training"]["drift"]["live"]["rms"] > 0
+
+
+def test_text_encoders_can_go_after_the_start_unless_they_are_in_training(model: Any, tmp_path: Path) -> None:
+    sampler = Sampler(model, section(tmp_path))
+    following = Sampler(model, section(tmp_path), text_in_training=True)
+    plain = sampler.sample(0).images[0].tobytes()
+    assert following.sample(0).images[0].tobytes() == plain
+    model.t5.module.shared.weight.data.mul_(-2)
+    assert following.sample(1).images[0].tobytes() != plain
+    model.t5 = model.clip = None
+    assert sampler.sample(1).images[0].tobytes() == plain
+    assert "no text encoders" in str(following.sample(2).failure)
+
+
+def test_modules_in_their_wrappers_draw_the_same(model: Any, tmp_path: Path) -> None:
+    plain = Sampler(model, section(tmp_path)).sample(0).images[0].tobytes()
+    wrapped = FluxInference(nn.DataParallel(model.network), model.autoencoder, model.clip, model.t5, progress=False)  # type: ignore[arg-type]
+    wrapped.sampling = model.sampling
+    for network in (wrapped.network, torch.compile(model.network), nn.DataParallel(model.network)):
+        wrapped.network = network
+        assert Sampler(wrapped, section(tmp_path)).sample(0).images[0].tobytes() == plain
+
+
+def test_nothing_made_for_a_picture_is_alive_after_it(model: Any, tmp_path: Path) -> None:
+    def alive() -> tuple[int, int]:
+        gc.collect()
+        found = [thing for thing in gc.get_objects() if type(thing) in (torch.Tensor, nn.Parameter)]
+        return len(found), sum(t.nbytes for t in found)
+
+    averages = tiny.flux(seed=1).state_dict()
+    sampler = Sampler(model, section(tmp_path), ema=averages, autocast=torch.bfloat16, verify=True)
+    failing = Sampler(model, section(tmp_path), ema=averages, callbacks=[lambda _: 1 / 0])
+    counts = []
+    for step in range(3):
+        sampler.sample(step), failing.sample(step)
+        counts.append(alive())
+    assert counts[0] == counts[1] == counts[2]
+
+
+# again ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [
+        ("flux", ["--cfg", "3", "--negative", "a fox"]),
+        ("mmdit", ["--schedule", "candle", "--sampler", "dpmpp_2m_sde", "--skip-layers"]),
+        ("unet", ["--sampler", "euler_ancestral", "--original-size", "96x80", "--crop", "4", "8", "--empty-negative", "encoded"]),
+    ],
+)  # fmt: skip
+def test_a_picture_of_the_command_line_is_drawn_again_by_its_own_png(
+    folders: dict[str, Path], family: str, options: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "a.png"
+    command = ["sample", "--model", str(folders[family]), "--prompt", "a swan", "--steps", "3", "--out", str(path)]
+    assert main([*command, *options]) == 0
+    assert main(["resample", str(path)]) == 0
+    assert "the same picture, bit by bit" in capsys.readouterr().out
+    again = read_settings(tmp_path / "a.again.png")
+    assert again == read_settings(path)
+
+
+def test_a_picture_from_a_picture_is_drawn_again_as_long_as_that_is_there(tmp_path: Path, capsys: Any) -> None:
+    Image.new("RGB", (64, 64), "red").save(tmp_path / "red.png")
+    command = ["sample", "--prompt", "a fox on snow", "--image", str(tmp_path / "red.png"), "--steps", "2"]
+    assert main([*command, "--out", str(tmp_path / "a.png"), "--quiet"]) == 0
+    assert main(["resample", str(tmp_path / "a.png")]) == 0 and "bit by bit" in capsys.readouterr().out
+    (tmp_path / "red.png").unlink()
+    assert main(["resample", str(tmp_path / "a.png")]) == 2 and "red.png' cannot be read" in capsys.readouterr().err
+
+
+def test_what_cannot_be_drawn_again_is_said(model: Any, tmp_path: Path) -> None:
+    result = model.generate("a swan", noise=torch.zeros(1, 16, 4, 4), steps=1)
+    with pytest.raises(ConfigError, match="with noise handed in, which its settings do not hold"):
+        draw_again(model, result.settings[0])
+    (tmp_path / "x.png").write_bytes(b"x")
+    Image.new("RGB", (8, 8)).save(tmp_path / "plain.png")
+    for name, says in (("x.png", "no picture"), ("none.png", "cannot be read"), ("plain.png", "does not say how")):
+        with pytest.raises(EridiffError, match=says):
+            read_settings(tmp_path / name)
+    with pytest.raises(ConfigError, match="name no files"):
+        load_again({"dtype": "float32", "steps": 1})
+
+
+def test_another_picture_is_said_with_what_was_different(model: Any, tmp_path: Path, capsys: Any) -> None:
+    assert (
+        main(["sample", "--prompt", "a fox on snow", "--steps", "1", "--out", str(tmp_path / "a.png"), "--quiet"]) == 0
+    )
+    settings = read_settings(tmp_path / "a.png")
+    with Image.open(tmp_path / "a.png") as image:
+        eridiff.images.save_png(image.rotate(90), tmp_path / "b.png", settings | {"torch": "1.0", "batch": 3})
+    assert main(["resample", str(tmp_path / "b.png")]) == 0
+    assert (
+        "another picture (then torch 1.0, now " in (said := capsys.readouterr().out) and "in one batch with 2" in said
+    )
