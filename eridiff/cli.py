@@ -180,6 +180,12 @@ def _parser() -> argparse.ArgumentParser:
             metavar="PATH",
             help=f"another {name}; of a training run its checkpoint" if name == "transformer" else argparse.SUPPRESS,
         )
+    again.add_argument(
+        "--lora",
+        action="append",
+        metavar="FILE[:SCALE]",
+        help="in place of the picture's LoRAs; may be given several times",
+    )
     again.add_argument("--device", help="another than the picture's")
     again.add_argument("--out", metavar="FILE.png", help="where it is written (SAMPLE.again.png)")
     again.add_argument("--quiet", action="store_true", help="print nothing but errors")
@@ -256,7 +262,8 @@ def _resample(options: argparse.Namespace) -> int:
     device = {"device": _device(options.device or settings.get("device"))}
     out = Path(options.out or Path(options.picture).with_suffix(".again.png"))
     _check_writable(out)
-    drawn = draw_again(load_again(settings, model, progress=not options.quiet, **device), settings)
+    loras = [cli_lora.scaled(text) for text in options.lora] if options.lora else None
+    drawn = draw_again(load_again(settings, model, loras=loras, progress=not options.quiet, **device), settings)
     image, now = drawn.images[0], drawn.settings[0]
     original = read_image(options.picture)
     kept = {name: settings[name] for name in ("image", "mask", "control") if settings.get(name)}

@@ -65,7 +65,11 @@ def test_the_plans_file_draws_with_its_notices(tmp_path: Path, capsys: pytest.Ca
     )
     assert main(["sample", str(tmp_path / "run.yaml")]) == 0
     out = capsys.readouterr().out
-    for notice in ("without effect here: sample_every (it is for training); use_lora, ", "cfg_scale 7.5 has no effect"):
+    for notice in (
+        "without effect here: sample_every (it is for training)",
+        "without effect here: use_lora, lora_scale (",
+        "cfg_scale 7.5 has no effect",
+    ):
         assert out.count(notice) == 1
     seeds = {}
     for name in pngs(tmp_path / "out"):

@@ -15,7 +15,7 @@ from torch import nn
 
 import eridiff
 from eridiff.cli import main
-from eridiff.config import SampleSettings
+from eridiff.config import RunConfig
 from eridiff.errors import ConfigError, EridiffError, TrainingError
 from eridiff.inference import FluxInference, SD35Inference, SDXLInference
 from eridiff.inference.again import draw_again, load_again, read_settings
@@ -50,12 +50,12 @@ def whole_network(network: nn.Module) -> list[nn.Parameter]:
     return list(network.requires_grad_(True).parameters())
 
 
-def some_linears(network: nn.Module) -> list[nn.Parameter]:
-    found = [m for name, m in network.named_modules() if isinstance(m, nn.Linear) and name.endswith("qkv")]
-    return [p for m in found for p in m.requires_grad_(True).parameters()]
+def a_lora(network: nn.Module) -> list[nn.Parameter]:
+    generator = torch.Generator().manual_seed(0)
+    return list(eridiff.inject_lora(network, 4, dropout=0.2, generator=generator).parameters())
 
 
-TRAINED: dict[str, Callable[[nn.Module], list[nn.Parameter]]] = {"network": whole_network, "linears": some_linears}
+TRAINED: dict[str, Callable[[nn.Module], list[nn.Parameter]]] = {"network": whole_network, "lora": a_lora}
 
 
 def losses(model: Any, parameters: list[nn.Parameter], steps: int, maybe_sample: Callable[..., object]) -> list[float]:
@@ -77,7 +77,7 @@ def losses(model: Any, parameters: list[nn.Parameter], steps: int, maybe_sample:
     return found
 
 
-@pytest.mark.parametrize(("trained", "count"), [("network", 200), ("linears", 20)])
+@pytest.mark.parametrize(("trained", "count"), [("lora", 200), ("network", 20)])
 def test_sampling_events_leave_the_loss_curve_as_it_is(
     folders: dict[str, Path], tmp_path: Path, trained: str, count: int
 ) -> None:
@@ -124,6 +124,35 @@ def test_a_picture_drawn_in_training_is_that_of_inference_from_the_checkpoint_sa
     assert main(command) == 0 and "the same picture, bit by bit" in capsys.readouterr().out
     assert main(["resample", str(second.paths[0])]) == 2
     assert "drawn in training, at step 1: give the checkpoint" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_picture_drawn_in_training_is_that_of_inference_with_the_lora_saved_then(
+    folders: dict[str, Path], family: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = tiny.load(FAMILIES[family][0], folders[family])
+    lora = eridiff.inject_lora(model.network, 2, 4, dropout=0.5)
+    optimizer = torch.optim.AdamW(lora.parameters(), lr=1e-2)
+    sampler = Sampler(model, section(tmp_path, sample_steps=2, width=64, height=32), verify=True, raise_errors=True)
+    first = sampler.sample(0)
+    for _ in range(2):
+        for p in lora.parameters():
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+    second = sampler.sample(1)
+    assert first.images[0].tobytes() != second.images[0].tobytes() and all(b.training for b in lora.all_branches())
+    files = [eridiff.save_lora(lora, tmp_path / f"{f}.safetensors", format=f) for f in ("kohya", "native")]
+
+    for file in files:
+        fresh = tiny.load(FAMILIES[family][0], folders[family])
+        fresh.apply_lora(file)
+        plain = fresh.generate("a swan on mars", seed=5, steps=2, width=64, height=32)
+        assert plain.images[0].tobytes() == second.images[0].tobytes()
+        assert main(["resample", str(second.paths[0]), "--lora", str(file), "--out", str(tmp_path / "again.png")]) == 0
+        assert "the same picture, bit by bit" in capsys.readouterr().out
+    assert main(["resample", str(tmp_path / "again.png")]) == 0  # it says its LoRA itself
+    assert "the same picture, bit by bit" in capsys.readouterr().out
+    assert main(["resample", str(second.paths[0])]) == 2 and "or its LoRA as lora" in capsys.readouterr().err
 
 
 # when -----------------------------------------------------------------------------------------------------------------
@@ -220,7 +249,7 @@ def test_impossible_settings_are_refused_before_training(model: Any, tmp_path: P
         with pytest.raises(ConfigError, match=says):
             Sampler(model, section(tmp_path, **wrong))
     with pytest.raises(ConfigError, match="no prompts are given"):
-        Sampler(model, SampleSettings())
+        Sampler(model, RunConfig())
 
 
 # what is drawn --------------------------------------------------------------------------------------------------------

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
@@ -56,18 +56,26 @@ def read_settings(path: str | os.PathLike[str]) -> dict[str, Any]:
     return settings
 
 
-def load_again(settings: Mapping[str, Any], model: Model | None = None, **options: Any) -> DiffusionInference:
+def load_again(
+    settings: Mapping[str, Any], model: Model | None = None, *, loras: Sequence[tuple[str, float | None]] | None = None,
+    **options: Any,
+) -> DiffusionInference:  # fmt: skip
     """The model that a picture's settings name, or `model` in its place; parts that a mapping gives replace its own.
 
-    Options win over what the settings say. Raises ConfigError when the settings name no files, or weights that were in
-    training and no checkpoint of them is given.
+    `loras`, files and scales (None: that of the picture's, where it had one), replace the picture's own. Options win over
+    what the settings say. Raises ConfigError when the settings name no files, or weights that were in training and neither a
+    checkpoint nor a LoRA of them is given.
     """
     said = settings.get("parts")
     given = dict(model) if isinstance(model, Mapping) else model
     training = settings.get("training")
-    if training and not (isinstance(given, dict) and "transformer" in given or given and not isinstance(given, dict)):
+    if (
+        training
+        and not loras
+        and not (isinstance(given, dict) and "transformer" in given or given and not isinstance(given, dict))
+    ):
         raise ConfigError(
-            f"it was drawn in training, at step {training.get('step')}: give the checkpoint of that step as model or transformer"
+            f"it was drawn in training, at step {training.get('step')}: give the checkpoint of that step as model or transformer, or its LoRA as lora"
         )
     if isinstance(given, dict) and "path" not in given:
         given = {**(said or {}), **given}
@@ -80,7 +88,24 @@ def load_again(settings: Mapping[str, Any], model: Model | None = None, **option
     loaded.sampling = replace(loaded.sampling, **sampling)
     if isinstance(loaded, FluxInference) and loaded.t5 is not None:
         loaded.t5.length = loaded.sampling.text_length
+    for file, scale in _loras(settings) if loras is None else loras:
+        recorded = {entry["scale"] for entry in settings.get("loras") or ()}
+        loaded.apply_lora(
+            file, 1.0 if scale is None and len(recorded) != 1 else recorded.pop() if scale is None else scale
+        )
     return loaded
+
+
+def _loras(settings: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """The files of the LoRAs that a picture was drawn with, and their scales."""
+    entries = settings.get("loras") or ()
+    if any(entry["file"] is None for entry in entries):
+        raise ConfigError("it was drawn with a LoRA that was read from no file: give its file as lora")
+    return [(entry["file"], _scale(entry["scale"])) for entry in entries]
+
+
+def _scale(told: Any) -> Any:
+    return torch.tensor(told) if isinstance(told, list) else told
 
 
 def _sizes(settings: Mapping[str, Any]) -> dict[str, Any]:

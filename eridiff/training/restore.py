@@ -160,10 +160,14 @@ def grad_mode() -> Iterator[None]:
 
 
 def members(modules: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
-    """Every module inside, once, by its whole name."""
-    found = {
-        id(m): (f"{top}.{name}".rstrip("."), m) for top, whole in modules.items() for name, m in whole.named_modules()
-    }
+    """Every module inside, once, by its whole name; LoRAs beside a layer, which are in no module's tree, too."""
+    found: dict[int, tuple[str, nn.Module]] = {}
+    for top, whole in modules.items():
+        for name, module in whole.named_modules():
+            own = f"{top}.{name}".rstrip(".")
+            found[id(module)] = (own, module)
+            for i, branch in enumerate(vars(module).get("lora_branches", ())):
+                found[id(branch)] = (f"{own}'s LoRA {i}", branch)
     return dict(found.values())
 
 
