@@ -3,6 +3,7 @@
 No second table of names: what a published layout calls a tensor, a LoRA file calls the module that owns it.
 """
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -133,9 +134,16 @@ def find(name: str, tables: Mapping[str, Names]) -> Target | None:
     return tables[""].find(name) if "" in tables else None
 
 
-def meant_networks(name: str) -> tuple[str, ...]:
-    """The networks to which the prefix of a name points."""
-    return next(networks for prefix, networks in PREFIXES.items() if name.startswith(prefix))
+def meant_networks(name: str) -> tuple[str, tuple[str, ...]]:
+    """The prefix of a name, and the networks to which it points."""
+    return next((prefix, networks) for prefix, networks in PREFIXES.items() if name.startswith(prefix))
+
+
+def could_be(network: str, name: str) -> bool:
+    """Whether a text encoder of some size has a module of this name, as far as the first number or wildcard of its map tells."""
+    rules = key_map("clip" if network == "clip_g" else network).layouts["huggingface"].rules
+    heads = [re.split(r"[{*]", rule.native)[0].removesuffix(".weight").replace(".", "_") for rule in rules]
+    return name.replace(".", "_").startswith(tuple(heads))
 
 
 def known_names(tables: Mapping[str, Names], networks: Iterable[str], underscores: bool) -> list[str]:
