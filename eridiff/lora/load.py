@@ -112,6 +112,7 @@ class _Reader:
         names = list(checkpoint.tensors)
         self.control = any(n.endswith(("norm.scale", ".set_weight")) for n in names)
         self.sources, self.unknown = sort_names(names)
+        self.hints = 5  # for how many names the nearest is looked for, which takes a tenth of a second each
         self.parts: dict[str, set[str]] = {}  # kind -> which optional parts some module of that kind has
         for source in self.sources.values():
             self.parts.setdefault(kind_of(set(source.names)), set()).update(_parts(source.names))
@@ -192,7 +193,8 @@ class _Reader:
         numbers = _beyond(name, set(known))
         if numbers:
             return "unmatched", f"'{source.key}' is not in the network, which has {numbers}"
-        near = get_close_matches(name, known, n=1, cutoff=0.6)
+        near = get_close_matches(name, known, n=1, cutoff=0.6) if self.hints else []
+        self.hints = max(0, self.hints - 1)
         hint = f", the nearest is '{prefix}{near[0]}'" if near else ""
         return "unmatched", f"'{source.key}' ({len(source.names)} tensors) is not in {what or 'the network'}{hint}"
 
@@ -233,10 +235,11 @@ class _Reader:
                 notes.append(
                     f"both factors are whole, so alpha {item.alpha:g} has no effect; the metadata say dim {dimension}"
                 )
-        if item.dead:
+        dead = item.dead
+        if dead:
             notes.append("all zero: changes nothing")
         kind = item.kind + "+dora" * item.dora + "+bias" * (item.changes_bias and item.kind != "norm")
-        status = "dead" if item.dead else APPLIED[item.target.rows is not None]
+        status = "dead" if dead else APPLIED[item.target.rows is not None]
         return Row(
             item.key,
             str(item.target),
@@ -305,7 +308,7 @@ class _Reader:
             raise LoraError(f"'{name}' of the shape {list(tensor.shape)} is empty")
         if tensor.is_complex() or not (tensor.is_floating_point() or role == "alpha"):
             raise LoraError(f"'{name}' holds {tensor.dtype}, and a LoRA's matrices are floating point numbers")
-        if not bool(torch.isfinite(tensor.float()).all()):
+        if not bool(torch.isfinite(tensor.float() if tensor.itemsize == 1 else tensor).all()):
             raise LoraError(f"'{name}' holds values that are not finite")
         return tensor
 
