@@ -6,12 +6,14 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from eridiff.lora import Lora, load_lora
+from eridiff.lora import Lora, load, load_lora, save
+from eridiff.lora.names import Names, names_of
 from tests.golden.lora import Base
 
 GOLDENS = Path(__file__).parent / "goldens"
@@ -48,3 +50,19 @@ def contents(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 def write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> Path:
     save_file({name: tensor.contiguous().clone() for name, tensor in tensors.items()}, path, dict(metadata or {}))
     return path
+
+
+TABLES: dict[tuple[str, int], tuple[Any, Names]] = {}  # by the network's identity; it is kept, so that it stays its own
+
+
+def look_names_up_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """To list the names of a network takes longer than to read a small file."""
+
+    def remembered(network: str, module: Any) -> Names:
+        key = (network, id(module))
+        if key not in TABLES:
+            TABLES[key] = (module, names_of(network, module))
+        return TABLES[key][1]
+
+    monkeypatch.setattr(load, "names_of", remembered)
+    monkeypatch.setattr(save, "names_of", remembered)

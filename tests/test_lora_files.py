@@ -11,12 +11,10 @@ from torch import Tensor
 
 from eridiff.errors import LoraError
 from eridiff.lora import Row, load_lora
-from eridiff.lora import load as loading
 from eridiff.lora.check import kind_of
 from eridiff.lora.formats import ENDINGS, Source, sort_names
 from eridiff.lora.load import OPTIONAL
-from eridiff.lora.names import names_of
-from tests.lora_files import BAD, FILES, GOOD, contents, loaded, networks_of, write
+from tests.lora_files import BAD, FILES, GOOD, contents, loaded, look_names_up_once, networks_of, write
 
 LINEAR1, QKV = "lora_unet_single_blocks_0_linear1", "lora_unet_double_blocks_0_img_attn_qkv"
 REFUSED = {  # file of lora-bad -> what the sentence must hold
@@ -71,22 +69,11 @@ LOADED = {  # file of lora-bad -> rows of the ledger: status, scale, note
     "alpha-int": [HALF] * 4,
     "dead-one": [("dead", 0.5, "all zero: changes nothing"), HALF, HALF, HALF],
 }
-TABLES: dict[tuple[str, int], Any] = {}
 
 
 @pytest.fixture(autouse=True)
-def names_are_looked_up_once(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The networks of the goldens live as long as the tests; their names take longer to list than a file to read."""
-
-    def remembered(network: str, module: Any) -> Any:
-        key = (network, id(module))
-        if key not in TABLES:
-            TABLES[key] = names_of(network, module)
-        return TABLES[key]
-
-    monkeypatch.setattr(loading, "names_of", remembered)
-    yield
-    TABLES.clear()
+def names_are_looked_up_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    look_names_up_once(monkeypatch)
 
 
 def test_the_tables_below_hold_every_file() -> None:
