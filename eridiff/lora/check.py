@@ -2,11 +2,10 @@
 
 from collections.abc import Mapping, Sequence
 
-import torch
 from torch import Tensor
 
 from eridiff.errors import LoraError
-from eridiff.lora.deltas import Item
+from eridiff.lora.deltas import Item, hadamard_shape, kronecker_shape
 from eridiff.lora.formats import Source
 from eridiff.lora.names import Target
 
@@ -19,6 +18,9 @@ NEEDED = {  # kind -> tensors of which it has at least one of each group
     "ia3": (("multiplier",), ("on_input",)),
     "set": (("set_weight",),),
 }
+EITHER = (  # of these only one may be there: whole, or a product
+    ({"lokr_w1"}, {"lokr_w1_a", "lokr_w1_b"}), ({"lokr_w2"}, {"lokr_w2_a", "lokr_w2_b", "lokr_t2"}),
+)  # fmt: skip
 ALLOWED = {  # kind -> tensors that it may have besides
     "lora": {"mid", "alpha", "up_bias", "dora_scale", "magnitude", "diff_b"},
     "loha": {"hada_t1", "hada_t2", "alpha", "dora_scale", "diff_b"},
@@ -76,20 +78,24 @@ def check_shapes(source: Source, target: Target, kind: str, t: Mapping[str, Tens
         good = good and (found.numel() == shape[0] == found.shape[0] or found.numel() == shape[1] == found.shape[1])
         demand(good, "dora_scale", f"{shape[0]} rows' or {shape[1]} columns' lengths")
     if kind in ("loha", "lokr"):
-        item = Item(source.key, target, kind, t)
-        first = next(name for name in t if name.startswith(("hada", "lokr")))
+        factors = {name: tensor.to("meta") for name, tensor in t.items()}
         try:
-            item.delta(torch.empty(shape, device="cpu"))
-        except (RuntimeError, IndexError):
+            rows, columns = (hadamard_shape if kind == "loha" else kronecker_shape)(factors)
+        except (RuntimeError, IndexError, ValueError):
+            rows = columns = 0
+        if (rows, columns) != (shape[0], flat[1] * area):
             shapes = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in t.items() if tensor.ndim)
-            raise LoraError(f"{source}: the shapes {shapes} do not make {target}'s {list(shape)}") from None
-        demand(True, first, "")
+            raise LoraError(f"{source}: the shapes {shapes} do not make {target}'s {list(shape)}")
     if kind == "ia3":
-        count = shape[1] if bool(t["on_input"].any()) else shape[0]
+        if t["on_input"].numel() != 1 or t["on_input"].item() not in (0, 1):
+            raise LoraError(f"'{source.names['on_input']}' holds {t['on_input'].tolist()}, and it is either 0 or 1")
+        count = shape[1] if bool(t["on_input"]) else shape[0]
         demand(t["multiplier"].numel() == count, "multiplier", f"{count} values")
     for name in ("diff", "w_norm", "set_weight"):
-        if name in t:
-            demand(t[name].numel() == torch.Size(shape).numel(), name, "as many values")
+        if name in t:  # a 1x1 convolution's may be a matrix
+            demand([d for d in t[name].shape if d > 1] == [d for d in shape if d > 1], name, "the same shape")
+    if "reshape_weight" in t and t["reshape_weight"].tolist() != list(shape):
+        raise LoraError(f"'{source.names['reshape_weight']}' says {t['reshape_weight'].tolist()}, and {target} has the shape {list(shape)}")  # fmt: skip
     for name in ("diff_b", "b_norm"):
         if name in t:
             demand(t[name].numel() == shape[0], name, f"{shape[0]} values")

@@ -14,6 +14,7 @@ from eridiff.errors import LoraError
 from eridiff.lora.names import Target
 
 DORA_RULES = ("peft", "interpolate")
+FACTORED = ("lora", "loha", "lokr")
 NO_SCALE = ("magnitude", "dora_scale")  # tensors that are no part of the delta
 
 
@@ -40,6 +41,17 @@ class Item:
     @property
     def dora(self) -> bool:
         return not self.tensors.keys().isdisjoint(NO_SCALE)
+
+    @property
+    def dead(self) -> bool:
+        """Whether it changes nothing, since what it adds, or a factor of that, is zero."""
+        if self.kind == "set" or self.dora:
+            return False
+        zero = {name: not bool(tensor.any()) for name, tensor in self.tensors.items()}
+        idle = [
+            zero.pop(name) for name in ("diff", "diff_b", "w_norm", "b_norm", "multiplier", "up_bias") if name in zero
+        ]
+        return all(idle) and (self.kind not in FACTORED or self.ratio == 0 or any(zero.values()))
 
     def change(self, base: Tensor, scale: float | Tensor = 1.0, dora: str = "peft") -> Tensor:
         """W' - W for rows of W in the file's order, in W's shape, dtype and device.
@@ -120,7 +132,14 @@ def low_rank(down: Tensor, up: Tensor, mid: Tensor | None = None) -> Tensor:
 
 def _hadamard_factor(t: Mapping[str, Tensor], matrix: str, core: str) -> Tensor:
     a, b = t[f"{matrix}_a"], t[f"{matrix}_b"]
-    return torch.einsum("abhw,ao,bi->oihw", t[core], a, b) if core in t else a @ b
+    return _tucker(t[core], a, b) if core in t else a @ b
+
+
+def _tucker(core: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """core [r, r, h, w], a [r, o], b [r, i] -> [o, i, h, w]; einsum alone would spread a rank of 1."""
+    if core.shape[:2] != (a.shape[0], b.shape[0]):
+        raise ValueError("the ranks disagree")
+    return torch.einsum("abhw,ao,bi->oihw", core, a, b)
 
 
 def kronecker_factors(t: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -129,8 +148,20 @@ def kronecker_factors(t: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
     if "lokr_w2" in t:
         return first, t["lokr_w2"]
     if "lokr_t2" in t:
-        return first, torch.einsum("abhw,ao,bi->oihw", t["lokr_t2"], t["lokr_w2_a"], t["lokr_w2_b"])
+        return first, _tucker(t["lokr_t2"], t["lokr_w2_a"], t["lokr_w2_b"])
     return first, t["lokr_w2_a"] @ t["lokr_w2_b"]
+
+
+def hadamard_shape(t: Mapping[str, Tensor]) -> tuple[int, int]:
+    """Rows and columns that the two factors of LoHa have; (0, 0) when they differ."""
+    first, second = (_hadamard_factor(t, f"hada_w{n}", f"hada_t{n}").flatten(1).shape for n in (1, 2))
+    return (first[0], first[1]) if first == second else (0, 0)
+
+
+def kronecker_shape(t: Mapping[str, Tensor]) -> tuple[int, int]:
+    """Rows and columns of the product of LoKr's two factors."""
+    (p, q), (rows, columns) = (factor.flatten(1).shape for factor in kronecker_factors(t))
+    return p * rows, q * columns
 
 
 def check_dora_rule(dora: str) -> None:

@@ -4,6 +4,7 @@ A file's tensor has a module's name, with a prefix that names.py knows, and an e
 """
 
 import json
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -159,8 +160,17 @@ class Scaling:
         for prefix, section in self.sections.items():
             if key.startswith(prefix) and "lora_alpha" in section:
                 name = key.removeprefix(prefix)
-                alpha = float(_by_pattern(section.get("alpha_pattern"), name, section["lora_alpha"]))
-                declared = int(_by_pattern(section.get("rank_pattern"), name, section.get("r", rank)))
+                try:
+                    alpha = float(_by_pattern(section.get("alpha_pattern"), name, section["lora_alpha"]))
+                    declared = int(_by_pattern(section.get("rank_pattern"), name, section.get("r", rank)))
+                except (TypeError, ValueError, AttributeError, re.error) as error:
+                    raise LoraError(
+                        f"the metadata say no alpha and rank for '{key}' that can be read ({error}); correct the metadata"
+                    ) from None
+                if not math.isfinite(alpha):
+                    raise LoraError(
+                        f"the metadata say alpha {alpha} for '{key}', which is not finite; correct the metadata"
+                    )
                 if declared != rank:
                     raise LoraError(
                         f"the metadata declare rank {declared} for '{key}' and its tensors have rank {rank}: "

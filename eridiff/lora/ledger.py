@@ -16,7 +16,7 @@ class Row:
     kind: str  # lora, loha, lokr, full, norm, ia3, set; with "+dora", "+bias"
     rank: int | None
     alpha: float | None  # as stored
-    scale: float  # alpha / rank, or what the format has in its place, at strength 1
+    scale: float | None  # alpha / rank, or what the format has in its place, at strength 1; None if nothing is applied
     change: float | None  # |dW| / |W| at strength 1, Frobenius; None without weights to compare with
     status: str  # applied, applied to a slice, dead, unmatched, no text encoder here, shape mismatch
     note: str = ""
@@ -27,7 +27,7 @@ def table(rows: Sequence[Row]) -> str:
     head = ("status", "file key", "module", "kind", "rank", "alpha", "scale", "|dW|/|W|", "note")
     lines = [head] + [
         (
-            row.status, row.key, row.module or "-", row.kind, _number(row.rank), _number(row.alpha), f"{row.scale:.4g}",
+            row.status, row.key, row.module or "-", row.kind, _number(row.rank), _number(row.alpha), _number(row.scale),
             _number(row.change), row.note,
         )
         for row in rows

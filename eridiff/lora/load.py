@@ -1,8 +1,10 @@
 """Read a LoRA file of any format for the networks it was made for; nothing in it is dropped without a word."""
 
+import logging
+import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from pathlib import Path
@@ -11,17 +13,22 @@ import torch
 from torch import Tensor, nn
 
 from eridiff.errors import CheckpointError, LoraError
-from eridiff.lora.check import ALLOWED, NEEDED, check_overlaps, check_shapes, kind_of
+from eridiff.lora.check import ALLOWED, EITHER, NEEDED, check_overlaps, check_shapes, kind_of
 from eridiff.lora.deltas import Item, widened
 from eridiff.lora.formats import UNKNOWN_FAMILY, Scaling, Source, family_of, nearest_ending, sort_names
-from eridiff.lora.ledger import APPLIED, Row
-from eridiff.lora.names import Names, Target, find, known_names, meant_networks, names_of, network_of
+from eridiff.lora.ledger import APPLIED, Row, counted
+from eridiff.lora.names import Names, Target, could_be, find, known_names, meant_networks, names_of, network_of
 from eridiff.weights.detect import DESCRIPTIONS
 from eridiff.weights.header import Checkpoint, open_checkpoint, read_json_file
 from eridiff.weights.hub import resolve
 from eridiff.weights.locate import TEXT_ENCODERS
 
+log = logging.getLogger(__name__)
 Network = nn.Module | Mapping[str, Tensor]  # or a text encoder's native state dict
+OPTIONAL = {  # role of a tensor -> what a module lacks without it
+    "up_bias": "bias", "diff_b": "bias", "b_norm": "bias", "diff": "weight", "w_norm": "weight",
+    "dora_scale": "DoRA lengths", "magnitude": "DoRA lengths",
+}  # fmt: skip
 FOLDER_FILES = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors")
 
 
@@ -71,10 +78,13 @@ def load_lora(
     states = {n: (m.state_dict() if isinstance(m, nn.Module) else m) for n, m in given.items()}
     try:
         checkpoint, scaling = _open(path)
-        return _Reader(checkpoint, scaling, tables, states).read(allow_partial, without_text_encoders)
+        lora = _Reader(checkpoint, scaling, tables, states).read(allow_partial, without_text_encoders)
     except (LoraError, CheckpointError) as error:
         text = str(error) if os.fspath(path) in str(error) else f"{os.fspath(path)}: {error}"
         raise Refusal(text, getattr(error, "ledger", ())) from None
+    if any(row.status not in APPLIED for row in lora.ledger):
+        log.warning("%s: %s; the ledger says which", os.fspath(path), counted(lora.ledger))
+    return lora
 
 
 def _open(path: str | os.PathLike[str]) -> tuple[Checkpoint, Scaling]:
@@ -102,6 +112,10 @@ class _Reader:
         names = list(checkpoint.tensors)
         self.control = any(n.endswith(("norm.scale", ".set_weight")) for n in names)
         self.sources, self.unknown = sort_names(names)
+        self.hints = 5  # for how many names the nearest is looked for, which takes a tenth of a second each
+        self.parts: dict[str, set[str]] = {}  # kind -> which optional parts some module of that kind has
+        for source in self.sources.values():
+            self.parts.setdefault(kind_of(set(source.names)), set()).update(_parts(source.names))
 
     def read(self, allow_partial: bool, without_text_encoders: bool) -> Lora:
         rows, items, problems = [], [], []
@@ -128,6 +142,7 @@ class _Reader:
                 continue
             items.append(item)
             rows.append(self._applied(item))
+        rows += [Row(name, "", "?", None, None, None, None, "unmatched", "unknown ending") for name in self.unknown]
         ledger = tuple(rows)
         try:
             check_overlaps(items)
@@ -137,9 +152,9 @@ class _Reader:
             looks = family_of(list(self.sources))
             networks = [n for n in self.tables if n not in TEXT_ENCODERS] or list(self.tables)
             wanted = " and ".join(DESCRIPTIONS.get(n, "this module").removeprefix("a ") for n in networks)
-            text = f"nothing in it fits {wanted}; its names look like {looks}{self._claimed()}"
+            text = f"nothing in it fits {wanted}; its names look like {looks}{self._claimed()}, so give the network it was made for"
             raise Refusal(text + (f"; {problems[0]}" if problems and looks == UNKNOWN_FAMILY else ""), ledger)
-        if self.unknown:
+        if self.unknown and not allow_partial:
             raise Refusal(self._strange(), ledger)
         if problems and not allow_partial:
             others = f"; {len(problems) - 1} more modules do not fit" if len(problems) > 1 else ""
@@ -162,9 +177,12 @@ class _Reader:
 
     def _unmatched(self, source: Source) -> tuple[str, str]:
         """Status and sentence of a module that no given network has."""
-        meant = meant_networks(source.key)
-        if not any(name in self.tables for name in meant) and set(meant) <= set(TEXT_ENCODERS):
-            what = " or ".join(DESCRIPTIONS[name] for name in meant)
+        prefix, meant = meant_networks(source.key)
+        name = source.key.removeprefix(prefix)
+        what = " or ".join(DESCRIPTIONS[n] for n in meant if n in self.tables or set(meant) <= set(TEXT_ENCODERS))
+        if set(meant) <= set(TEXT_ENCODERS) and not any(could_be(network, name) for network in meant):
+            return "unmatched", f"'{source.key}' is not in {what}, which never has such a module"
+        if set(meant).isdisjoint(self.tables) and set(meant) <= set(TEXT_ENCODERS):
             return "no text encoder here", (
                 f"'{source.key}' belongs to {what}, which is not given; give the encoder, or leave its rows out by "
                 "without_text_encoders"
@@ -172,14 +190,13 @@ class _Reader:
         known = known_names(self.tables, [n for n in meant if n in self.tables] or [""], "." not in source.key)
         if not known:
             return "unmatched", f"'{source.key}' belongs to no network that is given"
-        prefix = next((p for p in ("lora_unet_", "lora_transformer_", "lycoris_") if source.key.startswith(p)), "")
-        name = source.key.removeprefix(prefix)
         numbers = _beyond(name, set(known))
         if numbers:
             return "unmatched", f"'{source.key}' is not in the network, which has {numbers}"
-        near = get_close_matches(name, known, n=1, cutoff=0.6)
+        near = get_close_matches(name, known, n=1, cutoff=0.6) if self.hints else []
+        self.hints = max(0, self.hints - 1)
         hint = f", the nearest is '{prefix}{near[0]}'" if near else ""
-        return "unmatched", f"'{source.key}' ({len(source.names)} tensors) is not in the network{hint}"
+        return "unmatched", f"'{source.key}' ({len(source.names)} tensors) is not in {what or 'the network'}{hint}"
 
     def _row(self, source: Source, status: str, target: Target | None = None, note: str = "") -> Row:
         roles = set(source.names)
@@ -190,7 +207,7 @@ class _Reader:
             kind_of(roles) or "?",
             rank[0] if rank else None,
             None,
-            1.0,
+            None,
             None,
             status,
             note,
@@ -201,6 +218,10 @@ class _Reader:
         notes = []
         if item.kind in ("lora", "loha", "lokr") and item.alpha is None:
             notes.append("no alpha: scale 1")
+        lacking = self.parts[item.kind] - _parts(item.tensors)
+        if self._bias(item.target) is None:
+            lacking -= {"bias"}
+        notes += [f"no {part}, which other modules have" for part in sorted(lacking)]
         if item.ratio < 0:
             notes.append("negative scale")
         metadata = self.checkpoint.metadata
@@ -214,7 +235,7 @@ class _Reader:
                 notes.append(
                     f"both factors are whole, so alpha {item.alpha:g} has no effect; the metadata say dim {dimension}"
                 )
-        dead = all(not bool(t.any()) for name, t in item.tensors.items() if name in ("up", "up_bias", "diff", "diff_b", "w_norm", "b_norm", "multiplier", "hada_w2_a", "lokr_w2", "lokr_w2_a")) and item.kind != "set" and not item.dora  # fmt: skip
+        dead = item.dead
         if dead:
             notes.append("all zero: changes nothing")
         kind = item.kind + "+dora" * item.dora + "+bias" * (item.changes_bias and item.kind != "norm")
@@ -255,6 +276,10 @@ class _Reader:
         strange = roles - {name for group in NEEDED[kind] for name in group} - ALLOWED.get(kind, set())
         if strange:
             raise LoraError(f"'{source.names[min(strange)]}' has no place in a module of the kind {kind}")
+        for whole, factors in EITHER:
+            if whole <= roles and factors & roles:
+                both = [source.names[min(whole)], source.names[min(factors & roles)]]
+                raise LoraError(f"'{both[0]}' and '{both[1]}' are two forms of one matrix; keep one")
         tensors = {role: self._tensor(name, role) for role, name in source.names.items()}
         shape = self._shape(source, target, tensors)
         check_shapes(source, target, kind, tensors, shape)
@@ -279,9 +304,11 @@ class _Reader:
         tensor = self.checkpoint.read(name)
         if role in ("on_input", "reshape_weight"):
             return tensor
-        if not tensor.dtype.is_floating_point and role != "alpha":
+        if not tensor.numel():
+            raise LoraError(f"'{name}' of the shape {list(tensor.shape)} is empty")
+        if tensor.is_complex() or not (tensor.is_floating_point() or role == "alpha"):
             raise LoraError(f"'{name}' holds {tensor.dtype}, and a LoRA's matrices are floating point numbers")
-        if not bool(torch.isfinite(tensor.float()).all()):
+        if not bool(torch.isfinite(tensor.float() if tensor.itemsize == 1 else tensor).all()):
             raise LoraError(f"'{name}' holds values that are not finite")
         return tensor
 
@@ -322,11 +349,20 @@ class _Reader:
                 f"'{source.names['alpha']}' is 0, which some tools read as 'alpha is the rank' (scale 1) and others as "
                 f"scale 0; write {rank} or remove the module"
             )
-        if alpha is None and kind == "lora":
-            said = self.scaling.of(source.key, rank)
-            if said:
-                return said[0], rank, said[1]
+        said = self.scaling.of(source.key, rank) if kind == "lora" else None
+        if said and alpha is None:
+            return said[0], rank, said[1]
+        if said and alpha is not None and not math.isclose(said[1], alpha / rank, rel_tol=2**-8):  # bfloat16's rounding
+            raise LoraError(
+                f"'{source.names['alpha']}' makes the scale {alpha / rank:g} and the metadata lora_adapter_metadata make it "
+                f"{said[1]:g}; remove one of them"
+            )
         return alpha, rank, 1.0 if alpha is None else alpha / rank
+
+
+def _parts(roles: Iterable[str]) -> set[str]:
+    """Which parts a module has of those that it may lack and still load."""
+    return {OPTIONAL[role] for role in roles if role in OPTIONAL}
 
 
 def _beyond(name: str, known: set[str]) -> str:

@@ -3,13 +3,14 @@
 No second table of names: what a published layout calls a tensor, a LoRA file calls the module that owns it.
 """
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
-from eridiff.errors import LoraError
+from eridiff.errors import CheckpointError, LoraError
 from eridiff.weights.detect import sizes_of
 from eridiff.weights.keymap import Entry, Shape, key_map
 from eridiff.weights.load import NETWORKS
@@ -26,6 +27,9 @@ PREFIXES: dict[str, tuple[str, ...]] = {
     "text_encoders.clip_l.transformer.": ("clip",), "text_encoders.clip_g.transformer.": ("clip_g",),
     "text_encoders.t5xxl.transformer.": ("t5",), "": DENOISERS,
 }  # fmt: skip
+
+
+COMPUTED = ("positions.table", "encoder.embed_tokens.weight")  # MMDiT's is no parameter, T5's is shared.weight again
 
 
 @dataclass(frozen=True)
@@ -118,7 +122,12 @@ def names_of(network: str, module: nn.Module | Mapping[str, Tensor]) -> Names:
     """The names of a module, or of a text encoder's native state dict."""
     tensors = dict(module.named_parameters()) if isinstance(module, nn.Module) else module  # a shared one once
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    return Names(network, shapes, getattr(module, "config", None))
+    for name in COMPUTED:
+        shapes.pop(name, None)
+    try:
+        return Names(network, shapes, getattr(module, "config", None))
+    except CheckpointError as error:
+        raise LoraError(f"what is given as '{network}' has other names than this package's modules: {error}") from None
 
 
 def find(name: str, tables: Mapping[str, Names]) -> Target | None:
@@ -132,9 +141,16 @@ def find(name: str, tables: Mapping[str, Names]) -> Target | None:
     return tables[""].find(name) if "" in tables else None
 
 
-def meant_networks(name: str) -> tuple[str, ...]:
-    """The networks to which the prefix of a name points."""
-    return next(networks for prefix, networks in PREFIXES.items() if name.startswith(prefix))
+def meant_networks(name: str) -> tuple[str, tuple[str, ...]]:
+    """The prefix of a name, and the networks to which it points."""
+    return next((prefix, networks) for prefix, networks in PREFIXES.items() if name.startswith(prefix))
+
+
+def could_be(network: str, name: str) -> bool:
+    """Whether a text encoder of some size has a module of this name, as far as the first number or wildcard of its map tells."""
+    rules = key_map("clip" if network == "clip_g" else network).layouts["huggingface"].rules
+    heads = [re.split(r"[{*]", rule.native)[0].removesuffix(".weight").replace(".", "_") for rule in rules]
+    return name.replace(".", "_").startswith(tuple(heads))
 
 
 def known_names(tables: Mapping[str, Names], networks: Iterable[str], underscores: bool) -> list[str]:

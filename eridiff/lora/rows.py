@@ -14,6 +14,7 @@ from eridiff.lora.deltas import Item
 from eridiff.lora.names import Target
 
 ROWS = ("up", "up_bias", "diff_b", "diff", "set_weight", "magnitude", "w_norm", "b_norm")  # one row an output
+FOLDED = ("up", "up_bias")  # what alpha / rank multiplies
 HADAMARD = ("hada_w1_a", "hada_w2_a")
 
 
@@ -128,13 +129,16 @@ def stacked(pieces: Sequence[tuple[int, int, Item]], start: int, stop: int) -> I
         downs = [first.tensors["down"]] if shared else [item.tensors["down"] for item in items]
         tensors["down"] = torch.cat(downs)
         rank = len(tensors["down"])
+    if not same_ratio and any(_rounds(i.tensors[n], i.ratio) for i in items for n in FOLDED if n in i.tensors):
+        items = [replace(i, tensors={n: t.float() for n, t in i.tensors.items()}) for i in items]
+        tensors = {name: tensor.float() for name, tensor in tensors.items()}
     column = 0
-    for begin, last, item in pieces:
+    for (begin, last, _), item in zip(pieces, items, strict=True):
         place = slice(begin - start, last - start)
         for name, tensor in item.tensors.items():
             if name == "down":
                 continue
-            scaled = tensor if same_ratio or name not in ("up", "up_bias") else tensor * item.ratio
+            scaled = tensor if same_ratio or name not in FOLDED else tensor * item.ratio
             if name == "up":
                 width = tensor.shape[1]
                 shape = (stop - start, rank or 0, *tensor.shape[2:])
@@ -146,3 +150,8 @@ def stacked(pieces: Sequence[tuple[int, int, Item]], start: int, stop: int) -> I
                 into[place] = scaled
     alpha = None if rank is None or all(item.alpha is None for item in items) and ratio == 1 else ratio * rank
     return replace(first, tensors=tensors, ratio=ratio, alpha=alpha, rank=rank)
+
+
+def _rounds(tensor: Tensor, factor: float) -> bool:
+    """Whether a product, which float32 may round, is rounded further by the tensor's narrower dtype."""
+    return tensor.itemsize < 4 and not torch.equal((tensor * factor).float(), tensor.float() * factor)

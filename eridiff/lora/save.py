@@ -249,7 +249,7 @@ def _metadata(items: list[tuple[str, Item]], format: str, denoiser: str) -> dict
         rank = max(item.rank or 0 for item in own)
         names = {f"^{item.key.replace('.', r'[.]')}": item for item in own}
         said = {
-            "r": rank, "lora_alpha": rank, "target_modules": [item.key for item in own],
+            "r": rank, "lora_alpha": rank, "target_modules": sorted(item.key for item in own),
             "rank_pattern": {name: item.rank for name, item in names.items() if item.rank != rank},
             "alpha_pattern": {
                 name: _whole(item.ratio * (item.rank or 0)) for name, item in names.items() if item.ratio * (item.rank or 0) != rank
