@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 
 from eridiff import __version__
 from eridiff.config import MODEL_OPTIONS, RunConfig, SampleSettings, load_config, settle_guidance, size_of
@@ -23,6 +24,7 @@ from eridiff.inference.settings import check_settings, check_size
 from eridiff.inspect import inspect, summary
 from eridiff.schedulers.guidance import SkipLayers
 from eridiff.schedulers.samplers import SAMPLERS
+from eridiff.training.distributed import agreed, launched, spread
 from eridiff.weights.locate import PART_NAMES
 
 BUILT_IN_PROMPTS = (
@@ -64,7 +66,7 @@ def _parser() -> argparse.ArgumentParser:
     sample = commands.add_parser(
         "sample", help="draw pictures", description="Draw pictures; options win over the file."
     )
-    sample.set_defaults(run=_sample)
+    sample.set_defaults(run=_sample_on_every_rank)
     sample.add_argument("config", nargs="?", type=Path, metavar="CONFIG.yaml", help="what to load and to draw")
     model = sample.add_argument_group("model")
     model.add_argument(
@@ -152,6 +154,13 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _sample_on_every_rank(options: argparse.Namespace) -> int:
+    """A process alone draws all pictures; those of `torchrun` draw their shares, and the first speaks."""
+    with launched() as rank:
+        options.quiet = options.quiet or rank > 0
+        return _sample(options)
+
+
 def _sample(options: argparse.Namespace) -> int:
     say = (lambda *_: None) if options.quiet else print
     if options.list:
@@ -193,7 +202,7 @@ def _sample(options: argparse.Namespace) -> int:
 
 
 def _draw(model: DiffusionInference, settings: SampleSettings, extra: dict[str, Any]) -> list[Path]:
-    """One picture at a time, so that none depends on its neighbours; then the contact sheet of several."""
+    """One picture at a time, so that none depends on its neighbours; then the contact sheet of several. Of a rank: its share."""
     pictures = {
         name: read_image(path) if path else None
         for name, path in (("image", settings.image), ("mask", settings.mask), ("control", settings.control))
@@ -208,9 +217,10 @@ def _draw(model: DiffusionInference, settings: SampleSettings, extra: dict[str, 
     single = out.suffix.lower() == ".png"
     if single and len(settings.prompts) > 1:
         raise ConfigError(f"'{out}' is one file and there are {len(settings.prompts)} prompts; give a folder")
-    start = 0 if single else _next_number(out)
-    images, paths = [], []
-    for i, prompt in enumerate(settings.prompts):
+    start = agreed(0 if single else _next_number(out))
+
+    def draw(i: int) -> tuple[Path, Image.Image]:
+        prompt = settings.prompts[i]
         result = model.generate(
             prompt, negative=settings.negative_prompt if cfg != 1 else None, width=settings.width, height=settings.height,
             steps=settings.sample_steps, guidance_scale=settings.guidance_scale, cfg_scale=cfg,
@@ -224,10 +234,13 @@ def _draw(model: DiffusionInference, settings: SampleSettings, extra: dict[str, 
             **{name: getattr(settings, name) for name, picture in pictures.items() if picture},
         }
         slug = re.sub(r"[^a-z0-9]+", "-", first_text(prompt).lower()).strip("-")[:40] or "picture"
-        paths.append(save_png(result.images[0], out if single else out / f"{start + i:04d}-{slug}.png", record))
-        images.append(result.images[0])
-    if len(images) > 1:
-        paths.append(save_png(contact_sheet(images), out / f"{start:04d}-contact-sheet.png"))
+        path = out if single else out / f"{start + i:04d}-{slug}.png"
+        return save_png(result.images[0], path, record), result.images[0]
+
+    drawn = spread(len(settings.prompts), draw)
+    paths = [path for path, _ in drawn]
+    if len(drawn) > 1:
+        paths.append(save_png(contact_sheet([image for _, image in drawn]), out / f"{start:04d}-contact-sheet.png"))
     return paths
 
 
@@ -300,6 +313,8 @@ def _check_writable(out: Path) -> None:
 
 
 def _device(name: str | None) -> torch.device | None:
+    if name is None and torch.cuda.is_available() and "LOCAL_RANK" in os.environ:  # of torchrun
+        name = f"cuda:{int(os.environ['LOCAL_RANK']) % torch.cuda.device_count()}"
     if name is None:
         return None
     try:

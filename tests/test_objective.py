@@ -16,23 +16,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from eridiff import FluxInference, Prompt, SD35Inference, SDXLInference
+from eridiff import Prompt
 from eridiff.errors import ConfigError
-from eridiff.models.flux import patchify
 from eridiff.schedulers import Schedule
 from eridiff.schedulers.discrete import legacy_timesteps
 from eridiff.schedulers.flow_match import candle_sigmas, even_sigmas, flow_schedule, flux_schedule, flux_shift, shifted
 from eridiff.schedulers.samplers import clean_noise, mixed
-from eridiff.text import Conditioning
 from eridiff.training import objective
 from eridiff.training.objective import Levels, discrete_levels, flow_levels, noised, squared_error, target
-from tests import tiny
+from tests.families import FAMILIES, conditioning, inference, inputs, packed, rows
 
 G = torch.Generator
-
-
-def rows(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
-    return torch.randn(shape, generator=G().manual_seed(seed)).to(dtype)
 
 
 def levels_of(schedule: Schedule, family: str) -> Levels:
@@ -40,24 +34,6 @@ def levels_of(schedule: Schedule, family: str) -> Levels:
     if family == "unet":
         return discrete_levels(schedule.times, schedule.prediction)
     return flow_levels(schedule.sigmas[:-1])
-
-
-def inference(family: str) -> Any:
-    """Draws with a tiny network of the family; conditionings are handed in."""
-    options = {"device": "cpu", "progress": False}
-    if family == "flux":
-        return FluxInference(tiny.flux(), tiny.autoencoder(), **options)
-    if family == "mmdit":
-        return SD35Inference(tiny.mmdit(), tiny.autoencoder(), **options)
-    return SDXLInference(tiny.unet(), tiny.autoencoder(tiny.SDXL_AUTOENCODER), **options)
-
-
-def conditioning(model: Any) -> Conditioning:
-    text, pooled = model.told_widths(model.network.config)
-    return Conditioning(rows(1, 5, text, dtype=torch.float32), rows(1, pooled, seed=1, dtype=torch.float32))
-
-
-FAMILIES = ["flux", "mmdit", "unet"]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -89,7 +65,7 @@ def test_a_network_in_training_is_given_what_a_sampler_gives_it(family: str) -> 
             noise,
             Levels(*(getattr(levels, n)[i : i + 1] for n in ("alphas", "sigmas", "times")), levels.prediction),
         )
-        assert torch.equal(seen["latents"][:1], patchify(x) if family == "flux" else x)
+        assert torch.equal(seen["latents"][:1], packed(family, x))
         assert torch.equal(seen["time"].double(), levels.times[i].float().double())
 
 
@@ -297,7 +273,6 @@ def test_an_unknown_prediction_is_named() -> None:
 def test_a_few_steps_of_training_lower_the_loss(family: str, prediction: str) -> None:
     model = inference(family)
     network: nn.Module = model.network.requires_grad_(True)
-    told = conditioning(model)
     clean, noise = (rows(4, model.latent_channels, 4, 4, seed=s, dtype=torch.float32) for s in (2, 3))
     g = G().manual_seed(4)
     if family == "unet":
@@ -306,16 +281,11 @@ def test_a_few_steps_of_training_lower_the_loss(family: str, prediction: str) ->
     else:
         levels = flow_levels(shifted(objective.logit_normal(4, g), flux_shift(4) if family == "flux" else 3.0))
         weights = None
-    pack = patchify if family == "flux" else lambda x: x
-    text, pooled = told.text.repeat(4, 1, 1), told.pooled.repeat(4, 1)
-    if family == "unet":
-        pooled = torch.cat([pooled, rows(4, network.config.vector_width - pooled.shape[1], dtype=torch.float32)], dim=1)  # type: ignore[union-attr,operator]
-    extra = {"flux": ((2, 2), torch.full((4,), 3.5))}.get(family, ())
-    times = levels.times.float()[None]
+    told = inputs(model, levels)
 
     def loss() -> Tensor:
-        output = network(pack(noised(clean, noise, levels)), text, pooled, times, *extra)
-        return squared_error(output, pack(target(clean, noise, levels)), weights)
+        output = network(packed(family, noised(clean, noise, levels)), *told)
+        return squared_error(output, packed(family, target(clean, noise, levels)), weights)
 
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3)
     losses = []

@@ -15,6 +15,10 @@ from torch.utils.hooks import RemovableHandle
 
 from eridiff.blocks import unwrapped
 from eridiff.errors import ConfigError
+from eridiff.models.autoencoder import Autoencoder
+from eridiff.models.flux import Flux
+from eridiff.models.mmdit import MMDiT
+from eridiff.models.unet import UNet
 from eridiff.weights.detect import component_of
 from eridiff.weights.header import Checkpoint, TensorEntry
 from eridiff.weights.keymap import Entry
@@ -79,7 +83,7 @@ def adopt(module: nn.Module, *, allow_copies: bool = False) -> Adopted:
     """
     foreign = unwrapped(module)
     foreign = unwrapped(foreign.get_base_model()) if hasattr(foreign, "get_base_model") else foreign
-    if type(foreign) in NETWORKS.values():
+    if isinstance(foreign, Flux | MMDiT | UNet | Autoencoder):
         return Adopted(foreign, foreign, [])
     what, tensors, config = type(foreign).__name__, _tensors(foreign), getattr(foreign, "config", {})
     if any(hasattr(tensor, "device_mesh") for tensor in tensors.values()):
