@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 
 from eridiff import __version__, cli_lora
 from eridiff.config import MODEL_OPTIONS, RunConfig, SampleSettings, size_of
@@ -28,6 +29,7 @@ from eridiff.inspect import inspect, summary
 from eridiff.lora.ledger import counted
 from eridiff.run_files import load_config
 from eridiff.schedulers.samplers import SAMPLERS
+from eridiff.training.distributed import agreed, launched, spread
 from eridiff.weights.locate import PART_NAMES
 
 BUILT_IN_PROMPTS = (
@@ -69,7 +71,7 @@ def _parser() -> argparse.ArgumentParser:
     sample = commands.add_parser(
         "sample", help="draw pictures", description="Draw pictures; options win over the file."
     )
-    sample.set_defaults(run=_sample)
+    sample.set_defaults(run=_sample_on_every_rank)
     sample.add_argument(
         "config",
         nargs="?",
@@ -201,6 +203,13 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _sample_on_every_rank(options: argparse.Namespace) -> int:
+    """A process alone draws all pictures; those of `torchrun` draw their shares, and the first speaks."""
+    with launched() as rank:
+        options.quiet = options.quiet or rank > 0
+        return _sample(options)
+
+
 def _sample(options: argparse.Namespace) -> int:
     say = (lambda *_: None) if options.quiet else print
     if options.list:
@@ -209,7 +218,9 @@ def _sample(options: argparse.Namespace) -> int:
             print(f"{name}: {', '.join(entries)}")
         print('a prompt is "a [size] NOUN BACKGROUND", such as "a small fox at night"')
         return 0
-    config = _merged(load_config(options.config) if options.config else RunConfig(), options)
+    config = agreed(
+        _merged(load_config(options.config) if options.config else RunConfig(), options)
+    )  # random seeds too
     if config.model is None and not config.sample.prompts:
         config = replace(config, sample=replace(config.sample, prompts=BUILT_IN_PROMPTS))
     settings = config.sample
@@ -281,25 +292,29 @@ def _resample(options: argparse.Namespace) -> int:
 def _draw(
     model: DiffusionInference, entries: Sequence[SampleSettings], refiner: SDXLInference | None, loras: Sequence[LoraHandle]
 ) -> list[Path]:  # fmt: skip
-    """One picture at a time, so that none depends on its neighbours; then the contact sheet of several."""
+    """One picture at a time, so that none depends on its neighbours; then the contact sheet of several. Of a rank: its share."""
     out = Path(entries[0].out)
     single = out.suffix.lower() == ".png"
     if single and len(entries) > 1:
         raise ConfigError(f"'{out}' is one file and there are {len(entries)} prompts; give a folder")
-    start = 0 if single else _next_number(out)
-    images, paths = [], []
-    for i, (entry, request) in enumerate(zip(entries, picture_requests(model, entries), strict=True)):
+    start = agreed(0 if single else _next_number(out))
+    requests = picture_requests(model, entries)
+
+    def draw(i: int) -> tuple[Path, Image.Image]:
+        entry = entries[i]
         extra: dict[str, Any] = {} if refiner is None else {"refiner": refiner}
         extra |= {"hand_over": entry.hand_over} if refiner is not None and entry.hand_over is not None else {}
         for handle in loras:
             handle.set_scale(1.0 if entry.lora_scale is None else entry.lora_scale)
-        result = model.generate(**request, **extra)
+        result = model.generate(**requests[i], **extra)
         record = {**result.settings[0], **picture_paths(entry)}
-        name = f"{start + i:04d}-{slug(request['prompt'])}.png"
-        paths.append(save_png(result.images[0], out if single else out / name, record))
-        images.append(result.images[0])
-    if len(images) > 1:
-        paths.append(save_png(contact_sheet(images), out / f"{start:04d}-contact-sheet.png"))
+        path = out if single else out / f"{start + i:04d}-{slug(requests[i]['prompt'])}.png"
+        return save_png(result.images[0], path, record), result.images[0]
+
+    drawn = spread(len(entries), draw)
+    paths = [path for path, _ in drawn]
+    if len(drawn) > 1:
+        paths.append(save_png(contact_sheet([image for _, image in drawn]), out / f"{start:04d}-contact-sheet.png"))
     return paths
 
 
@@ -388,6 +403,8 @@ def _check_writable(out: Path) -> None:
 
 
 def _device(name: str | None) -> torch.device | None:
+    if name is None and torch.cuda.is_available() and "LOCAL_RANK" in os.environ:  # of torchrun
+        name = f"cuda:{int(os.environ['LOCAL_RANK']) % torch.cuda.device_count()}"
     if name is None:
         return None
     try:

@@ -23,6 +23,11 @@ def flux_mu(tokens: int) -> float:
     return 0.5 + (1.15 - 0.5) / (4096 - 256) * (tokens - 256)
 
 
+def flux_shift(tokens: int) -> float:
+    """e^mu: by how much Flux's times are shifted (`shifted`) for a picture of `tokens` tokens."""
+    return math.exp(flux_mu(tokens))
+
+
 def even_sigmas(steps: int) -> Tensor:
     """`[steps + 1]` float64, evenly spaced from 1 to 0; ConfigError for fewer than one step."""
     if steps < 1:
@@ -36,7 +41,7 @@ def flux_schedule(steps: int, tokens: int, shift: bool = True) -> Schedule:
     Raises ConfigError for fewer than one step.
     """
     sigmas = even_sigmas(steps)
-    return flow_schedule(shifted(sigmas, math.exp(flux_mu(tokens))) if shift else sigmas)
+    return flow_schedule(shifted(sigmas, flux_shift(tokens)) if shift else sigmas)
 
 
 def sd3_sigmas(steps: int, shift: float) -> Tensor:

@@ -1,0 +1,79 @@
+"""Two processes: sharded networks draw and train like plain ones, and many prompts are drawn by turns."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from eridiff import cli
+from eridiff.errors import ConfigError
+from eridiff.training.distributed import agreed, shard, spread
+from tests.families import FAMILIES
+
+ROOT = Path(__file__).parents[1]
+
+
+def torchrun(*arguments: object, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    return python("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *arguments, cwd=cwd)
+
+
+def python(*arguments: object, cwd: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, *map(str, arguments)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """What the two ranks found."""
+    out = tmp_path_factory.mktemp("ranks") / "found.pt"
+    result = torchrun("-m", "tests.two_processes", out)
+    assert result.returncode == 0, result.stderr[-4000:]
+    return torch.load(out, weights_only=False)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_sharded_network_draws_and_trains_like_the_plain_one(family: str, ranks: Any) -> None:
+    for rank in ranks:
+        found = rank[family]
+        assert 0.45 < found["share"] < 0.55 and found["same picture"] and found["same names"]
+        assert found["gradients"] < 1e-9
+        # an optimizer's step is in the next picture; its latents are float32
+        assert found["picture after"] < 1e-5 < 1e-3 < found["change"]
+
+
+def test_items_are_drawn_by_turns_and_gathered_in_order(ranks: Any) -> None:
+    assert ranks[0]["spread"] == [(0, 0), (1, 1), (2, 0), (3, 1), (4, 0)] and ranks[1]["spread"] == []
+    assert [rank["agreed"] for rank in ranks] == ["of rank 0"] * 2
+    assert spread(3, lambda i: i) == [0, 1, 2] and agreed("alone") == "alone"
+
+
+def test_a_failure_on_one_rank_reaches_the_first_and_nobody_waits(ranks: Any) -> None:
+    assert ranks[1]["failure"] == "the sea is rough"
+    assert ranks[0]["failure"] == "pictures could not be drawn on rank 1: the sea is rough"
+
+
+def test_processes_draw_the_pictures_that_one_draws(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    threads = torch.get_num_threads()
+    prompts = ["a swan on mars", "a fox at night", "a robot on the sea"]
+    asked = [part for prompt in prompts for part in ("--prompt", prompt)] + ["--steps", "2"]
+    result = torchrun("-m", "eridiff", "sample", *asked, "--out", tmp_path / "two", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr[-4000:]
+    torch.set_num_threads(1)
+    try:
+        assert cli.main(["sample", *asked, "--out", str(tmp_path / "one")]) == 0
+    finally:
+        torch.set_num_threads(threads)
+    one, two = ({path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} for name in ("one", "two"))
+    assert len(one) == 4 and one == two
+    assert result.stdout == capsys.readouterr().out.replace("one", "two")
+
+
+def test_only_modules_with_repeated_blocks_are_sharded() -> None:
+    with pytest.raises(ConfigError, match="Linear has no repeated blocks"):
+        shard(nn.Linear(2, 2))

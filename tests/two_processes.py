@@ -1,0 +1,102 @@
+"""What two gloo processes do with sharded networks, run by `torchrun`; rank 0 writes what came of it."""
+
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from eridiff import Prompt
+from eridiff.errors import EridiffError
+from eridiff.schedulers.guidance import SkipLayers
+from eridiff.training.distributed import agreed, launched, shard, spread
+from eridiff.training.objective import discrete_levels, flow_levels, noised, squared_error, target
+from tests.families import FAMILIES, conditioning, inference, inputs, packed, rows
+
+
+def whole(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def latents(model: Any, told: Any) -> Tensor:
+    """A small picture, steered where the family is."""
+    skip = {"skip_layers": SkipLayers((1,), 2.0, 0.0, 1.0)} if model.family == "mmdit" else {}
+    result = model.generate(
+        conditioning=told, seed=3, width=32, height=32, steps=2, cfg_scale=2.0, keep=("latents",), **skip
+    )
+    return result.latents
+
+
+def train(model: Any, part: slice, optimizer: Any) -> dict[str, Tensor]:
+    """A step on some rows of a batch of two; the gradients, whole."""
+    family, network = model.family, model.network
+    shares = torch.tensor([0.3, 0.8])
+    levels = discrete_levels(999 * shares[part]) if family == "unet" else flow_levels(shares[part])
+    clean, noise = (rows(2, model.latent_channels, 4, 4, seed=seed)[part] for seed in (5, 6))
+    both = discrete_levels(999 * shares) if family == "unet" else flow_levels(shares)
+    told = inputs(model, both, torch.float64)
+    text, pooled, times, *rest = told
+    rest = [item[part] if isinstance(item, Tensor) else item for item in rest]
+    optimizer.zero_grad()
+    output = network(packed(family, noised(clean, noise, levels)), text[part], pooled[part], times[:, part], *rest)
+    squared_error(output, packed(family, target(clean, noise, levels))).backward()
+    gradients = {name: whole(p.grad) for name, p in network.named_parameters() if p.grad is not None}
+    optimizer.step()
+    return gradients
+
+
+def compare(name: str) -> dict[str, float | bool]:
+    """A sharded network beside a plain one: pictures, gradients of a step, pictures after it."""
+    plain, sharded = inference(name), inference(name)
+    for model in (plain, sharded):
+        model.network.double().requires_grad_(True)
+    total = sum(p.numel() for p in plain.network.parameters())
+    assert shard(sharded.network) is sharded.network
+    local = sum(p.to_local().numel() for p in sharded.network.parameters())  # type: ignore[operator]
+    told = Prompt(conditioning(plain), conditioning(plain, seed=7))
+    found: dict[str, float | bool] = {"share": local / total}
+    before = latents(plain, told)
+    found["same picture"] = torch.equal(latents(sharded, told), before)
+    optimizers = [torch.optim.AdamW(m.network.parameters(), lr=1e-2) for m in (plain, sharded)]
+    rank = dist.get_rank()
+    expected = train(plain, slice(0, 2), optimizers[0])
+    gradients = train(sharded, slice(rank, rank + 1), optimizers[1])
+    found["same names"] = gradients.keys() == expected.keys()
+    size = float(torch.stack([e.norm() for e in expected.values()]).norm())  # some are 0 but for rounding
+    found["gradients"] = max(float((gradients[n] - e).norm()) for n, e in expected.items()) / size
+    after = latents(plain, told)
+    found["picture after"] = float((latents(sharded, told) - after).norm() / after.norm())
+    found["change"] = float((after - before).norm() / after.norm())
+    return found
+
+
+def main(out: Path) -> None:
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
+    found: dict[str, Any] = {}
+    with launched() as rank:
+        for name in FAMILIES:
+            found[name] = compare(name)
+        found["spread"] = spread(5, lambda i: (i, dist.get_rank()))
+        found["agreed"] = agreed(f"of rank {rank}")
+        every: list[Any] = [None, None]
+
+        def fail(i: int) -> int:
+            if i == 3:
+                raise EridiffError("the sea is rough")
+            return i
+
+        try:
+            spread(4, fail)
+        except EridiffError as error:
+            found["failure"] = str(error)
+        dist.gather_object(found, every if rank == 0 else None)
+        if rank == 0:
+            torch.save(every, out)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
