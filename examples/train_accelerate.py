@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
 from eridiff.models.flux import patchify
+from eridiff.training import Sampler
 from eridiff.training.objective import flow_levels, logit_normal, noised, squared_error, target
 
 STEPS = int(sys.argv[1]) if len(sys.argv) > 1 else 200
@@ -20,6 +21,7 @@ optimizer = torch.optim.AdamW(flux.network.parameters(), lr=3e-4)
 loader = DataLoader(TensorDataset(*pictures), batch_size=4, shuffle=True)
 # `flux` keeps the network itself, so pictures are drawn of what is trained whatever accelerate wraps around it
 network, optimizer, loader = accelerator.prepare(flux.network, optimizer, loader)
+sampler = Sampler(flux, {"prompts": ["a swan on mars", "a big fox at night"], "sample_every": 50, "out": "samples"})
 
 
 def loss(clean: Tensor, text: Tensor, pooled: Tensor, generator: torch.Generator) -> Tensor:
@@ -48,5 +50,6 @@ while step < STEPS:
             optimizer.step()
             optimizer.zero_grad()
         step += accelerator.sync_gradients
-        # pictures are drawn here: sampler.maybe_sample(step)
+        sampler.maybe_sample(step)
+sampler.finish(step)
 accelerator.print(f"loss {before:.4f} -> {measured():.4f}")

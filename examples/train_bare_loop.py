@@ -7,12 +7,14 @@ from lesson import lesson
 from torch import Tensor
 
 from eridiff.models.flux import patchify
+from eridiff.training import Sampler
 from eridiff.training.objective import flow_levels, logit_normal, noised, squared_error, target
 
 STEPS = int(sys.argv[1]) if len(sys.argv) > 1 else 200
 flux, latents, text, pooled = lesson()
 network = flux.network
 optimizer = torch.optim.AdamW(network.parameters(), lr=3e-4)
+sampler = Sampler(flux, {"prompts": ["a swan on mars", "a big fox at night"], "sample_every": 50, "out": "samples"})
 
 
 def loss(rows: Tensor, generator: torch.Generator) -> Tensor:
@@ -33,9 +35,10 @@ def measured() -> float:
 
 before = measured()
 generator = torch.Generator().manual_seed(0)
-for step in range(STEPS):  # noqa: B007, pictures need it
+for step in range(STEPS):
+    sampler.maybe_sample(step)
     optimizer.zero_grad()
     loss(torch.randint(len(latents), (4,), generator=generator), generator).backward()
     optimizer.step()
-    # pictures are drawn here: sampler.maybe_sample(step)
+sampler.finish(STEPS)
 print(f"loss {before:.4f} -> {measured():.4f}")

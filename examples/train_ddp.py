@@ -1,7 +1,6 @@
 """DDP on two processes: `torchrun --nproc_per_node 2 examples/train_ddp.py [STEPS]`; pictures are drawn by turns."""
 
 import sys
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -9,9 +8,9 @@ from lesson import lesson
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from eridiff.images import save_png
 from eridiff.models.flux import patchify
-from eridiff.training.distributed import launched, spread
+from eridiff.training import Sampler
+from eridiff.training.distributed import launched
 from eridiff.training.objective import flow_levels, logit_normal, noised, squared_error, target
 
 STEPS = int(sys.argv[1]) if len(sys.argv) > 1 else 200
@@ -20,6 +19,7 @@ PROMPTS = ("a swan on mars", "a big fox at night", "a robot on the sea")
 
 def main(rank: int) -> None:
     flux, latents, text, pooled = lesson()
+    sampler = Sampler(flux, {"prompts": list(PROMPTS), "sample_every": 50, "walk_seed": True, "out": "samples"})
     network = DistributedDataParallel(flux.network)  # flux keeps what is inside
     optimizer = torch.optim.AdamW(network.parameters(), lr=3e-4)
 
@@ -38,18 +38,16 @@ def main(rank: int) -> None:
 
     before = measured()
     generator = torch.Generator().manual_seed(rank)  # every process sees other pictures and other noise
-    for _ in range(STEPS):
+    for step in range(STEPS):
+        sampler.maybe_sample(step)
         optimizer.zero_grad()
         loss(torch.randint(len(latents), (4,), generator=generator), generator).backward()
         optimizer.step()
-        # or here: sampler.maybe_sample(step)
     after = measured()
-    images = spread(len(PROMPTS), lambda i: flux.generate(PROMPTS[i], seed=i).images[0])
+    samples = sampler.finish(STEPS)  # of the first process: everybody's
     dist.barrier()
-    if rank == 0:
-        for i, image in enumerate(images):
-            print(save_png(image, Path("samples") / f"{i:04d}.png"))
-        print(f"loss {before:.4f} -> {after:.4f}")
+    if rank == 0 and samples:
+        print(*samples.paths, f"loss {before:.4f} -> {after:.4f}", sep="\n")
 
 
 if __name__ == "__main__":

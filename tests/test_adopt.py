@@ -1,6 +1,7 @@
 """Ours beside diffusers' classes in training: the same parameters, followed through steps, adapters and moves."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from eridiff.errors import CheckpointError, ConfigError
 from eridiff.models.flux import position_ids
 from eridiff.text import Conditioning
 from eridiff.trace.record import relative_l2
+from eridiff.training import Sampler
 from eridiff.training.adopt import COPIED, Adopted, adopt
 from tests import tiny
 from tests.golden.case import Float32Sinusoid, float32_sinusoid
@@ -274,3 +276,28 @@ def test_a_picture_follows_the_trainer(monkeypatch: pytest.MonkeyPatch) -> None:
     fresh.load_state_dict(again.state_dict())
     assert torch.equal(after, draw(FluxInference(fresh, model.autoencoder, device="cpu", progress=False)))
     assert relative_l2(after, before) > 1e-3
+
+
+def test_a_sampler_draws_what_a_trainer_of_diffusers_classes_trains(tmp_path: Path) -> None:
+    """Through the optimizer's steps on the foreign module; its copies are there for a picture alone."""
+    foreign = reference_flux().requires_grad_(True).train()
+    adopted = adopt(foreign, allow_copies=True)
+    model = FluxInference(adopted.network, tiny.autoencoder(), device="cpu", progress=False)
+    told = Prompt(Conditioning(torch.ones(1, 5, 12), torch.ones(1, 8)))
+    model.encode_prompt = lambda *_: told  # type: ignore[method-assign, assignment]
+    section = {"prompts": ["a swan"], "sample_steps": 2, "width": 32, "height": 32, "seed": 1, "out": str(tmp_path)}
+    optimizer = torch.optim.SGD(foreign.parameters(), lr=0.05)
+    sampler = Sampler(model, section, adopted=adopted, optimizer=optimizer, verify=True, raise_errors=True)
+    held = sum(p.numel() for p in adopted.network.parameters() if not p.is_meta)
+    assert held < 0.8 * sum(p.numel() for p in adopted.network.parameters())
+    pictures = [sampler.sample(0).images[0].tobytes()]
+    for p in foreign.parameters():
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    pictures.append(sampler.sample(1).images[0].tobytes())
+    assert pictures[0] != pictures[1] and foreign.training
+    assert held == sum(p.numel() for p in adopted.network.parameters() if not p.is_meta)
+    again = adopt(foreign, allow_copies=True).network
+    plain = FluxInference(again, model.autoencoder, device="cpu", progress=False)
+    drawn = plain.generate("a swan", conditioning=told, steps=2, width=32, height=32, seed=1)
+    assert drawn.images[0].tobytes() == pictures[1]

@@ -47,6 +47,15 @@ def test_a_sharded_network_draws_and_trains_like_the_plain_one(family: str, rank
         assert found["picture after"] < 1e-5 < 1e-3 < found["change"]
 
 
+def test_a_sampler_shares_the_prompts_out_unless_the_network_is_sharded(ranks: Any) -> None:
+    names = [f"step-00000007-{i:02d}-a-{what}.png" for i, what in enumerate(("swan", "fox", "dog"))]
+    first, second = (rank["sampled"] for rank in ranks)
+    pictures = dict(zip(*first["fsdp"], strict=True))
+    assert list(pictures) == names and second["fsdp"] == ([], [])
+    assert first["ddp"][0] == [names[0], names[2], names[1]] and second["ddp"][0] == [names[1]]
+    assert dict(zip(*first["ddp"], strict=True)) == pictures and len(set(pictures.values())) == 3
+
+
 def test_items_are_drawn_by_turns_and_gathered_in_order(ranks: Any) -> None:
     assert ranks[0]["spread"] == [(0, 0), (1, 1), (2, 0), (3, 1), (4, 0)] and ranks[1]["spread"] == []
     assert [rank["agreed"] for rank in ranks] == ["of rank 0"] * 2

@@ -7,12 +7,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from eridiff import Prompt
 from eridiff.errors import EridiffError
 from eridiff.schedulers.guidance import SkipLayers
+from eridiff.training import Sampler
 from eridiff.training.distributed import agreed, launched, shard, spread
 from eridiff.training.objective import discrete_levels, flow_levels, noised, squared_error, target
 from tests.families import FAMILIES, conditioning, inference, inputs, packed, rows
@@ -74,12 +75,39 @@ def compare(name: str) -> dict[str, float | bool]:
     return found
 
 
+def sampled(out: Path) -> dict[str, Any]:
+    """What a Sampler of each rank has drawn: of a network under DDP, and of a sharded one."""
+    found: dict[str, Any] = {}
+    for name, wrap in (("ddp", nn.parallel.DistributedDataParallel), ("fsdp", shard)):
+        torch.manual_seed(0)
+        model = inference("flux")
+        told = Prompt(conditioning(model))
+        model.encode_prompt = lambda *_, told=told: told
+        model.network.requires_grad_(True)
+        network = wrap(model.network)  # type: ignore[operator]
+        section = {
+            "prompts": ["a swan", "a fox", "a dog"],
+            "sample_steps": 1,
+            "walk_seed": True,
+            "width": 32,
+            "height": 32,
+            "out": str(out / name),
+        }
+        sampler = Sampler(model, section, verify=True, raise_errors=True)
+        x = inputs(model, flow_levels(torch.tensor([0.5])))
+        network(rows(1, 4, 64, dtype=torch.float32), *x).square().mean().backward()
+        samples = sampler.sample(7)
+        found[name] = [path.name for path in samples.paths], [image.tobytes() for image in samples.images]
+    return found
+
+
 def main(out: Path) -> None:
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     found: dict[str, Any] = {}
     with launched() as rank:
         for name in FAMILIES:
             found[name] = compare(name)
+        found["sampled"] = sampled(out.parent)
         found["spread"] = spread(5, lambda i: (i, dist.get_rank()))
         found["agreed"] = agreed(f"of rank {rank}")
         every: list[Any] = [None, None]

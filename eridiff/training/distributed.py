@@ -57,7 +57,7 @@ def spread(count: int, draw: Callable[[int], Value]) -> list[Value]:
     """
     if not _several():
         return [draw(i) for i in range(count)]
-    rank, size = dist.get_rank(), dist.get_world_size()
+    rank, size = ranks()
     drawn: dict[int, Value] = {}
     failure: Exception | None = None
     try:
@@ -65,8 +65,7 @@ def spread(count: int, draw: Callable[[int], Value]) -> list[Value]:
             drawn[i] = draw(i)
     except Exception as error:
         failure = error
-    gathered: list[Any] = [None] * size
-    dist.gather_object((drawn, failure and str(failure)), gathered if rank == 0 else None)
+    gathered = collected((drawn, failure and str(failure)))
     if failure is not None:
         raise failure
     if rank != 0:
@@ -76,6 +75,26 @@ def spread(count: int, draw: Callable[[int], Value]) -> list[Value]:
         raise EridiffError(f"pictures could not be drawn on {'; '.join(failed)}")
     every = {i: item for part, _ in gathered for i, item in part.items()}
     return [every[i] for i in range(count)]
+
+
+def ranks() -> tuple[int, int]:
+    """This process's rank and their number; 0 and 1 for a process alone."""
+    return (dist.get_rank(), dist.get_world_size()) if _several() else (0, 1)
+
+
+def collected(value: Value) -> list[Value]:
+    """Every rank's value, in their order, on rank 0; `[]` on the others."""
+    rank, size = ranks()
+    if size == 1:
+        return [value]
+    gathered: list[Any] = [None] * size
+    dist.gather_object(value, gathered if rank == 0 else None)
+    return gathered if rank == 0 else []
+
+
+def sharded(module: nn.Module) -> bool:
+    """Whether FSDP2 keeps a part of the module's parameters on each rank, so that all must ask it together."""
+    return any(hasattr(parameter, "device_mesh") for parameter in module.parameters())
 
 
 def agreed(value: Value) -> Value:

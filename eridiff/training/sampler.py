@@ -21,6 +21,8 @@ from eridiff.errors import ConfigError, TrainingError
 from eridiff.images import save_png, slug
 from eridiff.inference import DiffusionInference, Prompt, Step
 from eridiff.inference.section import fitted, picture_paths, picture_requests
+from eridiff.training.adopt import Adopted
+from eridiff.training.distributed import collected, ranks, sharded
 from eridiff.training.embeddings import EmbeddingCache, on_cpu
 from eridiff.training.fingerprint import changed, fingerprint
 from eridiff.training.record import Entry, drift_of, read_entries, write_page
@@ -59,6 +61,7 @@ class Sampler:
         ema: Mapping[str, Tensor] | nn.Module | None = None,
         weights: Mapping[str, Callable[[], AbstractContextManager[Any]]] | None = None,
         modules: Mapping[str, nn.Module] | None = None,
+        adopted: Adopted | None = None,
         embeddings: str | os.PathLike[str] | None = None,
         text_in_training: bool = False,
         autocast: torch.dtype | None = None,
@@ -74,7 +77,8 @@ class Sampler:
         how to draw), or a whole file by `eridiff.run_files.load_config`, another trainer's too. optimizer is asked for its averages if it is schedule-free, and is checked by `verify`. ema, a module or
         a mapping from the network's names to tensors, draws beside the live weights; weights names further ways to draw,
         each a function that gives a context manager (an adapter switched off, for example); modules are further ones to
-        restore. embeddings is a folder that keeps encoded prompts. text_in_training encodes anew at each step instead.
+        restore. adopted is the trainer's network of other classes behind the inference's (`adopt`), whose copies are made
+        anew before a picture and given back after it. embeddings is a folder that keeps encoded prompts. text_in_training encodes anew at each step instead.
         autocast is the dtype to draw under autocast with, None draws in the weights' own. Callbacks get `Samples`. Touching
         the file on_demand (None: `now` in the folder of the pictures) draws at the next step. verify hashes everything
         before and after and raises TrainingError, naming what changed. An error while drawing is logged, or raised
@@ -86,6 +90,10 @@ class Sampler:
         training = config.training
         self.inference, self.optimizer, self.ema = inference, optimizer, ema
         self.modules, self.autocast, self.callbacks = dict(modules or {}), autocast, list(callbacks)
+        self.adopted = adopted
+        if adopted is not None:
+            self.modules["adopted"] = adopted.foreign
+            adopted.release()
         self.verify, self.raise_errors, self.text_in_training = verify, raise_errors, text_in_training
         self.out = Path(config.sample.out)
         self.on_demand = os.fspath(self.out / "now" if on_demand is None else on_demand)
@@ -136,11 +144,16 @@ class Sampler:
         return self.sample(step) if self.at_end and step != self.last else None
 
     def _demanded(self) -> bool:
-        """Whether the file was touched; looked for once a second, as a network's disk may be slow. It is removed."""
+        """Whether the file was touched; looked for once a second, as a network's disk may be slow. It is removed.
+
+        Not of several processes, which would not see it at the same step.
+        """
         now = time.monotonic()
         if now < self._look:
             return False
         self._look = now + 1.0
+        if ranks()[1] > 1:
+            return False
         try:
             os.unlink(self.on_demand)
             return True
@@ -193,11 +206,16 @@ class Sampler:
         found: dict[str, nn.Module] = {"network": self.inference.network, "autoencoder": self.inference.autoencoder}
         encoders = {name: getattr(self.inference, name, None) for name in TEXT_ENCODERS}
         found |= {name: encoder.module for name, encoder in encoders.items() if encoder is not None}
+        if self.adopted is not None:  # its tensors are the adopted ones, or come and go
+            del found["network"]
         found |= {"ema": self.ema} if isinstance(self.ema, nn.Module) else {}
         return {name: unwrapped(module) for name, module in {**found, **self.modules}.items()}
 
     def _draw(self, samples: Samples, start: float) -> None:
-        """Every picture by every kind of weights, one at a time; PNGs, then the page."""
+        """Every picture by every kind of weights, one at a time; PNGs, then the page.
+
+        Of several processes each draws its share of the prompts, and the first has all; a sharded network they ask together.
+        """
         drawer = self._drawer()
         entries = read_entries(self.out) if self._entries is None else self._entries
         self._entries = entries
@@ -206,16 +224,31 @@ class Sampler:
             if self.max_seconds is not None and time.monotonic() - start > self.max_seconds:
                 raise _TimedOut
 
+        (rank, size), together = ranks(), sharded(drawer.network)
+        own = [i for i in range(len(self.requests)) if together or i % size == rank]
+        if self.adopted is not None:
+            self.adopted.refresh()
         try:
             for name, enter in self.weights.items():
                 with enter():
-                    for i, request in enumerate(self.requests):
+                    for i in own:
                         in_time()
+                        request = self.requests[i]
                         encoded = drawer.encode_prompt(request["prompt"], request["negative"], request["cfg_scale"]) if self.text_in_training else self.prompts[i]  # fmt: skip
                         result = drawer.generate(**request, conditioning=encoded, callback=in_time)
-                        self._keep(samples, i, name, result.images[0], result.settings[0], entries)
+                        if rank == 0 or not together:
+                            self._keep(samples, i, name, result.images[0], result.settings[0], entries)
         finally:
-            if samples.paths:
+            if self.adopted is not None:
+                self.adopted.release()
+            for other in collected(samples)[1:]:
+                samples.paths += other.paths
+                samples.images += other.images
+                samples.settings += other.settings
+                entries |= {
+                    path.name: Entry(path.name, said) for path, said in zip(other.paths, other.settings, strict=True)
+                }
+            if samples.paths and rank == 0:
                 write_page(self.out, entries)
 
     def _keep(
