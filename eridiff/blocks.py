@@ -1,6 +1,6 @@
 """Gradient checkpointing and compilation of repeated blocks, from outside the network."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -38,11 +38,13 @@ def checkpoint_blocks(model: nn.Module) -> Iterator[None]:
     Outputs and gradients stay the same; raises ConfigError for a model that has none.
     """
     blocks = repeated_blocks(model)
-    originals: list[Callable[..., Any]] = [block.forward for block in blocks]
-    for block, forward in zip(blocks, originals, strict=True):
-        block.forward = partial(checkpoint, forward, use_reentrant=False)
+    own = [vars(block).get("forward") for block in blocks]  # of an outer checkpoint_blocks; else the class has it
+    for block in blocks:
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
     try:
         yield
     finally:
-        for block in blocks:
+        for block, forward in zip(blocks, own, strict=True):
             del block.forward
+            if forward is not None:
+                block.forward = forward
