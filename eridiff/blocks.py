@@ -1,15 +1,19 @@
 """Gradient checkpointing and compilation of repeated blocks, from outside the network."""
 
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
+import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from eridiff.errors import ConfigError
 from eridiff.lora.branches import install_slots
+
+GRAPHS = 64  # all kinds of blocks times the LoRAs that come and go; torch's 8 would leave SDXL's later ones uncompiled
 
 
 def repeated_blocks(model: nn.Module) -> list[nn.Module]:
@@ -24,9 +28,12 @@ def repeated_blocks(model: nn.Module) -> list[nn.Module]:
 def compile_blocks(model: nn.Module, **options: Any) -> None:
     """`torch.compile` each repeated block, with these options; equal blocks are compiled once.
 
-    LoRAs that are attached, changed or detached afterwards take effect.
+    LoRAs that are attached, changed or detached afterwards take effect; another number or shape of them is compiled anew,
+    other values are not.
     """
     install_slots(model)
+    if "recompile_limit" in inspect.signature(torch.compile).parameters:
+        options = {"recompile_limit": GRAPHS} | options
     for block in repeated_blocks(model):
         block.compile(**options)
 
