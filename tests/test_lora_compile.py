@@ -14,9 +14,8 @@ from eridiff.lora import Lora, LoraSet, attach_lora, inject_lora, install_slots
 from tests import tiny
 from tests.loras import FAMILIES, ask, every_kind_on_flux, filled, same, some_lora
 
-DEEP = replace(
-    tiny.FLUX, double_depth=10, single_depth=10
-)  # more equal blocks than the compiler's limit of recompilations
+SMALL = replace(tiny.FLUX, double_depth=1, single_depth=1)
+DEEP = replace(tiny.FLUX, double_depth=2, single_depth=10)
 
 
 class Compiler:
@@ -38,6 +37,10 @@ def compiler() -> Iterator[Compiler]:
     torch.compiler.reset()
 
 
+def small_flux() -> Any:
+    return tiny.flux(SMALL)
+
+
 class Pair:
     """A network that is compiled and its twin that is not, with the same LoRAs."""
 
@@ -55,10 +58,13 @@ class Pair:
         return found
 
 
+SLOW = [pytest.param(family, marks=pytest.mark.slow) for family in ("mmdit", "unet")]
+
+
 @torch.no_grad()
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ["flux", *SLOW])
 def test_what_happens_to_loras_after_compiling_takes_effect(family: str, compiler: Compiler) -> None:
-    pair = Pair(FAMILIES[family](), FAMILIES[family]())
+    pair = Pair(small_flux(), small_flux()) if family == "flux" else Pair(FAMILIES[family](), FAMILIES[family]())
     compile_blocks(pair.compiled, backend=compiler, fullgraph=True)
     seen = [pair.agree()]
     lora, other = some_lora(pair.eager), some_lora(pair.eager, seed=6)
@@ -109,7 +115,7 @@ def test_scales_tensors_and_a_second_lora_of_the_same_shape_compile_nothing_anew
 
 @torch.no_grad()
 def test_a_scale_for_each_row_changes_without_compiling(compiler: Compiler) -> None:
-    network = tiny.flux()
+    network = small_flux()
     compile_blocks(network, backend=compiler, fullgraph=True)
     attached = attach_lora(network, some_lora(network), [0.0, 1.0])
     first, count = ask(network), compiler.count
@@ -130,6 +136,7 @@ def test_a_lora_of_some_blocks_reaches_these_however_many_there_are(compiler: Co
     assert compiler.count == 3
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_branches_of_every_kind_are_compiled(compiler: Compiler) -> None:
     pair = Pair(tiny.flux(), tiny.flux())
@@ -142,7 +149,7 @@ def test_branches_of_every_kind_are_compiled(compiler: Compiler) -> None:
 
 @torch.no_grad()
 def test_a_whole_network_compiled_with_slots_takes_loras(compiler: Compiler) -> None:
-    network, eager = tiny.flux(), tiny.flux()
+    network, eager = small_flux(), small_flux()
     install_slots(network)
     compiled = torch.compile(network, backend=compiler)
     latents, given = tiny_forward(eager)
@@ -173,11 +180,13 @@ def said(caplog: pytest.LogCaptureFixture) -> str:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("how", ["network", "blocks", "given"])
+@pytest.mark.parametrize(
+    "how", ["blocks", pytest.param("network", marks=pytest.mark.slow), pytest.param("given", marks=pytest.mark.slow)]
+)
 def test_a_network_compiled_without_slots_is_compiled_again_and_says_so(
     how: str, compiler: Compiler, caplog: pytest.LogCaptureFixture
 ) -> None:
-    network: Any = tiny.flux()
+    network: Any = small_flux()
     compiled = network
     if how == "blocks":
         for block in [*network.double_blocks, *network.single_blocks]:
@@ -187,10 +196,10 @@ def test_a_network_compiled_without_slots_is_compiled_again_and_says_so(
     latents, given = tiny_forward(network)
     plain = compiled(latents, *given)
     with caplog.at_level(logging.WARNING, "eridiff"):
-        attached = attach_lora(compiled if how == "given" else network, some_lora(tiny.flux()))
+        attached = attach_lora(compiled if how == "given" else network, some_lora(small_flux()))
     assert "the network had no slots for LoRAs" in said(caplog)
     found = compiled(latents, *given)
-    eager = tiny.flux()
+    eager = small_flux()
     attach_lora(eager, some_lora(eager))
     assert torch.equal(found, eager(latents, *given)) and not torch.equal(found, plain)
     caplog.clear()
@@ -202,15 +211,15 @@ def test_a_network_compiled_without_slots_is_compiled_again_and_says_so(
 
 def test_where_nothing_was_compiled_nothing_is_said(caplog: pytest.LogCaptureFixture) -> None:
     torch._dynamo.utils.counters.clear()
-    network = tiny.flux()
+    network = small_flux()
     torch.optim.SGD(network.parameters())  # which imports the compiler
     with caplog.at_level(logging.INFO, "eridiff"):
-        attach_lora(network, some_lora(tiny.flux()))
+        attach_lora(network, some_lora(small_flux()))
     assert not said(caplog)
 
 
 def test_a_compiled_network_trains_its_lora_as_eager_mode_does(compiler: Compiler) -> None:
-    pair = Pair(tiny.flux(), tiny.flux())
+    pair = Pair(small_flux(), small_flux())
     compile_blocks(pair.compiled, backend="aot_eager", fullgraph=True)
     sets = pair.attach(lambda network: filled(inject_lora(network, 2)))
     for network in (pair.compiled, pair.eager):
