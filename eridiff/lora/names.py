@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from eridiff.errors import LoraError
+from eridiff.errors import CheckpointError, LoraError
 from eridiff.weights.detect import sizes_of
 from eridiff.weights.keymap import Entry, Shape, key_map
 from eridiff.weights.load import NETWORKS
@@ -26,6 +26,8 @@ PREFIXES: dict[str, tuple[str, ...]] = {
     "text_encoders.clip_l.transformer.": ("clip",), "text_encoders.clip_g.transformer.": ("clip_g",),
     "text_encoders.t5xxl.transformer.": ("t5",), "": DENOISERS,
 }  # fmt: skip
+
+COMPUTED = ("positions.table", "encoder.embed_tokens.weight")  # MMDiT's is no parameter, T5's is shared.weight again
 
 
 @dataclass(frozen=True)
@@ -116,10 +118,14 @@ def _split(name: str) -> tuple[str, str]:
 
 def names_of(network: str, module: nn.Module | Mapping[str, Tensor]) -> Names:
     """The names of a module, or of a text encoder's native state dict."""
-    state = module.state_dict() if isinstance(module, nn.Module) else module
-    shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
-    shapes.pop("positions.table", None)  # of MMDiT: computed, no parameter
-    return Names(network, shapes, getattr(module, "config", None))
+    tensors = dict(module.named_parameters()) if isinstance(module, nn.Module) else module  # a shared one once
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    for name in COMPUTED:
+        shapes.pop(name, None)
+    try:
+        return Names(network, shapes, getattr(module, "config", None))
+    except CheckpointError as error:
+        raise LoraError(f"what is given as '{network}' has other names than this package's modules: {error}") from None
 
 
 def find(name: str, tables: Mapping[str, Names]) -> Target | None:
