@@ -1,4 +1,4 @@
-"""What LoRAs cost in a forward pass: `python benchmarks/lora_overhead.py [--hidden 512] [--rounds 15]`.
+"""What LoRAs cost in a forward pass: `python benchmarks/lora_overhead.py [--hidden 512] [--rounds 9]`.
 
 One process, one Flux of moderate width with random weights in float32, the same inputs; the ways take turns, and a round's
 times are told relative to the plain network in that round. Prints medians and quartiles, and writes
@@ -58,7 +58,7 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, default=512)
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--side", type=int, default=16, help="of the picture, in tokens")
-    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--rounds", type=int, default=9)
     options = parser.parse_args()
     networks = ways(options.hidden, options.rank)
     side = options.side
