@@ -1,15 +1,19 @@
 """Networks as trainers treat them, from outside: compiled and checkpointed blocks, wrappers around the whole."""
 
-from collections.abc import Callable, Iterator
+import inspect
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
+import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from eridiff.errors import ConfigError
 from eridiff.lora.branches import install_slots
+
+GRAPHS = 64  # all kinds of blocks times the LoRAs that come and go; torch's 8 would leave SDXL's later ones uncompiled
 
 
 def repeated_blocks(model: nn.Module) -> list[nn.Module]:
@@ -24,9 +28,12 @@ def repeated_blocks(model: nn.Module) -> list[nn.Module]:
 def compile_blocks(model: nn.Module, **options: Any) -> None:
     """`torch.compile` each repeated block, with these options; equal blocks are compiled once.
 
-    LoRAs that are attached, changed or detached afterwards take effect.
+    LoRAs that are attached, changed or detached afterwards take effect; another number or shape of them is compiled anew,
+    other values are not.
     """
     install_slots(model)
+    if "recompile_limit" in inspect.signature(torch.compile).parameters:
+        options = {"recompile_limit": GRAPHS} | options
     for block in repeated_blocks(model):
         block.compile(**options)
 
@@ -50,11 +57,13 @@ def checkpoint_blocks(model: nn.Module) -> Iterator[None]:
     Outputs and gradients stay the same; raises ConfigError for a model that has none.
     """
     blocks = repeated_blocks(model)
-    originals: list[Callable[..., Any]] = [block.forward for block in blocks]
-    for block, forward in zip(blocks, originals, strict=True):
-        block.forward = partial(checkpoint, forward, use_reentrant=False)
+    own = [vars(block).get("forward") for block in blocks]  # of an outer checkpoint_blocks; else the class has it
+    for block in blocks:
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
     try:
         yield
     finally:
-        for block in blocks:
+        for block, forward in zip(blocks, own, strict=True):
             del block.forward
+            if forward is not None:
+                block.forward = forward

@@ -15,7 +15,7 @@ from eridiff.errors import LoraError
 from eridiff.lora.branches import Branch, branch_place, exact, has_slot, install_slots, wide
 from eridiff.lora.deltas import Item, check_dora_rule, widened
 from eridiff.lora.load import Lora
-from eridiff.lora.merge import by_tensor, merged_tensor
+from eridiff.lora.merge import by_tensor, changed_by, check_last_change, exchange, merged_tensor
 from eridiff.lora.names import Target, network_of
 
 log = logging.getLogger(__name__)
@@ -54,13 +54,18 @@ class LoraSet(nn.Module):
         self.branches = nn.ModuleDict()
         self.patches: list[tuple[Item, float]] = []  # what is changed in place, each at its scale
         self.originals: dict[str, Tensor] = {}
-        for item in items:
+        order = {name: place for place, (name, _) in enumerate(network.named_modules())}
+        # the network's order, whatever the file's: an optimizer knows parameters by their number
+        for item in sorted(items, key=lambda item: (order.get(item.target.module, -1), item.target.rows or (0, 0))):
             base = branch_place(network, item.target)
+            name = str(item.target).replace(".", "/")
             if base is None or item.kind == "set":
                 self.patches.append((item, 1.0))
+            elif name in self.branches:
+                raise LoraError(f"two modules of the LoRA change {item.target}; attach them as two LoRAs")
             else:
                 own = base.weight.dtype if base.weight.dtype.itemsize > 1 else torch.bfloat16
-                self.branches[str(item.target).replace(".", "/")] = Branch(
+                self.branches[name] = Branch(
                     item, device=base.weight.device, dtype=dtype or own, trainable=trainable, dora=dora, dropout=dropout
                 )
         if trainable and self.patches:
@@ -90,8 +95,9 @@ class LoraSet(nn.Module):
         if not all(has_slot(place) for _, place in places):
             install_slots(self.network)
             if "torch._dynamo" in sys.modules:
+                compiled = bool(torch._dynamo.utils.counters["frames"])
                 torch.compiler.reset()
-                log.warning("the network had no slots for LoRAs, so whatever is compiled is compiled again; compile by eridiff.blocks.compile_blocks, or call install_slots before")  # fmt: skip
+                log.log(logging.WARNING if compiled else logging.DEBUG, "the network had no slots for LoRAs, so whatever is compiled is compiled again; compile by eridiff.blocks.compile_blocks, or call install_slots before")  # fmt: skip
         self._patch()
         for branch, place in places:
             place.lora_branches.append(branch)
@@ -101,10 +107,10 @@ class LoraSet(nn.Module):
     def detach(self) -> "LoraSet":
         """Take the branches away: the network gives, bit for bit, what it gave before."""
         if self.attached:
+            self._unpatch()
             for branch in self.all_branches():
                 place = branch_place(self.network, branch.target)
                 place.lora_branches[:] = [other for other in place.lora_branches if other is not branch]
-            self._unpatch()
             self.attached = False
         return self
 
@@ -117,17 +123,16 @@ class LoraSet(nn.Module):
         """
         patterns = dict(scale) if isinstance(scale, Mapping) else {"*": scale}
         values = {pattern: torch.as_tensor(value, dtype=torch.float64) for pattern, value in patterns.items()}
-        names = [str(target) for target in self.targets()]
         for pattern, value in values.items():
-            if not any(fnmatchcase(name, pattern) for name in names):
-                raise LoraError(
-                    f"no module of the LoRA matches '{pattern}'; there are {', '.join(names[:3])} and so on"
-                )
+            if not any(matches(target, pattern) for target in self.targets()):
+                names = list(dict.fromkeys(target.module for target in self.targets()))
+                others = f" and {len(names) - 3} more" if len(names) > 3 else ""
+                raise LoraError(f"no module of the LoRA matches '{pattern}'; there are {', '.join(names[:3])}{others}")
             if value.ndim > 1 or not bool(torch.isfinite(value).all()):
                 raise LoraError(f"a scale is a finite number, or one for each row of the batch, not {value.tolist()}")
 
         def chosen(target: Target) -> Tensor | None:
-            return next((value for pattern, value in values.items() if fnmatchcase(str(target), pattern)), None)
+            return next((value for pattern, value in values.items() if matches(target, pattern)), None)
 
         for branch in self.all_branches():
             given = chosen(branch.target)
@@ -173,26 +178,31 @@ class LoraSet(nn.Module):
             if enlarged.shape != weight.shape:
                 new[branch.target.name] = enlarged
         for name in new:
-            if getattr(self.network.get_parameter(name), "changed_by_lora", False):
+            if changed_by(self.network.get_parameter(name)):
                 raise LoraError(f"another LoRA has changed {name} in place; detach it first")
         for name, tensor in new.items():
-            self.originals[name] = self._exchange(name, tensor, True)
+            self.originals[name] = self._exchange(name, tensor, id(self))
 
     def _unpatch(self) -> None:
+        check_last_change({name: self.network.get_parameter(name) for name in self.originals}, id(self))
         for name, original in self.originals.items():
-            self._exchange(name, original, False)
+            self._exchange(name, original, 0)
         self.originals = {}
 
-    def _exchange(self, name: str, tensor: Tensor, changed: bool) -> Tensor:
+    def _exchange(self, name: str, tensor: Tensor, by: int) -> Tensor:
         """Another value for a parameter, which stays the same object; returns the one it had."""
-        parameter: Any = self.network.get_parameter(name)
-        old = parameter.data
-        parameter.data, parameter.changed_by_lora = tensor.to(old), changed
+        parameter = self.network.get_parameter(name)
+        old = exchange(parameter, tensor, by)
         if tensor.shape != old.shape:
             layer: Any = self.network.get_submodule(name.rpartition(".")[0])
             layer.in_features = tensor.shape[1]
             self.network.config = replace(self.network.config, in_channels=tensor.shape[1])  # type: ignore[type-var]
         return old
+
+
+def matches(target: Target, pattern: str) -> bool:
+    """Whether a pattern of native names means a module, or the rows of one that a file names for themselves (`...qkv[0:64]`)."""
+    return fnmatchcase(target.module, pattern) or str(target) == pattern
 
 
 class Wrapped(nn.Module):
@@ -244,6 +254,8 @@ def inject_lora(
     """
     if rank < 1 or not 0 <= dropout < 1:
         raise LoraError(f"rank must be at least 1 and dropout in [0, 1), not {rank} and {dropout}")
+    if alpha is not None and not (math.isfinite(alpha) and alpha):
+        raise LoraError(f"alpha must be a number other than 0, not {alpha}: with {alpha} the LoRA would do nothing")
     kind = network_of(network)
     chosen = USUAL.get(kind, "all-linear") if targets is None else targets
     preset = isinstance(chosen, str) and chosen in TARGETS

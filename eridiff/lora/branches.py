@@ -12,7 +12,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
+from eridiff.errors import LoraError
 from eridiff.lora.deltas import Item
 from eridiff.lora.names import Target
 
@@ -51,14 +53,14 @@ class Branch(nn.Module):
         super().__init__()
         self.told = replace(item, tensors={})
         self.target, self.dora, self.dropout = item.target, dora, dropout
-        self.names = tuple(item.tensors)
+        self.names = tuple(sorted(item.tensors))  # the order of the parameters, by which an optimizer's state is kept
         self.by_weight = item.kind != "lora" or item.dora
         self.changes_weight, self.changes_bias, self.has_lengths = item.changes_weight, item.changes_bias, item.dora
-        for name, tensor in item.tensors.items():
+        for name in self.names:
             if name in INTEGERS:
-                self.register_buffer(name, tensor.to(device))
+                self.register_buffer(name, item.tensors[name].to(device))
             else:
-                copy = tensor.detach().to(device, dtype, copy=True)
+                copy = item.tensors[name].detach().to(device, dtype, copy=True)
                 self.register_parameter(name, nn.Parameter(copy, requires_grad=trainable))
         self.register_buffer("scale", exact(torch.tensor(1.0), device), persistent=False)
 
@@ -81,27 +83,23 @@ class Branch(nn.Module):
 
     def forward(self, base: Any, x: Tensor, out: Tensor) -> Tensor:
         """The module's input and output -> the output with the change added, in the output's dtype."""
-        item, dimensions = self.item, out.ndim
-        features = 1 if isinstance(base, nn.Conv2d) else dimensions - 1
-        scale = self.scale if self.scale.ndim == 0 else self.scale.reshape(-1, *[1] * (dimensions - 1))
+        item, after = self.item, 2 if isinstance(base, nn.Conv2d) else 0  # dimensions behind the features
         parts = []
         if not self.by_weight:
-            y = self._low_rank(item, base, x)
-            strength = scale * item.ratio
-            parts.append(y * (strength if strength.ndim == 0 else strength.to(y.dtype)))
+            parts.append(weighed(self._low_rank(item, base, x), self.scale * item.ratio))
         elif self.changes_weight:
             y = self._changed(item, base, x)
-            parts.append(y if self.scales_rows_inside else y * (scale if scale.ndim == 0 else scale.to(y.dtype)))
+            parts.append(y if self.scales_rows_inside else weighed(y, self.scale))
         if self.changes_bias:
-            bias = item.bias_delta(wide(self.target.take(base.bias)))
-            bias = bias.reshape(-1, *[1] * (dimensions - 1 - features))
-            parts.append((bias * scale).expand(*out.shape[:features], *[-1] * (dimensions - features)))
+            bias = item.bias_delta(wide(self.target.take(base.bias))).reshape(-1, *[1] * after)
+            parts.append(weighed(bias.expand(*[1] * (out.ndim - bias.ndim), *bias.shape), self.scale))
         change = parts[0] if len(parts) == 1 else parts[0] + parts[1]
+        features = change.ndim - 1 - after
         if self.target.swapped:
             change = change.roll(change.shape[features] // 2, features)
         if self.target.rows is not None:
             first, last = self.target.rows
-            change = F.pad(change, (*[0, 0] * (dimensions - 1 - features), first, out.shape[features] - last))
+            change = F.pad(change, (*[0, 0] * after, first, out.shape[features] - last))
         return out + change.to(out.dtype)
 
     def _low_rank(self, item: Item, base: Any, x: Tensor) -> Tensor:
@@ -125,6 +123,11 @@ class Branch(nn.Module):
         return F.linear(x, change)
 
 
+def weighed(y: Tensor, scale: Tensor) -> Tensor:
+    """`[B, ...]` times a number, or times one number for each row; in y's dtype."""
+    return y * scale if scale.ndim == 0 else y * scale.reshape(-1, *[1] * (y.ndim - 1)).to(y.dtype)
+
+
 def wide(tensor: Tensor) -> Tensor:
     """In float32, or in float64 as it is: where the change of a weight is computed."""
     return tensor if tensor.dtype == torch.float64 else tensor.float()
@@ -136,6 +139,22 @@ def exact(number: Tensor, device: torch.device) -> Tensor:
 
 
 def branch_place(network: nn.Module, target: Target) -> Any:
-    """The module beside which a target's branch works; None if it has to be changed in place."""
-    module = network.get_submodule(target.module)
-    return module if isinstance(module, nn.Linear | nn.Conv2d) and target.parameter == "weight" else None
+    """The module beside which a target's branch works; None if it has to be changed in place.
+
+    Raises LoraError for a target that the network does not have, and for a layer beside which a branch would do nothing, or
+    something else.
+    """
+    try:
+        module: Any = network.get_submodule(target.module)
+        getattr(module, target.parameter)
+    except AttributeError:
+        raise LoraError(f"{type(network).__name__} has no {target.name}, which the LoRA changes") from None
+    if not isinstance(module, nn.Linear | nn.Conv2d) or target.parameter != "weight":
+        return None
+    if isinstance(module, NonDynamicallyQuantizableLinear):
+        raise LoraError(f"{target.module} is never called (nn.MultiheadAttention reads its weight): leave it out")
+    if isinstance(module, nn.Conv2d) and (module.groups != 1 or module.padding_mode != "zeros"):
+        raise LoraError(
+            f"{target.module} has groups or pads by {module.padding_mode}, which no branch does: leave it out"
+        )
+    return module

@@ -5,6 +5,7 @@ Weights are never restored by subtraction, which in bfloat16 loses up to a quart
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -98,15 +99,23 @@ def merged_tensor(base: Tensor, items: Sequence[tuple[Item, float]], bias: bool,
 class MergedModule:
     """A module with a LoRA in its weights, and its own weights kept beside it; `restore()`, or the end of a `with`, brings them back."""
 
-    def __init__(self, module: nn.Module, merged: Merged, originals: dict[str, Tensor]) -> None:
-        self.module, self.originals = module, originals
+    def __init__(self, module: nn.Module, merged: Merged) -> None:
+        """Puts `merged` in place."""
+        self.module = module
         self.merged = replace(merged, state={})  # the counts
+        tensors = _tensors(module)
+        self._before = {name: changed_by(tensors[name]) for name in merged.tensors}
+        self.originals = {name: exchange(tensors[name], merged.state[name], id(self)) for name in merged.tensors}
 
     def restore(self) -> None:
-        """The module's own tensors again, the very ones; a second call does nothing."""
+        """The module's own tensors again, the very ones; a second call does nothing.
+
+        Raises LoraError while another LoRA that was merged or attached later has changed the same tensors in place.
+        """
         tensors = _tensors(self.module)
+        check_last_change({name: tensors[name] for name in self.originals}, id(self))
         for name, original in self.originals.items():
-            tensors[name].data = original
+            exchange(tensors[name], original, self._before[name])
         self.originals = {}
 
     def __enter__(self) -> "MergedModule":
@@ -114,6 +123,28 @@ class MergedModule:
 
     def __exit__(self, *_: object) -> None:
         self.restore()
+
+
+def changed_by(tensor: Tensor) -> int:
+    """Who has changed a module's tensor in place last, by `id`; 0 for nobody."""
+    return getattr(tensor, "changed_by_lora", 0)
+
+
+def exchange(tensor: Any, new: Tensor, by: int) -> Tensor:
+    """Give a module's tensor, which stays the same object, another value; returns the one it had."""
+    old: Tensor = tensor.data
+    tensor.data = new.to(old)  # a module may have been moved since
+    tensor.changed_by_lora = by
+    if not by:
+        del tensor.changed_by_lora
+    return old
+
+
+def check_last_change(tensors: Mapping[str, Tensor], by: int) -> None:
+    """Raises LoraError for originals that would come back under somebody else's change, and undo it."""
+    name = next((name for name, tensor in tensors.items() if changed_by(tensor) != by), None)
+    if name:
+        raise LoraError(f"another LoRA has changed {name} since; take that one away first")
 
 
 @torch.no_grad()
@@ -129,10 +160,7 @@ def merge_into(
     wider = next((name for name in merged.tensors if merged.state[name].shape != tensors[name].shape), None)
     if wider:
         raise LoraError(f"the LoRA enlarges {wider}: attach it, or merge it into a state dict")
-    originals = {name: tensors[name].data for name in merged.tensors}
-    for name in merged.tensors:
-        tensors[name].data = merged.state[name]
-    return MergedModule(module, merged, originals)
+    return MergedModule(module, merged)
 
 
 def _tensors(module: nn.Module) -> dict[str, Tensor]:

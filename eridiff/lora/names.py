@@ -28,6 +28,8 @@ PREFIXES: dict[str, tuple[str, ...]] = {
     "text_encoders.t5xxl.transformer.": ("t5",), "": DENOISERS,
 }  # fmt: skip
 
+COMPUTED = ("positions.table", "encoder.embed_tokens.weight")  # MMDiT's is no parameter, T5's is shared.weight again
+
 
 COMPUTED = ("positions.table", "encoder.embed_tokens.weight")  # MMDiT's is no parameter, T5's is shared.weight again
 
