@@ -297,7 +297,7 @@ def test_a_folder_of_peft_has_alpha_in_its_configuration(tmp_path: Path) -> None
     for extra, scale in (("", 0.5), (', "use_rslora": true', 0.5 * 2**0.5)):
         (tmp_path / "adapter_config.json").write_text('{"r": 2, "lora_alpha": 1' + extra + "}")
         rows = load_lora(tmp_path, networks_of("lora-bad")).ledger
-        assert [row.scale for row in rows] == [scale] * 3
+        assert [row.scale for row in rows] == pytest.approx([scale] * 3)
     (tmp_path / "adapter_config.json").write_text("{")
     with pytest.raises(LoraError, match="adapter_config.json' is not valid JSON"):
         load_lora(tmp_path, networks_of("lora-bad"))
@@ -327,3 +327,20 @@ def test_a_trained_lokr_whose_alpha_has_no_effect_says_so(tmp_path: Path) -> Non
         path = write(tmp_path / "f", tensors, {"ss_network_dim": said})
         (row,) = load_lora(path, networks_of("lora-bad")).ledger
         assert row.scale == 1 and ("alpha 1 has no effect" in row.note) == noted
+
+
+def test_two_spellings_of_one_tensor_are_refused(tmp_path: Path) -> None:
+    tensors, _ = contents("lora-bad/good-kohya.safetensors")
+    path = write(tmp_path / "f", {**tensors, f"{QKV}.lora_A.weight": tensors[f"{QKV}.lora_down.weight"]})
+    with pytest.raises(LoraError, match="are the same thing in two spellings; keep one"):
+        load_lora(path, networks_of("lora-bad"))
+
+
+def test_only_a_control_lora_may_enlarge_the_first_layer(tmp_path: Path) -> None:
+    """What tells it is that it replaces the norms' scales."""
+    tensors = {"img_in.lora_A.weight": torch.ones(2, 16), "img_in.lora_B.weight": torch.ones(16, 2)}
+    with pytest.raises(LoraError, match="8 columns"):
+        load_lora(write(tmp_path / "f", tensors), networks_of("lora-bad"))
+    norm = {"double_blocks.0.img_attn.norm.query_norm.scale": torch.ones(8)}
+    rows = load_lora(write(tmp_path / "f", tensors | norm), networks_of("lora-bad")).ledger
+    assert {row.status for row in rows} == {"applied"}
