@@ -344,3 +344,21 @@ def test_only_a_control_lora_may_enlarge_the_first_layer(tmp_path: Path) -> None
     norm = {"double_blocks.0.img_attn.norm.query_norm.scale": torch.ones(8)}
     rows = load_lora(write(tmp_path / "f", tensors | norm), networks_of("lora-bad")).ledger
     assert {row.status for row in rows} == {"applied"}
+
+
+def test_factors_whose_product_is_transposed_are_refused(tmp_path: Path) -> None:
+    """As many numbers as the weight [48, 16] has, but 16 rows of 48."""
+    loha = {f"{QKV}.hada_w{n}_{side}": torch.ones(shape) for n in "12" for side, shape in (("a", (16, 2)), ("b", (2, 48)))}  # fmt: skip
+    lokr = {f"{QKV}.lokr_w1": torch.ones(4, 4), f"{QKV}.lokr_w2": torch.ones(4, 12)}
+    for tensors in (loha, lokr):
+        with pytest.raises(LoraError, match=r"do not make double_blocks.0.image.qkv's \[48, 16\]"):
+            load_lora(write(tmp_path / "f", tensors), networks_of("lora-bad"))
+
+
+def test_a_pattern_of_the_metadata_counts_for_names_that_it_ends(tmp_path: Path) -> None:
+    tensors, _ = contents("lora-bad/good-peft.safetensors")
+    told = (
+        '{"transformer.r": 2, "transformer.lora_alpha": 1, "transformer.alpha_pattern": {"to_q": 4, "^attn.to_k": 4}}'
+    )
+    rows = load_lora(write(tmp_path / "f", tensors, {"lora_adapter_metadata": told}), networks_of("lora-bad")).ledger
+    assert {row.key.rpartition(".")[2]: row.scale for row in rows} == {"proj_out": 0.5, "to_q": 2.0, "to_k": 0.5}
