@@ -362,3 +362,13 @@ def test_a_pattern_of_the_metadata_counts_for_names_that_it_ends(tmp_path: Path)
     )
     rows = load_lora(write(tmp_path / "f", tensors, {"lora_adapter_metadata": told}), networks_of("lora-bad")).ledger
     assert {row.key.rpartition(".")[2]: row.scale for row in rows} == {"proj_out": 0.5, "to_q": 2.0, "to_k": 0.5}
+
+
+@pytest.mark.parametrize("ending", [".lora_down.weight", ".hada_w1_b", ".hada_w2_a", ".lokr_w1", ".lokr_w2"])
+def test_a_module_with_any_factor_of_zero_is_dead(ending: str, tmp_path: Path) -> None:
+    folder = "lora-bad" if "lora_" in ending else "lora-loha" if "hada" in ending else "lora-lokr"
+    tensors, _ = contents(f"{folder}/{'good-kohya' if folder == 'lora-bad' else 'lora'}.safetensors")
+    name = next(name for name in tensors if name.endswith(ending))
+    path = write(tmp_path / "f", tensors | {name: torch.zeros_like(tensors[name])})
+    rows = {row.key: row for row in load_lora(path, networks_of(folder)).ledger}
+    assert [key for key, row in rows.items() if row.status == "dead"] == [name.removesuffix(ending)]
