@@ -252,7 +252,7 @@ def test_both_kinds_of_bias_survive(form: str, tmp_path: Path) -> None:
     network = flux()
     g = torch.Generator().manual_seed(0)
     tensors = {"down": torch.randn(2, 32, generator=g), "up": torch.randn(32, 2, generator=g)}
-    biases = {"up_bias": torch.randn(32, generator=g), "diff_b": torch.randn(32, generator=g)}
+    biases = {"diff_b": torch.randn(32, generator=g), "up_bias": torch.randn(32, generator=g)}
     target = Target("flux", "double_blocks.0.image.proj")
     lora = Lora((Item("", target, "lora", {**tensors, **biases}, 0.25, 0.5, 2),))
     again = load_lora(save_lora(lora, tmp_path / "f", network, format=form), network)
@@ -273,3 +273,17 @@ def test_dora_of_a_convolution_survives(form: str, tmp_path: Path) -> None:
     lengths = next(t for name, t in again.items() if name.endswith(("dora_scale", "magnitude_vector", "magnitude")))
     assert torch.equal(lengths.flatten(), tensors["0.lora_magnitude_vector"].flatten())
     assert lengths.shape == ((1, 6, 1, 1) if form == "diffusers" else (6, 1, 1, 1))
+
+
+def test_an_alpha_that_bfloat16_would_round_is_written_wider(tmp_path: Path) -> None:
+    tensors = {"down": torch.ones(2, 32).bfloat16(), "up": torch.ones(32, 2).bfloat16()}
+    item = Item("", Target("flux", "double_blocks.0.image.proj"), "lora", tensors, 0.35, 0.7, 2)
+    again = load_lora(save_lora(Lora((item,)), tmp_path / "f", NETWORK, format="kohya"), NETWORK)
+    assert again.items[0].ratio == 0.35 and again.items[0].tensors["up"].dtype == torch.bfloat16
+
+
+def test_rows_that_cross_the_parts_of_a_format_are_refused(tmp_path: Path) -> None:
+    tensors = {"down": torch.ones(2, 32), "up": torch.ones(48, 2)}
+    item = Item("", Target("flux", "double_blocks.0.image.qkv", rows=(0, 48)), "lora", tensors, rank=2)
+    with pytest.raises(LoraError, match="the rows of its LoRA cross those of"):
+        save_lora(Lora((item,)), tmp_path / "f", NETWORK, format="diffusers")
