@@ -191,6 +191,7 @@ def test_merging_is_w_plus_scale_times_up_times_down() -> None:
 def test_the_count_of_weights_that_rounding_swallows_is_right(dtype: torch.dtype) -> None:
     g = torch.Generator().manual_seed(1)
     weight, item = (torch.randn(64, 48, generator=g) * 0.02).to(dtype), plain_item(64, 48, ratio=1e-4)
+    item.tensors["up"][:8] = 0  # rows that do not change are not counted
     merged = merge_lora({"fc.weight": weight, "other": weight}, lora_of(fc=item), dtype=torch.float64)
     old = weight.double()
     wanted = old + 1e-4 * (item.tensors["up"].double() @ item.tensors["down"].double())
@@ -243,3 +244,46 @@ def test_the_ledger_as_text_has_every_status_and_the_counts() -> None:
     assert [line[0] for line in cut] == [row.status for row in rows]
     counts = "1 applied, 1 applied to a slice, 1 dead, 1 unmatched, 1 no text encoder here, 1 shape mismatch"
     assert lines[-1] == f"6 modules: {counts}"
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_both_kinds_of_bias_survive(form: str, tmp_path: Path) -> None:
+    """`lora_B.bias` is multiplied by the scale, `diff_b` is not; kohya has only the second, peft only the first."""
+    network = flux()
+    g = torch.Generator().manual_seed(0)
+    tensors = {"down": torch.randn(2, 32, generator=g), "up": torch.randn(32, 2, generator=g)}
+    biases = {"diff_b": torch.randn(32, generator=g), "up_bias": torch.randn(32, generator=g)}
+    target = Target("flux", "double_blocks.0.image.proj")
+    lora = Lora((Item("", target, "lora", {**tensors, **biases}, 0.25, 0.5, 2),))
+    again = load_lora(save_lora(lora, tmp_path / "f", network, format=form), network)
+    assert distance(lora, again, {"flux": network}) < 1e-6 and len(again.items) == 1
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_dora_of_a_convolution_survives(form: str, tmp_path: Path) -> None:
+    """peft stores the lengths of the outputs as [1, o, 1, 1], which looks like LyCORIS' lengths of the inputs."""
+    network = nn.Sequential(nn.Conv2d(4, 6, 3))
+    g = torch.Generator().manual_seed(0)
+    tensors = {
+        "0.lora_A.weight": torch.randn(2, 4, 3, 3, generator=g), "0.lora_B.weight": torch.randn(6, 2, 1, 1, generator=g),
+        "0.lora_magnitude_vector": torch.rand(1, 6, 1, 1, generator=g) + 1,
+    }  # fmt: skip
+    lora = load_lora(write(tmp_path / "f", tensors), network)
+    again = lora_tensors(lora, network, format=form)[0]
+    lengths = next(t for name, t in again.items() if name.endswith(("dora_scale", "magnitude_vector", "magnitude")))
+    assert torch.equal(lengths.flatten(), tensors["0.lora_magnitude_vector"].flatten())
+    assert lengths.shape == ((1, 6, 1, 1) if form == "diffusers" else (6, 1, 1, 1))
+
+
+def test_an_alpha_that_bfloat16_would_round_is_written_wider(tmp_path: Path) -> None:
+    tensors = {"down": torch.ones(2, 32).bfloat16(), "up": torch.ones(32, 2).bfloat16()}
+    item = Item("", Target("flux", "double_blocks.0.image.proj"), "lora", tensors, 0.35, 0.7, 2)
+    again = load_lora(save_lora(Lora((item,)), tmp_path / "f", NETWORK, format="kohya"), NETWORK)
+    assert again.items[0].ratio == 0.35 and again.items[0].tensors["up"].dtype == torch.bfloat16
+
+
+def test_rows_that_cross_the_parts_of_a_format_are_refused(tmp_path: Path) -> None:
+    tensors = {"down": torch.ones(2, 32), "up": torch.ones(48, 2)}
+    item = Item("", Target("flux", "double_blocks.0.image.qkv", rows=(0, 48)), "lora", tensors, rank=2)
+    with pytest.raises(LoraError, match="the rows of its LoRA cross those of"):
+        save_lora(Lora((item,)), tmp_path / "f", NETWORK, format="diffusers")

@@ -51,7 +51,7 @@ class Item:
         idle = [
             zero.pop(name) for name in ("diff", "diff_b", "w_norm", "b_norm", "multiplier", "up_bias") if name in zero
         ]
-        return all(idle) and (self.kind not in FACTORED or self.ratio == 0 or any(zero.values()))
+        return all(idle) and (self.kind not in FACTORED or any(zero.values()))
 
     def change(self, base: Tensor, scale: float | Tensor = 1.0, dora: str = "peft") -> Tensor:
         """W' - W for rows of W in the file's order, in W's shape, dtype and device.

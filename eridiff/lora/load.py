@@ -21,7 +21,7 @@ from eridiff.lora.names import Names, Target, could_be, find, known_names, meant
 from eridiff.weights.detect import DESCRIPTIONS
 from eridiff.weights.header import Checkpoint, open_checkpoint, read_json_file
 from eridiff.weights.hub import resolve
-from eridiff.weights.locate import TEXT_ENCODERS
+from eridiff.weights.locate import DENOISERS, TEXT_ENCODERS
 
 log = logging.getLogger(__name__)
 Network = nn.Module | Mapping[str, Tensor]  # or a text encoder's native state dict
@@ -74,6 +74,10 @@ def load_lora(
     in which nothing fits.
     """
     given = {network_of(networks): networks} if isinstance(networks, nn.Module) else dict(networks)
+    wrong = next((name for name in given if name not in (*DENOISERS, *TEXT_ENCODERS, "")), None)
+    if wrong is not None or not given:
+        what = "no network is given" if wrong is None else f"'{wrong}' is no kind of network"
+        raise LoraError(f"{what}; a LoRA is for {', '.join((*DENOISERS, *TEXT_ENCODERS))}, or another module alone")
     tables = {name: names_of(name, network) for name, network in given.items()}
     states = {n: (m.state_dict() if isinstance(m, nn.Module) else m) for n, m in given.items()}
     try:
@@ -151,8 +155,10 @@ class _Reader:
         if not items:
             looks = family_of(list(self.sources))
             networks = [n for n in self.tables if n not in TEXT_ENCODERS] or list(self.tables)
-            wanted = " and ".join(DESCRIPTIONS.get(n, "this module").removeprefix("a ") for n in networks)
-            text = f"nothing in it fits {wanted}; its names look like {looks}{self._claimed()}, so give the network it was made for"
+            remedy = (
+                "" if looks == UNKNOWN_FAMILY or "not supported" in looks else ", so give the network it was made for"
+            )
+            text = f"nothing in it fits {_described(networks, ' and ')}; its names look like {looks}{self._claimed()}{remedy}"
             raise Refusal(text + (f"; {problems[0]}" if problems and looks == UNKNOWN_FAMILY else ""), ledger)
         if self.unknown and not allow_partial:
             raise Refusal(self._strange(), ledger)
@@ -179,7 +185,7 @@ class _Reader:
         """Status and sentence of a module that no given network has."""
         prefix, meant = meant_networks(source.key)
         name = source.key.removeprefix(prefix)
-        what = " or ".join(DESCRIPTIONS[n] for n in meant if n in self.tables or set(meant) <= set(TEXT_ENCODERS))
+        what = _described([n for n in meant if n in self.tables or set(meant) <= set(TEXT_ENCODERS)], " or ")
         if set(meant) <= set(TEXT_ENCODERS) and not any(could_be(network, name) for network in meant):
             return "unmatched", f"'{source.key}' is not in {what}, which never has such a module"
         if set(meant).isdisjoint(self.tables) and set(meant) <= set(TEXT_ENCODERS):
@@ -231,7 +237,7 @@ class _Reader:
                 notes.append(f"trained with split_qkv: {parts} times stronger in training than any loader makes it")
         if item.kind == "lokr" and item.alpha is not None and {"lokr_w1", "lokr_w2"} <= item.tensors.keys():
             dimension = metadata.get("ss_network_dim")
-            if dimension and dimension != "None" and float(dimension) != item.alpha:
+            if dimension and dimension not in ("None", f"{item.alpha:g}"):
                 notes.append(
                     f"both factors are whole, so alpha {item.alpha:g} has no effect; the metadata say dim {dimension}"
                 )
@@ -344,12 +350,13 @@ class _Reader:
         if not ranks:
             return alpha, None, 1.0
         rank = ranks[0]
-        if alpha == 0 and not whole:
-            raise LoraError(
-                f"'{source.names['alpha']}' is 0, which some tools read as 'alpha is the rank' (scale 1) and others as "
-                f"scale 0; write {rank} or remove the module"
-            )
         said = self.scaling.of(source.key, rank) if kind == "lora" else None
+        if alpha == 0 and not whole or said and said[0] == 0:
+            where = f"'{source.names['alpha']}'" if alpha == 0 else f"the alpha that the metadata say for {source}"
+            raise LoraError(
+                f"{where} is 0, which some tools read as 'alpha is the rank' (scale 1) and others as scale 0; write {rank} or "
+                "remove the module"
+            )
         if said and alpha is None:
             return said[0], rank, said[1]
         if said and alpha is not None and not math.isclose(said[1], alpha / rank, rel_tol=2**-8):  # bfloat16's rounding
@@ -358,6 +365,14 @@ class _Reader:
                 f"{said[1]:g}; remove one of them"
             )
         return alpha, rank, 1.0 if alpha is None else alpha / rank
+
+
+def _described(networks: Iterable[str], link: str) -> str:
+    """A denoiser by its bare name."""
+    return link.join(
+        DESCRIPTIONS[n] if n in TEXT_ENCODERS else DESCRIPTIONS[n].split(" ", 1)[1] if n else "this module"
+        for n in networks
+    )
 
 
 def _parts(roles: Iterable[str]) -> set[str]:

@@ -221,7 +221,8 @@ def _peft(item: Item) -> dict[str, Tensor]:
         result[".lora_B.bias"] = bias
     magnitude = item.tensors.get("magnitude", item.tensors.get("dora_scale"))
     if magnitude is not None:
-        if magnitude.numel() != item.tensors["up"].shape[0] or (magnitude.ndim > 1 and magnitude.shape[0] == 1):
+        outputs = item.tensors["up"].shape[0]
+        if "dora_scale" in item.tensors and magnitude.shape[:2] != (outputs, 1):
             raise LoraError(
                 f"{item.target}: a diffusers-PEFT file cannot hold a DoRA of the input's lengths; write kohya"
             )
