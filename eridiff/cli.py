@@ -101,6 +101,9 @@ def _parser() -> argparse.ArgumentParser:
         model.add_argument(
             f"--{name.replace('_', '-')}", choices=values, help=f"of SD 3's text; {values[0]} by default"
         )
+    model.add_argument(
+        "--t5-mask", action="store_true", default=None, help="hide T5's padding, for a network trained so"
+    )
     model.add_argument("--prediction", choices=PREDICTIONS, help="what an SDXL predicts, where its file does not say")
     model.add_argument(
         "--empty-negative", choices=["zeros", "encoded"], help="SDXL's negative prompt when none is given"

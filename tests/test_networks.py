@@ -14,7 +14,7 @@ from eridiff.errors import ConfigError
 from eridiff.models import mmdit
 from eridiff.models.autoencoder import AutoencoderConfig
 from eridiff.models.flux import FluxConfig, patchify, position_ids, unpatchify
-from eridiff.trace.record import first_difference, record
+from eridiff.trace.record import first_difference, record, relative_l2
 from tests import tiny
 
 
@@ -329,3 +329,23 @@ def test_checkpointed_unet_blocks_give_the_same_gradients() -> None:
             model(x, text, vector, torch.tensor([[500.0, 20.0]], dtype=torch.float64)).square().sum().backward()
         gradients.append({n: p.grad for n, p in model.named_parameters()})
     assert all(torch.allclose(gradients[0][n], gradients[1][n], rtol=1e-9, atol=1e-12) for n in gradients[0])
+
+
+@pytest.mark.parametrize("network", ["flux", "mmdit"])
+def test_hidden_text_tokens_are_as_if_they_were_not_there(network: str) -> None:
+    """A row of the batch with two tokens less, whatever those hold; all of them seen is no mask."""
+    model = (tiny.flux if network == "flux" else tiny.mmdit)().double()
+    c, g = model.config, torch.Generator().manual_seed(1)
+    text, pooled = (torch.randn(2, *shape, generator=g).double() for shape in ((5, c.text_width), (c.pooled_width,)))
+    times = torch.tensor([[0.7, 0.2]]).double()
+    if network == "flux":
+        x, rest = torch.randn(2, 6, c.in_channels, generator=g).double(), ((2, 3), torch.tensor([3.5, 2.0]).double())
+    else:
+        x, rest = torch.randn(2, c.in_channels, 4, 6, generator=g).double(), ()
+    mask = torch.tensor([[True] * 5, [True, True, False, True, False]])
+    found = model(x, text, pooled, times, *rest, mask=mask)
+    assert relative_l2(found[:1], model(x, text, pooled, times, *rest)[:1]) < 1e-12
+    row, fewer = slice(1, 2), text[1:, mask[1]]
+    alone = [r[row] if isinstance(r, torch.Tensor) else r for r in rest]
+    assert relative_l2(found[row], model(x[row], fewer, pooled[row], times[:, row], *alone)) < 1e-12
+    assert relative_l2(found[row], model(x, text, pooled, times, *rest)[row]) > 1e-3

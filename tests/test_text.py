@@ -6,6 +6,7 @@ import logging
 import random
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,11 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from eridiff.errors import CheckpointError
+from eridiff.inference import DiffusionInference, Prompt
 from eridiff.text.encoders import ClipEncoder, T5Encoder, build_encoder
 from eridiff.text.tokenizers import clip_tokenizer, published_clip_tokenizer, t5_tokenizer, token_ids
+from eridiff.trace.record import relative_l2
+from eridiff.training import EmbeddingCache
 from eridiff.weights.detect import component_of
 from eridiff.weights.header import open_checkpoint
 from tests import tiny
@@ -285,3 +289,29 @@ def test_an_encoder_that_is_only_pickled_is_refused(tmp_path: Path) -> None:
     (tmp_path / "pytorch_model.bin").write_bytes(b"\x80\x02}q\x00.")
     with pytest.raises(CheckpointError, match="never opened"):
         open_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("family", ["flux", "sd3"])
+def test_t5_padding_is_hidden_from_networks_that_were_trained_so(family: str, tmp_path: Path) -> None:
+    """A masked prompt gives the picture of a prompt without padding, in one batch with a longer one too, and from a cache."""
+    folder = (tiny.write_model if family == "flux" else tiny.write_sd3_model)(tmp_path / "m")
+    model = tiny.load(DiffusionInference, folder, t5_mask=True)
+    told = model.encode_prompt("a swan").positive
+    clip_rows = 0 if family == "flux" else 77
+    real = int(told.mask[0, clip_rows:].sum())
+    assert told.mask[0, :clip_rows].all() and 1 < real < told.mask.shape[1] - clip_rows
+    assert not told.mask[0, clip_rows + real :].any()
+    cut = replace(told, text=told.text[:, : clip_rows + real], mask=None)
+    negative = None if family == "flux" else cut
+    options = {"seed": 1, "steps": 2, "keep": ("latents",), "cfg_scale": 1.0}
+    bare = model.generate("a swan", conditioning=Prompt(cut, negative), **options).latents
+    masked = model.generate("a swan", **options).latents
+    assert relative_l2(masked, bare) < 1e-5
+    both = model.generate(["a swan", "a very long tale of a white swan"], **options | {"seed": [1, 1]}).latents
+    assert relative_l2(both[:1], bare) < 1e-5
+    model.t5_mask = False
+    assert relative_l2(model.generate("a swan", **options).latents, bare) > 1e-4
+    model.t5_mask = True
+    kept = EmbeddingCache(model, tmp_path / "kept").encode("a swan", None)
+    again = EmbeddingCache(model, tmp_path / "kept").encode("a swan", None)
+    assert torch.equal(kept.positive.mask, told.mask) and torch.equal(again.positive.mask, told.mask)

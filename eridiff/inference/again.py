@@ -32,7 +32,7 @@ SAME = (
     "seed",
 )
 LOAD = (  # what a model is loaded with, of all families
-    "variant", "vae_rows", "t5_padding", "without_t5", "clip_windows", "prediction", "zero_terminal_snr", "empty_negative",
+    "variant", "vae_rows", "t5_padding", "without_t5", "t5_mask", "clip_windows", "prediction", "zero_terminal_snr", "empty_negative",
 )  # fmt: skip
 CIRCUMSTANCES = ("version", "torch", "threads", "device", "dtype")  # beside the weights, what the last bits depend on
 

@@ -35,6 +35,7 @@ class FluxInference(DiffusionInference):
     """Draws with any Flux.1: `FluxInference().load_model("flux1-dev/")`, or with modules that are already there."""
 
     family = "flux"
+    recorded = (*DiffusionInference.recorded, "t5_mask")
     variants: ClassVar[Mapping[str, FluxDefaults]] = {
         "dev": FluxDefaults(),
         "schnell": FluxDefaults(steps=4, guidance_scale=None, text_length=256, shift=False),
@@ -50,14 +51,17 @@ class FluxInference(DiffusionInference):
         autoencoder: Autoencoder | None = None,
         clip: ClipEncoder | None = None,
         t5: T5Encoder | None = None,
+        *,
+        t5_mask: bool = False,
         **options: Any,
     ) -> None:
         """Modules are used as they are; clip and t5 may be absent when conditionings are handed in.
 
+        t5_mask hides T5's padding, from T5 itself too: for networks trained so; the published ones attend to it.
         Options are DiffusionInference's: variant (dev, schnell, fill, canny, depth), device, dtype, offload, progress.
         """
         super().__init__(network, autoencoder, **options)
-        self.clip, self.t5 = clip, t5
+        self.clip, self.t5, self.t5_mask = clip, t5, t5_mask
 
     @staticmethod
     def possible_variants(config: FluxConfig) -> list[str]:
@@ -85,9 +89,11 @@ class FluxInference(DiffusionInference):
             raise ConfigError("no text encoders are loaded: hand in conditioning, or give clip and t5")
         with self._stage(self.clip.module):
             pooled = self.clip(self.clip.tokenize(spoken(prompts, "clip", ("clip", "t5")))).pooled
+        ids = self.t5.tokenize(spoken(prompts, "t5", ("clip", "t5")))
+        mask = self.t5.real(ids) if self.t5_mask else None
         with self._stage(self.t5.module):
-            text = self.t5(self.t5.tokenize(spoken(prompts, "t5", ("clip", "t5"))))
-        return Conditioning(finite_features(text, "T5"), finite_features(pooled, "CLIP"))
+            text = self.t5(ids, mask)
+        return Conditioning(finite_features(text, "T5"), finite_features(pooled, "CLIP"), mask)
 
     def named_schedule(self, steps: int, width: int, height: int, name: str | None, shift: float | None) -> Schedule:
         """The original's points, shifted by the number of tokens for all variants but schnell."""
@@ -110,7 +116,8 @@ class FluxInference(DiffusionInference):
     ) -> FluxRun:  # fmt: skip
         scale = self.guidance(guidance_scale) if self.network.config.guidance else None
         told = None if scale is None else torch.full((len(conditioning),), scale, device=self.device)
-        return self.network.prepare(conditioning.text, conditioning.pooled, times, (height // 16, width // 16), told)
+        grid = height // 16, width // 16
+        return self.network.prepare(conditioning.text, conditioning.pooled, times, grid, told, mask=conditioning.mask)
 
     def step(
         self, latents: Tensor, run: FluxRun, i: int, skip_blocks: Collection[int] = (), condition: Tensor | None = None

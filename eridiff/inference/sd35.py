@@ -4,7 +4,7 @@ Source: `sd3_infer.py`, `sd3_impls.py` and `other_impls.py` of Stability-AI/sd3.
 """
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -48,7 +48,7 @@ class SD35Inference(DiffusionInference):
     """Draws with any SD 3: `SD35Inference().load_model("sd3.5_medium/")`, or with modules that are already there."""
 
     family = "mmdit"
-    recorded = (*DiffusionInference.recorded, *OPTIONS)
+    recorded = (*DiffusionInference.recorded, *OPTIONS, "t5_mask")
     variants: ClassVar[Mapping[str, SD35Defaults]] = {
         "sd3-medium": SD35Defaults(script_shift=1.0),
         "sd3.5-medium": SD35Defaults(skip_layers=SkipLayers((7, 8, 9), scale=2.5, start=0.01, end=0.2)),
@@ -68,11 +68,12 @@ class SD35Inference(DiffusionInference):
         t5_padding: str = "original",
         without_t5: str = "zeros",
         clip_windows: str = "first",
+        t5_mask: bool = False,
         **options: Any,
     ) -> None:
         """Modules are used as they are; the encoders may be absent when conditionings are handed in.
 
-        t5_padding: "original" gives T5 as many tokens as the longest prompt needs, from 77 to 256, "diffusers" always 256.
+        t5_mask hides T5's padding, from T5 itself too: for networks trained so. t5_padding: "original" gives T5 as many tokens as the longest prompt needs, from 77 to 256, "diffusers" always 256.
         without_t5: where no T5 is loaded, "zeros" in as many rows, or "none". clip_windows: of a prompt beyond CLIP's 77
         tokens the "first" window, as the original, or "all", each 77 rows. Other options are DiffusionInference's: variant
         (sd3-medium, sd3.5-medium, sd3.5-large, sd3.5-large-turbo), device, dtype, offload, progress.
@@ -84,6 +85,7 @@ class SD35Inference(DiffusionInference):
         super().__init__(network, autoencoder, **options)
         self.clip, self.clip_g, self.t5 = clip, clip_g, t5
         self.t5_padding, self.without_t5, self.clip_windows = t5_padding, without_t5, clip_windows
+        self.t5_mask = t5_mask
 
     @staticmethod
     def possible_variants(config: MMDiTConfig) -> list[str]:
@@ -121,17 +123,22 @@ class SD35Inference(DiffusionInference):
             ids = encoder.tokenize(texts[name], windows=count, whole_words=True)
             with self._stage(encoder.module):
                 features.append(encoder(ids))
-        return joined(features[0], features[1], self._t5_rows(texts["t5"]), self.network.config.text_width)
+        t5, mask = self._t5_rows(texts["t5"])
+        told = joined(features[0], features[1], t5, self.network.config.text_width)
+        if mask is None:
+            return told
+        return replace(told, mask=F.pad(mask, (told.text.shape[1] - mask.shape[1], 0), value=True))  # CLIP's are seen
 
-    def _t5_rows(self, texts: list[str]) -> Tensor | None:
-        """T5's features `[B, T, text_width]`; without T5 zeros, or None for no rows."""
+    def _t5_rows(self, texts: list[str]) -> tuple[Tensor | None, Tensor | None]:
+        """T5's features `[B, T, text_width]` and which rows are to be seen; without T5 zeros, or None for no rows."""
         shortest = T5_LONGEST if self.t5_padding == "diffusers" else T5_SHORTEST
         if self.t5 is not None:
             ids = self.t5.tokenize(texts, shortest)
+            mask = self.t5.real(ids) if self.t5_mask else None
             with self._stage(self.t5.module):
-                return finite_features(self.t5(ids), "T5")
+                return finite_features(self.t5(ids, mask), "T5"), mask
         zeros = torch.zeros(len(texts), shortest, self.network.config.text_width, device=self.device)
-        return None if self.without_t5 == "none" else zeros
+        return (None if self.without_t5 == "none" else zeros), None
 
     def named_schedule(self, steps: int, width: int, height: int, name: str | None, shift: float | None) -> Schedule:
         """The original's table; "script" with its script's shift (1 for sd3-medium), "diffusers" and "candle" theirs."""
@@ -144,7 +151,8 @@ class SD35Inference(DiffusionInference):
         self, conditioning: Conditioning, negatives: int, times: Tensor, width: int, height: int,
         guidance_scale: float | None,
     ) -> MMDiTRun:  # fmt: skip
-        return self.network.prepare(conditioning.text, conditioning.pooled, times, (height // 16, width // 16))
+        grid = height // 16, width // 16
+        return self.network.prepare(conditioning.text, conditioning.pooled, times, grid, conditioning.mask)
 
     def step(
         self, latents: Tensor, run: MMDiTRun, i: int, skip_blocks: Collection[int] = (), condition: Tensor | None = None

@@ -22,6 +22,7 @@ from eridiff.models.layers import (
     Stream,
     VectorMLP,
     modulated,
+    seen_keys,
     split_heads,
     timestep_sinusoid,
     wide,
@@ -140,14 +141,15 @@ class DoubleBlock(nn.Module):
         return self.image.modulate(vec), self.text.modulate(vec)
 
     def forward(
-        self, image: Tensor, text: Tensor, rope: Tensor, image_modulation: Tensor, text_modulation: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """image `[B, N, hidden]`, text `[B, L, hidden]`, rope `[2, S, D / 2]`, modulations `[B, 1, 6 * hidden]`."""
+        self, image: Tensor, text: Tensor, rope: Tensor, image_modulation: Tensor, text_modulation: Tensor,
+        seen: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """image `[B, N, hidden]`, text `[B, L, hidden]`, rope `[2, S, D / 2]`, modulations `[B, 1, 6 * hidden]`, seen `[B, 1, 1, S]`."""
         image_mod, text_mod = image_modulation.chunk(6, dim=-1), text_modulation.chunk(6, dim=-1)
         image_qkv = self.image.attention_inputs(image, *image_mod[:2])
         text_qkv = self.text.attention_inputs(text, *text_mod[:2])
         q, k, v = (torch.cat(pair, dim=2) for pair in zip(text_qkv, image_qkv, strict=True))  # B H S D
-        joint = self.attention(apply_rope(q, rope), apply_rope(k, rope), v)  # B S hidden
+        joint = self.attention(apply_rope(q, rope), apply_rope(k, rope), v, seen)  # B S hidden
         text_attention, image_attention = joint.split([text.shape[1], image.shape[1]], dim=1)
         return self.image.update(image, image_attention, image_mod), self.text.update(text, text_attention, text_mod)
 
@@ -172,12 +174,12 @@ class SingleBlock(nn.Module):
         """SiLU of the conditioning vector `[B, T, hidden]` -> `[B, T, 3 * hidden]`."""
         return self.modulation(vec)
 
-    def forward(self, x: Tensor, rope: Tensor, modulation: Tensor) -> Tensor:
-        """x `[B, S, hidden]`, text first; rope `[2, S, D / 2]`, modulation `[B, 1, 3 * hidden]`."""
+    def forward(self, x: Tensor, rope: Tensor, modulation: Tensor, seen: Tensor | None = None) -> Tensor:
+        """x `[B, S, hidden]`, text first; rope `[2, S, D / 2]`, modulation `[B, 1, 3 * hidden]`, seen `[B, 1, 1, S]`."""
         shift, scale, gate = modulation.chunk(3, dim=-1)
         qkv, mlp = self.linear1(modulated(x, shift, scale)).split(self.sizes, dim=-1)
         q, k, v = split_heads(qkv, self.heads)
-        attention = self.attention(apply_rope(self.q_norm(q), rope), apply_rope(self.k_norm(k), rope), v)
+        attention = self.attention(apply_rope(self.q_norm(q), rope), apply_rope(self.k_norm(k), rope), v, seen)
         return x + gate * self.linear2(torch.cat([attention, self.mlp_act(mlp)], dim=-1))
 
 
@@ -190,11 +192,13 @@ class FluxRun:
     double: tuple[tuple[Tensor, Tensor], ...]  # of each block: picture and text modulation [B, T, 6 * hidden]
     single: tuple[Tensor, ...]  # [B, T, 3 * hidden]
     final: Tensor  # [B, T, 2 * hidden]
+    seen: Tensor | None = None  # [B, 1, 1, S] bool, the tokens that are attended to; None is all
 
     def rows(self, rows: slice) -> "FluxRun":
         """The run of some rows of the batch; views, nothing is copied."""
         double = tuple((image[rows], text[rows]) for image, text in self.double)
-        return FluxRun(self.text[rows], self.rope, double, tuple(m[rows] for m in self.single), self.final[rows])
+        single, seen = tuple(m[rows] for m in self.single), None if self.seen is None else self.seen[rows]
+        return FluxRun(self.text[rows], self.rope, double, single, self.final[rows], seen)
 
 
 class Flux(nn.Module):
@@ -231,12 +235,14 @@ class Flux(nn.Module):
         grid: tuple[int, int] | None = None,
         guidance: Tensor | None = None,
         ids: Tensor | None = None,
+        mask: Tensor | None = None,
     ) -> FluxRun:
         """Compute once what no step changes.
 
         text `[B, L, text_width]`, pooled `[B, pooled_width]`; times `[T]` or `[T, B]` in [0, 1], every evaluation point
         of the run; guidance `[B]`, only for networks with that embedding; either the `grid = (h, w)` of the picture's
-        tokens or `ids` `[N, 3]`, the explicit positions (`position_ids`; Kontext appends its reference's).
+        tokens or `ids` `[N, 3]`, the explicit positions (`position_ids`; Kontext appends its reference's). `mask` `[B, L]` bool
+        hides text tokens; the published networks see all, padding too.
         """
         if ids is None:
             if grid is None:
@@ -250,16 +256,17 @@ class Flux(nn.Module):
             double=tuple(block.modulate(vec) for block in self.double_blocks),  # type: ignore[operator]
             single=tuple(block.modulate(vec) for block in self.single_blocks),  # type: ignore[operator]
             final=self.final.modulate(vec),
+            seen=seen_keys(mask, len(ids)),
         )
 
     def step(self, latents: Tensor, run: FluxRun, i: int) -> Tensor:
         """Velocity at evaluation point `i`: latents `[B, N, in_channels]` -> `[B, N, out_channels]`."""
         image, text = self.image_in(latents), run.text
         for block, (image_mod, text_mod) in zip(self.double_blocks, run.double, strict=True):
-            image, text = block(image, text, run.rope, image_mod[:, i : i + 1], text_mod[:, i : i + 1])
+            image, text = block(image, text, run.rope, image_mod[:, i : i + 1], text_mod[:, i : i + 1], run.seen)
         joint = torch.cat([text, image], dim=1)  # B S hidden
         for block, modulation in zip(self.single_blocks, run.single, strict=True):
-            joint = block(joint, run.rope, modulation[:, i : i + 1])
+            joint = block(joint, run.rope, modulation[:, i : i + 1], run.seen)
         return self.final(joint[:, text.shape[1] :], run.final[:, i : i + 1])
 
     def forward(
@@ -271,6 +278,7 @@ class Flux(nn.Module):
         grid: tuple[int, int] | None = None,
         guidance: Tensor | None = None,
         ids: Tensor | None = None,
+        mask: Tensor | None = None,
     ) -> Tensor:
         """One evaluation, the way training calls it: times `[1, B]`; the rest as in `prepare` and `step`."""
-        return self.step(latents, self.prepare(text, pooled, times, grid, guidance, ids), 0)
+        return self.step(latents, self.prepare(text, pooled, times, grid, guidance, ids, mask), 0)

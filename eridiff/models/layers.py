@@ -53,9 +53,14 @@ class RMSNorm(nn.Module):
 class Attention(nn.Module):
     """Softmax attention without parameters; a module, so that a recording shows what goes in and out of it."""
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """`[B, H, L, D]` each -> `[B, L, H * D]`, scores scaled by `D ** -0.5`, no mask."""
-        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None = None) -> Tensor:
+        """`[B, H, L, D]` each -> `[B, L, H * D]`, scores scaled by `D ** -0.5`; `seen` `[B, 1, 1, L]`, None is all keys."""
+        return F.scaled_dot_product_attention(q, k, v, seen).transpose(1, 2).flatten(2)
+
+
+def seen_keys(mask: Tensor | None, image_tokens: int) -> Tensor | None:
+    """Which text tokens are attended to, `[B, L]` bool, with all picture tokens behind them -> `[B, 1, 1, L + N]`."""
+    return None if mask is None else F.pad(mask, (0, image_tokens), value=True)[:, None, None]
 
 
 def modulated(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ from eridiff.models.layers import (
     StreamInput,
     VectorMLP,
     modulated,
+    seen_keys,
     split_heads,
     timestep_sinusoid,
 )
@@ -174,14 +175,14 @@ class JointBlock(nn.Module):
         return self.image.modulate(vec), self.text.modulate(vec)
 
     def forward(
-        self, image: Tensor, text: Tensor, image_modulation: Tensor, text_modulation: Tensor
+        self, image: Tensor, text: Tensor, image_modulation: Tensor, text_modulation: Tensor, seen: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """image `[B, N, hidden]`, text `[B, L, hidden]`, modulations `[B, 1, n * hidden]`."""
+        """image `[B, N, hidden]`, text `[B, L, hidden]`, modulations `[B, 1, n * hidden]`, seen `[B, 1, 1, L + N]`."""
         image_mod, text_mod = (m.split(image.shape[-1], dim=-1) for m in (image_modulation, text_modulation))
         image_qkv = self.image.attention_inputs(image, *image_mod[:2])
         text_qkv = self.text.attention_inputs(text, *text_mod[:2])
         q, k, v = (torch.cat(pair, dim=2) for pair in zip(text_qkv, image_qkv, strict=True))  # B H S D
-        joint = self.attention(q, k, v)  # B S hidden
+        joint = self.attention(q, k, v, seen)  # B S hidden
         text_attention, image_attention = joint.split([text.shape[1], image.shape[1]], dim=1)
         return self.image.update(image, image_attention, image_mod), self.text.update(text, text_attention, text_mod)
 
@@ -194,11 +195,13 @@ class MMDiTRun:
     positions: Tensor  # [1, N, hidden]
     joint: tuple[tuple[Tensor, Tensor], ...]  # of each block: picture and text modulation [B, T, n * hidden]
     final: Tensor  # [B, T, 2 * hidden]
+    seen: Tensor | None = None  # [B, 1, 1, L + N] bool, the tokens that are attended to; None is all
 
     def rows(self, rows: slice) -> "MMDiTRun":
         """The run of some rows of the batch; views, nothing is copied."""
         joint = tuple((image[rows], text[rows]) for image, text in self.joint)
-        return MMDiTRun(self.text[rows], self.positions, joint, self.final[rows])
+        seen = None if self.seen is None else self.seen[rows]
+        return MMDiTRun(self.text[rows], self.positions, joint, self.final[rows], seen)
 
 
 class MMDiT(nn.Module):
@@ -221,11 +224,14 @@ class MMDiT(nn.Module):
         sinusoid = timestep_sinusoid(times.T).to(self.time_in.in_layer.weight.dtype)  # B T 256, B = 1 if shared
         return self.time_in(sinusoid) + self.pooled_in(pooled)[:, None]
 
-    def prepare(self, text: Tensor, pooled: Tensor, times: Tensor, grid: tuple[int, int]) -> MMDiTRun:
+    def prepare(
+        self, text: Tensor, pooled: Tensor, times: Tensor, grid: tuple[int, int], mask: Tensor | None = None
+    ) -> MMDiTRun:
         """Compute once what no step changes.
 
         text `[B, L, text_width]`, pooled `[B, pooled_width]`; times `[T]` or `[T, B]` in [0, 1], every evaluation point
-        of the run; the `grid = (h, w)` of the picture's patches. Raises ConfigError for a grid beyond the table.
+        of the run; the `grid = (h, w)` of the picture's patches. `mask` `[B, L]` bool hides text tokens; the published
+        networks see all, padding too. Raises ConfigError for a grid beyond the table.
         """
         vec = F.silu(self.conditioning_vector(pooled, times))
         return MMDiTRun(
@@ -233,6 +239,7 @@ class MMDiT(nn.Module):
             positions=self.positions(grid).to(text.device, text.dtype),
             joint=tuple(block.modulate(vec) for block in self.joint_blocks),  # type: ignore[operator]
             final=self.final.modulate(vec),
+            seen=seen_keys(mask, grid[0] * grid[1]),
         )
 
     def step(self, latents: Tensor, run: MMDiTRun, i: int, skip_blocks: Container[int] = ()) -> Tensor:
@@ -245,12 +252,13 @@ class MMDiT(nn.Module):
         image, text = patches.flatten(2).transpose(1, 2).contiguous() + run.positions, run.text
         for index, (block, (image_mod, text_mod)) in enumerate(zip(self.joint_blocks, run.joint, strict=True)):
             if index not in skip_blocks:
-                image, text = block(image, text, image_mod[:, i : i + 1], text_mod[:, i : i + 1])
+                image, text = block(image, text, image_mod[:, i : i + 1], text_mod[:, i : i + 1], run.seen)
         return unpatchify(self.final(image, run.final[:, i : i + 1]), (patches.shape[2], patches.shape[3]))
 
     def forward(
-        self, latents: Tensor, text: Tensor, pooled: Tensor, times: Tensor, skip_blocks: Container[int] = ()
-    ) -> Tensor:
+        self, latents: Tensor, text: Tensor, pooled: Tensor, times: Tensor, skip_blocks: Container[int] = (),
+        mask: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
         """One evaluation, the way training calls it: times `[1, B]`; the rest as in `prepare` and `step`."""
         grid = (latents.shape[2] // 2, latents.shape[3] // 2)
-        return self.step(latents, self.prepare(text, pooled, times, grid), 0, skip_blocks)
+        return self.step(latents, self.prepare(text, pooled, times, grid, mask), 0, skip_blocks)

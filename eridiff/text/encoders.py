@@ -91,9 +91,15 @@ class T5Encoder:
         return ids[:, : max(shortest, needed)]
 
     @torch.no_grad()
-    def __call__(self, ids: Tensor) -> Tensor:
-        """ids `[B, T]` -> `[B, T, D]` after the final norm; no mask: Flux and SD3 attend to the padding too."""
-        return self.module(input_ids=ids.to(self.module.shared.weight.device)).last_hidden_state
+    def __call__(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:
+        """ids `[B, T]` -> `[B, T, D]` after the final norm; without a mask, as published, padding is attended to too."""
+        device = self.module.shared.weight.device
+        seen = None if mask is None else mask.to(device)
+        return self.module(input_ids=ids.to(device), attention_mask=seen).last_hidden_state
+
+    def real(self, ids: Tensor) -> Tensor:
+        """`[B, T]` bool: which tokens are of the prompt, its end included."""
+        return ids != 0
 
 
 def build_encoder(

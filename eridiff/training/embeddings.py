@@ -23,7 +23,7 @@ from eridiff.training.fingerprint import digest
 from eridiff.weights.locate import TEXT_ENCODERS
 from eridiff.weights.save import write_tensors
 
-OPTIONS = ("t5_padding", "without_t5", "clip_windows", "empty_negative")  # attributes of inferences
+OPTIONS = ("t5_padding", "without_t5", "t5_mask", "clip_windows", "empty_negative")  # attributes of inferences
 
 
 class EmbeddingCache:
@@ -89,8 +89,11 @@ def encoders_digest(encoders: Mapping[str, Any]) -> str:
 
 def on_cpu(prompt: Prompt) -> Prompt:
     """The same, in main memory."""
-    parts = [c and Conditioning(c.text.cpu(), c.pooled.cpu()) for c in (prompt.positive, prompt.negative)]
-    return Prompt(*parts)  # type: ignore[arg-type]
+
+    def moved(c: Conditioning) -> Conditioning:
+        return Conditioning(c.text.cpu(), c.pooled.cpu(), None if c.mask is None else c.mask.cpu())
+
+    return Prompt(moved(prompt.positive), prompt.negative and moved(prompt.negative))
 
 
 def write_prompt(path: Path, prompt: Prompt, metadata: Mapping[str, str]) -> None:
@@ -98,7 +101,7 @@ def write_prompt(path: Path, prompt: Prompt, metadata: Mapping[str, str]) -> Non
     tensors: dict[str, Tensor] = {}
     for name, conditioning in vars(prompt).items():
         if conditioning is not None:
-            tensors |= {f"{name}.{n}": t.contiguous().clone() for n, t in vars(conditioning).items()}
+            tensors |= {f"{name}.{n}": t.contiguous().clone() for n, t in vars(conditioning).items() if t is not None}
     _write(tensors, path, metadata)
 
 
@@ -116,7 +119,9 @@ def read_prompt(path: Path) -> Prompt:
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         both = [
-            Conditioning(tensors[f"{name}.text"], tensors[f"{name}.pooled"]) if f"{name}.text" in tensors else None
+            Conditioning(tensors[f"{name}.text"], tensors[f"{name}.pooled"], tensors.get(f"{name}.mask"))
+            if f"{name}.text" in tensors
+            else None
             for name in ("positive", "negative")
         ]
     except (SafetensorError, OSError, KeyError) as error:
