@@ -113,6 +113,7 @@ def test_scales_tensors_and_a_second_lora_of_the_same_shape_compile_nothing_anew
     assert all(not same(a, b, 1e-5) for i, a in enumerate(found) for b in found[:i])
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_a_scale_for_each_row_changes_without_compiling(compiler: Compiler) -> None:
     network = small_flux()
@@ -124,6 +125,7 @@ def test_a_scale_for_each_row_changes_without_compiling(compiler: Compiler) -> N
     assert compiler.count == count and not torch.equal(first, second)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_a_lora_of_some_blocks_reaches_these_however_many_there_are(compiler: Compiler) -> None:
     network, eager = tiny.flux(DEEP), tiny.flux(DEEP)
@@ -218,6 +220,7 @@ def test_where_nothing_was_compiled_nothing_is_said(caplog: pytest.LogCaptureFix
     assert not said(caplog)
 
 
+@pytest.mark.slow
 def test_a_compiled_network_trains_its_lora_as_eager_mode_does(compiler: Compiler) -> None:
     pair = Pair(small_flux(), small_flux())
     compile_blocks(pair.compiled, backend="aot_eager", fullgraph=True)

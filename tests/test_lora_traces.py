@@ -2,6 +2,7 @@
 
 import copy
 import io
+from dataclasses import replace
 
 import pytest
 import torch
@@ -144,6 +145,15 @@ def test_a_copied_network_keeps_what_it_computes_and_is_its_own() -> None:
     assert torch.equal(ask(other_network), plain)
     attach_lora(network, some_lora(network, seed=9))
     assert torch.equal(ask(other), found)
+
+
+def test_parameters_stand_in_an_order_that_no_file_changes() -> None:
+    network = tiny.flux()
+    items = some_lora(network).items
+    turned = [replace(one, tensors=dict(reversed(one.tensors.items()))) for one in reversed(items)]
+    sets = attach_lora(network, Lora(items)), attach_lora(network, Lora(tuple(turned)))
+    first, second = ([name for name, _ in one.named_parameters()] for one in sets)
+    assert first == second
 
 
 @torch.no_grad()
