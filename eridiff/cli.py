@@ -20,7 +20,7 @@ from eridiff.inference import BUILT_IN, DiffusionInference, SDXLInference, load
 from eridiff.inference.again import circumstances, draw_again, load_again, read_settings
 from eridiff.inference.sd35 import OPTIONS as TEXT_OPTIONS
 from eridiff.inference.sdxl import PREDICTIONS
-from eridiff.inference.section import picture_paths, picture_requests
+from eridiff.inference.section import picture_paths, picture_requests, told_sizes
 from eridiff.inference.settings import check_settings, check_size
 from eridiff.inspect import inspect, summary
 from eridiff.schedulers.samplers import SAMPLERS
@@ -39,7 +39,6 @@ SETTINGS = {  # option -> field of SampleSettings
     "original_size": "original_size", "crop": "crop", "target_size": "target_size", "aesthetic_score": "aesthetic_score",
     "negative_aesthetic_score": "negative_aesthetic_score",
 }  # fmt: skip
-TOLD = ("original_size", "crop", "target_size", "aesthetic_score", "negative_aesthetic_score")  # to an SDXL
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -190,7 +189,7 @@ def _sample(options: argparse.Namespace) -> int:
         "device": _device(config.device), "dtype": DTYPES[config.dtype] if config.dtype else None,
         "offload": config.offload, "progress": not options.quiet,
     }  # fmt: skip
-    told = {name: getattr(settings, name) for name in TOLD if getattr(settings, name) is not None}
+    told = told_sizes(settings)
     model = load(config.model, **common, **config.options, **told)
     extra: dict[str, Any] = {}
     if config.refiner:

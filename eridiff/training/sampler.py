@@ -20,7 +20,7 @@ from eridiff.config import SampleSettings, parse_config, settle_guidance
 from eridiff.errors import ConfigError, TrainingError
 from eridiff.images import save_png, slug
 from eridiff.inference import DiffusionInference, Prompt, Step
-from eridiff.inference.section import picture_paths, picture_requests
+from eridiff.inference.section import picture_paths, picture_requests, told_sizes
 from eridiff.training.embeddings import EmbeddingCache, on_cpu
 from eridiff.training.fingerprint import changed, fingerprint
 from eridiff.training.record import Entry, drift_of, read_entries, write_page
@@ -86,6 +86,11 @@ class Sampler:
             raise ConfigError("sample: no prompts are given")
         if sample.sample_every < 0 or sample.sample_start_step < 0:
             raise ConfigError("sample_every and sample_start_step must not be negative")
+        foreign = [name for name in told_sizes(sample) if not hasattr(inference, name)]
+        if foreign or sample.hand_over is not None:
+            raise ConfigError(
+                f"sample: {[*foreign, 'hand_over'][0]} has no meaning for {type(inference).__name__} in training"
+            )
         self.inference, self.optimizer, self.ema = inference, optimizer, ema
         self.modules, self.autocast, self.callbacks = dict(modules or {}), autocast, list(callbacks)
         self.verify, self.raise_errors, self.text_in_training = verify, raise_errors, text_in_training
@@ -112,9 +117,13 @@ class Sampler:
         if not text_in_training:
             with undisturbed(self._modules(), device=inference.device):
                 cache = None if embeddings is None else EmbeddingCache(self._drawer(), embeddings)
-                encode = inference.encode_prompt if cache is None else cache.encode
-                given = [(r["prompt"], r["negative"], r["cfg_scale"]) for r in self.requests]
-                self.prompts = [on_cpu(encode(*what)) for what in given]
+                self.prompts = self._encoded(inference.encode_prompt if cache is None else cache.encode)
+
+    def _encoded(self, encode: Callable[..., Prompt]) -> list[Prompt]:
+        """Every prompt with what it is steered away from, alone, as `generate` would, never under autocast."""
+        given = [(r["prompt"], r["negative"], r["cfg_scale"]) for r in self.requests]
+        with torch.autocast(self.inference.device.type, enabled=False):
+            return [on_cpu(encode(*what)) for what in given]
 
     @staticmethod
     def first_step(every: int, start: int, skip_first: bool) -> int:
@@ -187,8 +196,10 @@ class Sampler:
         return samples
 
     def _drawer(self) -> DiffusionInference:
-        """The inference with its modules out of their wrappers."""
+        """The inference with its modules out of their wrappers, told what the section says of the picture."""
         drawer = copy.copy(self.inference)
+        for name, value in told_sizes(self.settings).items():
+            setattr(drawer, name, value)
         drawer.network, drawer.autoencoder = unwrapped(drawer.network), unwrapped(drawer.autoencoder)
         return drawer
 
@@ -211,12 +222,14 @@ class Sampler:
                 raise _TimedOut
 
         try:
+            prompts = self.prompts
+            if self.text_in_training:
+                prompts = self._encoded(drawer.encode_prompt)
             for name, enter in self.weights.items():
                 with enter():
                     for i, request in enumerate(self.requests):
                         in_time()
-                        encoded = drawer.encode_prompt(request["prompt"], request["negative"], request["cfg_scale"]) if self.text_in_training else self.prompts[i]  # fmt: skip
-                        result = drawer.generate(**request, conditioning=encoded, callback=in_time)
+                        result = drawer.generate(**request, conditioning=prompts[i], callback=in_time)
                         self._keep(samples, i, name, result.images[0], result.settings[0], entries)
         finally:
             if samples.paths:
