@@ -23,7 +23,7 @@ from eridiff.inference.again import circumstances, draw_again, load_again, read_
 from eridiff.inference.lora import LoraHandle
 from eridiff.inference.sd35 import OPTIONS as TEXT_OPTIONS
 from eridiff.inference.sdxl import PREDICTIONS
-from eridiff.inference.section import fitted, picture_paths, picture_requests
+from eridiff.inference.section import fitted, picture_paths, picture_requests, told_sizes
 from eridiff.inference.settings import check_settings, check_size
 from eridiff.inspect import inspect, summary
 from eridiff.lora.ledger import counted
@@ -45,7 +45,6 @@ SETTINGS = {  # option -> field of SampleSettings
     "original_size": "original_size", "crop": "crop", "target_size": "target_size", "aesthetic_score": "aesthetic_score",
     "negative_aesthetic_score": "negative_aesthetic_score", "lora": "lora", "lora_partial": "lora_partial",
 }  # fmt: skip
-TOLD = ("original_size", "crop", "target_size", "aesthetic_score", "negative_aesthetic_score")  # to an SDXL
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -236,7 +235,7 @@ def _sample(options: argparse.Namespace) -> int:
         "device": _device(config.device), "dtype": DTYPES[config.dtype] if config.dtype else None,
         "offload": config.offload, "progress": not options.quiet,
     }  # fmt: skip
-    told = {name: getattr(settings, name) for name in TOLD if getattr(settings, name) is not None}
+    told = told_sizes(settings)
     model = load(config.model, family=config.family, **common, **config.options, **told)
     loras = _apply_loras(model, settings, say)
     refiner: SDXLInference | None = None

@@ -100,12 +100,26 @@ def test_sampling_events_leave_the_loss_curve_as_it_is(
     assert len(events) == count and len(pictures) > count // 2
 
 
+def test_under_autocast_too(model: Any, tmp_path: Path) -> None:
+    pictures = []
+    for in_training in (False, True):
+        options: dict[str, Any] = {"autocast": torch.bfloat16, "text_in_training": in_training, "raise_errors": True}
+        samples = Sampler(model, section(tmp_path, sample_steps=2), **options).sample(1)
+        again = draw_again(model, read_settings(samples.paths[0]))
+        assert again.images[0].tobytes() == samples.images[0].tobytes()
+        pictures.append(samples.images[0].tobytes())
+    plain = Sampler(model, section(tmp_path, sample_steps=2)).sample(1).images[0].tobytes()
+    assert pictures[0] == pictures[1] != plain
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_picture_drawn_in_training_is_that_of_inference_from_the_checkpoint_saved_then(
     folders: dict[str, Path], family: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model = tiny.load(FAMILIES[family][0], folders[family])
-    sampler = Sampler(model, section(tmp_path, sample_steps=2, width=64, height=32), verify=True, raise_errors=True)
+    told = {"original_size": "96x80", "crop": [4, 8]} if family == "unet" else {}
+    settings = section(tmp_path, sample_steps=2, width=64, height=32, **told)
+    sampler = Sampler(model, settings, verify=True, raise_errors=True)
     optimizer = torch.optim.AdamW(model.network.requires_grad_(True).train().parameters(), lr=1e-2)
     first = sampler.sample(0)
     for p in model.network.parameters():
@@ -248,6 +262,9 @@ def test_impossible_settings_are_refused_before_training(model: Any, tmp_path: P
     ):  # fmt: skip
         with pytest.raises(ConfigError, match=says):
             Sampler(model, section(tmp_path, **wrong))
+    for name, value in (("crop", [0, 8]), ("hand_over", 0.5)):
+        with pytest.raises(ConfigError, match=f"{name} has no meaning for FluxInference in training"):
+            Sampler(model, section(tmp_path, **{name: value}))
     with pytest.raises(ConfigError, match="no prompts are given"):
         Sampler(model, RunConfig())
 

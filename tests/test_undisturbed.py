@@ -353,6 +353,19 @@ def test_evaluation_mode_is_set_without_asking_the_module() -> None:
     assert module.training
 
 
+def test_weights_that_require_gradients_draw_as_those_that_do_not() -> None:
+    """matmul folds a batch of small matrices into one product when the weight requires gradients, whatever the grad mode."""
+    linear, x = nn.Linear(128, 128), torch.randn(2, 2, 128, generator=torch.Generator().manual_seed(0))
+    seen = []
+    for requires_grad in (True, False):
+        linear.requires_grad_(requires_grad)
+        with undisturbed({"linear": linear}):
+            seen.append(linear(x))
+            assert not linear.weight.requires_grad
+        assert linear.weight.requires_grad == requires_grad
+    assert torch.equal(seen[0], seen[1])
+
+
 def test_averaged_buffers_are_swapped_too() -> None:
     module, averages = nn.BatchNorm1d(2), nn.BatchNorm1d(2)
     averages.running_mean = torch.full((2,), 3.0)

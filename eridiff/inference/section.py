@@ -58,6 +58,12 @@ def picture_requests(model: DiffusionInference, entries: Sequence[SampleSettings
     return requests
 
 
+def told_sizes(settings: SampleSettings) -> dict[str, Any]:
+    """What an SDXL is told of the picture, as far as the section says it: options and attributes of SDXLInference."""
+    names = ("original_size", "crop", "target_size", "aesthetic_score", "negative_aesthetic_score")
+    return {name: value for name in names if (value := getattr(settings, name)) is not None}
+
+
 def picture_paths(settings: SampleSettings) -> dict[str, str]:
     """Where the pictures that a run begins from are, for the record."""
     return {n: path for n in ("image", "mask", "control") if (path := getattr(settings, n))}

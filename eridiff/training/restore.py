@@ -26,7 +26,7 @@ def undisturbed(
 ) -> Iterator[None]:  # fmt: skip
     """Within the block the modules are ready to draw; after it all is as before it, whatever happened inside.
 
-    Ready to draw: evaluation mode, no gradients, the optimizer's averaged weights where it keeps such (schedule-free), and
+    Ready to draw: evaluation mode, nothing requires gradients, the optimizer's averaged weights where it keeps such (schedule-free), and
     the precision of inference: float32 as the default dtype, no autocast unless a dtype for it is given. Put back: random
     states of Python, NumPy, torch's CPU and every CUDA device; the mode of every module; which tensors are its parameters
     and buffers, where they lie, `requires_grad` and `.grad`; gradient checkpointing; grad mode, autocast, default dtype
@@ -186,13 +186,20 @@ def evaluation(modules: Mapping[str, nn.Module]) -> Iterator[None]:
 
 @contextmanager
 def tensors(modules: Mapping[str, nn.Module]) -> Iterator[None]:
-    """Which tensors are parameters and buffers, the memory that they lie in, `requires_grad` and `.grad`."""
+    """Which tensors are parameters and buffers, the memory that they lie in, `requires_grad` and `.grad`.
+
+    Within the block no parameter requires gradients: even without grad mode `torch.matmul` takes another path for weights
+    that do, and the picture differs in its last bits from that of the saved checkpoint.
+    """
     tables = [table for m in members(modules).values() for table in (m._parameters, m._buffers)]
     entries = [(table, dict(table)) for table in tables]
     unique = {id(t): t for _, entry in entries for t in entry.values() if t is not None}
     states = [(t, t.data, t.requires_grad) for t in unique.values()]
     gradients = [(t, t.grad, None if t.grad is None else t.grad.data) for t in unique.values() if t.is_leaf]
     try:
+        for tensor, _, requires_grad in states:
+            if requires_grad and tensor.is_leaf:
+                tensor.requires_grad_(False)
         yield
     finally:
         for table, entry in entries:

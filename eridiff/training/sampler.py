@@ -20,7 +20,7 @@ from eridiff.config import RunConfig, parse_config
 from eridiff.errors import ConfigError, TrainingError
 from eridiff.images import save_png, slug
 from eridiff.inference import DiffusionInference, Prompt, Step
-from eridiff.inference.section import fitted, picture_paths, picture_requests
+from eridiff.inference.section import fitted, picture_paths, picture_requests, told_sizes
 from eridiff.training.adopt import Adopted
 from eridiff.training.distributed import collected, ranks, sharded
 from eridiff.training.embeddings import EmbeddingCache, on_cpu
@@ -88,6 +88,11 @@ class Sampler:
         if not config.sample.prompts:
             raise ConfigError("sample: no prompts are given")
         training = config.training
+        foreign = [name for name in told_sizes(config.sample) if not hasattr(inference, name)]
+        foreign += ["hand_over"] if config.sample.hand_over is not None else []
+        foreign += ["lora"] if config.sample.lora else []
+        if foreign:
+            raise ConfigError(f"sample: {foreign[0]} has no meaning for {type(inference).__name__} in training")
         self.inference, self.optimizer, self.ema = inference, optimizer, ema
         self.modules, self.autocast, self.callbacks = dict(modules or {}), autocast, list(callbacks)
         self.adopted = adopted
@@ -116,9 +121,13 @@ class Sampler:
         if not text_in_training:
             with undisturbed(self._modules(), device=inference.device):
                 cache = None if embeddings is None else EmbeddingCache(self._drawer(), embeddings)
-                encode = inference.encode_prompt if cache is None else cache.encode
-                given = [(r["prompt"], r["negative"], r["cfg_scale"]) for r in self.requests]
-                self.prompts = [on_cpu(encode(*what)) for what in given]
+                self.prompts = self._encoded(inference.encode_prompt if cache is None else cache.encode)
+
+    def _encoded(self, encode: Callable[..., Prompt]) -> list[Prompt]:
+        """Every prompt with what it is steered away from, alone, as `generate` would, never under autocast."""
+        given = [(r["prompt"], r["negative"], r["cfg_scale"]) for r in self.requests]
+        with torch.autocast(self.inference.device.type, enabled=False):
+            return [on_cpu(encode(*what)) for what in given]
 
     @staticmethod
     def first_step(every: int, start: int, skip_first: bool) -> int:
@@ -196,8 +205,10 @@ class Sampler:
         return samples
 
     def _drawer(self) -> DiffusionInference:
-        """The inference with its modules out of their wrappers."""
+        """The inference with its modules out of their wrappers, told what the section says of the picture."""
         drawer = copy.copy(self.inference)
+        for name, value in told_sizes(self.entries[0]).items():
+            setattr(drawer, name, value)
         drawer.network, drawer.autoencoder = unwrapped(drawer.network), unwrapped(drawer.autoencoder)
         return drawer
 
@@ -229,13 +240,14 @@ class Sampler:
         if self.adopted is not None:
             self.adopted.refresh()
         try:
+            prompts = self.prompts
+            if self.text_in_training:
+                prompts = self._encoded(drawer.encode_prompt)
             for name, enter in self.weights.items():
                 with enter():
                     for i in own:
                         in_time()
-                        request = self.requests[i]
-                        encoded = drawer.encode_prompt(request["prompt"], request["negative"], request["cfg_scale"]) if self.text_in_training else self.prompts[i]  # fmt: skip
-                        result = drawer.generate(**request, conditioning=encoded, callback=in_time)
+                        result = drawer.generate(**self.requests[i], conditioning=prompts[i], callback=in_time)
                         if rank == 0 or not together:
                             self._keep(samples, i, name, result.images[0], result.settings[0], entries)
         finally:
