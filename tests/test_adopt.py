@@ -235,6 +235,20 @@ def test_an_adapter_that_is_no_plain_lora_is_named(monkeypatch: pytest.MonkeyPat
         adopt(foreign)
 
 
+def test_parameters_that_are_sharded_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch import distributed as dist
+    from torch.distributed.fsdp import fully_shard
+
+    foreign = unet_case(monkeypatch)[0]
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        fully_shard(foreign)
+        with pytest.raises(ConfigError, match="UNet2DConditionModel are sharded"):
+            adopt(foreign)
+    finally:
+        dist.destroy_process_group()
+
+
 def test_what_is_no_network_that_is_known_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(CheckpointError, match="Linear is no model that eridiff knows"):
         adopt(nn.Linear(2, 3))
