@@ -83,6 +83,15 @@ def test_processes_draw_the_pictures_that_one_draws(tmp_path: Path, capsys: pyte
     assert result.stdout == capsys.readouterr().out.replace("one", "two")
 
 
+def test_a_rank_draws_its_share_alone_under_the_numbers_of_the_whole_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cli, "spread", lambda count, draw: [draw(count - 1)])
+    asked = ["--prompt", "a swan on mars", "--prompt", "a fox at night", "--steps", "1", "--quiet"]
+    assert cli.main(["sample", *asked, "--out", str(tmp_path)]) == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["0001-a-fox-at-night.png"]
+
+
 def test_only_modules_with_repeated_blocks_are_sharded() -> None:
     with pytest.raises(ConfigError, match="Linear has no repeated blocks"):
         shard(nn.Linear(2, 2))
