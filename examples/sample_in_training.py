@@ -1,6 +1,6 @@
-"""A bare training loop that draws: the built-in Flux learns to draw in grey, `python -m examples.sample_in_training`.
+"""A bare training loop that draws: a LoRA teaches the built-in Flux to draw in grey, `python -m examples.sample_in_training`.
 
-Writes pictures, `index.html` and a strip into the folder `--out`; checkpoints beside them.
+Writes pictures, `index.html` and a strip into the folder `--out`; the LoRA beside them.
 """
 
 import argparse
@@ -32,13 +32,12 @@ def main() -> None:
     parser.add_argument("--pictures", type=int, default=256, help="in the training set")
     options = parser.parse_args()
     flux = eridiff.load(device="cpu", progress=False)
-    network = flux.network.requires_grad_(True)
-    optimizer = torch.optim.AdamW(network.parameters(), lr=2e-4)
-    ema = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(0.97))
-    first = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    network, lora = flux.network, eridiff.inject_lora(flux.network, rank=8)
+    optimizer = torch.optim.AdamW(lora.parameters(), lr=3e-3)
+    ema = AveragedModel(lora, multi_avg_fn=get_ema_multi_avg_fn(0.97))
     section = {"prompts": PROMPTS, "sample_every": max(options.steps // 5, 1), "seed": 3, "out": str(options.out)}
-    base = {"base": lambda: averaged_weights(network, first)}
-    sampler = Sampler(flux, section, optimizer=optimizer, ema=ema, weights=base, verify=True)
+    others = {"base": lora.detached, "ema": lambda: averaged_weights(lora, ema)}
+    sampler = Sampler(flux, section, optimizer=optimizer, weights=others, verify=True)
 
     pictures, captions = grey(World(), options.pictures)
     cache = LatentCache(flux, options.out / "latents")
@@ -54,9 +53,9 @@ def main() -> None:
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        ema.update_parameters(network)
+        ema.update_parameters(lora)
     sampler.finish(options.steps)
-    eridiff.save_network(network, options.out / f"step-{options.steps}.safetensors")
+    eridiff.save_lora(lora, options.out / f"step-{options.steps}.safetensors")
     print(f"loss {loss.item():.3f}; {options.out / 'index.html'}, {write_strip(options.out)}")
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from eridiff.errors import CheckpointError, ConfigError
+from eridiff.lora.branches import install_slots
 from eridiff.text.encoders import build_encoder
 from eridiff.text.tokenizers import clip_tokenizer, t5_tokenizer
 from eridiff.weights.detect import DESCRIPTIONS, Component
@@ -48,6 +49,7 @@ def fill(drawer: "DiffusionInference", parts: Parts) -> None:
 
     network = build(own, **options(drawer.family))
     drawer.autoencoder = build(components["vae"], **options("vae"))  # type: ignore[assignment]
+    install_slots(network)  # so that a LoRA may come after compiling
     drawer.set_network(network, name)
     drawer.sampling = sampling
     drawer.set_encoders({n: build_encoder(components[n], **options(n)) for n in text}, tokenizers)

@@ -2,14 +2,13 @@
 
 import os
 from collections.abc import Mapping
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
 from eridiff.errors import LoraError
-from eridiff.lora.attach import LoraSet, Scale, attach_lora
+from eridiff.lora.attach import LoraSet, Scale, attach_lora, matches
 from eridiff.lora.ledger import Row
 from eridiff.lora.load import Lora, load_lora
 from eridiff.weights.locate import TEXT_ENCODERS
@@ -35,8 +34,7 @@ class LoraHandle:
         else:
             rest = dict(scale)
             for lora in self.sets:
-                names = [str(target) for target in lora.targets()]
-                own = {pattern: v for pattern, v in scale.items() if any(fnmatchcase(name, pattern) for name in names)}
+                own = {p: value for p, value in scale.items() if any(matches(target, p) for target in lora.targets())}
                 if own:
                     lora.set_scale(own)
                 rest = {pattern: value for pattern, value in rest.items() if pattern not in own}

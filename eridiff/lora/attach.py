@@ -3,7 +3,8 @@
 import logging
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from typing import Any
@@ -113,6 +114,23 @@ class LoraSet(nn.Module):
                 place.lora_branches[:] = [other for other in place.lora_branches if other is not branch]
             self.attached = False
         return self
+
+    @contextmanager
+    def detached(self) -> Iterator[None]:
+        """Within the block the network is without this LoRA; afterwards it is back in its place among others."""
+        places = [(branch_place(self.network, b.target).lora_branches, b) for b in self.all_branches() if self.attached]
+        indices = [branches.index(branch) for branches, branch in places]
+        if not self.attached:
+            yield
+            return
+        self.detach()
+        try:
+            yield
+        finally:
+            self._patch()
+            for (branches, branch), index in zip(places, indices, strict=True):
+                branches.insert(index, branch)
+            self.attached = True
 
     def set_scale(self, scale: Scale | Mapping[str, Scale]) -> "LoraSet":
         """The weight of all branches, in place: a number, or `[B]`, one for each row of the batch.

@@ -100,7 +100,7 @@ class Sampler:
             self.modules["adopted"] = adopted.foreign
             adopted.release()
         self.verify, self.raise_errors, self.text_in_training = verify, raise_errors, text_in_training
-        self.out = Path(config.sample.out)
+        self.out, self.told = Path(config.sample.out), told_sizes(config.sample)
         self.on_demand = os.fspath(self.out / "now" if on_demand is None else on_demand)
         self.every, self.max_seconds, self.at_end = training.sample_every, training.max_seconds, training.at_end
         self.first = self.first_step(self.every, training.start_step, training.skip_first)
@@ -207,7 +207,7 @@ class Sampler:
     def _drawer(self) -> DiffusionInference:
         """The inference with its modules out of their wrappers, told what the section says of the picture."""
         drawer = copy.copy(self.inference)
-        for name, value in told_sizes(self.entries[0]).items():
+        for name, value in self.told.items():
             setattr(drawer, name, value)
         drawer.network, drawer.autoencoder = unwrapped(drawer.network), unwrapped(drawer.autoencoder)
         return drawer
