@@ -45,6 +45,7 @@ def launched() -> Iterator[int]:
     dist.init_process_group("gloo")
     try:
         yield dist.get_rank()
+        dist.barrier()  # a rank that ends before the others would close connections that they use
     finally:
         dist.destroy_process_group()
 
