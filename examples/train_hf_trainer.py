@@ -22,7 +22,7 @@ sampler = Sampler(flux, {"prompts": ["a swan on mars", "a big fox at night"], "s
 
 
 class Loss(nn.Module):
-    """The LoRA and its network as one model, which returns its loss as the Trainer expects."""
+    """The LoRA and its network as one model that returns its loss."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -41,9 +41,6 @@ class Pictures(TrainerCallback):
     def on_step_end(self, arguments: Any, state: Any, control: Any, **_: Any) -> None:
         sampler.maybe_sample(state.global_step)
 
-    def on_train_end(self, arguments: Any, state: Any, control: Any, **_: Any) -> None:
-        sampler.finish(state.global_step)
-
 
 def measured() -> float:
     """On all pictures, always with the same noise at the same times."""
@@ -58,4 +55,5 @@ arguments = TrainingArguments("runs", max_steps=STEPS, per_device_train_batch_si
 Trainer(
     loss, arguments, train_dataset=StackDataset(clean=latents, text=text, pooled=pooled), callbacks=[Pictures()]
 ).train()
+sampler.finish(STEPS)
 print(f"loss {before:.4f} -> {measured():.4f}")

@@ -46,9 +46,9 @@ def test_a_network_in_training_is_given_what_a_sampler_gives_it(family: str) -> 
     seen: dict[str, Tensor] = {}
     prepare, step = model.network.prepare, model.network.step
 
-    def spy_prepare(text: Tensor, pooled: Tensor, times: Tensor, *rest: Any) -> Any:
+    def spy_prepare(text: Tensor, pooled: Tensor, times: Tensor, *rest: Any, **options: Any) -> Any:
         seen["times"] = times
-        return prepare(text, pooled, times, *rest)
+        return prepare(text, pooled, times, *rest, **options)
 
     def spy_step(latents: Tensor, run: Any, i: int, *rest: Any) -> Tensor:
         seen["latents"], seen["time"] = latents, seen["times"][i]

@@ -166,7 +166,10 @@ class _Reader:
             others = f"; {len(problems) - 1} more modules do not fit" if len(problems) > 1 else ""
             raise Refusal(f"{problems[0]}{others}; allow_partial loads the rest", ledger)
         if all(row.status == "dead" for row in rows if row.module) and not allow_partial:
-            raise Refusal("it changes nothing: all its matrices are zero, as before the first training step", ledger)
+            raise Refusal(
+                "it changes nothing: all its matrices are zero, as before the first training step; allow_partial loads it",
+                ledger,
+            )
         return Lora(tuple(items), ledger, dict(self.checkpoint.metadata), self.checkpoint.path)
 
     def _strange(self) -> str:
