@@ -17,6 +17,7 @@ from eridiff.inference import DiffusionInference
 from eridiff.inference.lora import modules_of
 from eridiff.lora import inject_lora, load_lora, merge_into, save_lora
 from eridiff.lora.load import Lora
+from eridiff.lora.names import network_of
 from eridiff.trace.record import relative_l2
 from eridiff.weights.header import open_checkpoint
 from eridiff.weights.load import load_network
@@ -111,6 +112,15 @@ def test_nothing_is_left_of_a_lora_that_does_not_fit(model: Any, folder: Path, t
     other = next(path for path in (tiny.flux(), tiny.mmdit(), tiny.unet()) if not isinstance(path, type(model.network)))
     save_lora(inject_lora(other, 2), tmp_path / "other.safetensors", format="kohya")
     with pytest.raises(LoraError, match="nothing in it fits"):
+        model.apply_lora(tmp_path / "other.safetensors")
+    modules = {network_of(other): other, "clip": model.clip.module}  # CLIP-L is the same one in all families
+    items = [
+        replace(item, target=replace(item.target, network=kind))
+        for kind, module in modules.items()
+        for item in inject_lora(module, 2, targets="all-linear").detach().lora().items
+    ]
+    save_lora(Lora(tuple(items)), tmp_path / "other.safetensors", modules, format="kohya")
+    with pytest.raises(LoraError, match="little in it fits .*; its names look like "):
         model.apply_lora(tmp_path / "other.safetensors")
     assert model.loras == [] and torch.equal(tiny.draw(model, "a swan").latents, plain.latents)
 

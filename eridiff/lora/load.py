@@ -122,7 +122,7 @@ class _Reader:
             self.parts.setdefault(kind_of(set(source.names)), set()).update(_parts(source.names))
 
     def read(self, allow_partial: bool, without_text_encoders: bool) -> Lora:
-        rows, items, problems = [], [], []
+        rows, items, problems, misshapen = [], [], [], []
         if self.unknown and not self.sources:
             raise LoraError(
                 f"its names are of no known LoRA format, the first are {', '.join(map(repr, self.unknown[:3]))}"
@@ -140,8 +140,9 @@ class _Reader:
             except LoraError as error:
                 if self.unknown and "is incomplete" in str(error):
                     raise Refusal(self._strange(), tuple(rows)) from None
-                if not allow_partial or "shape" not in str(error):
+                if "shape" not in str(error):
                     raise Refusal(str(error), tuple(rows)) from None
+                misshapen.append(str(error))
                 rows.append(self._row(source, "shape mismatch", target, str(error)))
                 continue
             items.append(item)
@@ -152,14 +153,20 @@ class _Reader:
             check_overlaps(items)
         except LoraError as error:
             raise Refusal(str(error), ledger) from None
-        if not items:
-            looks = family_of(list(self.sources))
+        given = set(DENOISERS) & self.tables.keys()
+        strangers = [row for row in rows if row.status == "unmatched" and given & set(meant_networks(row.key)[1])]
+        ours = [item for item in items if item.target.network in given]
+        other = len(strangers) > len(ours) and not allow_partial
+        if other or not (items or misshapen):
+            looks = family_of([row.key for row in strangers] or list(self.sources))
             networks = [n for n in self.tables if n not in TEXT_ENCODERS] or list(self.tables)
             remedy = (
                 "" if looks == UNKNOWN_FAMILY or "not supported" in looks else ", so give the network it was made for"
             )
-            text = f"nothing in it fits {_described(networks, ' and ')}; its names look like {looks}{self._claimed()}{remedy}"
+            text = f"{'little' if items else 'nothing'} in it fits {_described(networks, ' and ')}; its names look like {looks}{self._claimed()}{remedy}"
             raise Refusal(text + (f"; {problems[0]}" if problems and looks == UNKNOWN_FAMILY else ""), ledger)
+        if misshapen and not (items and allow_partial):
+            raise Refusal(misshapen[0], ledger)
         if self.unknown and not allow_partial:
             raise Refusal(self._strange(), ledger)
         if problems and not allow_partial:

@@ -74,9 +74,10 @@ class Names:
         """`shapes` are those of the network's tensors, by native name."""
         self.network = network
         self.shapes = shapes
-        self.targets: dict[str, Target] = {}
+        self.targets: dict[str, Target] = {}  # by published names; by its own for a module that is not ours
+        self.own: dict[str, Target] = {}  # by our names, which stand in files without a prefix alone
         for native in shapes:
-            self._add(native, Target(network, *_split(native)))
+            self._add(self.own if network in DENOISERS else self.targets, native, Target(network, *_split(native)))
         if network:
             found = key_map("clip" if network == "clip_g" else network)
             sizes = {} if config is None or network in TEXT_ENCODERS else sizes_of(config)
@@ -96,23 +97,24 @@ class Names:
             start = 0
             for name, shape in zip(entry.foreign, entry.foreign_shapes(self.shapes[entry.native]), strict=True):
                 if name:
-                    self._add(name, Target(self.network, module, parameter, (start, start + shape[0])))
+                    self._add(self.targets, name, Target(self.network, module, parameter, (start, start + shape[0])))
                 start += shape[0]
         elif entry.operation != "transpose":  # no LoRA file has such a name
             for name in entry.foreign:
-                self._add(name, Target(self.network, module, parameter, swapped=entry.operation == "swap_halves"))
+                target = Target(self.network, module, parameter, swapped=entry.operation == "swap_halves")
+                self._add(self.targets, name, target)
 
-    def _add(self, foreign: str, target: Target) -> None:
+    def _add(self, table: dict[str, Target], foreign: str, target: Target) -> None:
         """A tensor is known by its own name, and a weight, or a norm's scale, by its module's too."""
         owner, last = _split(foreign)
         for name in (foreign, owner) if last in ("weight", "scale") else (foreign,):
-            known = self.targets.setdefault(name, target)
+            known = table.setdefault(name, target)
             if known != target:
                 raise LoraError(f"the name '{name}' means both {known} and {target}; the key map must tell them apart")
 
-    def find(self, name: str) -> Target | None:
+    def find(self, name: str, prefix: str) -> Target | None:
         """The target of a module's name, without its prefix."""
-        return self.targets.get(name) or self.underscored.get(name)
+        return self.targets.get(name) or self.underscored.get(name) or (None if prefix else self.own.get(name))
 
 
 def _split(name: str) -> tuple[str, str]:
@@ -137,10 +139,10 @@ def find(name: str, tables: Mapping[str, Names]) -> Target | None:
     for prefix, networks in PREFIXES.items():
         if name.startswith(prefix):
             for network in networks:
-                target = tables[network].find(name.removeprefix(prefix)) if network in tables else None
+                target = tables[network].find(name.removeprefix(prefix), prefix) if network in tables else None
                 if target:
                     return target
-    return tables[""].find(name) if "" in tables else None
+    return tables[""].find(name, "") if "" in tables else None
 
 
 def meant_networks(name: str) -> tuple[str, tuple[str, ...]]:
