@@ -12,8 +12,8 @@ from PIL import Image
 from torch import nn
 
 from eridiff.cli import main
-from eridiff.errors import LoraError
-from eridiff.inference import DiffusionInference
+from eridiff.errors import ConfigError, LoraError
+from eridiff.inference import DiffusionInference, FluxInference
 from eridiff.inference.lora import modules_of
 from eridiff.lora import inject_lora, load_lora, merge_into, save_lora
 from eridiff.lora.load import Lora
@@ -21,6 +21,7 @@ from eridiff.lora.names import network_of
 from eridiff.trace.record import relative_l2
 from eridiff.weights.header import open_checkpoint
 from eridiff.weights.load import load_network
+from eridiff.weights.save import write_tensors
 from tests import tiny
 
 WRITERS: dict[str, Callable[[Path], Path]] = {
@@ -181,3 +182,28 @@ def test_the_command_line_checks_converts_merges_extracts_and_resizes(
     small = run("resize", lora / "kohya.safetensors", *model, "--rank", 1, "--out", tmp_path / "small.safetensors")
     assert {item.rank for item in load_lora(tmp_path / "small.safetensors", modules).items} == {1}
     assert 0.4 < float(small.splitlines()[-2].split("%")[0].split()[-1]) / 100 < 0.95
+
+
+def test_a_control_lora_makes_a_flux_follow_a_picture_and_leaves_it_as_it_was(tmp_path: Path) -> None:
+    model = tiny.load(FluxInference, tiny.write_model(tmp_path / "m"))
+    g = torch.Generator().manual_seed(0)
+    shapes = {
+        "img_in.lora_A.weight": (4, 128), "img_in.lora_B.weight": (32, 4), "img_in.lora_B.bias": (32,),
+        "double_blocks.0.img_attn.norm.query_norm.scale": (16,),
+    }  # fmt: skip
+    tensors = {name: 1.5 * torch.randn(shape, generator=g) for name, shape in shapes.items()}
+    file = write_tensors(tensors, tmp_path / "flux1-depth-lora.safetensors", {})
+    plain = tiny.draw(model, "a swan")
+    state = {name: t.clone() for name, t in model.network.state_dict().items()}
+    controls = [torch.full((1, 3, 32, 32), value) for value in (-0.5, 0.5)]
+    with pytest.raises(ConfigError, match="takes no control picture"):
+        tiny.draw(model, "a swan", control=controls[0])
+    with model.apply_lora(file, 0.85):
+        assert model.variant == "depth" and model.network.config.in_channels == 128
+        with pytest.raises(ConfigError, match="needs a control picture"):
+            tiny.draw(model, "a swan")
+        first, second = (tiny.draw(model, "a swan", control=control).latents for control in controls)
+        assert relative_l2(first, second) > 1e-3
+    assert model.variant == "dev" and model.network.config.in_channels == 64
+    assert all(torch.equal(t, state[name]) for name, t in model.network.state_dict().items())
+    assert torch.equal(tiny.draw(model, "a swan").latents, plain.latents)
