@@ -179,9 +179,12 @@ class LoraSet(nn.Module):
         """What the LoRA changes."""
         return [*(branch.target for branch in self.all_branches()), *(item.target for item, _ in self.patches)]
 
-    def wrap(self) -> "Wrapped":
-        """One module that holds the network and the set, for DistributedDataParallel, which averages what it holds."""
-        return Wrapped(self.network, self)
+    def wrap(self, network: nn.Module | None = None) -> "Wrapped":
+        """One module that holds the network and the set, for DistributedDataParallel, which averages what it holds.
+
+        `network` is the set's own, or a compiled wrapper of it.
+        """
+        return Wrapped(self.network if network is None else network, self)
 
     @torch.no_grad()
     def _patch(self) -> None:
