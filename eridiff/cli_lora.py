@@ -2,6 +2,7 @@
 
 import argparse
 from collections.abc import Callable
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -160,6 +161,9 @@ def _networks(model: str) -> dict[str, nn.Module]:
         with torch.device("meta"):
             module = NETWORKS[network](config)
         return {network: module} | {name: published_encoder(name) for name in encoders}
+    if "/" not in model and not Path(model).exists():
+        near = get_close_matches(model, PUBLISHED, 1)
+        raise ConfigError(f"'{model}' is no file and no published model" + (f"; did you mean '{near[0]}'?" if near else f"; there are {', '.join(PUBLISHED)}"))  # fmt: skip
     components = locate(model).components
     found = {n: build(c) for n, c in components.items() if n in DENOISERS}
     return found | {n: build_encoder(c) for n, c in components.items() if n in TEXT_ENCODERS}

@@ -156,6 +156,8 @@ def test_the_command_line_checks_converts_merges_extracts_and_resizes(
         return capsys.readouterr().out
 
     lora = folder.parent / "lora"
+    assert main(["lora", "check", str(lora / "kohya.safetensors"), "--model", "sdxl-bas"]) == 2
+    assert capsys.readouterr().err.endswith("'sdxl-bas' is no file and no published model; did you mean 'sdxl-base'?\n")
     model = ("--model", folder)
     modules = modules_of(tiny.load(DiffusionInference, folder))
     ledger = run("check", lora / "kohya.safetensors", *model).splitlines()
