@@ -281,7 +281,9 @@ def test_a_flux_under_the_originals_names_needs_no_copy() -> None:
     x, times = flux_inputs(torch.float32), torch.tensor([[0.3, 0.9]])
     told = x["latents"], x["text"], x["pooled"], times, GRID, torch.full((2,), 3.5)
     with torch.no_grad():
-        assert torch.equal(adopt(theirs).network(*told), own(*told))
+        assert (
+            relative_l2(adopt(theirs).network(*told), own(*told)) < 1e-5
+        )  # matmul looks at requires_grad: other last bits
 
 
 def test_a_picture_follows_the_trainer(monkeypatch: pytest.MonkeyPatch) -> None:

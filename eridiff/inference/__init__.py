@@ -5,8 +5,9 @@ import os
 from typing import Any
 
 from eridiff.errors import CheckpointError, ConfigError
-from eridiff.inference.base import DiffusionInference, Prompt, Result, Step
+from eridiff.inference.base import DiffusionInference
 from eridiff.inference.flux import FluxInference
+from eridiff.inference.result import Prompt, Result, Step
 from eridiff.inference.sd35 import SD35Inference
 from eridiff.inference.sdxl import SDXLInference
 from eridiff.weights.detect import DESCRIPTIONS

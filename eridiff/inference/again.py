@@ -13,8 +13,9 @@ import eridiff
 from eridiff.config import size_of
 from eridiff.errors import ConfigError
 from eridiff.images import METADATA_KEY, read_image
-from eridiff.inference.base import DiffusionInference, Result
+from eridiff.inference.base import DiffusionInference
 from eridiff.inference.flux import FluxInference
+from eridiff.inference.result import Result
 from eridiff.schedulers.guidance import SkipLayers
 from eridiff.weights.locate import Model
 

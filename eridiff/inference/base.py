@@ -8,7 +8,7 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any, ClassVar, Self
 
 import torch
@@ -23,6 +23,7 @@ from eridiff.inference.latents import LATENT_SCALE, dtype_of, finite, first_step
 from eridiff.inference.loading import fill
 from eridiff.inference.lora import LoraHandle, apply
 from eridiff.inference.provenance import provenance
+from eridiff.inference.result import Prompt, Result, Step
 from eridiff.inference.settings import Defaults, Table, Text, check_settings, listed, matched, settle_size
 from eridiff.lora.attach import Scale
 from eridiff.lora.load import Lora
@@ -39,36 +40,6 @@ from eridiff.weights.locate import Model, Parts, locate
 
 log = logging.getLogger(__name__)
 KEEP = ("conditioning", "noise", "latents")
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """A prompt, encoded; `negative` None stands for the family's default."""
-
-    positive: Conditioning
-    negative: Conditioning | None = None
-
-
-@dataclass(frozen=True)
-class Step:
-    """What a callback sees after each step."""
-
-    index: int  # from 0
-    count: int  # of the whole schedule; image to image begins later than 0
-    sigma: float  # the noise that is left
-    latents: Tensor  # [B, C, H / 8, W / 8] float32, not a copy
-    clean: Tensor  # the same shape: the clean latents that the network saw in this step
-
-
-@dataclass(frozen=True)
-class Result:
-    """The pictures of one call, and what was asked to be kept of the way to them."""
-
-    images: list[Image.Image]
-    settings: list[dict[str, Any]]  # one a picture: everything needed to draw it again
-    conditioning: Prompt | None = None
-    noise: Tensor | None = None  # [B, C, H / 8, W / 8], as drawn
-    latents: Tensor | None = None  # [B, C, H / 8, W / 8], as decoded
 
 
 Callback = Callable[[Step], object]

@@ -13,8 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from eridiff.errors import ConfigError
-from eridiff.inference.base import DiffusionInference, Prompt, Result
+from eridiff.inference.base import DiffusionInference
 from eridiff.inference.latents import dtype_of, finite_features
+from eridiff.inference.result import Prompt, Result
 from eridiff.inference.settings import Defaults, Text, matched, spoken
 from eridiff.models.autoencoder import Autoencoder
 from eridiff.models.unet import UNet, UNetConfig, UNetRun, size_vector
