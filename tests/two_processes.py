@@ -1,5 +1,6 @@
 """What two gloo processes do with sharded networks, run by `torchrun`; rank 0 writes what came of it."""
 
+import os
 import sys
 import warnings
 from pathlib import Path
@@ -128,3 +129,4 @@ def main(out: Path) -> None:
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]))
+    os._exit(0)  # now and then a thread of FSDP2's is not joined when the interpreter ends, and aborts it

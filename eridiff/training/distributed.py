@@ -1,5 +1,6 @@
 """Many processes: networks sharded by FSDP2, pictures spread over the ranks of torch.distributed."""
 
+import gc
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -47,6 +48,7 @@ def launched() -> Iterator[int]:
         yield dist.get_rank()
         dist.barrier()  # a rank that ends before the others would close connections that they use
     finally:
+        gc.collect()  # wrappers of networks are circles, and hold the group
         dist.destroy_process_group()
 
 
