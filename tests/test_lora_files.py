@@ -298,6 +298,9 @@ def test_a_folder_of_peft_has_alpha_in_its_configuration(tmp_path: Path) -> None
         (tmp_path / "adapter_config.json").write_text('{"r": 2, "lora_alpha": 1' + extra + "}")
         rows = load_lora(tmp_path, networks_of("lora-bad")).ledger
         assert [row.scale for row in rows] == pytest.approx([scale] * 3)
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LOHA", "r": 2}')
+    with pytest.raises(LoraError, match="says LOHA; of peft's folders only LORA is read"):
+        load_lora(tmp_path, networks_of("lora-bad"))
     (tmp_path / "adapter_config.json").write_text("{")
     with pytest.raises(LoraError, match="adapter_config.json' is not valid JSON"):
         load_lora(tmp_path, networks_of("lora-bad"))

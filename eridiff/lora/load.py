@@ -98,6 +98,10 @@ def _open(path: str | os.PathLike[str]) -> tuple[Checkpoint, Scaling]:
         file = next((location / name for name in FOLDER_FILES if (location / name).is_file()), None)
         if file and (location / "adapter_config.json").is_file():
             config = read_json_file(location / "adapter_config.json")
+            if config.get("peft_type", "LORA") != "LORA":
+                raise LoraError(
+                    f"its adapter_config.json says {config['peft_type']}; of peft's folders only LORA is read"
+                )
         location = file or location
     checkpoint = open_checkpoint(location)
     if not checkpoint.tensors:
