@@ -112,8 +112,8 @@ class Names:
             if known != target:
                 raise LoraError(f"the name '{name}' means both {known} and {target}; the key map must tell them apart")
 
-    def find(self, name: str, prefix: str) -> Target | None:
-        """The target of a module's name, without its prefix."""
+    def find(self, name: str, prefix: str = "") -> Target | None:
+        """The target of a module's name, which stands behind a prefix in the file."""
         return self.targets.get(name) or self.underscored.get(name) or (None if prefix else self.own.get(name))
 
 
