@@ -413,7 +413,7 @@ def _device(name: str | None) -> torch.device | None:
         device = torch.device(name)
         torch.empty(0, device=device)
         return device
-    except (RuntimeError, AssertionError, NotImplementedError):
+    except (RuntimeError, AssertionError, ImportError):  # asserted: built with CUDA; imported: another maker's package
         raise ConfigError(
             f"the device '{name}' is not there; this machine has cpu"
             + (f" and cuda ({torch.cuda.device_count()} of them)" if torch.cuda.is_available() else "")

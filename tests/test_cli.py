@@ -146,6 +146,7 @@ def test_list_shows_the_words(capsys: pytest.CaptureFixture[str]) -> None:
         (["--model", "nowhere"], "'nowhere' does not exist"),
         (["--model", ".", "--prompt", "x"], "holds no safetensors file|twice|missing"),
         (["--device", "gpu"], "the device 'gpu' is not there; this machine has cpu"),
+        (["--device", "hpu"], "the device 'hpu' is not there; this machine has cpu"),
         (["--out", "/proc/none"], "cannot be written|cannot be read"),
         (["--image", "none.png"], "'none.png' cannot be read"),
         (["--mask", "none.png"], "needs the image that it is for"),

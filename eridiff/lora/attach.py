@@ -243,10 +243,9 @@ def attach_lora(
 ) -> LoraSet:  # fmt: skip
     """Put a LoRA, read by `load_lora`, beside a network; several at once add up, each computed on the base's own weights.
 
-    `scale` as in `LoraSet.set_scale`; dtype None is that of each base weight, bfloat16 beside float8; `trainable` and dropout go on
-    with its training. `dora` is the rule
-    for a scale that is not 1 (`Item.change`). Raises LoraError when the LoRA has parts for other networks: choose by
-    `lora.of(...)`.
+    `scale` as in `LoraSet.set_scale`; dtype None is that of each base weight, bfloat16 beside float8; `trainable` and dropout
+    go on with its training. `dora` is the rule for a scale that is not 1 (`Item.change`). Raises LoraError when the LoRA has
+    parts for other networks: choose by `lora.of(...)`.
     """
     networks = lora.networks
     if len(networks) != 1:

@@ -83,15 +83,15 @@ class Branch(nn.Module):
 
     def forward(self, base: Any, x: Tensor, out: Tensor) -> Tensor:
         """The module's input and output -> the output with the change added, in the output's dtype."""
-        item, after = self.item, 2 if isinstance(base, nn.Conv2d) else 0  # dimensions behind the features
+        after = 2 if isinstance(base, nn.Conv2d) else 0  # dimensions behind the features
         parts = []
         if not self.by_weight:
-            parts.append(weighed(self._low_rank(item, base, x), self.scale * item.ratio))
+            parts.append(weighed(self._low_rank(base, x), self.scale * self.told.ratio))
         elif self.changes_weight:
-            y = self._changed(item, base, x)
+            y = self._changed(base, x)
             parts.append(y if self.scales_rows_inside else weighed(y, self.scale))
         if self.changes_bias:
-            bias = item.bias_delta(wide(self.target.take(base.bias))).reshape(-1, *[1] * after)
+            bias = self.item.bias_delta(wide(self.target.take(base.bias))).reshape(-1, *[1] * after)
             parts.append(weighed(bias.expand(*[1] * (out.ndim - bias.ndim), *bias.shape), self.scale))
         change = parts[0] if len(parts) == 1 else parts[0] + parts[1]
         features = change.ndim - 1 - after
@@ -102,21 +102,22 @@ class Branch(nn.Module):
             change = F.pad(change, (*[0, 0] * after, first, out.shape[features] - last))
         return out + change.to(out.dtype)
 
-    def _low_rank(self, item: Item, base: Any, x: Tensor) -> Tensor:
-        down, up = item.tensors["down"], item.tensors["up"]
+    def _low_rank(self, base: Any, x: Tensor) -> Tensor:
+        down, up, mid = (self._parameters.get(name) for name in ("down", "up", "mid"))
+        assert down is not None and up is not None
         x = F.dropout(x.to(down.dtype), self.dropout, self.training)
         if not isinstance(base, nn.Conv2d):
             return F.linear(F.linear(x, down.flatten(1)), up.flatten(1))
         where: dict[str, Any] = {"stride": base.stride, "padding": base.padding, "dilation": base.dilation}
-        if "mid" in item.tensors:
-            hidden = F.conv2d(F.conv2d(x, down.reshape(*down.shape[:2], 1, 1)), item.tensors["mid"], **where)
+        if mid is not None:
+            hidden = F.conv2d(F.conv2d(x, down.reshape(*down.shape[:2], 1, 1)), mid, **where)
         else:
             hidden = F.conv2d(x, down.reshape(down.shape[0], *base.weight.shape[1:]), **where)
         return F.conv2d(hidden, up.reshape(*up.shape[:2], 1, 1))
 
-    def _changed(self, item: Item, base: Any, x: Tensor) -> Tensor:
+    def _changed(self, base: Any, x: Tensor) -> Tensor:
         scale: Any = self.scale if self.scales_rows_inside else 1.0
-        change = item.change(wide(self.target.take(base.weight)), scale, self.dora)
+        change = self.item.change(wide(self.target.take(base.weight)), scale, self.dora)
         x = F.dropout(x.to(change.dtype), self.dropout, self.training)
         if isinstance(base, nn.Conv2d):
             return F.conv2d(x, change, None, base.stride, base.padding, base.dilation)
