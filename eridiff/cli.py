@@ -6,8 +6,9 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from eridiff.images import contact_sheet, read_image, save_png, slug
 from eridiff.inference import BUILT_IN, DiffusionInference, SDXLInference, load
 from eridiff.inference.again import circumstances, draw_again, load_again, read_settings
 from eridiff.inference.lora import LoraHandle
+from eridiff.inference.result import Result
 from eridiff.inference.sd35 import OPTIONS as TEXT_OPTIONS
 from eridiff.inference.sdxl import PREDICTIONS
 from eridiff.inference.section import fitted, picture_paths, picture_requests, told_sizes
@@ -29,7 +31,7 @@ from eridiff.inspect import inspect, summary
 from eridiff.lora.ledger import counted
 from eridiff.run_files import load_config
 from eridiff.schedulers.samplers import SAMPLERS
-from eridiff.training.distributed import agreed, launched, spread
+from eridiff.training.distributed import agreed, launched, ranks, spread
 from eridiff.weights.locate import PART_NAMES
 
 BUILT_IN_PROMPTS = (
@@ -301,14 +303,24 @@ def _draw(
         raise ConfigError(f"'{out}' is one file and there are {len(entries)} prompts; give a folder")
     start = agreed(0 if single else _next_number(out))
     requests = picture_requests(model, entries)
+    rank, size = ranks()
+
+    def results() -> Iterator[Result]:
+        """Of this rank's share, those with the same weights in one call, so that `offload` moves each component once."""
+        for scale, group in groupby(range(rank, len(entries), size), key=lambda i: entries[i].lora_scale):
+            for handle in loras:
+                handle.set_scale(1.0 if scale is None else scale)
+            if refiner is None:
+                yield from model.generate_each([requests[i] for i in group])
+                continue
+            for i in group:
+                given: dict[str, Any] = {} if entries[i].hand_over is None else {"hand_over": entries[i].hand_over}
+                yield model.generate(**requests[i], **given, refiner=refiner)  # type: ignore[call-arg]
+
+    generated = results()
 
     def draw(i: int) -> tuple[Path, Image.Image]:
-        entry = entries[i]
-        extra: dict[str, Any] = {} if refiner is None else {"refiner": refiner}
-        extra |= {"hand_over": entry.hand_over} if refiner is not None and entry.hand_over is not None else {}
-        for handle in loras:
-            handle.set_scale(1.0 if entry.lora_scale is None else entry.lora_scale)
-        result = model.generate(**requests[i], **extra)
+        result, entry = next(generated), entries[i]
         record = {**result.settings[0], **picture_paths(entry)}
         path = out if single else out / f"{start + i:04d}-{slug(requests[i]['prompt'])}.png"
         return save_png(result.images[0], path, record), result.images[0]

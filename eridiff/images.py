@@ -14,6 +14,7 @@ from PIL import Image, PngImagePlugin, UnidentifiedImageError
 from torch import Tensor
 
 from eridiff.errors import ConfigError, EridiffError
+from eridiff.files import replacing
 
 METADATA_KEY = "eridiff"  # of the PNG text chunk that holds the settings as JSON
 
@@ -33,7 +34,7 @@ def to_images(pictures: Tensor) -> list[Image.Image]:
 def to_tensor(image: Image.Image | Tensor, width: int, height: int, *, mask: bool = False) -> Tensor:
     """A picture `[B, 3, H, W]` in [-1, 1], or a mask `[B, 1, H, W]` in [0, 1], of the size wanted (Lanczos).
 
-    Tensors are already in that form and must have the size: ConfigError otherwise.
+    On the CPU, as images are. Tensors are already in that form and must have the size: ConfigError otherwise.
     """
     if isinstance(image, Tensor):
         channels = 1 if mask else 3
@@ -41,7 +42,7 @@ def to_tensor(image: Image.Image | Tensor, width: int, height: int, *, mask: boo
             raise ConfigError(
                 f"a picture tensor has the shape {list(image.shape)}, [B, {channels}, {height}, {width}] is needed"
             )
-        return image.float()
+        return image.to("cpu", torch.float32)
     image = image.convert("L" if mask else "RGB")
     if image.size != (width, height):
         image = image.resize((width, height), Image.Resampling.LANCZOS)
@@ -105,25 +106,17 @@ def _quoted(value: object) -> str:
 
 
 def save_png(image: Image.Image, path: str | os.PathLike[str], settings: Mapping[str, Any] | None = None) -> Path:
-    """Write a PNG beside its target and rename it, with the settings as A1111 text and as JSON.
+    """Write a PNG, whole or not at all, with the settings as A1111 text and as JSON.
 
-    The folder is made. Raises EridiffError when it cannot be written; no partial file is left.
+    The folder is made. Raises EridiffError when it cannot be written.
     """
     target = Path(path)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     information = PngImagePlugin.PngInfo()
     if settings is not None:
         information.add_text("parameters", parameters_text(settings))
         information.add_text(METADATA_KEY, json.dumps(dict(settings), ensure_ascii=False))
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(target) as temporary:
         image.save(temporary, format="PNG", pnginfo=information)
-        os.replace(temporary, target)
-    except OSError as error:
-        raise EridiffError(f"'{target}' cannot be written: {error.strerror or error}") from None
-    finally:
-        if temporary.parent.is_dir():
-            temporary.unlink(missing_ok=True)
     return target
 
 

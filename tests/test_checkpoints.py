@@ -388,6 +388,8 @@ def test_a_file_appears_whole_or_not_at_all(tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
     with pytest.raises(EridiffError, match="cannot be written"):
         save_network(tiny.flux(), tmp_path / "folder")
-    with pytest.raises(EridiffError, match="cannot be written"):
-        save_network(tiny.flux(), tmp_path / "none" / "m.safetensors")
     assert [p.name for p in tmp_path.iterdir()] == ["folder"]
+    path = save_network(tiny.flux(), tmp_path / "new" / "m.safetensors")
+    assert [p.name for p in path.parent.iterdir()] == ["m.safetensors"]
+    (tmp_path / "as others").touch()
+    assert path.stat().st_mode == (tmp_path / "as others").stat().st_mode

@@ -23,6 +23,7 @@ def inputs(batch: int = 2, dtype: torch.dtype = torch.float64) -> tuple[Tensor, 
     return tuple(torch.randn(shape, generator=g).to(dtype) for shape in ((batch, 6, 64), (batch, 5, 12), (batch, 8)))  # type: ignore[return-value]
 
 
+CPU = torch.device("cpu"), torch.float32
 GUIDANCE = torch.tensor([3.5, 2.0], dtype=torch.float64)
 
 
@@ -245,11 +246,11 @@ def test_a_picture_takes_the_middle_of_the_table(h: int, w: int) -> None:
     table = mmdit.PositionTable(9, 2)
     rows, columns = torch.meshgrid(torch.arange(9.0), torch.arange(9.0), indexing="ij")
     table.table = torch.stack([rows, columns], dim=-1).reshape(1, 81, 2)
-    crop = table((h, w)).reshape(h, w, 2)
+    crop = table((h, w), *CPU).reshape(h, w, 2)
     top, left = (9 - h) // 2, (9 - w) // 2
     assert crop[0, 0].tolist() == [top, left] and crop[-1, -1].tolist() == [top + h - 1, left + w - 1]
     with pytest.raises(ConfigError, match="of 160 x 16 pixels is larger .* at most 144 a side"):
-        table((1, 10))
+        table((1, 10), *CPU)
 
 
 def test_the_table_of_positions_stays_where_it_is_while_the_network_moves() -> None:

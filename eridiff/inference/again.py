@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -143,12 +144,9 @@ def draw_again(inference: DiffusionInference, settings: Mapping[str, Any], **opt
         )
         asked |= {"hand_over": settings["hand_over"], "refiner": refiner}
     autocast = (settings.get("training") or {}).get("autocast")
-    if not autocast:
+    kind = inference.device.type
+    with torch.autocast(kind, getattr(torch, autocast), cache_enabled=False) if autocast else nullcontext():
         return inference.generate(settings["prompt"], **asked, **options)
-    # a trainer's prompts are encoded beforehand, without autocast
-    encoded = inference.encode_prompt(settings["prompt"], asked["negative"], asked["cfg_scale"])
-    with torch.autocast(inference.device.type, getattr(torch, autocast), cache_enabled=False):
-        return inference.generate(settings["prompt"], **asked, conditioning=encoded, **options)
 
 
 def circumstances(settings: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

@@ -3,13 +3,15 @@
 Letters: B pictures, C latent channels, H x W the picture's size in pixels.
 """
 
+import inspect
 import logging
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
-from typing import Any, ClassVar, Self
+from types import SimpleNamespace
+from typing import Any, ClassVar, Self, TypeVar
 
 import torch
 from PIL import Image
@@ -19,7 +21,18 @@ from tqdm import tqdm
 from eridiff.blocks import unwrapped
 from eridiff.errors import ConfigError
 from eridiff.images import to_images, to_tensor
-from eridiff.inference.latents import LATENT_SCALE, dtype_of, finite, first_step, latent_mask, noise_of_steps
+from eridiff.inference.latents import (  # fmt: skip
+    LATENT_SCALE,
+    device_of,
+    drawn,
+    dtype_of,
+    finite,
+    first_step,
+    latent_mask,
+    noise_of_steps,
+    same_device,
+    seeded,
+)
 from eridiff.inference.loading import fill
 from eridiff.inference.lora import LoraHandle, apply
 from eridiff.inference.provenance import provenance
@@ -30,6 +43,7 @@ from eridiff.lora.load import Lora
 from eridiff.memory.stages import on_device
 from eridiff.memory.strips import decode_in_strips, encode_in_strips
 from eridiff.models.autoencoder import Autoencoder
+from eridiff.precision import outside_autocast
 from eridiff.schedulers import Schedule
 from eridiff.schedulers.flow_match import flow_schedule
 from eridiff.schedulers.guidance import Guidance, SkipLayers, guided
@@ -43,6 +57,8 @@ KEEP = ("conditioning", "noise", "latents")
 
 
 Callback = Callable[[Step], object]
+T = TypeVar("T")
+Stages = Generator[nn.Module, None, T]  # yields the component that its next lines compute with
 
 
 class DiffusionInference(ABC):
@@ -64,7 +80,9 @@ class DiffusionInference(ABC):
         device: torch.device | str | None = None, dtype: torch.dtype | Mapping[str, torch.dtype] | None = None,
         offload: str | None = None, vae_rows: int | None = None, progress: bool = True,
     ) -> None:  # fmt: skip
-        """`offload="stages"` keeps every component on the CPU and moves it to `device` for its stage alone.
+        """`device` is where a model is loaded to; modules that are handed in stay where they are, and images are computed there.
+
+        `offload="stages"` keeps every component on the CPU and moves it to `device` for its stage alone.
 
         `vae_rows` decodes and encodes in strips of so many rows, exactly and in less memory (memory/strips.py). variant None is
         told from the network's sizes, and where two have the same from the file's name. dtype, one for
@@ -76,11 +94,12 @@ class DiffusionInference(ABC):
             raise ConfigError(f"vae_rows must be at least 1, not {vae_rows}")
         if variant is not None and variant not in self.variants:
             raise ConfigError(f"'{variant}' is no variant of {DESCRIPTIONS[self.family].split(' ', 1)[1]}; there are {', '.join(self.variants)}")  # fmt: skip
-        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.asked_device = None if device is None else torch.device(device)
         self.asked_variant, self.dtype, self.offload, self.progress = variant, dtype, offload, progress
         self.vae_rows = vae_rows
         self.source: dict[str, Any] = {}  # which files, for the record
         self.loras: list[LoraHandle] = []  # what apply_lora has put on it
+        self._staged: nn.Module | None = None  # the component that is in use
         if autoencoder is not None:
             self.autoencoder = unwrapped(autoencoder)
         if network is not None:
@@ -110,9 +129,20 @@ class DiffusionInference(ABC):
         """Widths of the text rows and of the pooled vector that a network takes."""
         return config.text_width, config.pooled_width
 
-    @abstractmethod
+    @property
+    def device(self) -> torch.device:
+        """Where images are computed: the network's own device, with `offload` the one that components are moved to."""
+        if not self.offload and hasattr(self, "network"):
+            return device_of(self.network)
+        return self.asked_device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
     def encode(self, prompts: Sequence[Text]) -> Conditioning:
-        """One row of conditioning a prompt."""
+        """One row of conditioning per prompt, on the devices of the encoders."""
+        return self._finished(self.encoding(prompts))
+
+    @abstractmethod
+    def encoding(self, prompts: Sequence[Text]) -> Stages[Conditioning]:
+        """As `encode`, in stages: yields each text encoder before it is used."""
 
     @abstractmethod
     def named_schedule(self, steps: int, width: int, height: int, name: str | None, shift: float | None) -> Schedule:
@@ -172,6 +202,9 @@ class DiffusionInference(ABC):
     def set_network(self, network: nn.Module, name: str = "") -> None:
         """Take a network, out of the wrappers of a trainer, and its variant's defaults."""
         self.network = unwrapped(network)
+        own, asked = device_of(self.network), self.asked_device
+        if asked is not None and not self.offload and not same_device(own, asked):
+            raise ConfigError(f"the network is on {own}, not on {asked}: move it there, or give no device")
         self.variant = self.choose_variant(self.network.config, name)
         self.sampling = self.variants[self.variant]
 
@@ -179,7 +212,6 @@ class DiffusionInference(ABC):
         """width, height, steps and whatever else `generate` takes when it is not said."""
         return vars(self.sampling)
 
-    @torch.no_grad()
     def encode_prompt(
         self,
         prompt: Text | Sequence[Text],
@@ -194,19 +226,19 @@ class DiffusionInference(ABC):
         do not fit are cut, with a warning.
         """
         steered = (self.sampling.cfg_scale if cfg_scale is None else cfg_scale) != 1
-        return self._encode(listed(prompt), negative, steered)
+        return self._finished(self._encoding(listed(prompt), negative, steered))
 
-    def default_negative(self, prompts: list[Text]) -> Prompt:
+    def default_negative(self, prompts: list[Text]) -> Stages[Prompt]:
         """Prompts with what they are steered away from when no negative prompt is given: the empty one."""
-        return self._encode(prompts, "", True)
+        return self._encoding(prompts, "", True)
 
-    def _encode(self, prompts: list[Text], negative: Text | Sequence[Text] | None, steered: bool) -> Prompt:
+    def _encoding(self, prompts: list[Text], negative: Text | Sequence[Text] | None, steered: bool) -> Stages[Prompt]:
         if negative is None and steered:
-            return self.default_negative(prompts)
+            return (yield from self.default_negative(prompts))
         negatives = None if negative is None else listed(negative)
         if negatives is not None and len(negatives) not in (1, len(prompts)):
             raise ConfigError(f"{len(negatives)} negative prompts for {len(prompts)} prompts: give as many, or one")
-        both = self.encode([*prompts, *(negatives or [])])
+        both = yield from self.encoding([*prompts, *(negatives or [])])
         positive, other = (both.rows(part) for part in (slice(0, len(prompts)), slice(len(prompts), None)))
         if negatives is None:
             return Prompt(positive)
@@ -222,7 +254,7 @@ class DiffusionInference(ABC):
         """The points of a run: the variant's own, another table by name, or through given sigmas (then steps is theirs)."""
         if table is None or isinstance(table, str):
             return self.named_schedule(steps, width, height, table, shift)
-        return self.schedule_through(torch.as_tensor(table, dtype=torch.float64))
+        return self.schedule_through(torch.as_tensor(table, dtype=torch.float64, device="cpu"))
 
     def schedule_through(self, sigmas: Tensor) -> Schedule:
         """The schedule through given sigmas `[steps + 1]`."""
@@ -259,6 +291,7 @@ class DiffusionInference(ABC):
         first, last = (self.place(schedule, share) for share in part)
         first = max(first, first_step(schedule.steps, 1.0 if image is None else strength))
         noise = latents.to(self.device, torch.float32)
+        image, mask, condition = (None if t is None else t.to(self.device) for t in (image, mask, condition))
         if sampler in STOCHASTIC and seeds is None:
             raise ConfigError(f"{sampler} draws noise on the way: give seeds, one a picture")
         draw = noise_of_steps(seeds, noise) if seeds is not None else None
@@ -285,7 +318,7 @@ class DiffusionInference(ABC):
                 raise ConfigError(f"cfg_scale {guidance.cfg_scale:g} needs a negative prompt; an empty one is ''")
             rows.append(prompt.negative)
         dtype = dtype_of(self.network)
-        conditioning = Conditioning.joined(rows).to(self.device, dtype)
+        conditioning = Conditioning.joined([part.to(self.device, dtype) for part in rows])
         times = schedule.times.to(self.device, torch.promote_types(dtype, torch.float32))
         negatives = len(conditioning) - len(prompt.positive)
         run = self.prepare(conditioning, negatives, times, width, height, guidance_scale)
@@ -298,7 +331,7 @@ class DiffusionInference(ABC):
     @torch.no_grad()
     def decode_vae(self, latents: Tensor) -> Tensor:
         """Latents `[B, C, H / 8, W / 8]` -> pictures `[B, 3, H, W]` float32, in [-1, 1]."""
-        z = latents.to(self.device, dtype_of(self.autoencoder))
+        z = latents.to(self._place(self.autoencoder), dtype_of(self.autoencoder))
         with self._stage(self.autoencoder):
             rows = self.vae_rows
             pictures = decode_in_strips(self.autoencoder, z, rows) if rows else self.autoencoder.decode(z)
@@ -307,7 +340,7 @@ class DiffusionInference(ABC):
     @torch.no_grad()
     def encode_vae(self, pictures: Tensor) -> Tensor:
         """Pictures `[B, 3, H, W]` in [-1, 1] -> latents `[B, C, H / 8, W / 8]` float32, the posterior's mean."""
-        x = pictures.to(self.device, dtype_of(self.autoencoder))
+        x = pictures.to(self._place(self.autoencoder), dtype_of(self.autoencoder))
         with self._stage(self.autoencoder):
             rows = self.vae_rows
             latents = encode_in_strips(self.autoencoder, x, rows) if rows else self.autoencoder.encode(x)
@@ -319,7 +352,7 @@ class DiffusionInference(ABC):
         So a picture's noise depends neither on its neighbours nor on the device.
         """
         shape = (self.latent_channels, height // LATENT_SCALE, width // LATENT_SCALE)
-        return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+        return torch.stack([drawn(shape, seeded(seed)) for seed in seeds])
 
     def generate(
         self,
@@ -361,64 +394,120 @@ class DiffusionInference(ABC):
         masks `[B, 1, H, W]` in [0, 1]. Raises ConfigError for settings that are impossible, EridiffError for values that are
         not finite.
         """
-        prompts, seeds = matched(prompt, seed, len(conditioning.positive) if conditioning else 1)
-        given_objects = {"image": image, "mask": mask, "control": control, "noise": noise, "conditioning": conditioning}
-        defaults = self.sampling
-        given = next((picture for picture in (image, control) if picture is not None), None)
-        width, height = settle_size(width, height, given, self.defaults(), self.multiple)
-        sampler = defaults.sampler if sampler is None else sampler
-        cfg_scale = defaults.cfg_scale if cfg_scale is None else cfg_scale
-        unknown = sorted(set(keep) - set(KEEP))
+        return self._finished(self._stages(SimpleNamespace(**{n: v for n, v in locals().items() if n != "self"})))
+
+    def generate_each(self, requests: Sequence[Mapping[str, Any]]) -> Iterator[Result]:
+        """What `generate(**request)` gives for each request, in their order and bit for bit.
+
+        With `offload` each component is moved to the device once for all requests: all prompts are encoded, then all latents
+        denoised, then all decoded. Raises what `generate` raises; the requests before the one that failed are finished first.
+        """
+        signature = inspect.signature(DiffusionInference.generate)
+        runs = []
+        for request in requests:
+            bound = signature.bind(self, **request)
+            bound.apply_defaults()
+            bound.arguments.pop("self")
+            runs.append(self._stages(SimpleNamespace(**bound.arguments)))
+        for group in [runs] if self.offload else [[run] for run in runs]:
+            yield from self._together(group)
+
+    def _finished(self, run: Stages[T]) -> T:
+        return next(self._together([run]))
+
+    def _together(self, runs: Sequence[Stages[T]]) -> Iterator[T]:
+        """Run several to their ends, one component at a time for all that need it next; their results in order."""
+        needed: dict[int, nn.Module | None] = dict.fromkeys(range(len(runs)))  # None: not begun
+        results: dict[int, T] = {}
+        failure: Exception | None = None
+        while needed:
+            module = next((m for m in needed.values() if m is not self.network), self.network)
+            with torch.no_grad(), nullcontext() if module is None else self._stage(module):
+                for i in [i for i, m in needed.items() if m is module]:
+                    try:
+                        needed[i] = next(runs[i])
+                    except StopIteration as end:
+                        results[i] = end.value
+                        del needed[i]
+                    except Exception as error:
+                        if module is None:  # settings that cannot be: refused before anything is computed
+                            raise
+                        failure, needed = error, {j: m for j, m in needed.items() if j < i}
+                        break
+        yield from (results[i] for i in sorted(results))
+        if failure is not None:
+            raise failure
+
+    def _stages(self, asked: SimpleNamespace) -> Stages[Result]:
+        """`generate` in stages; `asked` has its arguments."""
+        prompts, seeds = matched(
+            asked.prompt, asked.seed, len(asked.conditioning.positive) if asked.conditioning else 1
+        )
+        handed_in = [n for n in ("image", "mask", "control", "noise", "conditioning") if getattr(asked, n) is not None]
+        defaults, conditioning, noise, part = self.sampling, asked.conditioning, asked.noise, asked.part
+        given = next((picture for picture in (asked.image, asked.control) if picture is not None), None)
+        width, height = settle_size(asked.width, asked.height, given, self.defaults(), self.multiple)
+        sampler = defaults.sampler if asked.sampler is None else asked.sampler
+        cfg_scale = defaults.cfg_scale if asked.cfg_scale is None else asked.cfg_scale
+        unknown = sorted(set(asked.keep) - set(KEEP))
         if unknown:
             raise ConfigError(f"'{unknown[0]}' cannot be kept; there are {', '.join(KEEP)}")
         check_settings(
-            steps=steps, cfg_scale=cfg_scale, guidance_scale=guidance_scale, strength=strength, cfg_rescale=cfg_rescale,
-            cfg_interval=cfg_interval, sampler=sampler, shift=shift,
+            steps=asked.steps, cfg_scale=cfg_scale, guidance_scale=asked.guidance_scale, strength=asked.strength,
+            cfg_rescale=asked.cfg_rescale, cfg_interval=asked.cfg_interval, sampler=sampler, shift=asked.shift,
         )  # fmt: skip
-        if (mask is not None or strength is not None) and image is None:
+        if (asked.mask is not None or asked.strength is not None) and asked.image is None:
             raise ConfigError("a mask or a strength needs the image that it is for")
         if not 0 <= part[0] < part[1] <= 1:
             raise ConfigError(f"part must be two rising shares of the run such as 0 and 0.8, not {part}")
-        table = self.table_of(sampler) if schedule is None else schedule
-        points = self.schedule(defaults.steps if steps is None else steps, width, height, table, shift)
-        guidance = Guidance(cfg_scale, cfg_rescale, cfg_interval, self._skip_layers(skip_layers))
-        pictures = [None if p is None else to_tensor(p, width, height) for p in (image, control)]
-        whole_mask = None if mask is None else to_tensor(mask, width, height, mask=True)
+        table = self.table_of(sampler) if asked.schedule is None else asked.schedule
+        points = self.schedule(
+            defaults.steps if asked.steps is None else asked.steps, width, height, table, asked.shift
+        )
+        guidance = Guidance(cfg_scale, asked.cfg_rescale, asked.cfg_interval, self._skip_layers(asked.skip_layers))
+        image, control = (None if p is None else to_tensor(p, width, height) for p in (asked.image, asked.control))
+        mask = None if asked.mask is None else to_tensor(asked.mask, width, height, mask=True)
 
         if conditioning is None:
             steered = cfg_scale != 1
-            same = all(p == prompts[0] for p in prompts) and (negative is None or len(listed(negative)) == 1)
-            with torch.no_grad():
-                conditioning = self._encode(prompts[:1] if same else prompts, negative if steered else None, steered)
+            same = all(p == prompts[0] for p in prompts) and (
+                asked.negative is None or len(listed(asked.negative)) == 1
+            )
+            conditioning = yield from self._encoding(
+                prompts[:1] if same else prompts, asked.negative if steered else None, steered
+            )
         if len(conditioning.positive) == 1:
             repeated = conditioning.negative and conditioning.negative.repeat(len(seeds))
             conditioning = Prompt(conditioning.positive.repeat(len(seeds)), repeated)
-        condition = self.condition(pictures[0], whole_mask, pictures[1])
-        starts_from_image = pictures[0] is not None and condition is None
+        if image is not None or control is not None:
+            yield self.autoencoder
+        condition = self.condition(image, mask, control)
+        start = self.encode_vae(image) if image is not None and condition is None else None
         noise = self.noise(seeds, width, height) if noise is None else noise
-        used_strength = (1.0 if whole_mask is not None else 0.75) if strength is None else strength
+        strength = (1.0 if mask is not None else 0.75) if asked.strength is None else asked.strength
+        yield self.network
         latents = self.denoise(
-            noise, conditioning, points, guidance=guidance, guidance_scale=guidance_scale, sampler=sampler,
-            image=self.encode_vae(pictures[0]) if starts_from_image and pictures[0] is not None else None,
-            strength=used_strength, condition=condition, callback=callback, part=part, seeds=seeds,
-            mask=latent_mask(whole_mask, self.device) if starts_from_image else None,
+            noise, conditioning, points, guidance=guidance, guidance_scale=asked.guidance_scale, sampler=sampler,
+            image=start, strength=strength, condition=condition, callback=asked.callback, part=part, seeds=seeds,
+            mask=None if start is None else latent_mask(mask, self.device),
         )  # fmt: skip
+        yield self.autoencoder
         decoded = self.decode_vae(latents).cpu()
-        if pictures[0] is not None and whole_mask is not None:
-            decoded = whole_mask * decoded + (1 - whole_mask) * pictures[0]
+        if image is not None and mask is not None:
+            decoded = mask * decoded + (1 - mask) * image
         table = table if table is None or isinstance(table, str) else points.sigmas.tolist()
         settings = {
-            **provenance(self), "negative_prompt": negative, "width": width, "height": height, "steps": points.steps,
-            "sampler": sampler, "schedule": table, "shift": shift, "guidance_scale": self.guidance(guidance_scale),
-            "cfg_scale": cfg_scale, "cfg_rescale": cfg_rescale, "cfg_interval": list(cfg_interval),
+            **provenance(self), "negative_prompt": asked.negative, "width": width, "height": height, "steps": points.steps,
+            "sampler": sampler, "schedule": table, "shift": asked.shift, "guidance_scale": self.guidance(asked.guidance_scale),
+            "cfg_scale": cfg_scale, "cfg_rescale": asked.cfg_rescale, "cfg_interval": list(asked.cfg_interval),
             "skip_layers": guidance.skip_layers and asdict(guidance.skip_layers), "part": list(part),
-            "strength": used_strength if starts_from_image else None, "batch": len(seeds),
-            "loras": [handle.record() for handle in self.loras] or None,
-            "handed_in": [name for name, thing in given_objects.items() if thing is not None],
+            "strength": None if start is None else strength, "batch": len(seeds),
+            "loras": [handle.record() for handle in self.loras] or None, "handed_in": handed_in,
+            **self.told_sizes(width, height),
         }  # fmt: skip
         each = [{"prompt": p, "seed": s, **settings} for p, s in zip(prompts, seeds, strict=True)]
         kept = {"conditioning": conditioning, "noise": noise, "latents": latents}
-        return Result(to_images(decoded), each, **{name: kept[name] for name in keep})  # type: ignore[arg-type]
+        return Result(to_images(decoded), each, **{name: kept[name] for name in asked.keep})
 
     def _skip_layers(self, given: bool | SkipLayers) -> SkipLayers | None:
         """True is the variant's published setting; ConfigError where there is none."""
@@ -433,8 +522,32 @@ class DiffusionInference(ABC):
         """What the guidance embedding is told; None where there is none."""
         return None
 
-    def _stage(self, module: nn.Module) -> Any:
-        return on_device(module, self.device) if self.offload else nullcontext()
+    def told_sizes(self, width: int, height: int) -> dict[str, Any]:
+        """What the network is told of an image's size, for the record; SDXL is."""
+        return {}
+
+    @contextmanager
+    def _stage(self, module: nn.Module) -> Iterator[None]:
+        """The block computes with this component: with `offload` it is on the device meanwhile.
+
+        Only the network computes under the caller's autocast: autoencoders and T5 overflow in float16.
+        """
+        if self._staged is module:  # by `_together`, for several images
+            yield
+            return
+        before, self._staged = self._staged, module
+        try:
+            with (
+                on_device(module, self.device) if self.offload else nullcontext(),
+                nullcontext() if module is self.network else outside_autocast(self.device),
+            ):
+                yield
+        finally:
+            self._staged = before
+
+    def _place(self, module: nn.Module) -> torch.device:
+        """Where a component computes."""
+        return self.device if self.offload else device_of(module)
 
     @property
     def _bar(self) -> dict[str, Any]:

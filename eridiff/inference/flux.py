@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from eridiff.errors import ConfigError
-from eridiff.inference.base import DiffusionInference
+from eridiff.inference.base import DiffusionInference, Stages
 from eridiff.inference.latents import dtype_of, finite_features
 from eridiff.inference.settings import Defaults, Text, spoken
 from eridiff.models.autoencoder import Autoencoder
@@ -83,16 +83,17 @@ class FluxInference(DiffusionInference):
         self.clip = ClipEncoder(modules["clip"], tokenizers["clip"])
         self.t5 = T5Encoder(modules["t5"], tokenizers["t5"], self.sampling.text_length)
 
-    def encode(self, prompts: Sequence[Text]) -> Conditioning:
+    def encoding(self, prompts: Sequence[Text]) -> Stages[Conditioning]:
         """T5's features `[B, T, text_width]` and CLIP-L's pooled state `[B, pooled_width]`; T is 512, for schnell 256."""
         if self.clip is None or self.t5 is None:
             raise ConfigError("no text encoders are loaded: hand in conditioning, or give clip and t5")
-        with self._stage(self.clip.module):
-            pooled = self.clip(self.clip.tokenize(spoken(prompts, "clip", ("clip", "t5")))).pooled
+        clip_ids = self.clip.tokenize(spoken(prompts, "clip", ("clip", "t5")))
         ids = self.t5.tokenize(spoken(prompts, "t5", ("clip", "t5")))
         mask = self.t5.real(ids) if self.t5_mask else None
-        with self._stage(self.t5.module):
-            text = self.t5(ids, mask)
+        yield self.clip.module
+        pooled = self.clip(clip_ids).pooled
+        yield self.t5.module
+        text = self.t5(ids, mask)
         return Conditioning(finite_features(text, "T5"), finite_features(pooled, "CLIP"), mask)
 
     def named_schedule(self, steps: int, width: int, height: int, name: str | None, shift: float | None) -> Schedule:
@@ -115,7 +116,9 @@ class FluxInference(DiffusionInference):
         guidance_scale: float | None,
     ) -> FluxRun:  # fmt: skip
         scale = self.guidance(guidance_scale) if self.network.config.guidance else None
-        told = None if scale is None else torch.full((len(conditioning),), scale, device=self.device)
+        told = (
+            None if scale is None else torch.full((len(conditioning),), scale, dtype=torch.float32, device=self.device)
+        )
         grid = height // 16, width // 16
         return self.network.prepare(conditioning.text, conditioning.pooled, times, grid, told, mask=conditioning.mask)
 
@@ -134,7 +137,8 @@ class FluxInference(DiffusionInference):
             if image is None or mask is None:
                 raise ConfigError("Flux Fill needs an image and a mask (white is painted)")
             hard = (mask > 0.5).float()
-            return fill_condition(self.encode_vae(image * (1 - hard)), hard.to(self.device))
+            latents = self.encode_vae(image * (1 - hard))
+            return fill_condition(latents, hard.to(latents.device))
         if self.variant in ("canny", "depth"):
             if control is None:
                 raise ConfigError(f"Flux {self.variant.title()} needs a control picture")

@@ -18,12 +18,22 @@ def first_step(steps: int, strength: float) -> int:
     return steps - math.ceil(steps * strength)
 
 
+def seeded(seed: int) -> torch.Generator:
+    """A generator of the CPU, whatever torch's default device is."""
+    return torch.Generator("cpu").manual_seed(seed)
+
+
+def drawn(shape: Sequence[int], generator: torch.Generator) -> Tensor:
+    """Noise of an image: float32 on the CPU whatever torch's default device and dtype are, so that a seed is an image."""
+    return torch.randn(shape, generator=generator, device="cpu", dtype=torch.float32)
+
+
 def noise_of_steps(seeds: Sequence[int], start: Tensor) -> Draw:
     """New noise like `start` at every call, each picture from its own seed, going on where its start was drawn."""
-    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    generators = [seeded(seed) for seed in seeds]
 
     def draw() -> Tensor:
-        return torch.stack([torch.randn(start.shape[1:], generator=g) for g in generators]).to(start.device)
+        return torch.stack([drawn(start.shape[1:], generator) for generator in generators]).to(start.device)
 
     draw()
     return draw
@@ -35,6 +45,23 @@ def latent_mask(mask: Tensor | None, device: torch.device) -> Tensor | None:
 
 def dtype_of(module: nn.Module) -> torch.dtype:
     return next(module.parameters()).dtype
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """Where a module computes; of one that FSDP2 shards the mesh's device, even if its parameters wait on the CPU."""
+    parameter = next(module.parameters())
+    mesh = getattr(parameter, "device_mesh", None)
+    return parameter.device if mesh is None else torch.device(mesh.device_type)
+
+
+def same_device(own: torch.device, asked: torch.device) -> bool:
+    """Whether `own` is the device asked for; "cuda" is any of them."""
+    return own.type == asked.type and asked.index in (None, own.index)
+
+
+def beside(parts: Sequence[Tensor], dim: int) -> Tensor:
+    """Features of several encoders, joined on the first one's device: encoders may lie apart."""
+    return torch.cat([part.to(parts[0].device) for part in parts], dim=dim)
 
 
 def finite(x: Tensor, stage: str) -> Tensor:

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from eridiff.errors import ConfigError
-from eridiff.inference.base import DiffusionInference
-from eridiff.inference.latents import dtype_of, finite_features
+from eridiff.inference.base import DiffusionInference, Stages
+from eridiff.inference.latents import beside, dtype_of, finite_features
 from eridiff.inference.settings import Defaults, Text, spoken
 from eridiff.models.autoencoder import Autoencoder
 from eridiff.models.mmdit import MMDiT, MMDiTConfig, MMDiTRun
@@ -108,7 +108,7 @@ class SD35Inference(DiffusionInference):
         self.clip_g = ClipEncoder(modules["clip_g"], tokenizers["clip_g"], pad=0, name="CLIP-G")
         self.t5 = T5Encoder(modules["t5"], tokenizers["t5"], T5_LONGEST) if "t5" in modules else None
 
-    def encode(self, prompts: Sequence[Text]) -> Conditioning:
+    def encoding(self, prompts: Sequence[Text]) -> Stages[Conditioning]:
         """The rows of both CLIPs, then T5's: text `[B, 77 + T, text_width]`, pooled `[B, pooled_width]`."""
         if self.clip is None or self.clip_g is None:
             raise ConfigError("no text encoders are loaded: hand in conditioning, or give clip and clip_g (and t5)")
@@ -121,23 +121,23 @@ class SD35Inference(DiffusionInference):
         features = []
         for name, encoder in encoders.items():
             ids = encoder.tokenize(texts[name], windows=count, whole_words=True)
-            with self._stage(encoder.module):
-                features.append(encoder(ids))
-        t5, mask = self._t5_rows(texts["t5"])
+            yield encoder.module
+            features.append(encoder(ids))
+        t5, mask = yield from self._t5_rows(texts["t5"])
         told = joined(features[0], features[1], t5, self.network.config.text_width)
         if mask is None:
             return told
         return replace(told, mask=F.pad(mask, (told.text.shape[1] - mask.shape[1], 0), value=True))  # CLIP's are seen
 
-    def _t5_rows(self, texts: list[str]) -> tuple[Tensor | None, Tensor | None]:
+    def _t5_rows(self, texts: list[str]) -> Stages[tuple[Tensor | None, Tensor | None]]:
         """T5's features `[B, T, text_width]` and which rows are to be seen; without T5 zeros, or None for no rows."""
         shortest = T5_LONGEST if self.t5_padding == "diffusers" else T5_SHORTEST
         if self.t5 is not None:
             ids = self.t5.tokenize(texts, shortest)
             mask = self.t5.real(ids) if self.t5_mask else None
-            with self._stage(self.t5.module):
-                return finite_features(self.t5(ids, mask), "T5"), mask
-        zeros = torch.zeros(len(texts), shortest, self.network.config.text_width, device=self.device)
+            yield self.t5.module
+            return finite_features(self.t5(ids, mask), "T5"), mask
+        zeros = torch.zeros(len(texts), shortest, self.network.config.text_width, dtype=torch.float32, device="cpu")
         return (None if self.without_t5 == "none" else zeros), None
 
     def named_schedule(self, steps: int, width: int, height: int, name: str | None, shift: float | None) -> Schedule:
@@ -166,7 +166,7 @@ def joined(clip: ClipFeatures, clip_g: ClipFeatures, t5: Tensor | None, width: i
     The states are taken before the final norm. CLIP-L's pooled vector is not projected, but by a projection that its file
     holds (a diffusers folder).
     """
-    pair = torch.cat([finite_features(clip.hidden[-2], "CLIP-L"), finite_features(clip_g.hidden[-2], "CLIP-G")], dim=-1)
+    pair = beside([finite_features(clip.hidden[-2], "CLIP-L"), finite_features(clip_g.hidden[-2], "CLIP-G")], dim=-1)
     rows = F.pad(pair, (0, width - pair.shape[-1]))
-    text = rows if t5 is None else torch.cat([rows, t5], dim=1)  # of the wider dtype, if the encoders differ
-    return Conditioning(text, torch.cat([clip.projected, clip_g.projected], dim=-1))
+    text = rows if t5 is None else beside([rows, t5], dim=1)  # of the wider dtype, if the encoders differ
+    return Conditioning(text, beside([clip.projected, clip_g.projected], dim=-1))

@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from eridiff.errors import ConfigError
-from eridiff.inference.base import DiffusionInference
-from eridiff.inference.latents import dtype_of, finite_features
+from eridiff.inference.base import DiffusionInference, Stages
+from eridiff.inference.latents import beside, dtype_of, finite_features
 from eridiff.inference.result import Prompt, Result
 from eridiff.inference.settings import Defaults, Text, matched, spoken
 from eridiff.models.autoencoder import Autoencoder
@@ -164,14 +164,8 @@ class SDXLInference(DiffusionInference):
         The refiner gets the latents as they are and reads the prompts by its own encoder. Raises ConfigError for a refiner
         that is asked to begin from noise, and for a hand-over that leaves one of both nothing to do.
         """
-        begins = options.get("part", (0.0, 1.0))[0] == 0 and options.get("image") is None
-        if self.variant == "refiner" and begins:
-            raise ConfigError(
-                "the refiner finishes pictures: give it to a base as refiner, or an image with a strength"
-            )
         if refiner is None:
-            result = super().generate(prompt, **options)
-            return replace(result, settings=[settings | self._told_sizes(settings) for settings in result.settings])
+            return super().generate(prompt, **options)
         if refiner.variant != "refiner" or self.variant == "refiner":
             raise ConfigError(f"a base and a refiner draw together, not {self.variant} and {refiner.variant}")
         if options.get("conditioning") is not None or not 0 < hand_over < 1:
@@ -184,13 +178,20 @@ class SDXLInference(DiffusionInference):
         options.pop("image", None), options.pop("strength", None), options.pop("mask", None)
         result = refiner.generate(prompt, **options, part=(hand_over, 1.0), noise=first.latents, keep=keep)
         own = {name: first.settings[0][name] for name in (*self.source, *self.recorded, "handed_in")}
-        both = [{**settings, **self._told_sizes(settings), **own, "refiner": refiner.source.get("parts"), "hand_over": hand_over, "part": [0.0, 1.0]}
+        both = [{**settings, **self.told_sizes(settings["width"], settings["height"]), **own, "refiner": refiner.source.get("parts"), "hand_over": hand_over, "part": [0.0, 1.0]}
                 for settings in result.settings]  # fmt: skip
         return replace(result, settings=both)
 
-    def _told_sizes(self, settings: Mapping[str, Any]) -> dict[str, Any]:
-        """What the network was told of a picture, as the `sample:` section and the command line write it."""
-        size = settings["height"], settings["width"]
+    def _stages(self, asked: Any) -> Stages[Result]:
+        if self.variant == "refiner" and asked.part[0] == 0 and asked.image is None:
+            raise ConfigError(
+                "the refiner finishes pictures: give it to a base as refiner, or an image with a strength"
+            )
+        return (yield from super()._stages(asked))
+
+    def told_sizes(self, width: int, height: int) -> dict[str, Any]:
+        """What the network is told of an image, as the `sample:` section and the command line write it."""
+        size = height, width
         original, target = (f"{w}x{h}" for h, w in (self.original_size or size, self.target_size or size))
         scores = {n: getattr(self, n) for n in ("aesthetic_score", "negative_aesthetic_score")}
         rest = scores if self.variant == "refiner" else {"target_size": target}
@@ -200,7 +201,7 @@ class SDXLInference(DiffusionInference):
         self.clip = ClipEncoder(modules["clip"], tokenizers["clip"]) if "clip" in modules else None
         self.clip_g = ClipEncoder(modules["clip_g"], tokenizers["clip_g"], pad=0, name="CLIP-G")
 
-    def encode(self, prompts: Sequence[Text]) -> Conditioning:
+    def encoding(self, prompts: Sequence[Text]) -> Stages[Conditioning]:
         """Both CLIPs' rows side by side (the refiner has only CLIP-G): text `[B, 77, text_width]`, pooled `[B, P]`."""
         names = self.needed(self.network.config)
         encoders = {"clip": self.clip, "clip_g": self.clip_g}
@@ -213,14 +214,15 @@ class SDXLInference(DiffusionInference):
             count = 1
             if self.clip_windows == "all":
                 count = max(encoder.windows_needed(text) for text in texts.values())
-            with self._stage(encoder.module):
-                features.append(encoder(encoder.tokenize(texts[name], windows=count)))
+            ids = encoder.tokenize(texts[name], windows=count)
+            yield encoder.module
+            features.append(encoder(ids))
         return joined(*features)
 
-    def default_negative(self, prompts: list[Text]) -> Prompt:
+    def default_negative(self, prompts: list[Text]) -> Stages[Prompt]:
         if self.empty_negative == "encoded" or self.variant == "refiner":
-            return super().default_negative(prompts)
-        positive = self.encode(prompts)
+            return (yield from super().default_negative(prompts))
+        positive = yield from self.encoding(prompts)
         return Prompt(positive, Conditioning(torch.zeros_like(positive.text), torch.zeros_like(positive.pooled)))
 
     def named_schedule(self, steps: int, width: int, height: int, name: str | None, shift: float | None) -> Schedule:
@@ -234,7 +236,7 @@ class SDXLInference(DiffusionInference):
         table = discrete.sigma_table(alphas)
         if name in SIGMAS:
             return self.schedule_through(
-                torch.cat([SIGMAS[name](steps, float(table[-1]), float(table[0])), torch.zeros(1)])
+                torch.cat([SIGMAS[name](steps, float(table[-1]), float(table[0])), table.new_zeros(1)])
             )
         timesteps = TIMESTEPS[name](steps).clamp(max=discrete.LEVELS - 1)
         sigmas = discrete.sigmas_at(timesteps, alphas)
@@ -274,9 +276,9 @@ class SDXLInference(DiffusionInference):
         table = torch.tensor([numbers] * rows, dtype=torch.float32, device=self.device)
         if _is_refiner(self.network.config):
             scores = [self.aesthetic_score] * (rows - negatives) + [self.negative_aesthetic_score] * negatives
-            table = torch.cat([table[:, :4], torch.tensor(scores, device=self.device)[:, None]], dim=1)
+            table = torch.cat([table[:, :4], table.new_tensor(scores)[:, None]], dim=1)
         scale = self.guidance(guidance_scale) if self.network.config.guidance else None
-        told = None if scale is None else torch.full((rows,), scale, device=self.device)
+        told = None if scale is None else torch.full((rows,), scale, dtype=torch.float32, device=self.device)
         return self.network.prepare(conditioning.text, size_vector(conditioning.pooled, table), times, told)
 
     def step(
@@ -293,8 +295,8 @@ class SDXLInference(DiffusionInference):
         if image is None or mask is None:
             raise ConfigError("SDXL inpainting needs an image and a mask (white is painted)")
         hard = (mask > 0.5).float()
-        small = F.interpolate(hard, scale_factor=1 / 8, mode="nearest").to(self.device)
         latents = self.encode_vae(image * (1 - hard))
+        small = F.interpolate(hard, scale_factor=1 / 8, mode="nearest").to(latents.device)
         return torch.cat([small.expand(len(latents), -1, -1, -1), latents], dim=1)
 
 
@@ -302,7 +304,7 @@ def joined(*features: ClipFeatures) -> Conditioning:
     """The last but one states of CLIP-L and CLIP-G side by side, before the final norm; CLIP-G's pooled vector, projected."""
     names = ("CLIP-L", "CLIP-G")[-len(features) :]
     rows = [finite_features(found.hidden[-2], name) for found, name in zip(features, names, strict=True)]
-    return Conditioning(torch.cat(rows, dim=-1), features[-1].projected)
+    return Conditioning(beside(rows, dim=-1), features[-1].projected)
 
 
 def _is_refiner(config: UNetConfig) -> bool:

@@ -13,11 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from eridiff.errors import LoraError
-from eridiff.lora.branches import Branch, branch_place, exact, has_slot, install_slots, wide
+from eridiff.lora.branches import Branch, branch_place, has_slot, install_slots, wide
 from eridiff.lora.deltas import Item, check_dora_rule, widened
 from eridiff.lora.load import Lora
 from eridiff.lora.merge import by_tensor, changed_by, check_last_change, exchange, merged_tensor
 from eridiff.lora.names import Target, network_of
+from eridiff.precision import full_float32
 
 log = logging.getLogger(__name__)
 Scale = float | Tensor
@@ -140,7 +141,9 @@ class LoraSet(nn.Module):
         where there is only one: inside DoRA's norm and for what is changed in place.
         """
         patterns = dict(scale) if isinstance(scale, Mapping) else {"*": scale}
-        values = {pattern: torch.as_tensor(value, dtype=torch.float64) for pattern, value in patterns.items()}
+        values = {
+            pattern: torch.as_tensor(value, dtype=torch.float64, device="cpu") for pattern, value in patterns.items()
+        }
         for pattern, value in values.items():
             if not any(matches(target, pattern) for target in self.targets()):
                 names = list(dict.fromkeys(target.module for target in self.targets()))
@@ -162,10 +165,8 @@ class LoraSet(nn.Module):
                 raise LoraError(f"{item.target} is changed in place, for all rows alike; give one scale")
         for branch in self.all_branches():
             given = chosen(branch.target)
-            if given is not None and given.shape == branch.scale.shape:
-                branch.scale.copy_(given)
-            elif given is not None:
-                branch.scale = exact(given, branch.scale.device)
+            if given is not None:
+                branch.weigh(given)
         found = [(item, chosen(item.target)) for item, _ in self.patches]
         new = [(i, old if v is None else float(v)) for (i, v), (_, old) in zip(found, self.patches, strict=True)]
         if self.attached and new != self.patches:
@@ -191,7 +192,8 @@ class LoraSet(nn.Module):
         new = {}
         for (name, bias), pairs in by_tensor(self.patches).items():
             base = self.network.get_parameter(name)
-            found = merged_tensor(wide(base.data), pairs, bias, self.dora)
+            with full_float32(base.device):
+                found = merged_tensor(wide(base.data), pairs, bias, self.dora)
             new[name] = found.to(base.dtype)
         for branch in self.all_branches():  # the first layer of a control LoRA takes twice as many channels
             weight = branch_place(self.network, branch.target).weight.data
@@ -199,21 +201,20 @@ class LoraSet(nn.Module):
             if enlarged.shape != weight.shape:
                 new[branch.target.name] = enlarged
         for name in new:
-            if changed_by(self.network.get_parameter(name)):
+            if changed_by(self.network, name):
                 raise LoraError(f"another LoRA has changed {name} in place; detach it first")
         for name, tensor in new.items():
             self.originals[name] = self._exchange(name, tensor, id(self))
 
     def _unpatch(self) -> None:
-        check_last_change({name: self.network.get_parameter(name) for name in self.originals}, id(self))
+        check_last_change(self.network, self.originals, id(self))
         for name, original in self.originals.items():
             self._exchange(name, original, 0)
         self.originals = {}
 
     def _exchange(self, name: str, tensor: Tensor, by: int) -> Tensor:
         """Another value for a parameter, which stays the same object; returns the one it had."""
-        parameter = self.network.get_parameter(name)
-        old = exchange(parameter, tensor, by)
+        old = exchange(self.network, name, tensor, by)
         if tensor.shape != old.shape:
             layer: Any = self.network.get_submodule(name.rpartition(".")[0])
             layer.in_features = tensor.shape[1]
@@ -292,11 +293,10 @@ def inject_lora(
     items = []
     for name, module in found.items():
         weight = module.weight
-        down = torch.empty(
-            rank, *weight.shape[1:], dtype=torch.float32, device=generator.device if generator else "cpu"
-        )
+        place = generator.device if generator else torch.device("cpu")
+        down = torch.empty(rank, *weight.shape[1:], dtype=torch.float32, device=place)
         nn.init.kaiming_uniform_(down, a=math.sqrt(5), generator=generator)
-        up = torch.zeros(weight.shape[0], rank, *[1] * (weight.ndim - 2))
+        up = torch.zeros(weight.shape[0], rank, *[1] * (weight.ndim - 2), dtype=torch.float32, device=place)
         strength = float(rank if alpha is None else alpha)
         items.append(Item(name, Target(kind, name), "lora", {"down": down, "up": up}, strength / rank, strength, rank))
     return LoraSet(network, items, dtype=dtype, trainable=True, dropout=dropout)

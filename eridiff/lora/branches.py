@@ -5,7 +5,6 @@ they are, and `torch.compile` guards the list: what is put into it or taken out 
 there before (a hook that is registered later is silently ignored by a compiled module).
 """
 
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -46,7 +45,8 @@ class Branch(nn.Module):
     change of the weight in each call, from the base as it is then.
     """
 
-    scale: Tensor  # 0-dim, or one number for each row of the batch
+    scale: Tensor  # float64 on the CPU: 0-dim, or one number for each row of the batch
+    factor: Tensor  # the same times the ratio
 
     def __init__(self, item: Item, *, device: torch.device, dtype: torch.dtype, trainable: bool = False, dora: str = "peft", dropout: float = 0.0) -> None:  # fmt: skip
         """`dora` as in `Item.change`; dropout acts on the branch's input while the branch is in training mode."""
@@ -62,7 +62,7 @@ class Branch(nn.Module):
             else:
                 copy = item.tensors[name].detach().to(device, dtype, copy=True)
                 self.register_parameter(name, nn.Parameter(copy, requires_grad=trainable))
-        self.register_buffer("scale", exact(torch.tensor(1.0), device), persistent=False)
+        self.weigh(torch.tensor(1.0, dtype=torch.float64, device="cpu"))
 
     @property
     def item(self) -> Item:
@@ -74,19 +74,33 @@ class Branch(nn.Module):
         """Whether the scale stands inside DoRA's norm, where there is only one for all rows."""
         return self.has_lengths and self.dora == "peft"
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        """`.to(dtype)` is for the matrices: a scale of 0.7 stays 0.7."""
-        scale = self.scale
-        super()._apply(fn, recurse)
-        self.scale = exact(scale, self.scale.device)
-        return self
+    def weigh(self, scale: Tensor) -> None:
+        """Give the branch a scale, float64 on the CPU: a number, or `[B]`, one for each row of the batch.
+
+        Neither a parameter nor a buffer, so that 0.7 stays 0.7 whatever `.to()` and DDP do with those. A number needs no
+        place on a GPU: torch passes it along with a kernel. Of the same shape it changes in place, as compiled code has read
+        the tensor, not its value.
+        """
+        for name, value in (("scale", scale), ("factor", scale * self.told.ratio)):
+            held = getattr(self, name, None)
+            if held is not None and held.shape == value.shape:
+                held.copy_(value)
+            else:
+                setattr(self, name, value.clone())
+
+    @property
+    def device(self) -> torch.device:
+        """Where the matrices are."""
+        return next(p.device for p in self._parameters.values() if p is not None)
 
     def forward(self, base: Any, x: Tensor, out: Tensor) -> Tensor:
         """The module's input and output -> the output with the change added, in the output's dtype."""
+        if self.device != x.device:  # the network was moved, and its branches, which are no part of it, were not
+            self.to(x.device)
         after = 2 if isinstance(base, nn.Conv2d) else 0  # dimensions behind the features
         parts = []
         if not self.by_weight:
-            parts.append(weighed(self._low_rank(base, x), self.scale * self.told.ratio))
+            parts.append(weighed(self._low_rank(base, x), self.factor))
         elif self.changes_weight:
             y = self._changed(base, x)
             parts.append(y if self.scales_rows_inside else weighed(y, self.scale))
@@ -125,18 +139,16 @@ class Branch(nn.Module):
 
 
 def weighed(y: Tensor, scale: Tensor) -> Tensor:
-    """`[B, ...]` times a number, or times one number for each row; in y's dtype."""
-    return y * scale if scale.ndim == 0 else y * scale.reshape(-1, *[1] * (y.ndim - 1)).to(y.dtype)
+    """`[B, ...]` times a number, or times one number for each row; rounded once, to y's dtype."""
+    if scale.ndim == 0:
+        return y * scale
+    rows = scale.to(torch.promote_types(y.dtype, torch.float32)).to(y.device)
+    return (y * rows.reshape(-1, *[1] * (y.ndim - 1))).to(y.dtype)
 
 
 def wide(tensor: Tensor) -> Tensor:
     """In float32, or in float64 as it is: where the change of a weight is computed."""
     return tensor if tensor.dtype == torch.float64 else tensor.float()
-
-
-def exact(number: Tensor, device: torch.device) -> Tensor:
-    """A scale in float64, so that merging in float64 gives the same; not every device has it."""
-    return number.to(device, torch.float32 if device.type == "mps" else torch.float64)
 
 
 def branch_place(network: nn.Module, target: Target) -> Any:

@@ -44,16 +44,27 @@ def nearest(change: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
     if min(matrix.shape) <= EXACT_UP_TO:
         u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
     else:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            u, s, v = torch.svd_lowrank(matrix, q=min(rank + 16, *matrix.shape), niter=4)
-        vh = v.T
+        u, s, vh = _leading(matrix, min(rank + 16, *matrix.shape))
     total = float(matrix.square().sum())
     root = s[:rank].sqrt()
     kernel = change.shape[2:]
     up = (u[:, :rank] * root).reshape(-1, rank, *[1] * len(kernel))
     down = (root[:, None] * vh[:rank]).reshape(rank, change.shape[1], *kernel)
     return down, up, float(s[:rank].square().sum()) / total if total else 1.0
+
+
+def _leading(matrix: Tensor, rank: int, rounds: int = 4) -> tuple[Tensor, Tensor, Tensor]:
+    """About the largest `rank` singular values and their vectors (Halko et al. 2011, algorithms 4.4 and 5.1).
+
+    The random start has its own generator on the CPU, so that no generator of the process is touched.
+    """
+    generator = torch.Generator("cpu").manual_seed(0)
+    start = torch.randn(matrix.shape[1], rank, generator=generator, device="cpu", dtype=torch.float32)
+    basis = torch.linalg.qr(matrix @ start.to(matrix.device))[0]
+    for _ in range(rounds):
+        basis = torch.linalg.qr(matrix @ torch.linalg.qr(matrix.T @ basis)[0])[0]
+    u, s, vh = torch.linalg.svd(basis.T @ matrix, full_matrices=False)
+    return basis @ u, s, vh
 
 
 @torch.no_grad()

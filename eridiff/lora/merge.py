@@ -3,7 +3,7 @@
 Weights are never restored by subtraction, which in bfloat16 loses up to a quarter of them: the originals are kept.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from eridiff.errors import LoraError
 from eridiff.lora.deltas import Item, check_dora_rule, widened
 from eridiff.lora.load import Lora
+from eridiff.precision import full_float32
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,8 @@ def merge_lora(
         base = old.to(dtype)
         for item, _ in pairs:
             base = base if bias else widened(base, item)
-        new = merged_tensor(base, pairs, bias, dora)
+        with full_float32(base.device):
+            new = merged_tensor(base, pairs, bias, dora)
         found[name] = new.to(old.dtype)
         differ = new != base
         changed += int(differ.sum())
@@ -103,19 +105,17 @@ class MergedModule:
         """Puts `merged` in place."""
         self.module = module
         self.merged = replace(merged, state={})  # the counts
-        tensors = _tensors(module)
-        self._before = {name: changed_by(tensors[name]) for name in merged.tensors}
-        self.originals = {name: exchange(tensors[name], merged.state[name], id(self)) for name in merged.tensors}
+        self._before = {name: changed_by(module, name) for name in merged.tensors}
+        self.originals = {name: exchange(module, name, merged.state[name], id(self)) for name in merged.tensors}
 
     def restore(self) -> None:
         """The module's own tensors again, the very ones; a second call does nothing.
 
         Raises LoraError while another LoRA that was merged or attached later has changed the same tensors in place.
         """
-        tensors = _tensors(self.module)
-        check_last_change({name: tensors[name] for name in self.originals}, id(self))
+        check_last_change(self.module, self.originals, id(self))
         for name, original in self.originals.items():
-            exchange(tensors[name], original, self._before[name])
+            exchange(self.module, name, original, self._before[name])
         self.originals = {}
 
     def __enter__(self) -> "MergedModule":
@@ -125,26 +125,45 @@ class MergedModule:
         self.restore()
 
 
-def changed_by(tensor: Tensor) -> int:
+# what is changed in place, and by whom: kept by the layer, as `.to()` and FSDP2 may give it other parameter objects
+
+
+def changed_by(module: nn.Module, name: str) -> int:
     """Who has changed a module's tensor in place last, by `id`; 0 for nobody."""
-    return getattr(tensor, "changed_by_lora", 0)
+    layer, short = _layer(module, name)
+    changes: dict[str, int] = vars(layer).get("changed_by_lora", {})
+    return changes.get(short, 0)
 
 
-def exchange(tensor: Any, new: Tensor, by: int) -> Tensor:
-    """Give a module's tensor, which stays the same object, another value; returns the one it had."""
+def exchange(module: nn.Module, name: str, new: Tensor, by: int) -> Tensor:
+    """Give a module's tensor, which stays the same object, another value; returns the one it had.
+
+    While a module works with copies on a device (`memory.stages.on_device`), both the copy and its original get it.
+    """
+    layer, short = _layer(module, name)
+    tensor: Any = getattr(layer, short)
+    if hasattr(tensor, "copy_of"):
+        tensor.data = new.to(tensor)
+        tensor = tensor.copy_of
     old: Tensor = tensor.data
     tensor.data = new.to(old)  # a module may have been moved since
-    tensor.changed_by_lora = by
+    changes = vars(layer).setdefault("changed_by_lora", {})
+    changes[short] = by
     if not by:
-        del tensor.changed_by_lora
+        del changes[short]
     return old
 
 
-def check_last_change(tensors: Mapping[str, Tensor], by: int) -> None:
+def check_last_change(module: nn.Module, names: Iterable[str], by: int) -> None:
     """Raises LoraError for originals that would come back under somebody else's change, and undo it."""
-    name = next((name for name, tensor in tensors.items() if changed_by(tensor) != by), None)
+    name = next((name for name in names if changed_by(module, name) != by), None)
     if name:
         raise LoraError(f"another LoRA has changed {name} since; take that one away first")
+
+
+def _layer(module: nn.Module, name: str) -> tuple[nn.Module, str]:
+    path, _, short = name.rpartition(".")
+    return module.get_submodule(path), short
 
 
 @torch.no_grad()

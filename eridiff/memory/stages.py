@@ -27,7 +27,9 @@ def on_device(module: nn.Module, device: torch.device) -> Iterator[None]:
             if tensor is not None:
                 if id(tensor) not in copies:
                     moved = tensor.detach().to(device)
-                    copies[id(tensor)] = nn.Parameter(moved, False) if isinstance(tensor, nn.Parameter) else moved
+                    copy: Any = nn.Parameter(moved, False) if isinstance(tensor, nn.Parameter) else moved
+                    copy.copy_of = getattr(tensor, "copy_of", tensor)  # a LoRA that is weighed meanwhile changes both
+                    copies[id(tensor)] = copy
                 table[name] = copies[id(tensor)]
         yield
     finally:

@@ -98,8 +98,11 @@ def fill_condition(masked_latents: Tensor, mask: Tensor) -> Tensor:
     return torch.cat([patchify(masked_latents), patchify(F.pixel_unshuffle(mask, 8))], dim=-1)
 
 
-def position_ids(grid: tuple[int, int], index: int = 0, device: torch.device | str | None = None) -> Tensor:
-    """`[h * w, 3]` float64: picture index (0, or 1 for a Kontext reference), row and column of each token."""
+def position_ids(grid: tuple[int, int], index: int = 0, device: torch.device | str = "cpu") -> Tensor:
+    """`[h * w, 3]` float64: picture index (0, or 1 for a Kontext reference), row and column of each token.
+
+    On the CPU by default, where the rotary table is made: not every device has float64.
+    """
     h, w = grid
     rows = torch.arange(h, dtype=torch.float64, device=device)[:, None].expand(h, w)
     columns = torch.arange(w, dtype=torch.float64, device=device)[None, :].expand(h, w)
@@ -107,15 +110,15 @@ def position_ids(grid: tuple[int, int], index: int = 0, device: torch.device | s
 
 
 def rope_table(ids: Tensor, axes: Sequence[int], theta: int) -> Tensor:
-    """Cosines and sines of the rotary embedding: ids `[S, A]` -> `[2, S, sum(axes) / 2]` float64.
+    """Cosines and sines of the rotary embedding: ids `[S, A]` -> `[2, S, sum(axes) / 2]` float64 on the CPU.
 
     float64 angles as in the original until January 2025 and in diffusers; the later original's float32 angles are off
     by 7e-6 at position 128.
     """
-    angles = []
+    ids, angles = ids.to("cpu", torch.float64), []
     for axis, width in enumerate(axes):
-        exponents = torch.arange(0, width, 2, dtype=torch.float64, device=ids.device) / width
-        angles.append(ids[:, axis, None].double() * theta**-exponents)
+        exponents = torch.arange(0, width, 2, dtype=torch.float64, device="cpu") / width
+        angles.append(ids[:, axis, None] * theta**-exponents)
     joined = torch.cat(angles, dim=-1)
     return torch.stack([joined.cos(), joined.sin()])
 
@@ -220,11 +223,13 @@ class Flux(nn.Module):
         """pooled `[B, P]`, times `[T]` or `[T, B]` in [0, 1], guidance `[B]` -> `[B, T, hidden]`."""
         dtype = self.time_in.in_layer.weight.dtype
         times = times[:, None] if times.ndim == 1 else times
-        vec = self.time_in(timestep_sinusoid(times.T).to(dtype))  # B T hidden, B = 1 if the times are shared
+        vec = self.time_in(
+            timestep_sinusoid(times.T).to(pooled.device, dtype)
+        )  # B T hidden, B = 1 if the times are shared
         if self.guidance_in is not None:
             if guidance is None:
                 raise ConfigError("this Flux has a guidance embedding: give guidance [B], 3.5 for dev")
-            vec = vec + self.guidance_in(timestep_sinusoid(guidance).to(dtype))[:, None]
+            vec = vec + self.guidance_in(timestep_sinusoid(guidance).to(pooled.device, dtype))[:, None]
         return vec + self.pooled_in(pooled)[:, None]
 
     def prepare(
@@ -247,16 +252,16 @@ class Flux(nn.Module):
         if ids is None:
             if grid is None:
                 raise ConfigError("Flux.prepare needs the grid of the picture's tokens or their position ids")
-            ids = position_ids(grid, device=text.device)
+            ids = position_ids(grid)
         all_ids = torch.cat([ids.new_zeros(text.shape[1], ids.shape[1]), ids])  # text tokens stand at zero, unrotated
         vec = F.silu(self.conditioning_vector(pooled, times, guidance))
         return FluxRun(
             text=self.text_in(text),
-            rope=rope_table(all_ids, self.config.rope_axes, self.config.theta).to(wide(text.dtype)),
+            rope=rope_table(all_ids, self.config.rope_axes, self.config.theta).to(text.device, wide(text.dtype)),
             double=tuple(block.modulate(vec) for block in self.double_blocks),  # type: ignore[operator]
             single=tuple(block.modulate(vec) for block in self.single_blocks),  # type: ignore[operator]
             final=self.final.modulate(vec),
-            seen=seen_keys(mask, len(ids)),
+            seen=seen_keys(mask, len(ids), text.device),
         )
 
     def step(self, latents: Tensor, run: FluxRun, i: int) -> Tensor:

@@ -58,9 +58,9 @@ class Attention(nn.Module):
         return F.scaled_dot_product_attention(q, k, v, seen).transpose(1, 2).flatten(2)
 
 
-def seen_keys(mask: Tensor | None, image_tokens: int) -> Tensor | None:
+def seen_keys(mask: Tensor | None, image_tokens: int, device: torch.device) -> Tensor | None:
     """Which text tokens are attended to, `[B, L]` bool, with all picture tokens behind them -> `[B, 1, 1, L + N]`."""
-    return None if mask is None else F.pad(mask, (0, image_tokens), value=True)[:, None, None]
+    return None if mask is None else F.pad(mask.to(device), (0, image_tokens), value=True)[:, None, None]
 
 
 def modulated(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:

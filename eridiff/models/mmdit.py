@@ -8,6 +8,7 @@ Letters: B batch, N picture tokens, L text tokens, S = L + N, H heads, D feature
 
 from collections.abc import Container, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -82,17 +83,28 @@ def unpatchify(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
 class PositionTable(nn.Module):
     """One vector for each patch of the largest picture; a smaller picture takes the middle.
 
-    The table is sd3.5-medium's fifth part, and a picture needs little of it: so it is neither parameter nor buffer, stays
-    where and in the dtype in which it was loaded when the network is moved, and only crops leave.
+    The table is sd3.5-medium's tenth part, and an image needs little of it: so it is neither parameter nor buffer, stays
+    where and in the dtype in which it was loaded when the network is moved, and only crops leave. The last crop is kept,
+    since every step of a training run asks for the same.
     """
 
     def __init__(self, side: int, hidden: int) -> None:
         super().__init__()
         self.side = side
         self.table = torch.zeros(1, side * side, hidden)
+        self._last: tuple[Any, ...] = (None, None, None)  # the table and what was asked of it, and that crop
 
-    def forward(self, grid: tuple[int, int]) -> Tensor:
-        """`grid = (h, w)` -> `[1, h * w, hidden]` on the table's device; raises ConfigError if the table is smaller."""
+    def forward(self, grid: tuple[int, int], device: torch.device, dtype: torch.dtype) -> Tensor:
+        """`grid = (h, w)` -> `[1, h * w, hidden]`; raises ConfigError if the table is smaller."""
+        version = None if self.table.is_inference() else self.table._version
+        asked = (version, grid, device, dtype)
+        table, last, crop = self._last
+        if table is not self.table or last != asked:
+            crop = self._crop(grid).to(device, dtype)
+            self._last = self.table, asked, crop
+        return crop
+
+    def _crop(self, grid: tuple[int, int]) -> Tensor:
         h, w = grid
         if max(h, w) > self.side:
             raise ConfigError(
@@ -221,7 +233,8 @@ class MMDiT(nn.Module):
     def conditioning_vector(self, pooled: Tensor, times: Tensor) -> Tensor:
         """pooled `[B, P]`, times `[T]` or `[T, B]` in [0, 1] -> `[B, T, hidden]`."""
         times = times[:, None] if times.ndim == 1 else times
-        sinusoid = timestep_sinusoid(times.T).to(self.time_in.in_layer.weight.dtype)  # B T 256, B = 1 if shared
+        dtype = self.time_in.in_layer.weight.dtype
+        sinusoid = timestep_sinusoid(times.T).to(pooled.device, dtype)  # B T 256, B = 1 if shared
         return self.time_in(sinusoid) + self.pooled_in(pooled)[:, None]
 
     def prepare(
@@ -236,10 +249,10 @@ class MMDiT(nn.Module):
         vec = F.silu(self.conditioning_vector(pooled, times))
         return MMDiTRun(
             text=self.text_in(text),
-            positions=self.positions(grid).to(text.device, text.dtype),
+            positions=self.positions(grid, text.device, text.dtype),
             joint=tuple(block.modulate(vec) for block in self.joint_blocks),  # type: ignore[operator]
             final=self.final.modulate(vec),
-            seen=seen_keys(mask, grid[0] * grid[1]),
+            seen=seen_keys(mask, grid[0] * grid[1], text.device),
         )
 
     def step(self, latents: Tensor, run: MMDiTRun, i: int, skip_blocks: Container[int] = ()) -> Tensor:

@@ -85,10 +85,13 @@ def size_vector(pooled: Tensor, numbers: Tensor) -> Tensor:
 
 
 def guidance_sinusoid(guidance: Tensor, width: int = 256) -> Tensor:
-    """lcm-sdxl's embedding of guidance scales `[B]` -> `[B, width]`: sines first, the last frequency exactly 1 / 10000."""
+    """lcm-sdxl's embedding of guidance scales `[B]` -> `[B, width]` float64 on the CPU, as not every device has float64.
+
+    Sines first; the last frequency is exactly 1 / 10000.
+    """
     half = width // 2
-    exponents = torch.arange(half, dtype=torch.float64, device=guidance.device) / (half - 1)
-    angles = 1000.0 * (guidance.double() - 1)[:, None] * 10000.0**-exponents
+    exponents = torch.arange(half, dtype=torch.float64, device="cpu") / (half - 1)
+    angles = 1000.0 * (guidance.to("cpu", torch.float64) - 1)[:, None] * 10000.0**-exponents
     return torch.cat([angles.sin(), angles.cos()], dim=1)
 
 
@@ -339,11 +342,13 @@ class UNet(nn.Module):
         """vector `[B, V]`, times `[T]` or `[T, B]` in [0, 999], guidance `[B]` -> `[B, T, 4 * channels]`."""
         dtype = self.conv_in.weight.dtype
         times = times[:, None] if times.ndim == 1 else times
-        embedded = sinusoid(times.T, self.config.channels).to(dtype)  # B T channels, B = 1 if the times are shared
+        embedded = sinusoid(times.T, self.config.channels).to(
+            vector.device, dtype
+        )  # B T channels, B = 1 if the times are shared
         if self.guidance_in is not None:
             if guidance is None:
                 raise ConfigError("this UNet has a guidance embedding: give guidance [B], 8 for lcm-sdxl")
-            embedded = embedded + self.guidance_in(guidance_sinusoid(guidance).to(dtype))[:, None]
+            embedded = embedded + self.guidance_in(guidance_sinusoid(guidance).to(vector.device, dtype))[:, None]
         return self.time_in(embedded) + self.vector_in(vector)[:, None]
 
     def prepare(self, text: Tensor, vector: Tensor, times: Tensor, guidance: Tensor | None = None) -> UNetRun:

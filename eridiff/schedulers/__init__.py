@@ -1,8 +1,12 @@
 """Numbers only: where to look (tables), how to move (samplers), how to steer (guidance)."""
 
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 from torch import Tensor
+
+EXACT: dict[str, Any] = {"dtype": torch.float64, "device": "cpu"}  # of every table, whatever torch's defaults are
 
 
 @dataclass(frozen=True)

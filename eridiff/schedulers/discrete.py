@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from eridiff.errors import ConfigError
-from eridiff.schedulers import Schedule
+from eridiff.schedulers import EXACT, Schedule
 from eridiff.schedulers.flow_match import even_sigmas
 
 LEVELS = 1000
@@ -19,7 +19,7 @@ LEVELS = 1000
 
 def alphas_cumprod(zero_terminal_snr: bool = False) -> Tensor:
     """`[1000]`: the share of the picture's variance at each level; the last is 0 with zero terminal SNR."""
-    betas = torch.linspace(0.00085**0.5, 0.012**0.5, LEVELS, dtype=torch.float64) ** 2
+    betas = torch.linspace(0.00085**0.5, 0.012**0.5, LEVELS, **EXACT) ** 2
     alphas = torch.cumprod(1 - betas, dim=0)
     if not zero_terminal_snr:
         return alphas
@@ -35,33 +35,33 @@ def sigma_table(alphas: Tensor) -> Tensor:
 def legacy_timesteps(steps: int) -> Tensor:
     """sgm's LegacyDDPMDiscretization: from 999 down in even strides, rounded down; the last stride leads to no noise."""
     even_sigmas(steps)
-    strides = torch.arange(steps, dtype=torch.float64) * ((0 - (LEVELS - 1)) / steps)  # as numpy computes its linspace
+    strides = torch.arange(steps, **EXACT) * ((0 - (LEVELS - 1)) / steps)  # as numpy computes its linspace
     return (strides + (LEVELS - 1)).floor()
 
 
 def leading_timesteps(steps: int, offset: int = 1) -> Tensor:
     """The first level of each of `steps` equal parts, plus an offset: what SDXL's published scheduler does."""
     even_sigmas(steps)
-    return torch.arange(steps - 1, -1, -1, dtype=torch.float64) * (LEVELS // steps) + offset
+    return torch.arange(steps - 1, -1, -1, **EXACT) * (LEVELS // steps) + offset
 
 
 def trailing_timesteps(steps: int) -> Tensor:
     """The last level of each of `steps` equal parts: begins at 999, for few steps and for zero terminal SNR."""
     even_sigmas(steps)
-    return (LEVELS - torch.arange(steps, dtype=torch.float64) * (LEVELS / steps)).round() - 1
+    return (LEVELS - torch.arange(steps, **EXACT) * (LEVELS / steps)).round() - 1
 
 
 def linspace_timesteps(steps: int) -> Tensor:
     """Evenly from 999 to 0, both included; fractions."""
     even_sigmas(steps)
-    return torch.linspace(LEVELS - 1, 0, steps, dtype=torch.float64)
+    return torch.linspace(LEVELS - 1, 0, steps, **EXACT)
 
 
 def lcm_timesteps(steps: int) -> Tensor:
     """Of the 50 levels 19, 39, ... 999 that LCM was distilled on, `steps` from the top; ConfigError for more than 50."""
     if not 1 <= steps <= 50:
         raise ConfigError(f"LCM knows 1 to 50 steps, not {steps}")
-    places = torch.arange(steps, dtype=torch.float64) * (50 / steps)
+    places = torch.arange(steps, **EXACT) * (50 / steps)
     return LEVELS - 1 - 20 * places.floor()
 
 
@@ -69,7 +69,7 @@ def turbo_timesteps(steps: int) -> Tensor:
     """sgm's for SDXL Turbo: 999, 899, 799, 699, as many of them as there are steps; ConfigError for more than 4."""
     if not 1 <= steps <= 4:
         raise ConfigError(f"Turbo's own schedule has 1 to 4 steps, not {steps}")
-    return LEVELS - 1 - 100 * torch.arange(steps, dtype=torch.float64)
+    return LEVELS - 1 - 100 * torch.arange(steps, **EXACT)
 
 
 def sigmas_at(timesteps: Tensor, alphas: Tensor) -> Tensor:
@@ -94,13 +94,13 @@ def karras_sigmas(steps: int, high: float, low: float, rho: float = 7.0) -> Tens
     """`[steps]` from high to low, even in sigma ** (1 / rho) (Karras et al. 2022, equation 5)."""
     even_sigmas(steps)
     ends = high ** (1 / rho), low ** (1 / rho)
-    return torch.linspace(*ends, steps, dtype=torch.float64) ** rho
+    return torch.linspace(*ends, steps, **EXACT) ** rho
 
 
 def exponential_sigmas(steps: int, high: float, low: float) -> Tensor:
     """`[steps]` from high to low, even in log sigma."""
     even_sigmas(steps)
-    return torch.linspace(math.log(high), math.log(low), steps, dtype=torch.float64).exp()
+    return torch.linspace(math.log(high), math.log(low), steps, **EXACT).exp()
 
 
 def discrete_schedule(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from eridiff.errors import ConfigError
-from eridiff.schedulers import Schedule
+from eridiff.schedulers import EXACT, Schedule
 
 
 def shifted(sigmas: Tensor, shift: float) -> Tensor:
@@ -32,7 +32,7 @@ def even_sigmas(steps: int) -> Tensor:
     """`[steps + 1]` float64, evenly spaced from 1 to 0; ConfigError for fewer than one step."""
     if steps < 1:
         raise ConfigError(f"a run needs at least one step, not {steps}")
-    return torch.linspace(1, 0, steps + 1, dtype=torch.float64)
+    return torch.linspace(1, 0, steps + 1, **EXACT)
 
 
 def flux_schedule(steps: int, tokens: int, shift: bool = True) -> Schedule:
@@ -51,16 +51,18 @@ def sd3_sigmas(steps: int, shift: float) -> Tensor:
     end is shifted twice, so with shift 3 the last step always begins at 0.00893.
     """
     even_sigmas(steps)
-    low = float(shifted(torch.tensor(0.001, dtype=torch.float64), shift))
-    sigmas = shifted(torch.linspace(1, low, steps, dtype=torch.float64), shift)
+    low = float(shifted(torch.tensor(0.001, **EXACT), shift))
+    sigmas = shifted(torch.linspace(1, low, steps, **EXACT), shift)
     return torch.cat([sigmas, sigmas.new_zeros(1)])
 
 
 def diffusers_sigmas(steps: int, shift: float) -> Tensor:
     """The table of diffusers' FlowMatchEulerDiscreteScheduler `[steps + 1]`: SD 3's original with its float32 roundings."""
     even_sigmas(steps)
-    lowest = shifted(torch.tensor(1 / 1000), shift)  # of a float32 table of the training's times
-    evenly = torch.linspace(1, float(lowest), steps, dtype=torch.float64)
+    lowest = shifted(
+        torch.tensor(1 / 1000, dtype=torch.float32, device="cpu"), shift
+    )  # of a float32 table of the training's times
+    evenly = torch.linspace(1, float(lowest), steps, **EXACT)
     sigmas = shifted(evenly, shift).float().double()
     return torch.cat([sigmas, sigmas.new_zeros(1)])
 
@@ -78,7 +80,7 @@ def flow_schedule(sigmas: Tensor) -> Schedule:
 
     Raises ConfigError unless they fall strictly, from at most 1 to at least 0.
     """
-    sigmas = sigmas.double()
+    sigmas = sigmas.to(**EXACT)
     falling = bool((sigmas.diff() < 0).all())
     if sigmas.ndim != 1 or len(sigmas) < 2 or not falling or sigmas[0] > 1 or sigmas[-1] < 0:
         raise ConfigError(f"sigmas must be at least two numbers that fall, from at most 1 to 0, not {sigmas.tolist()}")

@@ -19,8 +19,11 @@ class Recording(dict[str, Tensor]):
 
 
 @contextmanager
-def record(module: nn.Module) -> Iterator[Recording]:
-    """Record every sub-module while the block runs, detached; hooks are gone afterwards, errors or not."""
+def record(module: nn.Module, device: torch.device | str | None = "cpu") -> Iterator[Recording]:
+    """Record every sub-module while the block runs, detached; hooks are gone afterwards, errors or not.
+
+    Copies lie on `device`; None keeps each where it was computed, which is faster and takes that device's memory.
+    """
     recording = Recording()
 
     def keep(path: str, value: object, mark: str) -> None:
@@ -29,7 +32,7 @@ def record(module: nn.Module) -> Iterator[Recording]:
             if isinstance(item, Tensor):
                 name = path + (f"{mark}{i}" if mark == ":" or len(values) > 1 else "")
                 recording.pop(name, None)
-                recording[name] = item.detach().clone()
+                recording[name] = item.detach().to(device or item.device, copy=True)
 
     def hook(path: str):  # type: ignore[no-untyped-def]
         def after(_: nn.Module, inputs: tuple[object, ...], output: object) -> None:
@@ -55,10 +58,10 @@ class Difference:
 
 
 def relative_l2(found: Tensor, expected: Tensor) -> float:
-    """`|found - expected| / |expected|` in float64; infinite when shapes differ or a value is not finite."""
+    """`|found - expected| / |expected|` in float64, on the CPU; infinite when shapes differ or a value is not finite."""
     if found.shape != expected.shape:
         return float("inf")
-    found, expected = found.double(), expected.double()
+    found, expected = (t.detach().to("cpu", torch.float64) for t in (found, expected))
     distance = float((found - expected).norm() / expected.norm().clamp_min(torch.finfo(torch.float64).tiny))
     return distance if distance == distance else float("inf")
 

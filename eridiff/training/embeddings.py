@@ -15,7 +15,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from eridiff.errors import CheckpointError, ConfigError, EridiffError
+from eridiff.errors import CheckpointError, ConfigError
 from eridiff.inference import DiffusionInference, Prompt
 from eridiff.inference.settings import Text
 from eridiff.text import Conditioning
@@ -102,14 +102,6 @@ def write_prompt(path: Path, prompt: Prompt, metadata: Mapping[str, str]) -> Non
     for name, conditioning in vars(prompt).items():
         if conditioning is not None:
             tensors |= {f"{name}.{n}": t.contiguous().clone() for n, t in vars(conditioning).items() if t is not None}
-    _write(tensors, path, metadata)
-
-
-def _write(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise EridiffError(f"'{path.parent}' cannot be made: {error.strerror}") from None
     write_tensors(tensors, path, metadata)
 
 
@@ -154,7 +146,7 @@ class LatentCache:
                     f"{path} is damaged ({error}); remove it and the picture is encoded again"
                 ) from None
         latents = self.inference.encode_vae(picture).cpu()
-        _write({"latents": latents.contiguous()}, path, {})
+        write_tensors({"latents": latents.contiguous()}, path, {})
         return latents
 
 

@@ -42,9 +42,10 @@ def _of_modules(modules: Mapping[str, nn.Module]) -> dict[str, Any]:
         for attribute in CHECKPOINTING:
             if attribute in vars(module):
                 found[f"{attribute} of {name}"] = id(vars(module)[attribute])
-        for kind, table in (("parameter", module._parameters), ("buffer", module._buffers)):
+        plain = vars(module)  # the scale of a LoRA, a table of positions
+        for kind, table in (("parameter", module._parameters), ("buffer", module._buffers), ("tensor", plain)):
             for short, tensor in table.items():
-                if tensor is None:
+                if not isinstance(tensor, Tensor):
                     continue
                 own = f"{name}.{short}"
                 if id(tensor) not in digests:

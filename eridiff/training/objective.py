@@ -13,6 +13,7 @@ import torch
 from torch import Generator, Tensor
 
 from eridiff.errors import ConfigError
+from eridiff.schedulers import EXACT
 from eridiff.schedulers.discrete import LEVELS, alphas_cumprod, discrete_schedule, sigmas_at
 
 PREDICTIONS = ("velocity", "epsilon", "v", "sample")
@@ -34,13 +35,13 @@ class Levels:
 
 def flow_levels(sigmas: Tensor) -> Levels:
     """Rectified flow (Flux, SD 3) at sigmas `[B]` in [0, 1]: alpha is 1 - sigma, the network is told sigma."""
-    sigmas = sigmas.double()
+    sigmas = sigmas.to(**EXACT)
     return Levels(1 - sigmas, sigmas, sigmas, "velocity")
 
 
 def discrete_levels(timesteps: Tensor, prediction: str = "epsilon", zero_terminal_snr: bool = False) -> Levels:
     """SDXL at timesteps `[B]` in [0, 999] of the table that its samplers read; fractions stand between entries."""
-    timesteps = timesteps.double()
+    timesteps = timesteps.to(**EXACT)
     schedule = discrete_schedule(timesteps, sigmas_at(timesteps, alphas_cumprod(zero_terminal_snr)), prediction)
     return Levels(schedule.alphas[:-1], schedule.sigmas[:-1], timesteps, prediction)
 
@@ -50,7 +51,7 @@ def discrete_levels(timesteps: Tensor, prediction: str = "epsilon", zero_termina
 
 def uniform(count: int, generator: Generator) -> Tensor:
     """Sigmas, all of [0, 1) alike."""
-    return torch.rand(count, generator=generator, dtype=torch.float64)
+    return torch.rand(count, generator=generator, **EXACT)
 
 
 def logit_normal(count: int, generator: Generator, mean: float = 0.0, deviation: float = 1.0) -> Tensor:
@@ -58,7 +59,7 @@ def logit_normal(count: int, generator: Generator, mean: float = 0.0, deviation:
 
     diffusers' training scripts take the draw for a place in a falling table, so there a mean above 0 leans to the picture.
     """
-    return torch.sigmoid(mean + deviation * torch.randn(count, generator=generator, dtype=torch.float64))
+    return torch.sigmoid(mean + deviation * torch.randn(count, generator=generator, **EXACT))
 
 
 def mode(count: int, generator: Generator, scale: float = 1.29) -> Tensor:
@@ -68,13 +69,13 @@ def mode(count: int, generator: Generator, scale: float = 1.29) -> Tensor:
     """
     if not -1 <= scale <= 2 / (math.pi - 2):
         raise ConfigError(f"the scale of mode sampling must be from -1 to 2 / (pi - 2) = 1.752, not {scale:g}")
-    u = torch.rand(count, generator=generator, dtype=torch.float64)
+    u = torch.rand(count, generator=generator, **EXACT)
     return 1 - u - scale * (torch.cos(math.pi / 2 * u) ** 2 - 1 + u)
 
 
 def timesteps(count: int, generator: Generator) -> Tensor:
     """Timesteps of SDXL's training: whole numbers from 0 to 999, all alike."""
-    return torch.randint(LEVELS, (count,), generator=generator).double()
+    return torch.randint(LEVELS, (count,), generator=generator, device="cpu").double()
 
 
 # what goes in, what shall come out ----------------------------------------------------------------------------------------
@@ -83,11 +84,12 @@ def timesteps(count: int, generator: Generator) -> Tensor:
 def noised(clean: Tensor, noise: Tensor, levels: Levels) -> Tensor:
     """Latents at each picture's level, `[B, ...]`: float32 at least, as between a sampler's steps, whatever came in."""
     alpha, sigma = _rows(levels.alphas, clean), _rows(levels.sigmas, clean)
-    return alpha * clean + sigma * noise
+    return alpha * clean + sigma * noise.to(clean.device)
 
 
 def target(clean: Tensor, noise: Tensor, levels: Levels) -> Tensor:
     """What the network's raw output should be, `[B, ...]`: the inverse of `schedulers.samplers.clean_noise`."""
+    noise = noise.to(clean.device)
     if levels.prediction == "velocity":
         return noise - clean
     if levels.prediction == "epsilon":
@@ -101,7 +103,7 @@ def target(clean: Tensor, noise: Tensor, levels: Levels) -> Tensor:
 def squared_error(output: Tensor, wanted: Tensor, weights: Tensor | None = None) -> Tensor:
     """The mean over the batch of each picture's mean square error times its weight `[B]`; a scalar, float32 at least."""
     dtype = torch.promote_types(output.dtype, torch.float32)
-    errors = (output.to(dtype) - wanted.to(dtype)).square().flatten(1).mean(1)
+    errors = (output.to(dtype) - wanted.to(output.device, dtype)).square().flatten(1).mean(1)
     return errors.mean() if weights is None else (errors * weights.to(errors.device, dtype)).mean()
 
 

@@ -17,6 +17,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont, UnidentifiedImageError
 
 from eridiff.errors import EridiffError
+from eridiff.files import replacing
 from eridiff.images import METADATA_KEY, first_text, save_png
 
 COARSE = 8  # pixels a block: what is left of a picture when its texture is averaged away
@@ -215,14 +216,6 @@ def _fitted(image: Image.Image, side: int) -> Image.Image:
 
 def write_text(path: Path, text: str) -> Path:
     """A text file that appears whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
-    except OSError as error:
-        raise EridiffError(f"'{path}' cannot be written: {error.strerror or error}") from None
-    finally:
-        if temporary.parent.is_dir():
-            temporary.unlink(missing_ok=True)
     return path

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from eridiff.blocks import unwrapped
 from eridiff.errors import ConfigError
+from eridiff.precision import cudnn_precision, matmul_precision, set_cudnn_precision, set_matmul_precision
 
 CHECKPOINTING = ("forward", "gradient_checkpointing", "_gradient_checkpointing_func")  # set on a module from outside
 
@@ -68,26 +69,11 @@ def _deterministic() -> tuple[bool, bool]:
     return torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
 
 
-def _matmul_precision() -> Any:
-    """By the older call, as long as nobody used the newer one, after which the older refuses."""
-    try:
-        return torch.get_float32_matmul_precision()
-    except RuntimeError:
-        return torch.backends.cuda.matmul.fp32_precision, torch.backends.mkldnn.matmul.fp32_precision  # type: ignore[attr-defined]
-
-
-def _set_matmul_precision(value: Any) -> None:
-    if isinstance(value, str):
-        torch.set_float32_matmul_precision(value)
-    else:
-        torch.backends.cuda.matmul.fp32_precision, torch.backends.mkldnn.matmul.fp32_precision = value  # type: ignore[attr-defined]
-
-
 _cuda = torch.backends.cuda
 FLAGS: dict[str, tuple[Callable[[], Any], Callable[[Any], None]]] = {  # name -> how it is read and set
     **{f"cudnn.{n}": _attribute(torch.backends.cudnn, n) for n in ("enabled", "benchmark", "deterministic")},
-    "cudnn.allow_tf32": _attribute(torch.backends.cudnn, "allow_tf32"),
-    "float32 matmul precision": (_matmul_precision, _set_matmul_precision),
+    "float32 precision of cudnn": (cudnn_precision, set_cudnn_precision),
+    "float32 matmul precision": (matmul_precision, set_matmul_precision),
     **{
         f"cuda.matmul.{n}": _attribute(_cuda.matmul, n)
         for n in ("allow_fp16_reduced_precision_reduction", "allow_bf16_reduced_precision_reduction")
@@ -219,7 +205,7 @@ def tensors(modules: Mapping[str, nn.Module]) -> Iterator[None]:
 
 
 def place(tensor: Tensor) -> tuple[torch.device, int, torch.dtype]:
-    local = getattr(tensor, "_local_tensor", tensor)  # of a tensor that is spread over processes
+    local = _local(tensor)
     return local.device, local.data_ptr(), local.dtype
 
 
@@ -264,12 +250,13 @@ def schedule_free(optimizer: Any) -> Iterator[None]:
                 p.data = data
 
 
-@contextmanager
-def averaged_weights(module: nn.Module, averages: Mapping[str, Tensor] | nn.Module) -> Iterator[None]:
-    """Within the block the module's parameters and buffers are the averages of the same names; others stay as they are.
+Places = dict[str, tuple[dict[str, Any], str, Tensor]]  # name -> the module's table, the name in it, the average
 
-    The module's tables point at other tensors for a while: the trained parameters are not touched. Averages of another dtype
-    or device are cast for the time of the block. Raises ConfigError for a name or a shape that the module does not have.
+
+def places_of(module: nn.Module, averages: Mapping[str, Tensor] | nn.Module) -> Places:
+    """Where averages belong in a module, by name; nothing is moved.
+
+    Raises ConfigError for a name or a shape that the module does not have.
     """
     if isinstance(averages, nn.Module):
         inner = unwrapped(averages)
@@ -288,14 +275,47 @@ def averaged_weights(module: nn.Module, averages: Mapping[str, Tensor] | nn.Modu
     if wrong is not None or not own:
         what = f"have '{wrong}', which {type(module).__name__} has not in that shape" if wrong else "are empty"
         raise ConfigError(f"the averaged weights {what}; give a mapping from the network's names to tensors")
-    kept = {name: places[name][0][places[name][1]] for name in own}
+    return {name: (*places[name], tensor.detach()) for name, tensor in own.items()}
+
+
+@contextmanager
+def averaged_weights(module: nn.Module, averages: Mapping[str, Tensor] | nn.Module) -> Iterator[None]:
+    """Within the block the module's parameters and buffers are the averages of the same names; others stay as they are.
+
+    Averages of the same dtype on the same device take the parameters' places in the module's tables. Others are copied into
+    the parameters' own memory, one tensor at a time, while the trained values wait on the CPU: so averages on the CPU need
+    no memory of the GPU. The same goes for parameters that FSDP2 shards, whose shards it gathers from their own memory.
+    Raises ConfigError for a name or a shape that the module does not have.
+    """
+    pointed: list[tuple[dict[str, Any], str, Tensor]] = []
+    copied: dict[int, tuple[Tensor, Tensor]] = {}
     try:
-        for name, tensor in own.items():
-            table, short = places[name]
-            cast = tensor.detach().to(kept[name].device, kept[name].dtype)
-            table[short] = nn.Parameter(cast, False) if isinstance(kept[name], nn.Parameter) else cast
+        for table, name, average in places_of(module, averages).values():
+            own = table[name]
+            if own.device == average.device and own.dtype == average.dtype and not hasattr(own, "device_mesh"):
+                pointed.append((table, name, own))
+                table[name] = nn.Parameter(average, False) if isinstance(own, nn.Parameter) else average
+            elif id(own) not in copied:
+                local = _local(own.data)  # of `data`, whose changes no graph under construction takes for its own
+                copied[id(own)] = local, local.to("cpu", copy=True)
+                local.copy_(_local(_spread_as(average, own)))
         yield
     finally:
-        for name, tensor in kept.items():
-            table, short = places[name]
-            table[short] = tensor
+        for table, name, own in pointed:
+            table[name] = own
+        for local, trained in copied.values():
+            local.copy_(trained)
+
+
+def _local(tensor: Tensor) -> Tensor:
+    """This process's part of a tensor that is spread over processes; another tensor is its own."""
+    return getattr(tensor, "_local_tensor", tensor)
+
+
+def _spread_as(average: Tensor, own: Any) -> Tensor:
+    """The average spread over processes as the parameter is."""
+    if not hasattr(own, "device_mesh") or hasattr(average, "device_mesh"):
+        return average
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(average.to(own.device), own.device_mesh, own.placements)

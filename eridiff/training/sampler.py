@@ -26,7 +26,7 @@ from eridiff.training.distributed import collected, ranks, sharded
 from eridiff.training.embeddings import EmbeddingCache, on_cpu
 from eridiff.training.fingerprint import changed, fingerprint
 from eridiff.training.record import Entry, drift_of, read_entries, write_page
-from eridiff.training.restore import averaged_weights, undisturbed
+from eridiff.training.restore import averaged_weights, places_of, undisturbed
 from eridiff.weights.locate import TEXT_ENCODERS
 
 log = logging.getLogger(__name__)
@@ -110,8 +110,7 @@ class Sampler:
         self.weights: dict[str, Callable[[], AbstractContextManager[Any]]] = {LIVE: nullcontext, **(weights or {})}
         if ema is not None:
             self.weights["ema"] = lambda: averaged_weights(unwrapped(self.inference.network), ema)
-            with self.weights["ema"]():  # names and shapes are checked before training begins
-                pass
+            places_of(unwrapped(self.inference.network), ema)  # names and shapes are checked before training begins
         drawer = self._drawer()
         self.entries, notices = fitted(drawer, config.sample, drawer.multiple)
         for notice in notices:
@@ -124,10 +123,8 @@ class Sampler:
                 self.prompts = self._encoded(inference.encode_prompt if cache is None else cache.encode)
 
     def _encoded(self, encode: Callable[..., Prompt]) -> list[Prompt]:
-        """Every prompt with what it is steered away from, alone, as `generate` would, never under autocast."""
-        given = [(r["prompt"], r["negative"], r["cfg_scale"]) for r in self.requests]
-        with torch.autocast(self.inference.device.type, enabled=False):
-            return [on_cpu(encode(*what)) for what in given]
+        """Every prompt with what it is steered away from, alone, as `generate` would."""
+        return [on_cpu(encode(r["prompt"], r["negative"], r["cfg_scale"])) for r in self.requests]
 
     @staticmethod
     def first_step(every: int, start: int, skip_first: bool) -> int:
@@ -245,9 +242,8 @@ class Sampler:
                 prompts = self._encoded(drawer.encode_prompt)
             for name, enter in self.weights.items():
                 with enter():
-                    for i in own:
-                        in_time()
-                        result = drawer.generate(**self.requests[i], conditioning=prompts[i], callback=in_time)
+                    told = [{**self.requests[i], "conditioning": prompts[i], "callback": in_time} for i in own]
+                    for i, result in zip(own, drawer.generate_each(told), strict=True):
                         if rank == 0 or not together:
                             self._keep(samples, i, name, result.images[0], result.settings[0], entries)
         finally:

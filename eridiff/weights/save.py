@@ -10,7 +10,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from eridiff.errors import EridiffError
+from eridiff.files import replacing
 from eridiff.models.autoencoder import Autoencoder
 from eridiff.models.flux import Flux
 from eridiff.models.mmdit import MMDiT
@@ -44,18 +44,11 @@ def save_network(
 def write_tensors(
     tensors: Mapping[str, torch.Tensor], path: str | os.PathLike[str], metadata: Mapping[str, str]
 ) -> Path:
-    """A safetensors file, written beside its target and renamed."""
+    """A safetensors file that appears whole or not at all; its folder is made."""
     target = Path(path)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    try:
-        save_file(dict(tensors), temporary, metadata=dict(metadata))
-        umask = os.umask(0)  # the only way to ask for it; safetensors makes files that only their owner can read
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)
-        os.replace(temporary, target)
-    except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
-        raise EridiffError(f"{target} cannot be written: {reason}") from None
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(target) as temporary:
+        try:
+            save_file(dict(tensors), temporary, metadata=dict(metadata))
+        except SafetensorError as error:
+            raise OSError(" ".join(str(error).split())) from None
     return target

@@ -1,0 +1,32 @@
+"""Files that appear whole or not at all, whenever the process is killed."""
+
+import os
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from eridiff.errors import EridiffError
+
+
+@contextmanager
+def replacing(target: Path) -> Iterator[Path]:
+    """A new, empty file beside `target`, which takes target's place at the end of the block; its folder is made.
+
+    The name is random: process numbers repeat over the containers and machines that share a disk. The file is as readable as
+    any new one, even if what writes it makes its own with fewer permissions. Raises EridiffError where it cannot be written;
+    nothing of it is left then.
+    """
+    temporary = target.with_name(f".{target.name}.{secrets.token_hex(8)}.tmp")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "xb") as file:
+            mode = os.fstat(file.fileno()).st_mode
+        yield temporary
+        temporary.chmod(mode & 0o777)
+        os.replace(temporary, target)
+    except OSError as error:
+        raise EridiffError(f"'{target}' cannot be written: {error.strerror or error}") from None
+    finally:
+        if temporary.parent.is_dir():
+            temporary.unlink(missing_ok=True)

@@ -1,0 +1,153 @@
+"""A GPU for machines without one: tensors that say they are on `cuda:0`, compute on the CPU, and refuse what a GPU refuses.
+
+Within `pretend_gpu()` torch behaves as if one CUDA device were there. A tensor on it is a wrapper around a CPU tensor. Python
+reads the device `cuda:0`; torch's C++ reads `meta:0`, since every build has that device's dispatch keys and autograd queue.
+Refused are:
+
+- operations that mix a tensor on the GPU with one on the CPU, other than copies and 0-dim CPU tensors (as CUDA does);
+- float64 on the GPU (CUDA would take it, slowly; MPS has none, and eridiff promises to make none);
+- random numbers drawn on the GPU, which would make an image depend on the device.
+
+Copies between the two are counted: `gpu.to_device`, `gpu.to_host`, the latter being what makes a real GPU wait.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
+from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
+
+CUDA, META, CPU = (
+    torch.device("cuda", 0),
+    torch.device("meta", 0),
+    torch.device("cpu"),
+)  # the meta device itself has no index
+aten = torch.ops.aten
+COPIES = (aten.copy_.default, aten._to_copy.default)
+RANDOM = ("rand", "randn", "normal", "uniform", "bernoulli", "dropout")
+FACTORIES = {
+    torch.zeros, torch.ones, torch.empty, torch.full, torch.tensor, torch.as_tensor, torch.arange, torch.linspace, torch.randn, torch.rand, torch.randint, torch.eye,
+}  # fmt: skip
+
+
+class OnGPU(Tensor):
+    """A tensor on the pretended GPU; `inner` is the CPU tensor that holds its values."""
+
+    inner: Tensor
+
+    @staticmethod
+    def __new__(cls, inner: Tensor) -> "OnGPU":
+        if inner.dtype in (torch.float64, torch.complex128):
+            raise TypeError(f"{inner.dtype} was made on the GPU, of the shape {list(inner.shape)}")
+        made = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+            cls, inner.size(), strides=inner.stride(), storage_offset=inner.storage_offset(), dtype=inner.dtype, device=META
+        )  # fmt: skip
+        made.inner = inner
+        return made
+
+    device = property(lambda self: CUDA)  # type: ignore[assignment]
+    is_meta = property(lambda self: False)  # type: ignore[assignment]
+    is_cuda = property(lambda self: True)  # type: ignore[assignment]
+
+    def data_ptr(self) -> int:
+        return self.inner.data_ptr()
+
+    def __repr__(self) -> str:  # type: ignore[override]
+        return f"OnGPU({self.inner!r})"
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "OnGPU":
+        copied = OnGPU(self.inner.detach().clone()).requires_grad_(self.requires_grad)
+        if isinstance(self, torch.nn.Parameter):
+            copied = torch.nn.Parameter(copied.detach(), self.requires_grad)  # type: ignore[assignment]
+        memo[id(self)] = copied
+        return copied
+
+    @classmethod
+    def __torch_dispatch__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return _on_cpu(function, args, kwargs or {}, None)
+
+
+def _on_cpu(function: Any, args: Any, kwargs: dict[str, Any], gpu: "PretendedGPU | None") -> Any:
+    """Run an operation on the CPU and put its result where the operation would have put it."""
+    given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+    on_gpu = [t for t in given if isinstance(t, OnGPU)]
+    name = str(function)
+    if on_gpu and function not in COPIES:
+        other = next((t for t in given if not isinstance(t, OnGPU) and t.ndim and t.device == CPU), None)
+        if other is not None:
+            raise RuntimeError(f"{name} mixes cuda:0 and a CPU tensor of the shape {list(other.shape)}")
+    if function is aten._fused_sdp_choice.default:
+        return 0  # plain products, which every device has
+    wanted = kwargs.get("device")
+    stays = bool(on_gpu) if wanted is None else torch.device(wanted) == META
+    if stays and any(word in name for word in RANDOM):
+        raise RuntimeError(f"{name} draws random numbers on the GPU")
+    if gpu is not None and function in COPIES:
+        source = args[1] if function is aten.copy_.default else args[0]
+        target = isinstance(args[0], OnGPU) if function is aten.copy_.default else stays
+        if isinstance(source, OnGPU) != target:
+            gpu.to_device += target
+            gpu.to_host += not target
+    if gpu is not None and function is aten._local_scalar_dense.default and on_gpu:
+        gpu.to_host += 1
+    inner_args, inner_kwargs = tree_map_only(OnGPU, lambda t: t.inner, (args, kwargs))
+    if stays and wanted is not None:
+        inner_kwargs = {**inner_kwargs, "device": CPU}
+    if inner_kwargs.get("pin_memory"):
+        inner_kwargs = {**inner_kwargs, "pin_memory": False}
+    out = function(*inner_args, **inner_kwargs)
+    if not stays:
+        return out
+    out = tree_map(lambda t: OnGPU(t) if isinstance(t, Tensor) else t, out)
+    return return_and_correct_aliasing(function, args, kwargs, out) if on_gpu else out
+
+
+class _Devices(TorchFunctionMode):
+    """`cuda` in any call of torch becomes `meta` before C++ sees it, which on this build has no CUDA."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if function is torch.device:
+            return function(*args, **kwargs)
+        if function in FACTORIES and kwargs.get("device") is None and torch.get_default_device().type == "cuda":
+            kwargs["device"] = CUDA
+        if function in (torch.as_tensor, torch.tensor) and kwargs.get("device") is not None:
+            device = kwargs.pop("device")
+            return function(*args, **kwargs, device=CPU).to(_as_meta(device))
+        if function is Tensor.pin_memory:
+            return args[0].clone()
+        args, kwargs = tree_map(_as_meta, (args, kwargs))
+        return function(*args, **kwargs)
+
+
+def _as_meta(value: Any) -> Any:
+    if isinstance(value, torch.device) and value.type == "cuda":
+        return META
+    return META if isinstance(value, str) and (value == "cuda" or value.startswith("cuda:")) else value
+
+
+class PretendedGPU(TorchDispatchMode):
+    """Every operation of torch within the block, and how often data crossed between the CPU and the GPU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.to_device = self.to_host = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return _on_cpu(function, args, kwargs or {}, self)
+
+
+@contextmanager
+def pretend_gpu() -> Iterator[PretendedGPU]:
+    """Within the block torch has a GPU, on which new models are loaded by default."""
+    available, count = torch.cuda.is_available, torch.cuda.device_count
+    torch.cuda.is_available, torch.cuda.device_count = lambda: True, lambda: 1
+    try:
+        with _Devices(), PretendedGPU() as gpu:
+            yield gpu
+    finally:
+        torch.cuda.is_available, torch.cuda.device_count = available, count
