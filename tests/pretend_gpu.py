@@ -53,6 +53,14 @@ class OnGPU(Tensor):
     is_meta = property(lambda self: False)  # type: ignore[assignment]
     is_cuda = property(lambda self: True)  # type: ignore[assignment]
 
+    @property
+    def data(self) -> "OnGPU":  # type: ignore[override]
+        return OnGPU(self.inner.detach())
+
+    @data.setter
+    def data(self, value: "OnGPU") -> None:
+        self.inner = value.inner
+
     def data_ptr(self) -> int:
         return self.inner.data_ptr()
 

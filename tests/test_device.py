@@ -339,8 +339,9 @@ def test_branches_of_every_kind_go_where_the_network_goes(family: str, gpu: Pret
 
 
 def test_a_scale_per_row_works_on_the_gpu(gpu: PretendedGPU) -> None:
-    network = tiny.flux().to("cuda")
-    attached = attach_lora(network, loras.every_kind_on_flux(network), dora="interpolate")
+    network = tiny.flux()
+    lora = loras.every_kind_on_flux(network)
+    attached = attach_lora(network.to("cuda"), lora, dora="interpolate")
     for item, _ in list(attached.patches):
         attached.set_scale({item.target.module: 1.0})
     attached.set_scale({branch.target.module: torch.tensor([0.0, 1.0]) for branch in attached.all_branches()})

@@ -112,7 +112,7 @@ def test_a_damaged_file_is_named(model: Any, tmp_path: Path) -> None:
         kept.encode("a swan")
     (tmp_path / "file").touch()
     kept.folder = tmp_path / "file" / "x"
-    with pytest.raises(EridiffError, match="cannot be made"):
+    with pytest.raises(EridiffError, match="cannot be written"):
         kept.encode("a swan")
 
 

@@ -243,15 +243,15 @@ def test_weights_that_give_no_finite_values_do_not_end_training(model: Any, tmp_
 def test_sampling_that_takes_too_long_stops_between_two_steps(
     model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    settings = section(tmp_path, prompts=["a swan", "a fox"], sample_steps=4, sample_max_seconds=8.5)
+    settings = section(tmp_path, prompts=["a swan", "a fox"], sample_steps=4, sample_max_seconds=6.5)
     sampler = Sampler(model, settings)
     ticks = iter(range(100))
     monkeypatch.setattr(eridiff.training.sampler.time, "monotonic", lambda: float(next(ticks)))
     samples = sampler.sample(0)
-    assert samples.failure == "sample_max_seconds 8.5 had passed" and len(samples.paths) == 1
+    assert samples.failure == "sample_max_seconds 6.5 had passed" and len(samples.paths) == 1
     assert "stopped: sample_max_seconds" in caplog.text
     sampler.raise_errors = True
-    with pytest.raises(TrainingError, match="at step 1 stopped: sample_max_seconds 8.5"):
+    with pytest.raises(TrainingError, match="at step 1 stopped: sample_max_seconds 6.5"):
         sampler.sample(1)
 
 

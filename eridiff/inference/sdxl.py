@@ -177,7 +177,7 @@ class SDXLInference(DiffusionInference):
         options |= {"width": first.images[0].width, "height": first.images[0].height, "seed": seeds}
         options.pop("image", None), options.pop("strength", None), options.pop("mask", None)
         result = refiner.generate(prompt, **options, part=(hand_over, 1.0), noise=first.latents, keep=keep)
-        own = {name: first.settings[0][name] for name in (*self.source, *self.recorded, "handed_in")}
+        own = {name: first.settings[0][name] for name in (*self.source, *self.recorded, "dtypes", "handed_in")}
         both = [{**settings, **self.told_sizes(settings["width"], settings["height"]), **own, "refiner": refiner.source.get("parts"), "hand_over": hand_over, "part": [0.0, 1.0]}
                 for settings in result.settings]  # fmt: skip
         return replace(result, settings=both)
