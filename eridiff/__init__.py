@@ -1,11 +1,52 @@
 """SDXL, Stable Diffusion 3 / 3.5 and Flux in plain PyTorch: a published checkpoint in, a picture out."""
 
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # what type checkers and editors see; a test compares it with the two tables below
+    from eridiff import blocks as blocks
+    from eridiff import errors as errors
+    from eridiff import images as images
+    from eridiff import inference as inference
+    from eridiff import inspect as inspect
+    from eridiff import lora as lora
+    from eridiff import memory as memory
+    from eridiff import models as models
+    from eridiff import run_files as run_files
+    from eridiff import schedulers as schedulers
+    from eridiff import text as text
+    from eridiff import trace as trace
+    from eridiff import training as training
+    from eridiff import weights as weights
+    from eridiff.inference import FluxInference as FluxInference
+    from eridiff.inference import Prompt as Prompt
+    from eridiff.inference import SD35Inference as SD35Inference
+    from eridiff.inference import SDXLInference as SDXLInference
+    from eridiff.inference import load as load
+    from eridiff.lora import attach_lora as attach_lora
+    from eridiff.lora import inject_lora as inject_lora
+    from eridiff.lora import load_lora as load_lora
+    from eridiff.lora import merge_lora as merge_lora
+    from eridiff.lora import save_lora as save_lora
+    from eridiff.models.autoencoder import Autoencoder as Autoencoder
+    from eridiff.models.autoencoder import AutoencoderConfig as AutoencoderConfig
+    from eridiff.models.flux import Flux as Flux
+    from eridiff.models.flux import FluxConfig as FluxConfig
+    from eridiff.models.mmdit import MMDiT as MMDiT
+    from eridiff.models.mmdit import MMDiTConfig as MMDiTConfig
+    from eridiff.models.unet import UNet as UNet
+    from eridiff.models.unet import UNetConfig as UNetConfig
+    from eridiff.text import Conditioning as Conditioning
+    from eridiff.weights.load import load_network as load_network
+    from eridiff.weights.save import save_network as save_network
 
 __version__ = "0.1.0.dev0"
 
-# looked up when first used, so that importing a network imports no text encoder
+# imported on first use, so that importing a network imports no text encoder
+_MODULES = (
+    "blocks", "errors", "images", "inference", "inspect", "lora", "memory", "models", "run_files", "schedulers", "text",
+    "trace", "training", "weights",
+)  # fmt: skip
 _PLACES = {
     "load": "eridiff.inference",
     "FluxInference": "eridiff.inference",
@@ -32,7 +73,15 @@ _PLACES = {
 __all__ = ["__version__", *_PLACES]
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _PLACES:
-        raise AttributeError(f"module 'eridiff' has no attribute {name!r}")
-    return getattr(import_module(_PLACES[name]), name)
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_MODULES, *_PLACES})
+
+
+if not TYPE_CHECKING:  # a type checker that saw it would take every misspelt name for one that exists
+
+    def __getattr__(name: str) -> Any:
+        if name in _MODULES:
+            return import_module(f"eridiff.{name}")
+        if name not in _PLACES:
+            raise AttributeError(f"module 'eridiff' has no attribute {name!r}")
+        return getattr(import_module(_PLACES[name]), name)

@@ -28,7 +28,7 @@ def loss(clean: Tensor, text: Tensor, pooled: Tensor, generator: torch.Generator
     """Of some pictures, at times that the generator draws; this Flux's schedule has no shift."""
     noise = torch.randn(clean.shape, generator=generator).to(clean.device)
     levels = flow_levels(logit_normal(len(clean), generator))
-    times = levels.times.float().to(clean.device)[None]
+    times = levels.times.float().to(clean.device)
     output = network(patchify(noised(clean, noise, levels)), text, pooled, times, (4, 4))
     return squared_error(output, patchify(target(clean, noise, levels)))
 

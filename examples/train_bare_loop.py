@@ -22,7 +22,7 @@ def loss(rows: Tensor, generator: torch.Generator) -> Tensor:
     clean = latents[rows]
     noise = torch.randn(clean.shape, generator=generator)
     levels = flow_levels(logit_normal(len(rows), generator))
-    told = text[rows], pooled[rows], levels.times.float()[None], (4, 4)
+    told = text[rows], pooled[rows], levels.times.float(), (4, 4)
     output = network(patchify(noised(clean, noise, levels)), *told)
     return squared_error(output, patchify(target(clean, noise, levels)))
 

@@ -27,9 +27,7 @@ def main(rank: int) -> None:
         clean = latents[rows]
         noise = torch.randn(clean.shape, generator=generator)
         levels = flow_levels(logit_normal(len(rows), generator))
-        output = network(
-            patchify(noised(clean, noise, levels)), text[rows], pooled[rows], levels.times.float()[None], (4, 4)
-        )
+        output = network(patchify(noised(clean, noise, levels)), text[rows], pooled[rows], levels.times.float(), (4, 4))
         return squared_error(output, patchify(target(clean, noise, levels)))
 
     def measured() -> float:

@@ -31,7 +31,7 @@ class Loss(nn.Module):
     def forward(self, clean: Tensor, text: Tensor, pooled: Tensor) -> dict[str, Tensor]:
         noise = torch.randn(clean.shape, generator=self.generator).to(clean.device)
         levels = flow_levels(logit_normal(len(clean), self.generator))
-        output = self.inner(patchify(noised(clean, noise, levels)), text, pooled, levels.times.float()[None], (4, 4))
+        output = self.inner(patchify(noised(clean, noise, levels)), text, pooled, levels.times.float(), (4, 4))
         return {"loss": squared_error(output, patchify(target(clean, noise, levels)))}
 
 

@@ -47,9 +47,7 @@ def main() -> None:
         text = model.encode_prompt([scene.caption for scene in scenes]).positive
         noise, times = torch.randn_like(clean), torch.rand(len(clean))
         sigma = times[:, None, None, None]
-        found = model.network(
-            patchify((1 - sigma) * clean + sigma * noise), text.text, text.pooled, times[None], (4, 4)
-        )
+        found = model.network(patchify((1 - sigma) * clean + sigma * noise), text.text, text.pooled, times, (4, 4))
         loss = F.mse_loss(found, patchify(noise - clean))
         loss.backward()
         optimizer.step()

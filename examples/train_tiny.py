@@ -284,7 +284,7 @@ def train_flux(work: Path, minutes: float) -> None:
         pick = torch.randint(len(clean), (64,))
         x, noise, t = clean[pick], torch.randn(64, 16, 64), torch.sigmoid(torch.randn(64))
         noised = x + t[:, None, None] * (noise - x)
-        velocity = model(noised, text[rows[pick]], pooled[rows[pick]], t[None], (4, 4))
+        velocity = model(noised, text[rows[pick]], pooled[rows[pick]], t, (4, 4))
         loss = F.mse_loss(velocity, noise - x)
         spent = trainer.step(loss)
         loss_average = 0.98 * loss_average + 0.02 * loss.item() if trainer.steps > 1 else loss.item()

@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Generator, Iterator, Mapping, 
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from types import SimpleNamespace
-from typing import Any, ClassVar, Self, TypeVar
+from typing import Any, ClassVar, Self, TypeVar, Unpack
 
 import torch
 from PIL import Image
@@ -35,6 +35,7 @@ from eridiff.inference.latents import (  # fmt: skip
 )
 from eridiff.inference.loading import fill
 from eridiff.inference.lora import LoraHandle, apply
+from eridiff.inference.options import Options, check_names
 from eridiff.inference.provenance import provenance
 from eridiff.inference.result import Prompt, Result, Step
 from eridiff.inference.settings import Defaults, Table, Text, check_settings, listed, matched, settle_size
@@ -75,19 +76,15 @@ class DiffusionInference(ABC):
     autoencoder: Autoencoder
     sampling: Any  # the variant's Defaults
 
-    def __init__(
-        self, network: nn.Module | None, autoencoder: Autoencoder | None, *, variant: str | None = None,
-        device: torch.device | str | None = None, dtype: torch.dtype | Mapping[str, torch.dtype] | None = None,
-        offload: str | None = None, vae_rows: int | None = None, progress: bool = True,
-    ) -> None:  # fmt: skip
-        """`device` is where a model is loaded to; modules that are handed in stay where they are, and images are computed there.
+    def __init__(self, network: nn.Module | None, autoencoder: Autoencoder | None, **options: Unpack[Options]) -> None:
+        """Modules are used as they are; None is for those that `load_model` fills.
 
-        `offload="stages"` keeps every component on the CPU and moves it to `device` for its stage alone.
-
-        `vae_rows` decodes and encodes in strips of so many rows, exactly and in less memory (memory/strips.py). variant None is
-        told from the network's sizes, and where two have the same from the file's name. dtype, one for
-        all or by component (flux, vae, t5, ...), None is the file's on a GPU and float32 on a CPU with room for it.
+        Raises ConfigError for an option that neither `Options` nor the family has, and for impossible values.
         """
+        own = [name for name in inspect.signature(type(self)).parameters if name != "options"]
+        check_names(type(self).__name__, options, [*own, *Options.__annotations__])
+        variant, device, dtype = options.get("variant"), options.get("device"), options.get("dtype")
+        offload, vae_rows, progress = options.get("offload"), options.get("vae_rows"), options.get("progress", True)
         if offload not in (None, "stages"):
             raise ConfigError(f"offload must be 'stages' or nothing, not {offload!r}")
         if vae_rows is not None and vae_rows < 1:

@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from eridiff.errors import ConfigError
 from eridiff.inference.base import DiffusionInference, Stages
 from eridiff.inference.latents import dtype_of, finite_features
+from eridiff.inference.options import Options
 from eridiff.inference.settings import Defaults, Text, spoken
 from eridiff.models.autoencoder import Autoencoder
 from eridiff.models.flux import Flux, FluxConfig, FluxRun, fill_condition, patchify, unpatchify
@@ -53,12 +54,15 @@ class FluxInference(DiffusionInference):
         t5: T5Encoder | None = None,
         *,
         t5_mask: bool = False,
-        **options: Any,
+        **options: Unpack[Options],
     ) -> None:
-        """Modules are used as they are; clip and t5 may be absent when conditionings are handed in.
+        """Use these modules as they are, or leave them out and call `load_model`.
 
-        t5_mask hides T5's padding, from T5 itself too: for networks trained so; the published ones attend to it.
-        Options are DiffusionInference's: variant (dev, schnell, fill, canny, depth), device, dtype, offload, progress.
+        - network, autoencoder: eridiff's modules, those of a training run for example.
+        - clip, t5: the text encoders; not needed where conditionings are passed in.
+        - t5_mask: hide T5's padding, from T5 itself too, for networks trained that way; the published ones attend to it.
+        - variant: dev, schnell, fill, canny or depth.
+        - device, dtype, offload, vae_rows, progress: as in `eridiff.inference.options.Options`.
         """
         super().__init__(network, autoencoder, **options)
         self.clip, self.t5, self.t5_mask = clip, t5, t5_mask

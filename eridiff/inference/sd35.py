@@ -5,7 +5,7 @@ Source: `sd3_infer.py`, `sd3_impls.py` and `other_impls.py` of Stability-AI/sd3.
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Unpack
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from eridiff.errors import ConfigError
 from eridiff.inference.base import DiffusionInference, Stages
 from eridiff.inference.latents import beside, dtype_of, finite_features
+from eridiff.inference.options import Options
 from eridiff.inference.settings import Defaults, Text, spoken
 from eridiff.models.autoencoder import Autoencoder
 from eridiff.models.mmdit import MMDiT, MMDiTConfig, MMDiTRun
@@ -69,14 +70,18 @@ class SD35Inference(DiffusionInference):
         without_t5: str = "zeros",
         clip_windows: str = "first",
         t5_mask: bool = False,
-        **options: Any,
+        **options: Unpack[Options],
     ) -> None:
-        """Modules are used as they are; the encoders may be absent when conditionings are handed in.
+        """Use these modules as they are, or leave them out and call `load_model`.
 
-        t5_mask hides T5's padding, from T5 itself too: for networks trained so. t5_padding: "original" gives T5 as many tokens as the longest prompt needs, from 77 to 256, "diffusers" always 256.
-        without_t5: where no T5 is loaded, "zeros" in as many rows, or "none". clip_windows: of a prompt beyond CLIP's 77
-        tokens the "first" window, as the original, or "all", each 77 rows. Other options are DiffusionInference's: variant
-        (sd3-medium, sd3.5-medium, sd3.5-large, sd3.5-large-turbo), device, dtype, offload, progress.
+        - network, autoencoder: eridiff's modules, those of a training run for example.
+        - clip, clip_g, t5: the text encoders; not needed where conditionings are passed in.
+        - t5_padding: "original" gives T5 as many tokens as the longest prompt needs, from 77 to 256, "diffusers" always 256.
+        - without_t5: what takes the place of T5's rows when no T5 is loaded: "zeros", as many rows of them, or "none".
+        - clip_windows: of a prompt longer than CLIP's 77 tokens the "first" window, as the original, or "all", 77 rows each.
+        - t5_mask: hide T5's padding, from T5 itself too, for networks trained that way; the published ones attend to it.
+        - variant: sd3-medium, sd3.5-medium, sd3.5-large or sd3.5-large-turbo.
+        - device, dtype, offload, vae_rows, progress: as in `eridiff.inference.options.Options`.
         """
         given = {"t5_padding": t5_padding, "without_t5": without_t5, "clip_windows": clip_windows}
         for name, value in given.items():

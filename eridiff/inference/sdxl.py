@@ -6,7 +6,7 @@ Sources: Stability-AI/generative-models; Podell et al. 2023; the schedulers that
 import logging
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, Unpack
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from eridiff.errors import ConfigError
 from eridiff.inference.base import DiffusionInference, Stages
 from eridiff.inference.latents import beside, dtype_of, finite_features
+from eridiff.inference.options import Options
 from eridiff.inference.result import Prompt, Result
 from eridiff.inference.settings import Defaults, Text, matched, spoken
 from eridiff.models.autoencoder import Autoencoder
@@ -78,16 +79,22 @@ class SDXLInference(DiffusionInference):
         target_size: tuple[int, int] | None = None,
         aesthetic_score: float = 6.0,
         negative_aesthetic_score: float = 2.5,
-        **options: Any,
+        **options: Unpack[Options],
     ) -> None:
-        """Modules are used as they are; the encoders may be absent when conditionings are handed in.
+        """Use these modules as they are, or leave them out and call `load_model`.
 
-        prediction (epsilon, v, sample) and zero_terminal_snr None are what the file says, else epsilon without. A negative
-        prompt that is not given is "zeros" (as in sgm and diffusers; for the refiner always encoded) or "encoded" (as in
-        kohya's scripts and ComfyUI). clip_windows as in SD35Inference. original_size, crop and target_size,
-        (height, width) and (top, left) in pixels, are what the network is told of the picture; None is the picture's own
-        size. The refiner is told aesthetic scores, 0 to 10, in place of the target. Other options are DiffusionInference's:
-        variant (base, refiner, inpaint, turbo, lightning, lcm), device, dtype, offload, progress.
+        - network, autoencoder: eridiff's modules, those of a training run for example.
+        - clip, clip_g: the text encoders; not needed where conditionings are passed in.
+        - prediction: epsilon, v or sample; None is what the file says, else epsilon.
+        - zero_terminal_snr: whether the schedule ends in pure noise; None is what the file says, else not.
+        - empty_negative: what a missing negative prompt is: "zeros", as in sgm and diffusers (the refiner always encodes the
+          empty prompt), or "encoded", as in kohya's scripts and ComfyUI.
+        - clip_windows: of a prompt longer than CLIP's 77 tokens the "first" window or "all", 77 rows each.
+        - original_size, target_size: (height, width) in pixels, given to the network as conditioning; None is the image's size.
+        - crop: (top, left) in pixels, given to the network as conditioning.
+        - aesthetic_score, negative_aesthetic_score: 0 to 10, given to the refiner in place of the target size.
+        - variant: base, refiner, inpaint, turbo, lightning or lcm.
+        - device, dtype, offload, vae_rows, progress: as in `eridiff.inference.options.Options`.
         """
         for name, value, known in (
             ("prediction", prediction, (None, *PREDICTIONS)), ("empty_negative", empty_negative, ("zeros", "encoded")),

@@ -21,7 +21,10 @@ from eridiff.models.layers import (
     RMSNorm,
     Stream,
     VectorMLP,
+    check_shape,
+    forward_times,
     modulated,
+    prepare_times,
     seen_keys,
     split_heads,
     timestep_sinusoid,
@@ -222,13 +225,14 @@ class Flux(nn.Module):
     def conditioning_vector(self, pooled: Tensor, times: Tensor, guidance: Tensor | None) -> Tensor:
         """pooled `[B, P]`, times `[T]` or `[T, B]` in [0, 1], guidance `[B]` -> `[B, T, hidden]`."""
         dtype = self.time_in.in_layer.weight.dtype
-        times = times[:, None] if times.ndim == 1 else times
+        by_row = prepare_times(times, pooled.shape[0])
         vec = self.time_in(
-            timestep_sinusoid(times.T).to(pooled.device, dtype)
+            timestep_sinusoid(by_row).to(pooled.device, dtype)
         )  # B T hidden, B = 1 if the times are shared
         if self.guidance_in is not None:
             if guidance is None:
                 raise ConfigError("this Flux has a guidance embedding: give guidance [B], 3.5 for dev")
+            check_shape("guidance", guidance, B=pooled.shape[0])
             vec = vec + self.guidance_in(timestep_sinusoid(guidance).to(pooled.device, dtype))[:, None]
         return vec + self.pooled_in(pooled)[:, None]
 
@@ -253,6 +257,11 @@ class Flux(nn.Module):
             if grid is None:
                 raise ConfigError("Flux.prepare needs the grid of the picture's tokens or their position ids")
             ids = position_ids(grid)
+        check_shape("text", text, B=None, L=None, text_width=self.config.text_width)
+        check_shape("pooled", pooled, B=text.shape[0], pooled_width=self.config.pooled_width)
+        check_shape("ids", ids, N=None, axes=len(self.config.rope_axes))
+        if mask is not None:
+            check_shape("mask", mask, B=text.shape[0], L=text.shape[1])
         all_ids = torch.cat([ids.new_zeros(text.shape[1], ids.shape[1]), ids])  # text tokens stand at zero, unrotated
         vec = F.silu(self.conditioning_vector(pooled, times, guidance))
         return FluxRun(
@@ -285,5 +294,12 @@ class Flux(nn.Module):
         ids: Tensor | None = None,
         mask: Tensor | None = None,
     ) -> Tensor:
-        """One evaluation, the way training calls it: times `[1, B]`; the rest as in `prepare` and `step`."""
-        return self.step(latents, self.prepare(text, pooled, times, grid, guidance, ids, mask), 0)
+        """One evaluation, as in training; the rest as in `prepare` and `step`.
+
+        times `[B]`, one per row (`[1, B]` is the same), or one for all rows: a scalar or `[1]`.
+        """
+        run = self.prepare(text, pooled, forward_times(latents, text, times), grid, guidance, ids, mask)
+        tokens = run.rope.shape[1] - text.shape[1]  # of the grid or the ids
+        hint = ": patchify the latents first, into the tokens that the grid or the ids name"
+        check_shape("latents", latents, hint, B=text.shape[0], N=tokens, in_channels=self.config.in_channels)
+        return self.step(latents, run, 0)

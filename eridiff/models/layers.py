@@ -10,6 +10,40 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from eridiff.errors import ConfigError
+
+
+def check_shape(name: str, tensor: Tensor, hint: str = "", /, **sizes: int | None) -> None:
+    """Raises ConfigError unless `tensor` has the dimensions `sizes`, in this order; None is any size."""
+    pairs = zip(tensor.shape, sizes.values(), strict=False)
+    if tensor.ndim != len(sizes) or any(size is not None and found != size for found, size in pairs):
+        needed = ", ".join(letter if size is None else f"{letter}={size}" for letter, size in sizes.items())
+        raise ConfigError(f"{name} has the shape {list(tensor.shape)}, not [{needed}]{hint}")
+
+
+def forward_times(latents: Tensor, text: Tensor, times: Tensor) -> Tensor:
+    """The times of `forward` as `prepare` takes them: `[B]`, `[1, B]` -> `[1, B]`; one for all rows, `[]`, `[1]` -> `[1, 1]`.
+
+    Raises ConfigError for any other shape, and unless text has as many rows as latents.
+    """
+    rows = latents.shape[0]
+    row = times[0] if times.ndim == 2 and times.shape[0] == 1 else times
+    if text.shape[0] != rows or row.ndim > 1 or (row.numel() != 1 and row.numel() != rows):
+        raise ConfigError(
+            f"latents {list(latents.shape)}, text {list(text.shape)} and times {list(times.shape)} do not fit: "
+            "text [B, L, D] must have as many rows as latents, and times [B] one number for each row"
+        )
+    return times.reshape(1, -1)
+
+
+def prepare_times(times: Tensor, rows: int) -> Tensor:
+    """The times of `prepare`, `[T]` or `[T, B]` -> `[1, T]` or `[B, T]`; raises ConfigError for any other shape."""
+    if times.ndim == 1:
+        return times[None]
+    if times.ndim != 2 or times.shape[1] not in (1, rows):
+        raise ConfigError(f"times has the shape {list(times.shape)}; prepare takes [T], or [T, {rows}] for {rows} rows")
+    return times.T
+
 
 def wide(dtype: torch.dtype) -> torch.dtype:
     """float32, or float64 where `dtype` is float64: the precision of what the originals force to float32."""

@@ -22,7 +22,10 @@ from eridiff.models.layers import (
     Stream,
     StreamInput,
     VectorMLP,
+    check_shape,
+    forward_times,
     modulated,
+    prepare_times,
     seen_keys,
     split_heads,
     timestep_sinusoid,
@@ -232,9 +235,8 @@ class MMDiT(nn.Module):
 
     def conditioning_vector(self, pooled: Tensor, times: Tensor) -> Tensor:
         """pooled `[B, P]`, times `[T]` or `[T, B]` in [0, 1] -> `[B, T, hidden]`."""
-        times = times[:, None] if times.ndim == 1 else times
-        dtype = self.time_in.in_layer.weight.dtype
-        sinusoid = timestep_sinusoid(times.T).to(pooled.device, dtype)  # B T 256, B = 1 if shared
+        by_row, dtype = prepare_times(times, pooled.shape[0]), self.time_in.in_layer.weight.dtype
+        sinusoid = timestep_sinusoid(by_row).to(pooled.device, dtype)  # B T 256, B = 1 if shared
         return self.time_in(sinusoid) + self.pooled_in(pooled)[:, None]
 
     def prepare(
@@ -246,6 +248,10 @@ class MMDiT(nn.Module):
         of the run; the `grid = (h, w)` of the picture's patches. `mask` `[B, L]` bool hides text tokens; the published
         networks see all, padding too. Raises ConfigError for a grid beyond the table.
         """
+        check_shape("text", text, B=None, L=None, text_width=self.config.text_width)
+        check_shape("pooled", pooled, B=text.shape[0], pooled_width=self.config.pooled_width)
+        if mask is not None:
+            check_shape("mask", mask, B=text.shape[0], L=text.shape[1])
         vec = F.silu(self.conditioning_vector(pooled, times))
         return MMDiTRun(
             text=self.text_in(text),
@@ -272,6 +278,11 @@ class MMDiT(nn.Module):
         self, latents: Tensor, text: Tensor, pooled: Tensor, times: Tensor, skip_blocks: Container[int] = (),
         mask: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
-        """One evaluation, the way training calls it: times `[1, B]`; the rest as in `prepare` and `step`."""
+        """One evaluation, as in training; the rest as in `prepare` and `step`.
+
+        times `[B]`, one per row (`[1, B]` is the same), or one for all rows: a scalar or `[1]`.
+        """
+        check_shape("latents", latents, B=None, in_channels=self.config.in_channels, height=None, width=None)
         grid = (latents.shape[2] // 2, latents.shape[3] // 2)
-        return self.step(latents, self.prepare(text, pooled, times, grid, mask), 0, skip_blocks)
+        run = self.prepare(text, pooled, forward_times(latents, text, times), grid, mask)
+        return self.step(latents, run, 0, skip_blocks)

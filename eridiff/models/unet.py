@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from eridiff.errors import ConfigError
-from eridiff.models.layers import Attention, VectorMLP, sinusoid
+from eridiff.models.layers import Attention, VectorMLP, check_shape, forward_times, prepare_times, sinusoid
 
 
 @dataclass(frozen=True)
@@ -341,13 +341,12 @@ class UNet(nn.Module):
     def conditioning_vector(self, vector: Tensor, times: Tensor, guidance: Tensor | None = None) -> Tensor:
         """vector `[B, V]`, times `[T]` or `[T, B]` in [0, 999], guidance `[B]` -> `[B, T, 4 * channels]`."""
         dtype = self.conv_in.weight.dtype
-        times = times[:, None] if times.ndim == 1 else times
-        embedded = sinusoid(times.T, self.config.channels).to(
-            vector.device, dtype
-        )  # B T channels, B = 1 if the times are shared
+        by_row = prepare_times(times, vector.shape[0])
+        embedded = sinusoid(by_row, self.config.channels).to(vector.device, dtype)  # B T channels, B = 1 if shared
         if self.guidance_in is not None:
             if guidance is None:
                 raise ConfigError("this UNet has a guidance embedding: give guidance [B], 8 for lcm-sdxl")
+            check_shape("guidance", guidance, B=vector.shape[0])
             embedded = embedded + self.guidance_in(guidance_sinusoid(guidance).to(vector.device, dtype))[:, None]
         return self.time_in(embedded) + self.vector_in(vector)[:, None]
 
@@ -357,6 +356,8 @@ class UNet(nn.Module):
         text `[B, L, text_width]`, vector `[B, vector_width]` (`size_vector`); times `[T]` or `[T, B]`, places in the
         training's table of 1000, which may be fractions; guidance `[B]`, only for networks with that embedding.
         """
+        check_shape("text", text, B=None, L=None, text_width=self.config.text_width)
+        check_shape("vector", vector, B=text.shape[0], vector_width=self.config.vector_width)
         vec = F.silu(self.conditioning_vector(vector, times, guidance))
         down, up = (tuple(stage.prepare(vec, text) for stage in stages) for stages in (self.down, self.up))  # type: ignore[operator]
         return UNetRun(down, self.middle.prepare(vec, text), up)
@@ -378,5 +379,9 @@ class UNet(nn.Module):
     def forward(
         self, latents: Tensor, text: Tensor, vector: Tensor, times: Tensor, guidance: Tensor | None = None
     ) -> Tensor:
-        """One evaluation, the way training calls it: times `[1, B]`; the rest as in `prepare` and `step`."""
-        return self.step(latents, self.prepare(text, vector, times, guidance), 0)
+        """One evaluation, as in training; the rest as in `prepare` and `step`.
+
+        times `[B]`, one per row (`[1, B]` is the same), or one for all rows: a scalar or `[1]`.
+        """
+        check_shape("latents", latents, B=None, in_channels=self.config.in_channels, height=None, width=None)
+        return self.step(latents, self.prepare(text, vector, forward_times(latents, text, times), guidance), 0)

@@ -21,7 +21,7 @@ PREDICTIONS = ("velocity", "epsilon", "v", "sample")
 
 @dataclass(frozen=True)
 class Levels:
-    """The noise levels of a batch; float64 on the CPU. `times[None]` is what a network's `forward` takes."""
+    """The noise levels of a batch; float64 on the CPU. a network's `forward` takes `times`."""
 
     alphas: Tensor  # [B]
     sigmas: Tensor  # [B]

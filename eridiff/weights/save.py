@@ -10,12 +10,13 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
+from eridiff.errors import ConfigError
 from eridiff.files import replacing
 from eridiff.models.autoencoder import Autoencoder
 from eridiff.models.flux import Flux
 from eridiff.models.mmdit import MMDiT
 from eridiff.models.unet import UNet
-from eridiff.weights.detect import sizes_of
+from eridiff.weights.detect import DESCRIPTIONS, sizes_of
 from eridiff.weights.keymap import key_map
 from eridiff.weights.load import NETWORKS
 
@@ -30,10 +31,17 @@ def save_network(
 ) -> Path:
     """Write the module's parameters under a layout's names, its configuration as metadata `eridiff.config`.
 
-    The file appears whole or not at all. Raises EridiffError when it cannot be written.
+    The file appears whole or not at all. Raises ConfigError for another module and for an unknown layout, EridiffError when
+    the file cannot be written.
     """
-    network = next(name for name, kind in NETWORKS.items() if type(module) is kind)
-    found = key_map(network).layouts[layout]
+    network = next((name for name, kind in NETWORKS.items() if type(module) is kind), None)
+    if network is None:
+        known = ", ".join(kind.__name__ for kind in NETWORKS.values())
+        raise ConfigError(f"a {type(module).__name__} cannot be saved; pass one of eridiff's networks: {known}")
+    layouts = key_map(network).layouts
+    if layout not in layouts:
+        raise ConfigError(f"'{layout}' is not a layout of {DESCRIPTIONS[network]}; there are {', '.join(layouts)}")
+    found = layouts[layout]
     sizes = sizes_of(module.config)
     state = {n: t.detach().cpu().to(dtype or t.dtype).contiguous() for n, t in module.state_dict().items()}
     foreign = {name: tensor.contiguous().clone() for name, tensor in found.to_foreign(state, sizes).items()}

@@ -1,0 +1,56 @@
+"""What can be set when a model is loaded: the shared options, once, and those of the families together for `eridiff.load`."""
+
+from collections.abc import Collection, Iterable, Mapping
+from difflib import get_close_matches
+from typing import TypedDict
+
+import torch
+
+from eridiff.errors import ConfigError
+
+
+class Options(TypedDict, total=False):
+    """The options that every family has.
+
+    - variant: a published variant of the family; None decides by the network's sizes, and among equal sizes by the file's name.
+    - device: where a model is loaded to; None is CUDA where there is any, else the CPU. Modules that are handed in stay where
+      they are, and images are computed there.
+    - dtype: one for all components or by component (flux, vae, t5, ...); None is the file's on a GPU, and float32 on a CPU
+      with room for it.
+    - offload: "stages" keeps every component on the CPU and moves it to the device only for its stage.
+    - vae_rows: the autoencoder works in strips of so many rows, exactly and in less memory (memory/strips.py).
+    - progress: whether to show progress bars, True by default.
+    """
+
+    variant: str | None
+    device: torch.device | str | None
+    dtype: torch.dtype | Mapping[str, torch.dtype] | None
+    offload: str | None
+    vae_rows: int | None
+    progress: bool
+
+
+class LoadOptions(Options, total=False):
+    """The options of all families; a family's constructor says what its own mean, and refuses the others."""
+
+    t5_mask: bool  # Flux, SD 3
+    t5_padding: str  # SD 3
+    without_t5: str
+    clip_windows: str  # SD 3, SDXL
+    prediction: str | None  # SDXL
+    zero_terminal_snr: bool | None
+    empty_negative: str
+    original_size: tuple[int, int] | None
+    crop: tuple[int, int]
+    target_size: tuple[int, int] | None
+    aesthetic_score: float
+    negative_aesthetic_score: float
+
+
+def check_names(owner: str, given: Iterable[str], known: Collection[str]) -> None:
+    """Raises ConfigError, with the nearest known name, unless all given options are known."""
+    for name in given:
+        if name not in known:
+            near = get_close_matches(name, known, 1)
+            hint = f"did you mean '{near[0]}'?" if near else f"it has {', '.join(known)}"
+            raise ConfigError(f"{owner} has no option '{name}'; {hint}")
