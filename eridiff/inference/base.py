@@ -25,6 +25,7 @@ from eridiff.inference.lora import LoraHandle, apply
 from eridiff.inference.provenance import provenance
 from eridiff.inference.result import Prompt, Result, Step
 from eridiff.inference.settings import Defaults, Table, Text, check_settings, listed, matched, settle_size
+from eridiff.inference.words import Words
 from eridiff.lora.attach import Scale
 from eridiff.lora.load import Lora
 from eridiff.memory.stages import on_device
@@ -58,6 +59,7 @@ class DiffusionInference(ABC):
     network: Any
     autoencoder: Autoencoder
     sampling: Any  # the variant's Defaults
+    words: Words | None = None  # that the model knows, if its file lists them; set None to end the check of prompts
 
     def __init__(
         self, network: nn.Module | None, autoencoder: Autoencoder | None, *, variant: str | None = None,
@@ -174,6 +176,7 @@ class DiffusionInference(ABC):
         self.network = unwrapped(network)
         self.variant = self.choose_variant(self.network.config, name)
         self.sampling = self.variants[self.variant]
+        self.words = None
 
     def defaults(self) -> Mapping[str, Any]:
         """width, height, steps and whatever else `generate` takes when it is not said."""
@@ -195,6 +198,14 @@ class DiffusionInference(ABC):
         """
         steered = (self.sampling.cfg_scale if cfg_scale is None else cfg_scale) != 1
         return self._encode(listed(prompt), negative, steered)
+
+    def check_words(self, prompts: Sequence[Text]) -> None:
+        """If the model's file lists the words it knows, warn of others in prompts for images (`Words.check`).
+
+        Raises ConfigError for a prompt without a known noun, unless a LoRA is on the model: that may teach new words.
+        """
+        if self.words is not None:
+            self.words.check(prompts, refuse=not self.loras)
 
     def default_negative(self, prompts: list[Text]) -> Prompt:
         """Prompts with what they are steered away from when no negative prompt is given: the empty one."""
@@ -386,6 +397,7 @@ class DiffusionInference(ABC):
         whole_mask = None if mask is None else to_tensor(mask, width, height, mask=True)
 
         if conditioning is None:
+            self.check_words(prompts)
             steered = cfg_scale != 1
             same = all(p == prompts[0] for p in prompts) and (negative is None or len(listed(negative)) == 1)
             with torch.no_grad():
