@@ -34,8 +34,8 @@ from eridiff.training.distributed import agreed, launched, spread
 from eridiff.weights.locate import DENOISERS, PART_NAMES, locate
 
 BUILT_IN_PROMPTS = (
-    "a swan on mars", "a big fox at night", "a robot on the sea", "a small pizza in a cave", "a guitar on snow",
-    "a dragon on grass", "a rocket at sunset", "a panda in the desert", "a unicorn in a cave",
+    "a swan on mars", "a big pumpkin at night", "a robot on the sea", "a small pizza in a cave", "a guitar on snow",
+    "a parrot on grass", "a rocket at sunset", "a panda in the desert", "a unicorn in a cave",
 )  # fmt: skip
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 SETTINGS = {  # option -> field of SampleSettings
