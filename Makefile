@@ -4,6 +4,7 @@ BIN = .venv/bin
 .PHONY: sample test check slow test-full oldest wheel
 
 .venv/.base:
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("eridiff needs Python 3.11 or later, and $(PYTHON) is %d.%d: run make sample PYTHON=python3.12" % sys.version_info[:2])'
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install -q "torch==2.13.0"
 	$(BIN)/pip install -q -c constraints.txt -e .
@@ -14,9 +15,13 @@ BIN = .venv/bin
 	$(BIN)/pip install -q --no-deps "diffsynth==1.1.7"  # for its copy of the published T5 tokenizer alone
 	touch $@
 
-# pictures of the built-in model
+# images by the built-in model
 sample: .venv/.base
 	$(BIN)/eridiff sample --out samples
+	@echo
+	@echo "Open $$(ls samples/*-contact-sheet.png | tail -1) to see all images. To go on:"
+	@echo '    source .venv/bin/activate'
+	@echo '    eridiff sample --prompt "a fox on snow"'
 
 test: .venv/.dev
 	$(BIN)/python -m pytest

@@ -27,16 +27,17 @@ from eridiff.inference.sd35 import OPTIONS as TEXT_OPTIONS
 from eridiff.inference.sdxl import PREDICTIONS
 from eridiff.inference.section import fitted, picture_paths, picture_requests, told_sizes
 from eridiff.inference.settings import check_settings, check_size
+from eridiff.inference.words import read_words
 from eridiff.inspect import inspect, summary
 from eridiff.lora.ledger import counted
 from eridiff.run_files import load_config
 from eridiff.schedulers.samplers import SAMPLERS
 from eridiff.training.distributed import agreed, launched, ranks, spread
-from eridiff.weights.locate import PART_NAMES
+from eridiff.weights.locate import DENOISERS, PART_NAMES, locate
 
 BUILT_IN_PROMPTS = (
-    "a swan on mars", "a big fox at night", "a robot on the sea", "a small pizza in a cave", "a guitar on snow",
-    "a dragon on grass", "a rocket at sunset", "a panda in the desert", "a unicorn in a cave",
+    "a swan on mars", "a big pumpkin at night", "a robot on the sea", "a small pizza in a cave", "a guitar on snow",
+    "a parrot on grass", "a rocket at sunset", "a panda in the desert", "a unicorn in a cave",
 )  # fmt: skip
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 SETTINGS = {  # option -> field of SampleSettings
@@ -172,7 +173,7 @@ def _parser() -> argparse.ArgumentParser:
         "--out", metavar="FOLDER", help="where pictures are written (samples); a name ending in .png is one file"
     )
     sample.add_argument("--quiet", action="store_true", help="print nothing but errors")
-    sample.add_argument("--list", action="store_true", help="show the words that the built-in model knows")
+    sample.add_argument("--list", action="store_true", help="show the words that the built-in model knows, or --model")
 
     again = commands.add_parser(
         "resample", help="draw a picture again", description="Draw a picture again from what its own PNG says."
@@ -217,11 +218,7 @@ def _sample_on_every_rank(options: argparse.Namespace) -> int:
 def _sample(options: argparse.Namespace) -> int:
     say = (lambda *_: None) if options.quiet else print
     if options.list:
-        words = json.loads((Path(BUILT_IN) / "words.json").read_text())
-        for name, entries in words.items():
-            print(f"{name}: {', '.join(entries)}")
-        print('a prompt is "a [size] NOUN BACKGROUND", such as "a small fox at night"')
-        return 0
+        return _list_words(BUILT_IN if options.model is None else options.model)
     config = agreed(
         _merged(load_config(options.config) if options.config else RunConfig(), options)
     )  # random seeds too
@@ -252,6 +249,17 @@ def _sample(options: argparse.Namespace) -> int:
         say(f"eridiff: {notice}")
     for path in _draw(model, entries, refiner, loras):
         say(path)
+    return 0
+
+
+def _list_words(model: str) -> int:
+    components = locate(model).components
+    words = next((read_words(components[name]) for name in DENOISERS if name in components), None)
+    if words is None:
+        raise ConfigError(f"'{model}' lists no words that it knows; the built-in model does")
+    for name, entries in vars(words).items():
+        print(f"{name.replace('_', ' ')}: {', '.join(entries)}")
+    print(f'a prompt is "{words.pattern}", such as "a {words.sizes[0]} {words.nouns[0]} {words.backgrounds[0]}"')
     return 0
 
 
@@ -303,6 +311,8 @@ def _draw(
         raise ConfigError(f"'{out}' is one file and there are {len(entries)} prompts; give a folder")
     start = agreed(0 if single else _next_number(out))
     requests = picture_requests(model, entries)
+    model.check_words([request["prompt"] for request in requests])
+    model.words = None  # `generate` need not say it again for each image
     rank, size = ranks()
 
     def results() -> Iterator[Result]:

@@ -1,5 +1,7 @@
 """Train the built-in small Flux: `python examples/train_tiny.py codec`, `flux` (at the same time), then `export`.
 
+`describe` writes the metadata of the exported network anew: how it is sampled, and which words it knows.
+
 The latents are a whitened linear code of 8 x 8 patches (their 16 principal components), so decoder, encoder and Flux
 are trained apart: the Flux never waits. A second run goes on from the weights of the first. Muon (Jordan 2024) on the matrices, AdamW on the rest; the moving average is kept.
 """
@@ -14,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from tiny_world import BACKGROUNDS, NOUNS, Scene, World, scenes, words
+from tiny_world import BACKGROUNDS, NOUNS, SIZES, Scene, World, scenes, words
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
@@ -27,9 +29,14 @@ FLUX = FluxConfig(
     guidance=False,
 )  # fmt: skip
 T5_LENGTH, CLIP_LENGTH = 12, 16
+WORDS = {  # as eridiff/inference/words.py reads them
+    "nouns": list(NOUNS), "backgrounds": list(BACKGROUNDS), "sizes": [size for size in SIZES if size],
+    "function_words": sorted({*words()} - {*NOUNS, *SIZES, *(background.split()[-1] for background in BACKGROUNDS)}),
+}  # fmt: skip
 FLUX_METADATA = {
     "modelspec.title": "tiny-flux",
     "eridiff.sampling": json.dumps({"steps": 8, "text_length": T5_LENGTH, "width": 64, "height": 64}),
+    "eridiff.words": json.dumps(WORDS),
 }
 ASSETS = Path(__file__).parents[1] / "eridiff" / "assets" / "tiny-flux"
 
@@ -315,18 +322,29 @@ def export(work: Path) -> None:
     clip_config = {"num_attention_heads": 2, "hidden_act": "quick_gelu", "projection_dim": 64}
     write_tensors(t5_state, ASSETS / "t5.safetensors", {"eridiff.config": json.dumps({"t5": {}})})
     write_tensors(clip_state, ASSETS / "clip.safetensors", {"eridiff.config": json.dumps({"clip": clip_config})})
-    listing = {"nouns": list(NOUNS), "backgrounds": list(BACKGROUNDS), "sizes": ["small", "big"]}
-    (ASSETS / "words.json").write_text(json.dumps(listing, indent=1) + "\n")
+
+
+def describe() -> None:
+    """Give the network's file the metadata of today; its tensors stay as they are, bit for bit."""
+    from eridiff.weights.header import open_checkpoint
+    from eridiff.weights.save import write_tensors
+
+    file = open_checkpoint(ASSETS / "flux.safetensors")
+    write_tensors({name: file.read(name).clone() for name in file.tensors}, file.path, file.metadata | FLUX_METADATA)
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("stage", choices=["codec", "flux", "export"])
+    parser.add_argument("stage", choices=["codec", "flux", "export", "describe"])
     parser.add_argument("--work", type=Path, default=Path("runs/tiny"))
     parser.add_argument("--minutes", type=float, default=40)
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
-    {"codec": train_codec, "flux": train_flux}[options.stage](
-        options.work, options.minutes
-    ) if options.stage != "export" else export(options.work)
+    stages = {
+        "codec": lambda: train_codec(options.work, options.minutes),
+        "flux": lambda: train_flux(options.work, options.minutes),
+        "export": lambda: export(options.work),
+        "describe": describe,
+    }
+    stages[options.stage]()

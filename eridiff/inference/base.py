@@ -39,6 +39,7 @@ from eridiff.inference.options import Options, check_names
 from eridiff.inference.provenance import provenance
 from eridiff.inference.result import Prompt, Result, Step
 from eridiff.inference.settings import Defaults, Table, Text, check_settings, listed, matched, settle_size
+from eridiff.inference.words import Words
 from eridiff.lora.attach import Scale
 from eridiff.lora.load import Lora
 from eridiff.memory.stages import on_device
@@ -75,6 +76,7 @@ class DiffusionInference(ABC):
     network: Any
     autoencoder: Autoencoder
     sampling: Any  # the variant's Defaults
+    words: Words | None = None  # that the model knows, if its file lists them; set None to end the check of prompts
 
     def __init__(self, network: nn.Module | None, autoencoder: Autoencoder | None, **options: Unpack[Options]) -> None:
         """Modules are used as they are; None is for those that `load_model` fills.
@@ -204,6 +206,7 @@ class DiffusionInference(ABC):
             raise ConfigError(f"the network is on {own}, not on {asked}: move it there, or give no device")
         self.variant = self.choose_variant(self.network.config, name)
         self.sampling = self.variants[self.variant]
+        self.words = None
 
     def defaults(self) -> Mapping[str, Any]:
         """width, height, steps and whatever else `generate` takes when it is not said."""
@@ -224,6 +227,14 @@ class DiffusionInference(ABC):
         """
         steered = (self.sampling.cfg_scale if cfg_scale is None else cfg_scale) != 1
         return self._finished(self._encoding(listed(prompt), negative, steered))
+
+    def check_words(self, prompts: Sequence[Text]) -> None:
+        """If the model's file lists the words it knows, warn of others in prompts for images (`Words.check`).
+
+        Raises ConfigError for a prompt without a known noun, unless a LoRA is on the model: that may teach new words.
+        """
+        if self.words is not None:
+            self.words.check(prompts, refuse=not self.loras)
 
     def default_negative(self, prompts: list[Text]) -> Stages[Prompt]:
         """Prompts with what they are steered away from when no negative prompt is given: the empty one."""
@@ -466,6 +477,7 @@ class DiffusionInference(ABC):
         mask = None if asked.mask is None else to_tensor(asked.mask, width, height, mask=True)
 
         if conditioning is None:
+            self.check_words(prompts)
             steered = cfg_scale != 1
             same = all(p == prompts[0] for p in prompts) and (
                 asked.negative is None or len(listed(asked.negative)) == 1

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from eridiff.errors import CheckpointError, ConfigError
+from eridiff.inference.words import read_words
 from eridiff.lora.branches import install_slots
 from eridiff.text.encoders import build_encoder
 from eridiff.text.tokenizers import clip_tokenizer, t5_tokenizer
@@ -37,6 +38,7 @@ def fill(drawer: "DiffusionInference", parts: Parts) -> None:
     path = own.checkpoint.path  # a folder is known by the pipeline's or the hub's above it, a file by its own
     name = str(path) if path.is_dir() else "/".join(path.parts[-2:])
     sampling = own_sampling(own, drawer.choose_variant(own.config, name), drawer.variants)
+    words = read_words(own)
 
     def options(name: str) -> dict[str, Any]:
         asked = drawer.dtype.get(name) if isinstance(drawer.dtype, Mapping) else drawer.dtype
@@ -51,7 +53,7 @@ def fill(drawer: "DiffusionInference", parts: Parts) -> None:
     drawer.autoencoder = build(components["vae"], **options("vae"))  # type: ignore[assignment]
     install_slots(network)  # so that a LoRA may come after compiling
     drawer.set_network(network, name)
-    drawer.sampling = sampling
+    drawer.sampling, drawer.words = sampling, words
     drawer.set_encoders({n: build_encoder(components[n], **options(n)) for n in text}, tokenizers)
     drawer.source = {"model": str(path), "parts": _places(parts)}
 

@@ -116,6 +116,7 @@ class Sampler:
         for notice in notices:
             log.info("%s", notice)
         self.requests = picture_requests(drawer, self.entries)
+        inference.check_words([request["prompt"] for request in self.requests])
         self.prompts: list[Prompt] = []
         if not text_in_training:
             with undisturbed(self._modules(), device=inference.device):

@@ -1,0 +1,73 @@
+"""The words that a small model was trained on, and what becomes of a prompt with others.
+
+A model trained on a few words generates mush for the rest. Its network's file can list them in the metadata
+`eridiff.words`: a JSON object of four lists of texts, `nouns`, `backgrounds`, `sizes` and `function_words`.
+"""
+
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+from eridiff.errors import ConfigError
+from eridiff.inference.settings import Text
+from eridiff.weights.detect import Component
+
+log = logging.getLogger(__name__)
+LIST = "eridiff sample --list"
+
+
+@dataclass(frozen=True)
+class Words:
+    """A prompt is "a [SIZE] NOUN BACKGROUND"; a background is a phrase such as "on the sea"."""
+
+    nouns: tuple[str, ...]
+    backgrounds: tuple[str, ...]
+    sizes: tuple[str, ...]
+    function_words: tuple[str, ...]
+
+    @property
+    def pattern(self) -> str:
+        return f"a [{'|'.join(self.sizes)}] NOUN BACKGROUND"
+
+    def check(self, prompts: Sequence[Text], *, refuse: bool = True) -> None:
+        """Warn of each distinct prompt with unknown words, naming them. The empty prompt is allowed.
+
+        Raises ConfigError for a prompt without a known noun, unless refuse is False.
+        """
+        known = {word for group in vars(self).values() for phrase in group for word in phrase.split()}
+        texts = [text for p in prompts for text in ([p] if isinstance(p, str) else p.values())]
+        for text in dict.fromkeys(texts):
+            words = split(text)
+            if refuse and words and not any(set(noun.split()) <= {*words} for noun in self.nouns):
+                raise ConfigError(
+                    f"{text!r} names none of the nouns that this model knows ({', '.join(self.nouns[:3])}, ...); {LIST} shows them all"
+                )
+            unknown = [repr(word) for word in dict.fromkeys(words) if word not in known]
+            if unknown:
+                log.warning(
+                    "this model does not know %s in %r; write prompts as '%s' with the words that %s shows",
+                    ", ".join(unknown), text, self.pattern, LIST,
+                )  # fmt: skip
+
+
+def split(text: str) -> list[str]:
+    """The words of a prompt. The model reads a word with capitals or with marks after it; other signs hide the word."""
+    return [word.rstrip(".,;:!?") or word for word in text.lower().split()]
+
+
+def read_words(component: Component) -> Words | None:
+    """What the file of a network says; None where it says nothing. Raises ConfigError for a list that is not one."""
+    text = component.checkpoint.metadata.get("eridiff.words")
+    if text is None:
+        return None
+    try:
+        given = json.loads(text)
+        if not all(group and isinstance(group, list) and {*map(type, group)} == {str} for group in given.values()):
+            raise ValueError
+        return Words(**{name: tuple(group) for name, group in given.items()})
+    except (ValueError, TypeError, AttributeError):
+        names = ", ".join(field.name for field in fields(Words))
+        raise ConfigError(
+            f"{component.checkpoint.path}: the metadata eridiff.words must be a JSON object of the filled lists {names}"
+        ) from None
