@@ -1,7 +1,7 @@
 """Networks as trainers treat them, from outside: compiled and checkpointed blocks, wrappers around the whole."""
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -48,6 +48,31 @@ def unwrapped(module: nn.Module) -> Any:
         module = inner
         inner = next((m for name in WRAPPERS if (m := module._modules.get(name)) is not None), None)
     return module
+
+
+def members(modules: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+    """Every module inside, once, by its whole name; LoRAs beside a layer, which are in no module's tree, too."""
+    found: dict[int, tuple[str, nn.Module]] = {}
+    for top, whole in modules.items():
+        for name, module in whole.named_modules():
+            own = f"{top}.{name}".rstrip(".")
+            found[id(module)] = (own, module)
+            for i, branch in enumerate(vars(module).get("lora_branches", ())):
+                found[id(branch)] = (f"{own}'s LoRA {i}", branch)
+    return dict(found.values())
+
+
+@contextmanager
+def evaluation(modules: Mapping[str, nn.Module]) -> Iterator[None]:
+    """Evaluation mode, set where torch looks for it: a module's own `eval` may do more, merge an adapter for example."""
+    before = [(module, module.training) for module in members(modules).values()]
+    try:
+        for module, _ in before:
+            module.training = False
+        yield
+    finally:
+        for module, training in before:
+            module.training = training
 
 
 @contextmanager

@@ -19,11 +19,10 @@ sampler = Sampler(flux, {"prompts": ["a swan on mars", "a big fox at night"], "s
 
 def loss(rows: Tensor, generator: torch.Generator) -> Tensor:
     """Of some of the pictures, at times that the generator draws; this Flux's schedule has no shift."""
-    clean = latents[rows]
+    clean, told, whole = (item[rows].to(flux.device) for item in (latents, text, pooled))
     noise = torch.randn(clean.shape, generator=generator)
     levels = flow_levels(logit_normal(len(rows), generator))
-    told = text[rows], pooled[rows], levels.times.float(), (4, 4)
-    output = network(patchify(noised(clean, noise, levels)), *told)
+    output = network(patchify(noised(clean, noise, levels)), told, whole, levels.times.float(), (4, 4))
     return squared_error(output, patchify(target(clean, noise, levels)))
 
 

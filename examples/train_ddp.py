@@ -24,10 +24,10 @@ def main(rank: int) -> None:
     optimizer = torch.optim.AdamW(network.parameters(), lr=3e-4)
 
     def loss(rows: Tensor, generator: torch.Generator) -> Tensor:
-        clean = latents[rows]
+        clean, told, whole = (item[rows].to(flux.device) for item in (latents, text, pooled))
         noise = torch.randn(clean.shape, generator=generator)
         levels = flow_levels(logit_normal(len(rows), generator))
-        output = network(patchify(noised(clean, noise, levels)), text[rows], pooled[rows], levels.times.float(), (4, 4))
+        output = network(patchify(noised(clean, noise, levels)), told, whole, levels.times.float(), (4, 4))
         return squared_error(output, patchify(target(clean, noise, levels)))
 
     def measured() -> float:

@@ -46,12 +46,13 @@ def measured() -> float:
     """On all pictures, always with the same noise at the same times."""
     loss.generator.manual_seed(1)
     with torch.no_grad():
-        return float(loss(*(item.repeat(8, *[1] * (item.ndim - 1)) for item in (latents, text, pooled)))["loss"])
+        every = (item.repeat(8, *[1] * (item.ndim - 1)).to(flux.device) for item in (latents, text, pooled))
+        return float(loss(*every)["loss"])
 
 
 loss = Loss()
 before = measured()
-arguments = TrainingArguments("runs", max_steps=STEPS, per_device_train_batch_size=4, learning_rate=2e-3, report_to=[], save_strategy="no", use_cpu=True, disable_tqdm=True)  # fmt: skip
+arguments = TrainingArguments("runs", max_steps=STEPS, per_device_train_batch_size=4, learning_rate=2e-3, report_to=[], save_strategy="no", disable_tqdm=True)  # fmt: skip
 Trainer(
     loss, arguments, train_dataset=StackDataset(clean=latents, text=text, pooled=pooled), callbacks=[Pictures()]
 ).train()

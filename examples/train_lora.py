@@ -37,7 +37,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("lora"))
     options = parser.parse_args()
     torch.manual_seed(0)
-    model, world, rng = eridiff.load(progress=False), World(), np.random.default_rng(0)
+    model, world, rng = eridiff.load(dtype=torch.float32, progress=False), World(), np.random.default_rng(0)
     lora = eridiff.inject_lora(model.network, options.rank, targets="blocks")
     optimizer = torch.optim.AdamW(lora.parameters(), lr=2e-3)
     decay = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.05, options.steps)
@@ -45,7 +45,7 @@ def main() -> None:
         scenes = random_scenes(16, rng, trained_only=True)
         clean = model.encode_vae(engraved(pictures(world, scenes, rng)))
         text = model.encode_prompt([scene.caption for scene in scenes]).positive
-        noise, times = torch.randn_like(clean), torch.rand(len(clean))
+        noise, times = torch.randn(clean.shape).to(clean.device), torch.rand(len(clean)).to(clean.device)
         sigma = times[:, None, None, None]
         found = model.network(patchify((1 - sigma) * clean + sigma * noise), text.text, text.pooled, times, (4, 4))
         loss = F.mse_loss(found, patchify(noise - clean))

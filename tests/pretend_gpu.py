@@ -6,7 +6,7 @@ Refused are:
 
 - operations that mix a tensor on the GPU with one on the CPU, other than copies and 0-dim CPU tensors (as CUDA does);
 - float64 on the GPU (CUDA would take it, slowly; MPS has none, and eridiff promises to make none);
-- random numbers drawn on the GPU, which would make an image depend on the device.
+- noise drawn on the GPU, which would make an image depend on the device.
 
 Copies between the two are counted: `gpu.to_device`, `gpu.to_host`, the latter being what makes a real GPU wait.
 """
@@ -28,7 +28,8 @@ CUDA, META, CPU = (
 )  # the meta device itself has no index
 aten = torch.ops.aten
 COPIES = (aten.copy_.default, aten._to_copy.default)
-RANDOM = ("rand", "randn", "normal", "uniform", "bernoulli", "dropout")
+BY_INDEX = (aten.index.Tensor, aten.index_put.default, aten.index_put_.default)  # which take indices on the CPU
+RANDOM = ("rand", "normal", "uniform")  # dropout may
 FACTORIES = {
     torch.zeros, torch.ones, torch.empty, torch.full, torch.tensor, torch.as_tensor, torch.arange, torch.linspace, torch.randn, torch.rand, torch.randint, torch.eye,
 }  # fmt: skip
@@ -84,7 +85,7 @@ def _on_cpu(function: Any, args: Any, kwargs: dict[str, Any], gpu: "PretendedGPU
     given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
     on_gpu = [t for t in given if isinstance(t, OnGPU)]
     name = str(function)
-    if on_gpu and function not in COPIES:
+    if on_gpu and function not in (*COPIES, *BY_INDEX):
         other = next((t for t in given if not isinstance(t, OnGPU) and t.ndim and t.device == CPU), None)
         if other is not None:
             raise RuntimeError(f"{name} mixes cuda:0 and a CPU tensor of the shape {list(other.shape)}")

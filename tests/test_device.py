@@ -1,6 +1,8 @@
 """What runs on a CPU runs on a GPU: every way from a prompt to an image, on a pretended GPU (`tests/pretend_gpu.py`)."""
 
 import os
+import re
+import runpy
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -444,3 +446,39 @@ def test_a_refiners_image_records_the_dtypes_of_both(tmp_path: Path) -> None:
     refiner = tiny.load(SDXLInference, tiny.write_sdxl_model(tmp_path / "refiner", tiny.SDXL_REFINER))
     settings = base.generate("a swan", refiner=refiner, seed=1, width=64, height=64, steps=4).settings[0]
     assert settings["dtypes"]["clip"] == "bfloat16"
+
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/training.md", "docs/lora.md"])
+def test_the_code_of_a_document_runs_on_a_gpu(
+    page: str, gpu: PretendedGPU, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    namespace: dict[str, Any] = {}
+    blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / page).read_text(), flags=re.M | re.S)
+    assert len(blocks) > 2
+    for block in blocks:
+        exec(compile(block, page, "exec"), namespace)
+    assert gpu.to_device > 0 or page == "docs/training.md"
+
+
+@pytest.mark.parametrize(
+    ("example", "options"),
+    [
+        ("train_bare_loop", ["2"]),
+        ("train_lora", ["--steps", "1", "--rank", "2"]),
+        ("sample_in_training", ["--steps", "1", "--pictures", "4"]),
+    ],
+)
+def test_an_example_runs_on_a_gpu(
+    example: str, options: list[str], gpu: PretendedGPU, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The loops of accelerate, the Hugging Face Trainer and DDP set devices by themselves, which only a real GPU allows."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    monkeypatch.syspath_prepend(ROOT)
+    monkeypatch.setattr("sys.argv", [example, *options])
+    runpy.run_path(str(ROOT / "examples" / f"{example}.py"), run_name="__main__")
+    assert gpu.to_device > 0 or example == "sample_in_training"

@@ -381,3 +381,22 @@ def test_a_cached_hub_folder_loads(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         found.tobytes()
         == eridiff.load(source, device="cpu", progress=False).generate("a swan", seed=1).images[0].tobytes()
     )
+
+
+def test_an_image_is_generated_without_dropout_and_modes_come_back() -> None:
+    """Of a LoRA in training, whose set is no part of the network, and of the network itself."""
+    from eridiff import inject_lora
+
+    network = tiny.flux(DEV)
+    model = FluxInference(network, tiny.autoencoder(), progress=False)
+    lora = inject_lora(network, 4, dropout=0.5)
+    for parameter in lora.parameters():
+        torch.nn.init.normal_(parameter, std=0.3, generator=torch.Generator().manual_seed(0))
+    network.train(), model.autoencoder.train()
+    modes = [m.training for m in [*network.modules(), *model.autoencoder.modules(), *lora.modules()]]
+    state = torch.get_rng_state()
+    training = draw(model).latents
+    assert torch.equal(torch.get_rng_state(), state)
+    assert [m.training for m in [*network.modules(), *model.autoencoder.modules(), *lora.modules()]] == modes
+    lora.eval()
+    assert torch.equal(training, draw(model).latents)

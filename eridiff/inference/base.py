@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from eridiff.blocks import unwrapped
+from eridiff.blocks import evaluation, unwrapped
 from eridiff.errors import ConfigError
 from eridiff.images import to_images, to_tensor
 from eridiff.inference.latents import (  # fmt: skip
@@ -537,7 +537,7 @@ class DiffusionInference(ABC):
 
     @contextmanager
     def _stage(self, module: nn.Module) -> Iterator[None]:
-        """The block computes with this component: with `offload` it is on the device meanwhile.
+        """The block computes with this component, in evaluation mode, LoRAs included; with `offload` it is on the device meanwhile.
 
         Only the network computes under the caller's autocast: autoencoders and T5 overflow in float16.
         """
@@ -548,6 +548,7 @@ class DiffusionInference(ABC):
         try:
             with (
                 on_device(module, self.device) if self.offload else nullcontext(),
+                evaluation({"": module}),
                 nullcontext() if module is self.network else outside_autocast(self.device),
             ):
                 yield

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from eridiff.blocks import unwrapped
-from eridiff.training.restore import CHECKPOINTING, FLAGS, autocast_types, members
+from eridiff.blocks import members, unwrapped
+from eridiff.training.restore import CHECKPOINTING, FLAGS, autocast_types
 
 
 def digest(tensor: Tensor) -> str:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from eridiff.blocks import unwrapped
+from eridiff.blocks import evaluation, members, unwrapped
 from eridiff.errors import ConfigError
 from eridiff.precision import cudnn_precision, matmul_precision, set_cudnn_precision, set_matmul_precision
 
@@ -143,31 +143,6 @@ def grad_mode() -> Iterator[None]:
         yield
     finally:
         torch.set_grad_enabled(before)
-
-
-def members(modules: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
-    """Every module inside, once, by its whole name; LoRAs beside a layer, which are in no module's tree, too."""
-    found: dict[int, tuple[str, nn.Module]] = {}
-    for top, whole in modules.items():
-        for name, module in whole.named_modules():
-            own = f"{top}.{name}".rstrip(".")
-            found[id(module)] = (own, module)
-            for i, branch in enumerate(vars(module).get("lora_branches", ())):
-                found[id(branch)] = (f"{own}'s LoRA {i}", branch)
-    return dict(found.values())
-
-
-@contextmanager
-def evaluation(modules: Mapping[str, nn.Module]) -> Iterator[None]:
-    """Evaluation mode, set where torch looks for it: a module's own `eval` may do more, merge an adapter for example."""
-    before = [(module, module.training) for module in members(modules).values()]
-    try:
-        for module, _ in before:
-            module.training = False
-        yield
-    finally:
-        for module, training in before:
-            module.training = training
 
 
 @contextmanager
