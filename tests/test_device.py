@@ -26,6 +26,7 @@ from eridiff.precision import matmul_precision
 from eridiff.trace.record import first_difference, record, relative_l2
 from eridiff.training import Sampler, averaged_weights
 from eridiff.training.objective import discrete_levels, flow_levels, noised, squared_error, target, timesteps, uniform
+from eridiff.weights.save import write_tensors
 from tests import families, loras, tiny
 from tests.pretend_gpu import CPU, CUDA, PretendedGPU, pretend_gpu
 
@@ -433,6 +434,7 @@ def test_files_are_written_beside_others_of_the_same_process_number(
     target = tmp_path / "a.safetensors"
     masks: list[int] = []
     monkeypatch.setattr(os, "umask", masks.append)
+    write_tensors({"a": torch.zeros(1)}, target, {})
     with replacing(target) as mine, replacing(target) as theirs:
         assert mine != theirs and mine.parent == theirs.parent == tmp_path
         mine.write_text("mine"), theirs.write_text("theirs")
