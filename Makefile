@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN = .venv/bin
 
-.PHONY: sample test check slow test-full oldest wheel
+.PHONY: sample test check slow test-full gpu oldest wheel
 
 .venv/.base:
 	$(PYTHON) -m venv .venv
@@ -28,6 +28,10 @@ slow: .venv/.dev
 # published sizes with random weights beside diffusers: 12 GB on the disk, 16 GB of memory, a quarter of an hour
 test-full: .venv/.dev
 	$(BIN)/python -m pytest -m full -s
+
+# what only a CUDA device can tell: tests, published sizes with random weights; 8 minutes, results in benchmarks/results
+gpu: .venv/.dev
+	$(BIN)/python -m benchmarks.gpu
 
 check: .venv/.dev
 	$(BIN)/ruff check .
