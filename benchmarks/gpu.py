@@ -32,11 +32,14 @@ def run_rates(bench: Bench) -> None:
 
 
 def run_tests(bench: Bench) -> None:
+    files = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "tests").glob("test_gpu*.py"))
+    run_pytest(bench, files, "not gpu and not slow" if bench.tiny else "gpu")
+
+
+def run_pytest(bench: Bench, files: list[str], chosen: str) -> None:
     """In a process of its own, whose lines are read, so that tests that ended count even if the process does not."""
     if gpu_measure.version("pytest") is None:
         return bench.row("pytest", "not run", "pytest is not installed")
-    files = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "tests").glob("test_gpu*.py"))
-    chosen = "not gpu and not slow" if bench.tiny else "gpu"
     options = ["-o", "addopts=", "-v", "-rfE", "--tb=short", "--color=no", "--noconftest", "-p", "no:cacheprovider"]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "400", "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, "-m", "pytest", *files, *options, "-m", chosen]
@@ -57,10 +60,12 @@ def run_tests(bench: Bench) -> None:
         lines = log.read().splitlines()
     reasons = dict(m.groups() for line in lines if (m := re.match(r"(?:FAILED|ERROR) (\S+::.+?) - (.*)", line)))
     for line in lines:
-        if m := re.match(r"(tests/\S+::.+?) (PASSED|FAILED|ERROR|SKIPPED|XFAIL|XPASS)\b(?: \((.*)\))?", line):
+        if m := re.match(r"(\S+\.py::.+?) (PASSED|FAILED|ERROR|SKIPPED|XFAIL|XPASS)\b(?: \((.*)\))?", line):
             name, outcome, reason = m.groups()
             bench.row(name, {"ERROR": "failed"}.get(outcome, outcome.lower()), reasons.get(name, reason))
-    if process.returncode not in (0, 1) or not bench.section or not bench.section.rows:
+    first = next((i for i, line in enumerate(lines) if re.match(r"=+ (ERRORS|FAILURES) =+", line)), len(lines))
+    bench.section.log = lines[first:][:400]
+    if process.returncode not in (0, 1) or not bench.section.rows:
         bench.row("pytest", "failed", f"{ended}: {' '.join(lines[-3:])}"[:400])
 
 
@@ -103,7 +108,7 @@ def main() -> int:
             section.why = "it was not asked for"
         else:
             run_section(bench, section)
-            print(table(section), flush=True)
+            print(table(section), *section.log, sep="\n", flush=True)
         write(path, machine, told, bench)
     failed = [section.name for section in bench.sections if section.outcome == "failed"]
     left_out = [section.name for section in bench.sections if section.outcome in ("not run", "stopped")]

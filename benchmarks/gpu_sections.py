@@ -26,6 +26,7 @@ class Section:
     why: str | None = "the run ended before"
     seconds: float = 0.0
     rows: dict[str, dict[str, Any]] = field(default_factory=dict)
+    log: list[str] = field(default_factory=list)  # what a process of its own said of its errors
 
     def record(self) -> dict[str, Any]:
         rows = [{"name": name, **row} for name, row in self.rows.items()]
@@ -40,13 +41,12 @@ class Bench:
     budget: Budget
     tiny: bool
     sections: list[Section] = field(default_factory=list)
-    section: Section | None = None
+    section: Section = field(default_factory=lambda: Section("", "", 0, lambda _: None))  # the one that runs
     rates: tuple[float, float] | None = None  # FLOP/s, bytes/s
     flops: dict[str, int] = field(default_factory=dict)  # of a case's forward
 
     def row(self, name: str, outcome: str = "done", why: str | None = None, **values: Any) -> None:
         """Put a row into the section's table, in place of an earlier one of that name."""
-        assert self.section is not None
         self.section.rows[name] = {"outcome": outcome, "why": why, **values}
 
     @contextmanager

@@ -4,13 +4,14 @@ import json
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from benchmarks import gpu_cases
+from benchmarks import gpu, gpu_cases, gpu_networks
 from benchmarks.gpu_measure import Budget
 from benchmarks.gpu_sections import Bench, Section, run_section, table, write
 
@@ -79,6 +80,43 @@ def test_the_work_of_a_published_case_is_counted_right(name: str) -> None:
 
 def bench(seconds: float, *sections: Section) -> Bench:
     return Bench(torch.device("cpu"), Budget(seconds), True, list(sections))
+
+
+OUTCOMES = """
+import pytest
+
+@pytest.mark.parametrize("name", ["with a space"])
+def test_good(name): pass
+def test_bad(): assert 1 == 2, "one is not two"
+def test_absent(): pytest.importorskip("no_such_package")
+def test_without(no_such_fixture): pass
+"""
+
+
+def test_each_test_is_a_row_with_its_reason(tmp_path: Path) -> None:
+    (tmp_path / "test_few.py").write_text(OUTCOMES)
+    section = Section("tests", "", 0, lambda b: gpu.run_pytest(b, [str(tmp_path / "test_few.py")], ""))
+    run_section(bench(100), section)
+    found = {name.split("::")[1]: (row["outcome"], row["why"]) for name, row in section.rows.items()}
+    assert section.outcome == "failed" and found.pop("test_good[with a space]") == ("passed", None)
+    assert found.pop("test_without") == ("failed", None)  # whose reason stands in the log
+    assert "no_such_fixture" in "".join(section.log)
+    for name, outcome, reason in (
+        ("test_bad", "failed", "one is not two"),
+        ("test_absent", "skipped", "no_such_package"),
+    ):
+        assert found[name][0] == outcome and reason in str(found[name][1])
+    assert len(found) == 2
+
+
+def test_without_diffusers_the_table_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_networks, "version", lambda _: None)
+    case = gpu_cases.tiny()[0]
+    section = Section("G1", "", 0, partial(gpu_networks.run_case, case=case, compiled=False))
+    run_section(bench(100), section)
+    absent = {name for name, row in section.rows.items() if row["outcome"] == "not run"}
+    assert absent == {"diffusers", "diffusers, LoRA of rank 16"} and section.outcome == "done"
+    assert "diffusers is not installed" in table(section) and section.rows["ours"]["ms"] > 0
 
 
 def test_an_error_is_a_row_and_the_rest_of_the_section_goes_on() -> None:
