@@ -1,7 +1,7 @@
 """Everything that only a GPU can tell, in one command of at most 8 minutes: `python -m benchmarks.gpu`.
 
 First the tests marked `gpu`. Then the networks at published size with random weights in bfloat16 beside diffusers' with the
-same weights, where diffusers is installed: time in turns, share of the roofline, kernels, memory, parity; a picture of
+same weights, where diffusers is installed: time in turns, share of the roofline, kernels, memory, parity; an image of
 Flux-dev's size under a cap of 24 GiB; and again compiled. Sections that do not fit into what is left of `--seconds` are
 listed as not run; an error becomes a row and the rest goes on. Prints tables and writes
 `benchmarks/results/gpu-<device>.json` after each section; exits with 1 where anything failed. `--tiny` runs all of it on the

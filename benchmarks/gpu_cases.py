@@ -114,7 +114,7 @@ def times(inputs: Inputs, values: list[float]) -> Tensor:
 
 @cache
 def their_ids(grid: tuple[int, int], text: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Positions of the picture's tokens and of the text's."""
+    """Positions of the image's tokens and of the text's."""
     return position_ids(grid, device=device).float(), torch.zeros(text, 3, device=device)
 
 
@@ -136,7 +136,7 @@ def flux_case(
     name: str, what: str, config: FluxConfig, side: int, text: int, seconds: float, compiling: tuple[float, float],
     decoded: AutoencoderConfig | None = None, steps: int = 1,
 ) -> Case:  # fmt: skip
-    """One evaluation; with an autoencoder a whole picture of `steps` steps without shift. `side` in tokens."""
+    """One evaluation; with an autoencoder a whole image of `steps` steps without shift. `side` in tokens."""
     levels = (
         [1 - i / steps for i in range(steps)] if decoded else [0.5]
     )  # 500 and 4000 are exact in bfloat16, in which diffusers takes them

@@ -59,7 +59,7 @@ def run(bench: Bench) -> None:
 
 
 def draw(bench: Bench, name: str, model: FluxInference, capped: bool) -> torch.Tensor:
-    """Latents of a picture in four steps; puts its seconds and its memory into the table."""
+    """Latents of an image in four steps; puts its seconds and its memory into the table."""
     device = bench.device
     on_gpu = device.type == "cuda"
     if on_gpu:

@@ -40,11 +40,11 @@ def pixels(result: Any) -> np.ndarray:
     return np.stack([np.asarray(image) for image in result.images]).astype(int)
 
 
-# pictures -------------------------------------------------------------------------------------------------------------
+# images -------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_picture_equals_the_cpus_within_float32_rounding(family: str, device: torch.device) -> None:
+def test_an_image_equals_the_cpus_within_float32_rounding(family: str, device: torch.device) -> None:
     model = on(device, inference(family))
     assert model.device.type == device.type
     found, plain = draw(model), draw(on("cpu", inference(family)))
@@ -66,8 +66,8 @@ def inpaint() -> Any:
     return eridiff.SDXLInference(network, autoencoder, progress=False)
 
 
-BEGUN: dict[str, tuple[Callable[[], Any], tuple[str, ...]]] = {  # what is drawn with, and which pictures it is given
-    **{f"{family} from a picture": (lambda family=family: inference(family), ("image",)) for family in FAMILIES},  # type: ignore[misc]
+BEGUN: dict[str, tuple[Callable[[], Any], tuple[str, ...]]] = {  # what is drawn with, and which images it is given
+    **{f"{family} from an image": (lambda family=family: inference(family), ("image",)) for family in FAMILIES},  # type: ignore[misc]
     **{f"{family} within a mask": (lambda family=family: inference(family), ("image", "mask")) for family in FAMILIES},  # type: ignore[misc]
     "Flux Fill": (fill, ("image", "mask")),
     "Flux Canny": (control, ("control",)),
@@ -76,7 +76,7 @@ BEGUN: dict[str, tuple[Callable[[], Any], tuple[str, ...]]] = {  # what is drawn
 
 
 @pytest.mark.parametrize("kind", BEGUN)
-def test_a_picture_begins_alike_from_a_file_and_from_tensors_anywhere(kind: str, device: torch.device) -> None:
+def test_an_image_begins_alike_from_a_file_and_from_tensors_anywhere(kind: str, device: torch.device) -> None:
     make, names = BEGUN[kind]
     model = on(device, make())
     values = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
@@ -131,7 +131,7 @@ def test_stages_draw_bit_for_bit_what_resident_modules_draw(
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_default_device_does_not_reach_a_picture(name: str, models: dict[str, Path], device: torch.device) -> None:
+def test_the_default_device_does_not_reach_an_image(name: str, models: dict[str, Path], device: torch.device) -> None:
     model = loaded(models[name], device)
     plain = model.generate("a swan", seed=1, steps=2)
     try:
