@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN = .venv/bin
 
-.PHONY: sample test check slow test-full oldest wheel
+.PHONY: sample test check slow test-full gpu oldest wheel
 
 .venv/.base:
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("eridiff needs Python 3.11 or later, and $(PYTHON) is %d.%d: run make sample PYTHON=python3.12" % sys.version_info[:2])'
@@ -33,6 +33,10 @@ slow: .venv/.dev
 # published sizes with random weights beside diffusers: 12 GB on the disk, 16 GB of memory, a quarter of an hour
 test-full: .venv/.dev
 	$(BIN)/python -m pytest -m full -s
+
+# what only a CUDA device can tell: tests, published sizes with random weights; 8 minutes, results in benchmarks/results
+gpu: .venv/.dev
+	$(BIN)/python -m benchmarks.gpu
 
 check: .venv/.dev
 	$(BIN)/ruff check .

@@ -60,6 +60,7 @@ class OnGPU(Tensor):
 
     @data.setter
     def data(self, value: "OnGPU") -> None:
+        Tensor.data.__set__(self, value)  # type: ignore[attr-defined]
         self.inner = value.inner
 
     def data_ptr(self) -> int:
