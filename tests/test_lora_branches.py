@@ -7,10 +7,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from eridiff.errors import LoraError
 from eridiff.lora import Lora, attach_lora, inject_lora, merge_into, merge_lora
-from tests import tiny
+from tests import loras, tiny
 from tests.loras import (
     EVERY_KIND,
     FAMILIES,
@@ -275,3 +276,53 @@ def test_layers_beside_which_a_branch_would_do_nothing_are_refused() -> None:
     }.items():  # fmt: skip
         with pytest.raises(LoraError, match=words):
             inject_lora(Net(), 2, targets=[pattern])
+
+
+THIN: dict[str, tuple[str, dict[str, tuple[int, ...]]]] = {
+    "lora": ("lora", {"down": (2, 96), "up": (64, 2)}),
+    "lokr": ("lokr", {"lokr_w1": (4, 8), "lokr_w2": (16, 12)}),
+    "lokr of low rank": ("lokr", {"lokr_w1": (4, 8), "lokr_w2_a": (16, 2), "lokr_w2_b": (2, 12)}),
+    "loha": ("loha", {"hada_w1_a": (64, 2), "hada_w1_b": (2, 96), "hada_w2_a": (64, 3), "hada_w2_b": (3, 96)}),
+    "dora": ("lora", {"down": (2, 96), "up": (64, 2), "magnitude": (64,)}),
+    "dora by LyCORIS": ("lora", {"down": (2, 96), "up": (64, 2), "dora_scale": (64, 1)}),
+}
+
+
+@pytest.mark.parametrize("rule", ["peft", "interpolate"])
+@pytest.mark.parametrize("kind", THIN)
+def test_beside_a_linear_layer_nothing_of_the_weights_size_is_made(kind: str, rule: str) -> None:
+    """And what comes out is the changed weight's product, with another LoRA beside it too."""
+    network = nn.Sequential(nn.Linear(96, 64)).double().requires_grad_(False)
+    wanted = loras.item(network, "0", THIN[kind][1], THIN[kind][0], ratio=0.6)
+    other = loras.item(network, "0", {"down": (2, 96), "up": (64, 2)}, seed=9)
+    x = torch.randn(3, 5, 96, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    weight, bias = network[0].weight, network[0].bias
+    change = wanted.change(weight, 0.7, rule) + other.change(weight)
+    expected = torch.nn.functional.linear(x, weight + change, bias)
+    attach_lora(network, Lora((other,)))
+    attach_lora(network, Lora((wanted,)), 0.7, dora=rule)
+
+    class Sizes(TorchDispatchMode):
+        largest = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            out = function(*args, **(kwargs or {}))
+            if isinstance(out, torch.Tensor) and not any(t is weight for t in args):
+                self.largest = max(self.largest, out.untyped_storage().nbytes())
+            return out
+
+    with torch.no_grad(), Sizes() as sizes:
+        found = network(x)
+    assert loras.same(found, expected) and 0 < sizes.largest < weight.nbytes
+
+
+@pytest.mark.parametrize("kind", ["lokr", "loha", "dora"])
+def test_in_bfloat16_a_change_is_as_exact_as_its_rounding(kind: str) -> None:
+    network = nn.Sequential(nn.Linear(96, 64)).requires_grad_(False)
+    wanted = loras.item(network, "0", THIN[kind][1], THIN[kind][0])
+    x = torch.randn(16, 96, generator=torch.Generator().manual_seed(0))
+    expected = torch.nn.functional.linear(x, network[0].weight + wanted.change(network[0].weight), network[0].bias)
+    narrow = network.to(torch.bfloat16)
+    attach_lora(narrow, Lora((wanted,)))
+    distance = float((narrow(x.bfloat16()).float() - expected).norm() / expected.norm())
+    assert distance < 2 * torch.finfo(torch.bfloat16).eps

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from eridiff.errors import LoraError
-from eridiff.lora.deltas import Item
+from eridiff.lora.deltas import Item, kronecker_factors
 from eridiff.lora.names import Target
 
 INTEGERS = ("on_input",)
@@ -33,16 +33,18 @@ def install_slots(network: nn.Module) -> None:
 
 
 def _add_branches(module: Any, inputs: tuple[Tensor], output: Tensor) -> Tensor:
+    plain = output
     for branch in module.lora_branches:
-        output = branch(module, inputs[0], output)
+        output = branch(module, inputs[0], plain, output)
     return output
 
 
 class Branch(nn.Module):
     """One item of a LoRA beside the module that it changes: `out + scale * ratio * up(down(x))`.
 
-    Of LoRA proper only the two thin products are computed, whatever the dtype of the base. The other kinds compute their
-    change of the weight in each call, from the base as it is then.
+    LoRA proper is two thin products in the branch's dtype, whatever that of the base is. So are LoHa and LoKr beside an
+    `nn.Linear`, and DoRA there needs beside them the lengths of the rows, from the weight as it is at the time. The other kinds
+    compute their change of the weight in each call.
     """
 
     scale: Tensor  # float64 on the CPU: 0-dim, or one number for each row of the batch
@@ -54,7 +56,7 @@ class Branch(nn.Module):
         self.told = replace(item, tensors={})
         self.target, self.dora, self.dropout = item.target, dora, dropout
         self.names = tuple(sorted(item.tensors))  # the order of the parameters, by which an optimizer's state is kept
-        self.by_weight = item.kind != "lora" or item.dora
+        self.thin = is_thin(item)
         self.changes_weight, self.changes_bias, self.has_lengths = item.changes_weight, item.changes_bias, item.dora
         for name in self.names:
             if name in INTEGERS:
@@ -93,16 +95,18 @@ class Branch(nn.Module):
         """Where the matrices are."""
         return next(p.device for p in self._parameters.values() if p is not None)
 
-    def forward(self, base: Any, x: Tensor, out: Tensor) -> Tensor:
-        """The module's input and output -> the output with the change added, in the output's dtype."""
+    def forward(self, base: Any, x: Tensor, plain: Tensor, out: Tensor) -> Tensor:
+        """The module's input, its own output, and that with other branches -> the latter with the change, in its dtype."""
         if self.device != x.device:  # the network was moved, and its branches, which are no part of it, were not
             self.to(x.device)
         after = 2 if isinstance(base, nn.Conv2d) else 0  # dimensions behind the features
         parts = []
-        if not self.by_weight:
-            parts.append(weighed(self._low_rank(base, x), self.factor))
+        if not self.has_lengths and (self.told.kind == "lora" or self.thin and isinstance(base, nn.Linear)):
+            parts.append(weighed(self._product(base, x), self.factor))
         elif self.changes_weight:
-            y = self._changed(base, x)
+            dropping = self.training and self.dropout > 0  # then the output is not W times what the branch is given
+            thin = self.thin and isinstance(base, nn.Linear) and not dropping
+            y = self._directed(base, x, plain) if thin else self._changed(base, x)
             parts.append(y if self.scales_rows_inside else weighed(y, self.scale))
         if self.changes_bias:
             bias = self.item.bias_delta(wide(self.target.take(base.bias))).reshape(-1, *[1] * after)
@@ -116,10 +120,18 @@ class Branch(nn.Module):
             change = F.pad(change, (*[0, 0] * after, first, out.shape[features] - last))
         return out + change.to(out.dtype)
 
-    def _low_rank(self, base: Any, x: Tensor) -> Tensor:
-        down, up, mid = (self._parameters.get(name) for name in ("down", "up", "mid"))
-        assert down is not None and up is not None
-        x = F.dropout(x.to(down.dtype), self.dropout, self.training)
+    def _product(self, base: Any, x: Tensor) -> Tensor:
+        """The change of the weight, at ratio 1 and without DoRA, times x."""
+        t: dict[str, Any] = self._parameters
+        x = F.dropout(x.to(t[self.names[0]].dtype), self.dropout, self.training)
+        if self.told.kind == "lokr":  # (A kron B) x = A X B^T, with x as a matrix X of A's columns by B's
+            a, b = kronecker_factors(t)
+            return (a @ F.linear(x.unflatten(-1, (a.shape[1], -1)), b)).flatten(-2)
+        if self.told.kind == "loha":  # a product of two sums of r products is one sum of r * r
+            down = (t["hada_w1_b"][:, None] * t["hada_w2_b"]).flatten(0, 1)
+            up = (t["hada_w1_a"][:, :, None] * t["hada_w2_a"][:, None]).flatten(1)
+            return F.linear(F.linear(x, down), up)
+        down, up, mid = t["down"], t["up"], t.get("mid")
         if not isinstance(base, nn.Conv2d):
             return F.linear(F.linear(x, down.flatten(1)), up.flatten(1))
         where: dict[str, Any] = {"stride": base.stride, "padding": base.padding, "dilation": base.dilation}
@@ -129,6 +141,26 @@ class Branch(nn.Module):
             hidden = F.conv2d(x, down.reshape(down.shape[0], *base.weight.shape[1:]), **where)
         return F.conv2d(hidden, up.reshape(*up.shape[:2], 1, 1))
 
+    def _directed(self, base: Any, x: Tensor, plain: Tensor) -> Tensor:
+        """DoRA beside a linear layer: `(m / n) (W + D) x - W x`, where the rows of W + D have the lengths n and shall have m.
+
+        `n^2 = |W|^2 + 2 W D + |D|^2` row by row, with `D = up down`, needs no second matrix of W's size.
+        """
+        t: dict[str, Any] = self._parameters
+        weight = self.target.take(base.weight)
+        weight = weight.to(t["up"].dtype) if weight.itemsize == 1 else weight
+        down, up, lengths = wide(t["down"]), wide(t["up"]), wide(t["magnitude" if "magnitude" in t else "dora_scale"])
+        ratio: Any = self.factor if self.scales_rows_inside else self.told.ratio
+        square = torch.linalg.vector_norm(weight, dim=1, dtype=up.dtype) ** 2
+        square = square + 2 * ratio * ((weight @ down.T.to(weight.dtype)) * up).sum(1)
+        square = square + ratio**2 * ((up @ (down @ down.T)) * up).sum(1)
+        share = lengths.flatten() / square.clamp_min(0).sqrt()
+        own = plain if base.bias is None else plain - base.bias
+        own = self.target.take(own.movedim(-1, 0)).movedim(0, -1)
+        change = self._product(base, x)
+        # narrowed only now: share is near 1, and of bfloat16's digits none would be left of share - 1
+        return torch.addcmul((share - 1).to(own.dtype) * own, (share * ratio).to(change.dtype), change)
+
     def _changed(self, base: Any, x: Tensor) -> Tensor:
         scale: Any = self.scale if self.scales_rows_inside else 1.0
         change = self.item.change(wide(self.target.take(base.weight)), scale, self.dora)
@@ -136,6 +168,20 @@ class Branch(nn.Module):
         if isinstance(base, nn.Conv2d):
             return F.conv2d(x, change, None, base.stride, base.padding, base.dilation)
         return F.linear(x, change)
+
+
+def is_thin(item: Item) -> bool:
+    """Whether a change is thin products beside an `nn.Linear`: LoRA, LoHa, LoKr, and LoRA with DoRA's lengths of rows."""
+    t = item.tensors
+    if item.dora:
+        lengths = t.get("magnitude", t.get("dora_scale"))
+        return item.kind == "lora" and lengths is not None and len(lengths) == len(t["up"]) and t["up"].ndim == 2
+    if item.kind == "loha" and "hada_t1" not in t:  # with r * r products, which must be worth it
+        sums = t["hada_w1_a"].shape[1] * t["hada_w2_a"].shape[1]
+        return 4 * sums <= min(t["hada_w1_a"].shape[0], t["hada_w1_b"].shape[1])
+    return (
+        item.kind == "lora" or item.kind == "lokr" and all(t[name].ndim == 2 for name in t if name.startswith("lokr"))
+    )
 
 
 def weighed(y: Tensor, scale: Tensor) -> Tensor:
