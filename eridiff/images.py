@@ -1,6 +1,7 @@
 """Pictures in and out: tensors in [-1, 1], 8-bit PNGs that say how they were drawn, contact sheets."""
 
 import json
+import logging
 import math
 import os
 import re
@@ -10,12 +11,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, PngImagePlugin, UnidentifiedImageError
+from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 from torch import Tensor
 
 from eridiff.errors import ConfigError, EridiffError
 from eridiff.files import replacing
 
+log = logging.getLogger(__name__)
 METADATA_KEY = "eridiff"  # of the PNG text chunk that holds the settings as JSON
 
 
@@ -32,9 +34,12 @@ def to_images(pictures: Tensor) -> list[Image.Image]:
 
 
 def to_tensor(image: Image.Image | Tensor, width: int, height: int, *, mask: bool = False) -> Tensor:
-    """A picture `[B, 3, H, W]` in [-1, 1], or a mask `[B, 1, H, W]` in [0, 1], of the size wanted (Lanczos).
+    """An image `[B, 3, H, W]` in [-1, 1], or a mask `[B, 1, H, W]` in [0, 1], float32 on the CPU, resized by Lanczos.
 
-    On the CPU, as images are. Tensors are already in that form and must have the size: ConfigError otherwise.
+    Images of every mode are taken: turned upright as their EXIF orientation says, 16 bits and floats from 0 to 1 scaled,
+    transparent ones laid on white with a warning. Tensors are already in that form and must have the size. Raises ConfigError
+    for a tensor of another shape, for numbers that are no levels of brightness, and for a mask that is transparent in places,
+    where nobody can tell what shall be painted.
     """
     if isinstance(image, Tensor):
         channels = 1 if mask else 3
@@ -43,23 +48,65 @@ def to_tensor(image: Image.Image | Tensor, width: int, height: int, *, mask: boo
                 f"a picture tensor has the shape {list(image.shape)}, [B, {channels}, {height}, {width}] is needed"
             )
         return image.to("cpu", torch.float32)
-    image = image.convert("L" if mask else "RGB")
-    if image.size != (width, height):
-        image = image.resize((width, height), Image.Resampling.LANCZOS)
-    values = torch.from_numpy(np.array(image, dtype=np.float32) / 255)
-    return values[None, None] if mask else values.permute(2, 0, 1)[None] * 2 - 1
+    whole: Image.Image = upright(image)
+    deep = _deep_grey(whole)
+    found = _opaque(whole, mask).convert("L" if mask else "RGB") if deep is None else deep
+    if found.size != (width, height):
+        found = found.resize((width, height), Image.Resampling.LANCZOS)
+    values = torch.from_numpy(np.array(found, dtype=np.float32) / (255 if deep is None else 1)).clamp(0, 1)
+    if values.ndim == 2:
+        values = values[..., None].expand(-1, -1, 1 if mask else 3)
+    values = values.permute(2, 0, 1)[None].contiguous()
+    return values if mask else values * 2 - 1
+
+
+def upright(image: Any) -> Any:
+    """An image turned as its EXIF orientation says, as every viewer shows it; a tensor or None as it is."""
+    return ImageOps.exif_transpose(image) if isinstance(image, Image.Image) else image
+
+
+def _deep_grey(image: Image.Image) -> Image.Image | None:
+    """A grey image of more than 8 bits with its levels from 0 to 1, in mode F; None for one of 8 bits, which Pillow converts.
+
+    Pillow's own conversion clips these modes to 255, so that a depth map of 16 bits becomes white.
+    """
+    if image.mode != "F" and not image.mode.startswith("I"):
+        return None
+    levels = np.asarray(image, dtype=np.float32)
+    if image.mode != "F":
+        levels = levels / np.float32(65535)  # what 16 bits hold; PNGs of 16 bits come as I too
+    low, high = (float(levels.min()), float(levels.max())) if levels.size else (0.0, 0.0)
+    if not 0 <= low <= high <= 1:
+        most = "1" if image.mode == "F" else "65535"
+        raise ConfigError(
+            f"an image of mode {image.mode} must have levels from 0 to {most}: scale it, it is not clear how"
+        )
+    return Image.fromarray(levels)
+
+
+def _opaque(image: Image.Image, mask: bool) -> Image.Image:
+    """An image without its transparency: white shows through."""
+    if not image.has_transparency_data:
+        return image
+    whole = image.convert("RGBA")
+    if whole.getchannel("A").getextrema() == (255, 255):
+        return image
+    if mask:
+        raise ConfigError("the mask is transparent in places: give a grey image, white where it shall paint (of an alpha channel: image.getchannel('A'))")  # fmt: skip
+    log.warning("the image is transparent in places, which become white")
+    return Image.alpha_composite(Image.new("RGBA", whole.size, "white"), whole)
 
 
 def read_image(path: str | os.PathLike[str]) -> Image.Image:
-    """A picture from a file; raises ConfigError when it is missing or no picture."""
+    """An image from a file, upright; raises ConfigError when it is missing, damaged or not an image."""
     try:
         with Image.open(path) as image:
             image.load()
-            return image
+            return upright(image)
     except UnidentifiedImageError:
-        raise ConfigError(f"'{path}' is no picture that can be read") from None
-    except OSError as error:
-        raise ConfigError(f"'{path}' cannot be read: {error.strerror or error}") from None
+        raise ConfigError(f"'{path}' is not an image that can be read") from None
+    except (OSError, SyntaxError, ValueError) as error:  # Pillow's for files that are cut or damaged
+        raise ConfigError(f"'{path}' cannot be read: {getattr(error, 'strerror', None) or error}") from None
 
 
 SAMPLER_NAMES = {  # as A1111 calls them

@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -12,7 +13,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from eridiff.errors import ConfigError, EridiffError
-from eridiff.images import contact_sheet, parameters_text, read_image, save_png, to_images, to_tensor
+from eridiff.images import contact_sheet, parameters_text, read_image, save_png, to_images, to_tensor, upright
+from eridiff.inference.again import read_settings
+from eridiff.inference.settings import settle_size
 
 SETTINGS: dict[str, Any] = {
     "prompt": "a swan, 1: on mars", "negative_prompt": "blurry\ntext", "steps": 8, "sampler": "Euler", "cfg_scale": 1.0,
@@ -90,6 +93,91 @@ def test_a_picture_becomes_a_tensor_and_back() -> None:
 
 def test_what_is_no_picture_is_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_text("x")
-    for name, says in (("a.png", "no picture"), ("none.png", "cannot be read")):
+    for name, says in (("a.png", "is not an image"), ("none.png", "cannot be read")):
         with pytest.raises(ConfigError, match=says):
             read_image(tmp_path / name)
+
+
+RAMP = np.linspace(0, 65535, 64 * 64).reshape(64, 64)
+DEEP = {  # an even ramp from black to white as people's files hold it
+    "16-bit PNG": (Image.fromarray(RAMP.astype(np.uint16)), "png"),
+    "16-bit TIFF of the other byte order": (Image.fromarray(RAMP.astype(">u2"), mode=None), "tiff"),
+    "32-bit whole numbers": (Image.fromarray(RAMP.astype(np.int32)), "tiff"),
+    "floats": (Image.fromarray((RAMP / 65535).astype(np.float32)), "tiff"),
+}
+
+
+@pytest.mark.parametrize("kind", DEEP)
+def test_more_than_8_bits_of_grey_are_scaled(kind: str, tmp_path: Path) -> None:
+    image, ending = DEEP[kind]
+    image.save(tmp_path / f"ramp.{ending}")
+    read = read_image(tmp_path / f"ramp.{ending}")
+    expected = torch.from_numpy(RAMP / 65535).float()
+    assert torch.allclose(to_tensor(read, 64, 64, mask=True)[0, 0], expected, atol=2e-5)
+    picture = to_tensor(read, 64, 64)
+    assert picture.shape == (1, 3, 64, 64) and torch.allclose(
+        picture, (expected * 2 - 1).expand(1, 3, 64, 64), atol=4e-5
+    )
+    smaller = to_tensor(read, 32, 16)
+    assert smaller.shape == (1, 3, 16, 32) and -1 <= float(smaller.min()) < -0.9 < 0.9 < float(smaller.max()) <= 1
+    eight = to_tensor(Image.fromarray((RAMP / 257).astype(np.uint8)), 32, 16)
+    assert float((smaller - eight).abs().mean()) < 0.01
+
+
+@pytest.mark.parametrize(
+    ("levels", "says"),
+    [
+        (np.full((8, 8), 70000, np.int32), "mode I must have levels from 0 to 65535"),
+        (np.full((8, 8), 200.0, np.float32), "mode F must have levels from 0 to 1"),
+        (np.full((8, 8), -0.5, np.float32), "mode F must have levels from 0 to 1"),
+        (np.full((8, 8), np.nan, np.float32), "mode F must have levels from 0 to 1"),
+    ],
+)
+def test_numbers_that_are_no_levels_are_refused(levels: Any, says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        to_tensor(Image.fromarray(levels), 8, 8)
+
+
+def test_a_photo_is_held_as_its_orientation_says(tmp_path: Path) -> None:
+    lying = Image.new("RGB", (96, 64), "navy")
+    lying.paste("white", (0, 0, 96, 20))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn a quarter clockwise to view
+    lying.save(tmp_path / "photo.png", exif=exif)
+    with Image.open(tmp_path / "photo.png") as opened:  # a user's own, too
+        for image in (read_image(tmp_path / "photo.png"), opened):
+            picture = to_tensor(image, 64, 96)
+            assert float(picture[0, 0, :, -20:].min()) == 1.0 and float(picture[0, 0, :, :40].max()) < 0
+    assert settle_size(None, None, upright(image), {}) == (64, 96)
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "PA", "P"])
+def test_transparency_becomes_white_with_a_warning(mode: str, caplog: pytest.LogCaptureFixture) -> None:
+    image = Image.new("RGBA", (8, 8), (0, 0, 0, 0))
+    image.paste((0, 0, 0, 255), (0, 0, 8, 4))
+    if mode == "P":
+        made = Image.new("P", (8, 8), 1)
+        made.putpalette([0, 0, 0, 9, 9, 9])
+        made.paste(0, (0, 0, 8, 4))
+        made.info["transparency"] = 1
+    else:
+        made = image.convert(mode)
+    picture = to_tensor(made, 8, 8)
+    assert float(picture[..., :4, :].max()) == -1.0 and float(picture[..., 4:, :].min()) == 1.0
+    assert "transparent in places, which become white" in caplog.text
+    with pytest.raises(ConfigError, match="the mask is transparent in places"):
+        to_tensor(made, 8, 8, mask=True)
+    caplog.clear()
+    assert torch.equal(
+        to_tensor(Image.new("RGBA", (8, 8), "red"), 8, 8), to_tensor(Image.new("RGB", (8, 8), "red"), 8, 8)
+    )
+    assert to_tensor(Image.new("LA", (8, 8), (255, 255)), 8, 8, mask=True).min() == 1 and not caplog.text
+
+
+@pytest.mark.parametrize("share", [0.1, 0.3, 0.5, 0.7, 0.9, 0.99])
+def test_a_file_that_is_cut_is_one_sentence(share: float, tmp_path: Path) -> None:
+    whole = save_png(Image.effect_noise((64, 64), 50).convert("RGB"), tmp_path / "a.png", SETTINGS).read_bytes()
+    (tmp_path / "cut.png").write_bytes(whole[: int(len(whole) * share)])
+    for read in (read_image, read_settings):
+        with pytest.raises(ConfigError, match="cannot be read|not an image"):
+            read(tmp_path / "cut.png")

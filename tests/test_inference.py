@@ -5,6 +5,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -400,3 +401,12 @@ def test_an_image_is_generated_without_dropout_and_modes_come_back() -> None:
     assert [m.training for m in [*network.modules(), *model.autoencoder.modules(), *lora.modules()]] == modes
     lora.eval()
     assert torch.equal(training, draw(model).latents)
+
+
+def test_a_share_that_is_a_whole_number_of_steps_is_that_number() -> None:
+    """Of all shares of two digits and up to 100 steps, also as NumPy's float32."""
+    for steps in range(1, 101):
+        for percent in range(101):
+            wanted = steps - -(-steps * percent // 100)
+            for share in (percent / 100, float(np.float32(percent / 100))):
+                assert first_step(steps, share) == wanted, (steps, share)

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -529,3 +530,32 @@ def test_base_and_refiner_fit_one_device_together(tmp_path: Path) -> None:
         components = locate(sparse_manifest(tmp_path / f"{manifest}.safetensors", manifest)).components
         total += sum(stage_bytes(components, 1024, 1024, batch=2, steps=50, vae_rows=64).values())
     assert 10 * 2**30 < total < 24 * 2**30
+
+
+@pytest.mark.parametrize("schedule", ["karras", "exponential"])
+@pytest.mark.parametrize("prediction", ["v", "epsilon"])
+def test_zero_terminal_snr_goes_with_levels_that_need_a_finite_end(schedule: str, prediction: str) -> None:
+    """The first level is diffusers' 4096, told as the last timestep."""
+    from diffusers import EulerDiscreteScheduler
+
+    from tests import families
+
+    theirs = EulerDiscreteScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", rescale_betas_zero_snr=True,
+        timestep_spacing="trailing", use_karras_sigmas=schedule == "karras", use_exponential_sigmas=schedule == "exponential",
+    )  # fmt: skip
+    theirs.set_timesteps(5)
+    given = families.inference("unet")
+    model = SDXLInference(
+        given.network, given.autoencoder, prediction=prediction, zero_terminal_snr=True, progress=False
+    )
+    points = model.schedule(5, 64, 64, schedule)
+    sigmas = points.sigmas[:-1] / points.alphas[:-1]
+    assert float(sigmas[0]) == pytest.approx(float(theirs.sigmas[0]), rel=1e-6) == pytest.approx(4096, rel=1e-6)
+    assert float(points.times[0]) == pytest.approx(999) and bool((points.times.diff() < 0).all())
+    ends = 4095.9998779296875, float(sigmas[-1])  # between these ends the levels are diffusers'
+    spaced = theirs._convert_to_karras if schedule == "karras" else theirs._convert_to_exponential
+    assert np.allclose(spaced(np.array(ends), 5), sigmas.numpy(), rtol=1e-6)
+    prompt = Prompt(families.conditioning(model), families.conditioning(model, seed=5))
+    latents = model.generate(conditioning=prompt, schedule=schedule, steps=5, width=64, height=64, seed=1, keep=("latents",)).latents  # fmt: skip
+    assert latents is not None and bool(torch.isfinite(latents).all())

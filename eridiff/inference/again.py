@@ -8,7 +8,6 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from PIL import Image, UnidentifiedImageError
 
 import eridiff
 from eridiff.config import size_of
@@ -40,14 +39,7 @@ CIRCUMSTANCES = ("version", "torch", "threads", "device", "dtype")  # beside the
 
 def read_settings(path: str | os.PathLike[str]) -> dict[str, Any]:
     """The settings in a PNG that eridiff drew; raises ConfigError for a file that has none."""
-    try:
-        with Image.open(path) as image:
-            image.load()  # text may stand after the pixels
-            text = image.info.get(METADATA_KEY)
-    except UnidentifiedImageError:
-        raise ConfigError(f"'{path}' is no picture that can be read") from None
-    except OSError as error:
-        raise ConfigError(f"'{path}' cannot be read: {error.strerror or error}") from None
+    text = read_image(path).info.get(METADATA_KEY)
     try:
         settings = json.loads(text or "")
     except (TypeError, ValueError):

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from eridiff.blocks import evaluation, unwrapped
 from eridiff.errors import ConfigError
-from eridiff.images import to_images, to_tensor
+from eridiff.images import to_images, to_tensor, upright
 from eridiff.inference.latents import (  # fmt: skip
     LATENT_SCALE,
     device_of,
@@ -450,6 +450,9 @@ class DiffusionInference(ABC):
         """`generate` in stages; `asked` has its arguments."""
         prompts, seeds = matched(
             asked.prompt, asked.seed, len(asked.conditioning.positive) if asked.conditioning else 1
+        )
+        asked.image, asked.mask, asked.control = (
+            upright(picture) for picture in (asked.image, asked.mask, asked.control)
         )
         handed_in = [n for n in ("image", "mask", "control", "noise", "conditioning") if getattr(asked, n) is not None]
         defaults, conditioning, noise, part = self.sampling, asked.conditioning, asked.noise, asked.part

@@ -14,8 +14,12 @@ LATENT_SCALE = 8  # pixels a latent's side, in every autoencoder of the three fa
 
 
 def first_step(steps: int, strength: float) -> int:
-    """Where image to image begins: the share `strength` of the steps is run, at least one unless it is 0."""
-    return steps - math.ceil(steps * strength)
+    """Where image to image begins: the share `strength` of the steps is run, at least one unless it is 0.
+
+    A share that is a whole number of steps is that number: 25 * 0.28 is 7, though the product of floats is above it. diffusers
+    rounds down where this rounds up (28 * 0.3: 8 steps there, 9 here).
+    """
+    return steps - max(math.ceil(round(steps * strength, 4)), int(strength > 0))
 
 
 def seeded(seed: int) -> torch.Generator:

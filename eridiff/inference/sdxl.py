@@ -240,7 +240,7 @@ class SDXLInference(DiffusionInference):
             what = f"'{name}' is no schedule of SDXL" if shift is None else "SDXL's schedules have no shift"
             raise ConfigError(f"{what}; there are {', '.join([*TIMESTEPS, *SIGMAS])}")
         alphas = discrete.alphas_cumprod(self.zero_terminal_snr)
-        table = discrete.sigma_table(alphas)
+        table = discrete.finite_sigma_table(alphas)
         if name in SIGMAS:
             return self.schedule_through(
                 torch.cat([SIGMAS[name](steps, float(table[-1]), float(table[0])), table.new_zeros(1)])

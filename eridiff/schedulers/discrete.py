@@ -32,6 +32,11 @@ def sigma_table(alphas: Tensor) -> Tensor:
     return ((1 - alphas) / alphas).sqrt()
 
 
+def finite_sigma_table(alphas: Tensor) -> Tensor:
+    """The same for what needs finite ends: an alpha of 0 counts as 2 ** -24, a noise level of 4096, as in diffusers."""
+    return sigma_table(alphas.clamp(min=2.0**-24))
+
+
 def legacy_timesteps(steps: int) -> Tensor:
     """sgm's LegacyDDPMDiscretization: from 999 down in even strides, rounded down; the last stride leads to no noise."""
     even_sigmas(steps)
@@ -83,7 +88,7 @@ def sigmas_at(timesteps: Tensor, alphas: Tensor) -> Tensor:
 
 def timesteps_at(sigmas: Tensor, alphas: Tensor) -> Tensor:
     """Where in the table noise levels `[steps]` stand: linear in log sigma between entries, as k-diffusion; clamped."""
-    table = sigma_table(alphas).log()
+    table = finite_sigma_table(alphas).log()
     logs = sigmas.log()
     low = (torch.searchsorted(table, logs, right=True) - 1).clamp(0, LEVELS - 2)
     share = ((logs - table[low]) / (table[low + 1] - table[low])).clamp(0, 1)
