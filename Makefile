@@ -23,8 +23,9 @@ sample: .venv/.base
 	@echo '    source .venv/bin/activate'
 	@echo '    eridiff sample --prompt "a fox on snow"'
 
+# one process per core, each test on one thread
 test: .venv/.dev
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadscope
 
 # full-size and long-running tests
 slow: .venv/.dev
