@@ -31,7 +31,7 @@ class Elsewhere(Tensor):
 
     @staticmethod
     def __new__(cls, shape: Sequence[int], dtype: torch.dtype, device: torch.device, who: str) -> "Elsewhere":
-        found: Elsewhere = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)  # type: ignore[attr-defined]
+        found: Elsewhere = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)
         found.who = who
         return found
 
@@ -45,7 +45,7 @@ class Elsewhere(Tensor):
         return [], self.who
 
     @classmethod
-    def __torch_dispatch__(cls, call: Any, types: Any, args: Any = (), options: Any = None) -> Any:
+    def __torch_dispatch__(cls, call: Any, types: Any, args: Any = (), options: Any = None) -> Any:  # type: ignore[override]
         own = next(a for a in torch.utils._pytree.tree_leaves((args, options)) if isinstance(a, Elsewhere))
         if call is torch.ops.aten.detach.default:
             return Elsewhere(own.shape, own.dtype, own.device, own.who)
