@@ -59,7 +59,10 @@ class Adopted:
     @torch.no_grad()
     def _follow(self, copy: bool) -> None:
         whole, tensors = dict(layers(self.foreign)), named_tensors(self.foreign)
-        paths = {path: list(dict.fromkeys(n.rpartition(".")[0] for e in es for n in e.foreign)) for path, es in self._layers.items()}
+        paths = {
+            path: list(dict.fromkeys(n.rpartition(".")[0] for e in es for n in e.foreign))
+            for path, es in self._layers.items()
+        }
         if self._layers:
             check_followed(self.foreign, {path: whole[path] for ps in paths.values() for path in ps if path in whole})
         self.copied_bytes = 0

@@ -49,7 +49,9 @@ class Elsewhere(Tensor):
         own = next(a for a in torch.utils._pytree.tree_leaves((args, options)) if isinstance(a, Elsewhere))
         if call is torch.ops.aten.detach.default:
             return Elsewhere(own.shape, own.dtype, own.device, own.who)
-        raise ConfigError(f"{own.who} is called in the trainer's own module, so its weight can be neither read nor moved here")
+        raise ConfigError(
+            f"{own.who} is called in the trainer's own module, so its weight can be neither read nor moved here"
+        )
 
 
 # layers ---------------------------------------------------------------------------------------------------------------
@@ -112,7 +114,9 @@ def named_tensors(module: nn.Module) -> dict[str, Tensor]:
     usual = usual_dtype(found.values())
     for path, layer in called.items():
         who = f"'{path}' ({type(layer).__name__})"
-        held = [t for t in (getattr(layer, "weight", None), *layer.parameters(), *layer.buffers()) if isinstance(t, Tensor)]
+        held = [
+            t for t in (getattr(layer, "weight", None), *layer.parameters(), *layer.buffers()) if isinstance(t, Tensor)
+        ]
         dtype = held[0].dtype if held and _computes(held[0].dtype) else usual
         device = held[0].device if held else torch.device("cpu")
         for name, shape in declared(layer).items():
@@ -133,8 +137,14 @@ def check_ordinary(name: str, tensor: Tensor) -> None:
     """ConfigError for a tensor that ours would have to share, and that no layer can be called for."""
     if not _ordinary(tensor):
         kind = type(tensor)
-        by = f"{kind.__module__.partition('.')[0]} ({kind.__name__})" if kind not in (Tensor, nn.Parameter) else str(tensor.dtype)
-        raise ConfigError(f"'{name}' is quantised by {by} and belongs to no layer that could be called; leave it unquantised")
+        by = (
+            f"{kind.__module__.partition('.')[0]} ({kind.__name__})"
+            if kind not in (Tensor, nn.Parameter)
+            else str(tensor.dtype)
+        )
+        raise ConfigError(
+            f"'{name}' is quantised by {by} and belongs to no layer that could be called; leave it unquantised"
+        )
 
 
 def _ordinary(tensor: Tensor) -> bool:
@@ -157,7 +167,9 @@ def calling(entry: Entry, theirs: Sequence[tuple[str, nn.Module]]) -> Callable[[
     """A forward for a layer of ours that asks the trainer's layers, in our order of the outputs; `entry` is its weight's."""
     if entry.operation not in CALLABLE:
         path, layer = theirs[0]
-        raise ConfigError(f"'{path}' ({type(layer).__name__}) cannot be followed: its weight is stored by '{entry.operation}'")
+        raise ConfigError(
+            f"'{path}' ({type(layer).__name__}) cannot be followed: its weight is stored by '{entry.operation}'"
+        )
     turned = entry.operation == "squeeze" and len(declared(theirs[0][1])["weight"]) == 2  # theirs is linear, ours 1x1
 
     def forward(x: Tensor) -> Tensor:
@@ -232,7 +244,11 @@ def _held(thing: Any) -> Iterable[Any]:
         return [held for held in vars(thing).values() if isinstance(held, FunctionType | MethodType | partial)]
     if isinstance(thing, MethodType):
         owner = thing.__self__
-        return [thing.__func__, owner, *(() if isinstance(owner, nn.Module) else getattr(owner, "__dict__", {}).values())]
+        return [
+            thing.__func__,
+            owner,
+            *(() if isinstance(owner, nn.Module) else getattr(owner, "__dict__", {}).values()),
+        ]
     if isinstance(thing, partial):
         return [thing.func, *thing.args, *thing.keywords.values()]
     if isinstance(thing, FunctionType):
