@@ -21,15 +21,17 @@ from torch import Tensor, nn
 
 from eridiff import FluxInference, Prompt, SD35Inference, SDXLInference, load_lora
 from eridiff.blocks import checkpoint_blocks
-from eridiff.errors import ConfigError
+from eridiff.errors import ConfigError, TrainingError
 from eridiff.lora import attach_lora, inject_lora
-from eridiff.models.flux import position_ids
+from eridiff.models.flux import Flux, FluxConfig, position_ids
 from eridiff.models.unet import size_vector
 from eridiff.text import Conditioning
 from eridiff.trace.record import relative_l2
 from eridiff.training import Sampler, averaged_weights
 from eridiff.training.adopt import Adopted, adopt
 from eridiff.training.live import Elsewhere, reads
+from eridiff.training.restore import stored
+from eridiff.weights.keymap import key_map
 from tests import adapters, tiny
 from tests.test_diffusers import GRID, flux_inputs, reference_autoencoder, reference_flux, reference_sd3, scaled
 
@@ -263,6 +265,50 @@ def test_layers_of_one_matrix_of_ours_may_differ(family: Family) -> None:
     assert (0 < adopted.copied_bytes < whole) if whole else adopted.copied_bytes == 0
 
 
+class OriginalNorm(nn.Module):
+    """As in the original's code: what a trainer wrote itself is called, for nobody knows what its class does."""
+
+    def __init__(self, scale: Tensor) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(scale)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.rsqrt(x.square().mean(dim=-1, keepdim=True) + 1e-6) * self.scale
+
+
+def under_the_originals_names(own: Flux) -> nn.Module:
+    """A Flux of a trainer's own classes, as kohya's scripts have; its layers alone, since its forward is not asked."""
+    tensors = key_map("flux").layouts["original"].to_foreign(own.state_dict(), {})
+    whole = nn.Module()
+    for name in [name for name in tensors if not name.endswith(".bias")]:
+        path, _, last = name.rpartition(".")
+        layer: Any = OriginalNorm(tensors[name])
+        if last == "weight":
+            layer = nn.Linear(*tensors[name].shape[::-1])
+            layer.load_state_dict({part: tensors[f"{path}.{part}"] for part in ("weight", "bias")})
+        *owners, short = path.split(".")
+        owner = whole
+        for part in owners:
+            if part not in owner._modules:
+                owner.add_module(part, nn.Module())
+            owner = owner._modules[part]  # type: ignore[assignment]
+        owner.add_module(short, layer)
+    return whole
+
+
+def test_kohyas_adapters_on_its_own_flux_act_as_their_file_does(tmp_path: Path) -> None:
+    family, own = FAMILIES["flux"], tiny.flux(FluxConfig(64, 64, 8, 12, 128, 1, 4.0, 1, 1))
+    foreign = under_the_originals_names(own)
+    network = adapters.kohya(foreign, ["img_attn.qkv", "linear1", "mod.lin", "adaLN_modulation.1"], dropout=0.3).eval()
+    adopted = adopt(foreign)
+    file = network.save(tmp_path / "lora.safetensors", adapters.renamed("lora_unet_"))
+    with torch.no_grad():
+        plain, found = own(*family.inputs), adopted.network(*family.inputs)
+        attach_lora(own, load_lora(file, own))
+        assert relative_l2(found, own(*family.inputs)) < BOUND < 1e-2 < relative_l2(found, plain)
+    assert len(network.loras) == 5 and adopted.copied_bytes == 0
+
+
 def test_two_adapters_on_a_layer_and_their_strength_act(family: Family) -> None:
     foreign = family.make()
     first = adapters.kohya(foreign, family.targets).eval()
@@ -414,7 +460,7 @@ def test_what_acts_on_whole_blocks_is_refused_by_name(family: Family) -> None:
         adopt(foreign)
     handles.pop().remove()
     handles.append(foreign.register_forward_pre_hook(louder))
-    with pytest.raises(ConfigError, match=rf"'' \({type(foreign).__name__}\) has a forward hook"):
+    with pytest.raises(ConfigError, match=rf"the whole network \({type(foreign).__name__}\) has a forward hook"):
         adopt(foreign)
     handles.pop().remove()
     assert family.distance(adopt(foreign)) < BOUND
@@ -519,7 +565,8 @@ def drawing(family: Family, adopted: Adopted, out: Path, **options: Any) -> Samp
         "sample_every": 2,
         "sample_steps": 2,
         "width": 64,
-        "height": 64, "cfg_scale": 1,
+        "height": 64,
+        "cfg_scale": 1,
         "seed": 1,
         "out": str(out),
     }
@@ -554,6 +601,24 @@ def test_the_run_does_not_notice_and_the_images_follow_it(family: Family, tmp_pa
     last = pictures(sampler, 50)
     with dropout_off(network):
         assert last == pictures(sampler, 51)
+
+
+@pytest.mark.parametrize("quantiser", QUANTISERS)
+def test_a_quantised_network_is_drawn_and_nothing_of_it_changes(quantiser: str, tmp_path: Path) -> None:
+    family = FAMILIES["sd3"]
+    foreign = family.make().requires_grad_(False)
+    QUANTISERS[quantiser](foreign)
+    network = adapters.kohya(foreign, family.targets, dropout=0.5).train()
+    sampler = drawing(family, adopt(foreign), tmp_path, optimizer=torch.optim.SGD(network.parameters(), lr=0.1))
+    first = pictures(sampler, 0)
+    for p in network.parameters():
+        p.data.mul_(2)
+    assert pictures(sampler, 1) != first
+    weight = next(m for m in foreign.modules() if isinstance(m, nn.Linear)).weight
+    held = stored(weight)[0].detach()
+    with torch.no_grad(), pytest.raises(TrainingError, match="changed the parameter adopted"):
+        sampler.callbacks.append(lambda _: held.copy_(torch.zeros_like(held)))
+        sampler.sample(2)
 
 
 @pytest.mark.parametrize("copies", [False, True])

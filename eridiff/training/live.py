@@ -215,8 +215,9 @@ def check_followed(module: nn.Module, called: Mapping[str, Any]) -> None:
 
 
 def _refuse(path: str, module: nn.Module, what: str, call: Any) -> None:
+    name = f"'{path}'" if path else "the whole network"
     raise ConfigError(
-        f"'{path}' ({type(module).__name__}) has {what}, from {_definer(call)}, which cannot be followed: only layers with "
+        f"{name} ({type(module).__name__}) has {what}, from {_definer(call)}, which cannot be followed: only layers with "
         "weights are called; take it off while images are drawn"
     )
 
