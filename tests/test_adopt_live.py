@@ -123,7 +123,7 @@ FAMILIES = {
         small_unet,
         (rows(2, 4, 8, 8), rows(2, 5, 24), size_vector(rows(2, 8), NUMBERS.float()), torch.tensor([[500.0, 20.0]])),
         unet_forward,
-        ["to_q", "to_k", "to_v", "to_out.0", "proj_in", "time_emb_proj", "ff.net.2"],
+        ["to_q", "to_k", "to_v", "to_out.0", "proj_in", "time_emb_proj", "ff.net.2", "conv1", "conv_shortcut", "samplers.0.conv"],
         "lora_unet_",
         SDXLInference,
         lambda: tiny.autoencoder(tiny.SDXL_AUTOENCODER),
@@ -340,6 +340,7 @@ def test_norms_are_called_too_where_something_acts_on_them(family: Family) -> No
 
 
 def test_an_autoencoders_linear_attention_is_called_by_our_convolutions() -> None:
+    torch.manual_seed(0)
     foreign = reference_autoencoder(True)
     network = adapters.kohya(foreign, ["to_q", "to_out.0", "conv1", "quant_conv"]).eval()
     adopted = adopt(foreign)
@@ -464,6 +465,33 @@ def test_what_acts_on_whole_blocks_is_refused_by_name(family: Family) -> None:
         adopt(foreign)
     handles.pop().remove()
     assert family.distance(adopt(foreign)) < BOUND
+
+
+def test_an_attention_processor_that_nobody_knows_is_refused(family: Family) -> None:
+    class Louder:
+        def __call__(self, *args: Any, **options: Any) -> Any:
+            raise AssertionError("never called")
+
+    foreign = family.make()
+    attention = next(m for m in foreign.modules() if hasattr(m, "processor"))
+    attention.processor = Louder()
+    with pytest.raises(
+        ConfigError, match=r"\(\w*Attention\) has an attention processor, from tests.test_adopt_live, which"
+    ):
+        adopt(foreign)
+
+
+def test_bare_weights_that_are_one_matrix_here_have_to_be_copied() -> None:
+    foreign = FAMILIES["flux"].make()
+    attention = foreign.transformer_blocks[0].attn
+    bare = nn.Module()
+    bare.weight, bare.bias = attention.to_q.weight, attention.to_q.bias
+    attention.to_q = bare
+    with pytest.raises(
+        ConfigError, match="'transformer_blocks.0.attn.to_q' has weights but no forward .* allow_copies=True"
+    ):
+        adopt(foreign)
+    assert adopt(foreign, allow_copies=True).copied_bytes > 0
 
 
 def test_what_changes_no_value_is_let_be(family: Family) -> None:

@@ -70,11 +70,15 @@ def layers(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]
 
 def reads(module: nn.Module) -> bool:
     """Whether a layer's tensors say all that it does, so that ours may share them; else it must be called."""
-    if type(module).forward is nn.Module.forward and "forward" not in vars(module):
+    if not _has_forward(module):
         return True  # a mere place for tensors
     published = type(module).__module__.startswith(PLAIN) and not module._modules
     acted_on = module._forward_hooks or module._forward_pre_hooks or _replaced(module)
     return published and not acted_on and all(_ordinary(tensor) for tensor in own_tensors(module).values())
+
+
+def _has_forward(module: nn.Module) -> bool:
+    return type(module).forward is not nn.Module.forward or "forward" in vars(module)
 
 
 def own_tensors(module: nn.Module) -> dict[str, Tensor]:
@@ -170,6 +174,11 @@ def calling(entry: Entry, theirs: Sequence[tuple[str, nn.Module]]) -> Callable[[
         raise ConfigError(
             f"'{path}' ({type(layer).__name__}) cannot be followed: its weight is stored by '{entry.operation}'"
         )
+    bare = next((path for path, layer in theirs if not _has_forward(layer)), None)
+    if bare is not None:
+        raise ConfigError(
+            f"'{bare}' has weights but no forward to call; say allow_copies=True, so that they are copied"
+        )
     turned = entry.operation == "squeeze" and len(declared(theirs[0][1])["weight"]) == 2  # theirs is linear, ours 1x1
 
     def forward(x: Tensor) -> Tensor:
@@ -199,7 +208,8 @@ def _ask(path: str, layer: nn.Module, x: Tensor) -> Tensor:
 
 
 def check_followed(module: nn.Module, called: Mapping[str, Any]) -> None:
-    """ConfigError for a hook or a replaced forward on a module that is no layer of ours, so that it would be lost.
+    """ConfigError for what acts on a module that is no layer of ours, so that it would be lost: hooks, another forward,
+    an attention processor that is not diffusers'.
 
     `called` has the layers that ours share or call, by name.
     """
@@ -209,6 +219,9 @@ def check_followed(module: nn.Module, called: Mapping[str, Any]) -> None:
         forward = _replaced(child)
         if forward is not None and not _comes_down_to(forward, type(child).forward):
             _refuse(path, child, "a forward of its own", forward)
+        processor = getattr(child, "processor", None)
+        if processor is not None and not type(processor).__module__.startswith("diffusers."):
+            _refuse(path, child, "an attention processor", processor)
         for hook in (*child._forward_hooks.values(), *child._forward_pre_hooks.values()):
             if not _definer(hook).startswith(HARMLESS):
                 _refuse(path, child, "a forward hook", hook)
