@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import AutoencoderKL, UNet2DConditionModel
 from diffusers.training_utils import EMAModel
 from lycoris.modules import LoConModule, LohaModule, LokrModule
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
@@ -649,6 +649,23 @@ def test_a_quantised_network_is_drawn_and_nothing_of_it_changes(quantiser: str, 
         sampler.sample(2)
 
 
+def test_an_adopted_autoencoder_is_drawn_with(tmp_path: Path) -> None:
+    family = FAMILIES["sdxl"]
+    vae: Any = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4, block_out_channels=(32,) * 4,
+        layers_per_block=1, latent_channels=4, use_quant_conv=True, use_post_quant_conv=True, scaling_factor=0.13,
+    )  # fmt: skip
+    foreign = family.make()
+    sampler = drawing(family, adopt(foreign), tmp_path)
+    adapted = adopt(vae.eval())
+    sampler.inference.autoencoder = adapted.network
+    before = pictures(sampler, 0)
+    network = adapters.kohya(vae, ["conv1", "to_q"], dropout=0.9).train()
+    adapted.refresh()
+    first, second = pictures(sampler, 1), pictures(sampler, 2)
+    assert first == second != before and network.training
+
+
 @pytest.mark.parametrize("copies", [False, True])
 @pytest.mark.parametrize("kind", ["EMAModel", "EMAModel of a peft LoRA", "AveragedModel", "mapping"])
 def test_averages_under_the_trainers_names_are_drawn_whole(
@@ -713,6 +730,52 @@ def test_an_adapters_averages_and_the_base_are_drawn_beside_it(family: Family, t
         for p in network.parameters():
             p.mul_(0.5)
     assert pictures(drawing(family, adopt(foreign), tmp_path), 2)[0] == averaged
+
+
+def recipes() -> dict[str, Any]:
+    """The functions of docs/training.md that switch an adapter off."""
+    text = (Path(__file__).parents[1] / "docs" / "training.md").read_text(encoding="utf-8")
+    blocks = [part.partition("```")[0] for part in text.split("```python\n")[1:]]
+    found: dict[str, Any] = {}
+    exec(next(block for block in blocks if "def without_peft" in block), found)
+    return found
+
+
+def lycoris(foreign: nn.Module, targets: list[str]) -> nn.Module:
+    """DoRA, which is not off at a multiplier of 0."""
+    network = nn.Module()
+    loras = [
+        LoConModule(name, layer, 1.0, 2, 3.0, weight_decompose=True)
+        for name, layer in adapters.chosen(foreign, targets)
+    ]
+    network.loras = nn.ModuleList(loras)
+    for lora in loras:
+        lora.apply_to()
+        nn.init.normal_(lora.lora_up.weight, std=0.1)
+    return network
+
+
+@pytest.mark.parametrize("name", ["peft", "adapters", "kohya", "ai_toolkit", "lycoris", "hooks"])
+def test_the_documents_ways_to_the_base_give_the_base(family: Family, name: str, tmp_path: Path) -> None:
+    foreign = family.make()
+    plain = pictures(drawing(family, adopt(foreign), tmp_path), 0)[0]
+    config = LoraConfig(r=2, target_modules=family.targets, lora_dropout=0.3, init_lora_weights=False)
+    if name == "peft":
+        held: Any = get_peft_model(foreign, config)
+    elif name == "adapters":
+        foreign.add_adapter(config)
+        held = foreign
+    elif name == "hooks":
+        network = adapters.hooks(foreign, family.targets)
+        held = [foreign.get_submodule(layer) for layer in network.names]
+    else:
+        held = {"kohya": adapters.kohya, "ai_toolkit": adapters.ai_toolkit, "lycoris": lycoris}[name](
+            foreign, family.targets
+        )
+    way = recipes()[f"without_{name}"]
+    sampler = drawing(family, adopt(foreign), tmp_path, weights={"base": lambda: way(held)})
+    live, base = pictures(sampler, 1)
+    assert base == plain != live and pictures(sampler, 2) == [live, base]
 
 
 def test_adapters_on_text_encoders_act_and_follow_the_kind_of_weights(tmp_path: Path) -> None:
