@@ -7,6 +7,7 @@ since training went on.
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from diffusers.training_utils import EMAModel
 from lycoris.modules import LoConModule, LohaModule, LokrModule
-from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
+from peft import IA3Config, LoHaConfig, LoKrConfig, LoraConfig, OFTConfig, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -30,7 +31,7 @@ from eridiff.trace.record import relative_l2
 from eridiff.training import Sampler, averaged_weights
 from eridiff.training.adopt import Adopted, adopt
 from eridiff.training.live import Elsewhere, reads
-from eridiff.training.restore import stored
+from eridiff.training.restore import members, stored
 from eridiff.weights.keymap import key_map
 from tests import adapters, tiny
 from tests.test_diffusers import GRID, flux_inputs, reference_autoencoder, reference_flux, reference_sd3, scaled
@@ -255,6 +256,32 @@ def test_layers_of_peft_act_and_their_file_gives_the_same(family: Family, option
     assert differs_from_file(family, adopted, tmp_path / "lora.safetensors") < 1e-9
 
 
+PEFT: dict[str, Any] = {
+    "loha": lambda targets: LoHaConfig(r=2, target_modules=targets, init_weights=False),
+    "lokr": lambda targets: LoKrConfig(r=2, target_modules=targets, init_weights=False),
+    "oft": lambda targets: OFTConfig(r=0, oft_block_size=4, target_modules=targets, init_weights=False),
+    "ia3": lambda targets: IA3Config(target_modules=targets, feedforward_modules=[], init_ia3_weights=False),
+    "a whole layer": lambda targets: LoraConfig(r=2, target_modules=["to_k"], init_lora_weights=False, modules_to_save=["proj_out"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", PEFT)
+def test_every_kind_of_peft_acts(family: Family, kind: str) -> None:
+    foreign = family.make()
+    with torch.no_grad():
+        base = family.ask(foreign)
+    targets = [name for name in family.targets if name.startswith(("to_", "add_")) and "out" not in name]
+    model = get_peft_model(foreign, PEFT[kind](targets)).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad:
+                p.add_(0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1)))
+    adopted = adopt(model)
+    assert family.distance(adopted) < BOUND
+    with torch.no_grad():
+        assert relative_l2(adopted.network(*family.inputs), base) > 1e-3
+
+
 def test_layers_of_one_matrix_of_ours_may_differ(family: Family) -> None:
     """An adapter on q alone; k and v are plain, and copies of what is plain elsewhere stay copies."""
     foreign = family.make()
@@ -325,6 +352,42 @@ def test_two_adapters_on_a_layer_and_their_strength_act(family: Family) -> None:
     plain = adopt(family.make())
     with torch.no_grad():
         assert relative_l2(found[2], plain.network(*family.inputs)) < BOUND
+
+
+def test_everything_that_acts_is_found_with_a_name_of_its_own(family: Family) -> None:
+    """For evaluation mode, restoring and hashing: two adapters on a layer, functions, hooks, objects that hold modules."""
+
+    class Holder:
+        def __init__(self, *held: nn.Module) -> None:
+            self.held = held
+
+        def __call__(self, _: Any, __: Any, output: Tensor) -> Tensor:
+            return output
+
+        def hook(self, _: Any, __: Any, output: Tensor) -> Tensor:
+            return output
+
+    foreign = family.make()
+    layer = next(m for m in foreign.modules() if isinstance(m, nn.Linear))
+    networks = [
+        adapters.kohya(foreign, family.targets),
+        adapters.kohya(foreign, family.targets),
+        adapters.ai_toolkit(foreign, family.targets),
+    ]
+    held = [nn.Dropout() for _ in range(6)]
+    layer.register_forward_hook(Holder(held[0]))
+    layer.register_forward_hook(Holder(held[1]).hook)
+    layer.register_forward_pre_hook(lambda _, args, inner=held[2]: args)
+    layer.register_forward_pre_hook(partial(lambda inner, _, args: args, held[3]))
+    before, inside = layer.forward, {"a": [held[4]]}
+    layer.forward = lambda x: held[5](before(x)) if inside else x
+    found = members({"network": foreign}).values()
+    wanted = [
+        *foreign.modules(),
+        *held,
+        *(m for network in networks for m in network.loras.modules() if m is not network.loras),
+    ]
+    assert {id(m) for m in wanted} <= {id(m) for m in found}
 
 
 def test_norms_are_called_too_where_something_acts_on_them(family: Family) -> None:

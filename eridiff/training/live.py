@@ -196,7 +196,7 @@ def _ask(path: str, layer: nn.Module, x: Tensor) -> Tensor:
     try:
         return layer(x)
     except RuntimeError as error:
-        if "dtype" not in str(error):
+        if "type" not in str(error):
             raise
         raise ConfigError(
             f"'{path}' ({type(layer).__name__}) does not take {x.dtype}: {error}; draw as it is trained, under "
@@ -235,14 +235,16 @@ def _refuse(path: str, module: nn.Module, what: str, call: Any) -> None:
     )
 
 
-def outside(module: nn.Module) -> list[nn.Module]:
-    """Modules that act on this one without being in its tree: owners of its forward and hooks, and what those hold."""
+def outside(module: nn.Module, seen: set[int]) -> list[nn.Module]:
+    """Modules that act on this one without being in its tree: owners of its forward and hooks, and what those hold.
+
+    What is in `seen`, by id, is passed by, and what is looked at is put there.
+    """
     waiting = [vars(module).get("forward"), *module._forward_hooks.values(), *module._forward_pre_hooks.values()]
     found: list[nn.Module] = []
-    seen = {id(module), id(None)}
     while waiting:
         thing = waiting.pop()
-        if id(thing) not in seen:
+        if thing is not None and id(thing) not in seen:
             seen.add(id(thing))
             waiting += [held for held in _held(thing) if isinstance(held, HOLDERS) or _is_functor(held)]
             found += [thing] if isinstance(thing, nn.Module) else []

@@ -166,6 +166,8 @@ def members(modules: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
     These are LoRAs of ours beside a layer, and adapters of others behind a replaced forward or a hook.
     """
     found: dict[int, tuple[str, nn.Module]] = {}
+    acting: list[tuple[str, nn.Module]] = []
+    seen: set[int] = set()
 
     def add(top: str, whole: nn.Module) -> None:
         for name, module in whole.named_modules():
@@ -174,10 +176,9 @@ def members(modules: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
                 found[id(module)] = (own, module)
                 for i, branch in enumerate(vars(module).get("lora_branches", ())):
                     add(f"{own}'s LoRA {i}", branch)
-                for adapter in outside(module):
-                    acting.append((f"{own}'s {type(adapter).__name__}", adapter))
+                for i, adapter in enumerate(outside(module, seen)):
+                    acting.append((f"{own}'s {type(adapter).__name__} {i}", adapter))
 
-    acting: list[tuple[str, nn.Module]] = []
     for top, whole in modules.items():
         add(top, whole)
     for name, adapter in acting:  # after the trees, whose modules keep their own names; grows meanwhile
