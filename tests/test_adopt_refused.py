@@ -160,3 +160,22 @@ def test_a_lora_of_ours_beside_an_adopted_network_acts_or_is_refused(family: Fam
     with torch.no_grad(), pytest.raises(ConfigError, match="called in the trainer's own module"):
         attach_lora(adopted.network, load_lora(tmp_path / "dora.safetensors", adopted.network))
         adopted.network(*family.inputs)
+
+
+def test_an_adapter_that_is_set_for_another_batch_is_named(family: Family) -> None:
+    """ai-toolkit's are told a multiplier for each row; its network then gives no row at all."""
+    foreign = family.make()
+    layer = next(m for name, m in foreign.named_modules() if name.endswith("to_k"))
+    before = layer.forward
+    layer.forward = lambda x: before(x)[:0]
+    with torch.no_grad(), pytest.raises(ConfigError, match=r"to_k' \(Linear\) gave \[0, .*set for another batch"):
+        adopt(foreign).network(*family.inputs)
+
+
+def test_a_layer_that_has_lost_its_weight_is_named(family: Family) -> None:
+    foreign = family.make()
+    adopted = adopt(foreign)
+    name = next(name for name, m in foreign.named_modules() if name.endswith("to_k"))
+    del foreign.get_submodule(name).weight
+    with pytest.raises(ConfigError, match=rf"'{name}.weight' is no longer in this {type(foreign).__name__}"):
+        adopted.refresh()

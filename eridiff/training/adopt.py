@@ -76,6 +76,11 @@ class Adopted:
                 weight = next((entry for entry in entries if entry.native.endswith(".weight")), entries[0])
                 owner.forward = calling(weight, theirs)
             for entry in entries:
+                gone = next((name for name in entry.foreign if name not in tensors), None)
+                if gone is not None:
+                    raise ConfigError(
+                        f"'{gone}' is no longer in this {type(self.foreign).__name__}, which was adopted with it"
+                    )
                 sources = [tensors[name] for name in entry.foreign]
                 _put(owner, entry, self._placed(entry, owner, sources, called, copy))
 

@@ -98,7 +98,10 @@ def declared(layer: Any) -> dict[str, tuple[int, ...]]:
     else:
         names = [*own_tensors(layer), *layer._modules.get("parametrizations", ())]
         return {name: tuple(getattr(layer, name).shape) for name in names}
-    bias = getattr(layer, "bias", None) is not None
+    deleted = isinstance(
+        layer, nn.Linear | nn.Conv2d
+    )  # no such attribute: LyCORIS' full matrices take weight and bias away
+    bias = getattr(layer, "bias", deleted or None) is not None
     return {"weight": weight, **({"bias": weight[:1]} if bias else {})}
 
 
@@ -115,14 +118,14 @@ def named_tensors(module: nn.Module) -> dict[str, Tensor]:
             found |= {f"{path}.{name}".lstrip("."): tensor for name, tensor in own_tensors(layer).items()}
         else:
             called[path] = layer
-    usual = usual_dtype(found.values())
+    usual, place = usual_dtype(found.values()), next((t.device for t in found.values()), torch.device("cpu"))
     for path, layer in called.items():
         who = f"'{path}' ({type(layer).__name__})"
         held = [
             t for t in (getattr(layer, "weight", None), *layer.parameters(), *layer.buffers()) if isinstance(t, Tensor)
         ]
         dtype = held[0].dtype if held and _computes(held[0].dtype) else usual
-        device = held[0].device if held else torch.device("cpu")
+        device = held[0].device if held else place
         for name, shape in declared(layer).items():
             found[f"{path}.{name}"] = Elsewhere(shape, dtype, device, who)
     return found
@@ -194,7 +197,7 @@ def calling(entry: Entry, theirs: Sequence[tuple[str, nn.Module]]) -> Callable[[
 
 def _ask(path: str, layer: nn.Module, x: Tensor) -> Tensor:
     try:
-        return layer(x)
+        found = layer(x)
     except RuntimeError as error:
         if "type" not in str(error):
             raise
@@ -202,6 +205,12 @@ def _ask(path: str, layer: nn.Module, x: Tensor) -> Tensor:
             f"'{path}' ({type(layer).__name__}) does not take {x.dtype}: {error}; draw as it is trained, under "
             "Sampler(..., autocast=torch.bfloat16)"
         ) from error
+    if not isinstance(found, Tensor) or found.ndim != x.ndim or found.shape[0] != x.shape[0]:
+        what = list(found.shape) if isinstance(found, Tensor) else type(found).__name__
+        raise ConfigError(
+            f"'{path}' ({type(layer).__name__}) gave {what} for {list(x.shape)}: what acts on it is set for another batch"
+        )
+    return found
 
 
 # what acts from outside -----------------------------------------------------------------------------------------------
