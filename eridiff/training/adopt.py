@@ -108,7 +108,7 @@ def adopt(module: nn.Module, *, allow_copies: bool = False) -> Adopted:
 
     Wrappers (DDP, torch.compile, a peft model) are seen through. LoRAs and other adapters act as they do in the trainer's own
     forward, also those that are put on later, and quantised layers compute by themselves. allow_copies joins what is one
-    matrix here and several there into copies while images are drawn: somewhat faster, for their memory. A module of ours is
+    matrix here and several there into copies while images are drawn, in place of several calls. A module of ours is
     adopted as it is. Raises CheckpointError for a module that is none of these, ConfigError for sharded parameters and for
     what acts on the module and cannot be followed.
     """
