@@ -1,9 +1,10 @@
 """Networks as trainers treat them, from outside: compiled and checkpointed blocks, wrappers around the whole."""
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
+from types import FunctionType, MethodType
 from typing import Any
 
 import torch
@@ -51,14 +52,28 @@ def unwrapped(module: nn.Module) -> Any:
 
 
 def members(modules: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
-    """Every module inside, once, by its whole name; LoRAs beside a layer, which are in no module's tree, too."""
+    """Every module inside, once, by its whole name; what acts on a layer and is in no module's tree too.
+
+    These are LoRAs of ours beside a layer, and adapters of others behind a replaced forward or a hook.
+    """
     found: dict[int, tuple[str, nn.Module]] = {}
-    for top, whole in modules.items():
+    acting: list[tuple[str, nn.Module]] = []
+    seen: set[int] = set()
+
+    def add(top: str, whole: nn.Module) -> None:
         for name, module in whole.named_modules():
-            own = f"{top}.{name}".rstrip(".")
-            found[id(module)] = (own, module)
-            for i, branch in enumerate(vars(module).get("lora_branches", ())):
-                found[id(branch)] = (f"{own}'s LoRA {i}", branch)
+            if id(module) not in found:
+                own = f"{top}.{name}".rstrip(".")
+                found[id(module)] = (own, module)
+                for i, branch in enumerate(vars(module).get("lora_branches", ())):
+                    add(f"{own}'s LoRA {i}", branch)
+                for i, adapter in enumerate(outside(module, seen)):
+                    acting.append((f"{own}'s {type(adapter).__name__} {i}", adapter))
+
+    for top, whole in modules.items():
+        add(top, whole)
+    for name, adapter in acting:  # after the trees, whose modules keep their own names; grows meanwhile
+        add(name, adapter)
     return dict(found.values())
 
 
@@ -73,6 +88,57 @@ def evaluation(modules: Mapping[str, nn.Module]) -> Iterator[None]:
     finally:
         for module, training in before:
             module.training = training
+
+
+def outside(module: nn.Module, seen: set[int]) -> list[nn.Module]:
+    """Modules that act on this one without being in its tree: owners of its forward and hooks, and what those hold.
+
+    What is in `seen`, by id, is passed by, and what is looked at is put there.
+    """
+    waiting = [vars(module).get("forward"), *module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+    found: list[nn.Module] = []
+    while waiting:
+        thing = waiting.pop()
+        if thing is not None and id(thing) not in seen:
+            seen.add(id(thing))
+            waiting += [held for held in _held(thing) if isinstance(held, HOLDERS) or _is_functor(held)]
+            found += [thing] if isinstance(thing, nn.Module) else []
+    return found
+
+
+HOLDERS = (nn.Module, FunctionType, MethodType, partial, list, tuple, dict)
+
+
+def _held(thing: Any) -> Iterable[Any]:
+    """What a function, or what stands for one, may work with."""
+    if isinstance(thing, nn.Module):  # its children are found by its tree
+        return [held for held in vars(thing).values() if isinstance(held, FunctionType | MethodType | partial)]
+    if isinstance(thing, MethodType):
+        owner = thing.__self__
+        return [
+            thing.__func__,
+            owner,
+            *(() if isinstance(owner, nn.Module) else getattr(owner, "__dict__", {}).values()),
+        ]
+    if isinstance(thing, partial):
+        return [thing.func, *thing.args, *thing.keywords.values()]
+    if isinstance(thing, FunctionType):
+        cells = (_content(cell) for cell in thing.__closure__ or ())
+        return [*cells, *(thing.__defaults__ or ()), *vars(thing).values()]
+    if isinstance(thing, list | tuple | dict):
+        return thing.values() if isinstance(thing, dict) else thing
+    return vars(thing).values()
+
+
+def _is_functor(thing: Any) -> bool:
+    return callable(thing) and not isinstance(thing, type) and hasattr(thing, "__dict__")
+
+
+def _content(cell: Any) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # not filled yet
+        return None
 
 
 @contextmanager

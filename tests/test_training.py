@@ -370,7 +370,7 @@ def test_what_cannot_be_drawn_again_is_said(model: Any, tmp_path: Path) -> None:
         draw_again(model, result.settings[0])
     (tmp_path / "x.png").write_bytes(b"x")
     Image.new("RGB", (8, 8)).save(tmp_path / "plain.png")
-    for name, says in (("x.png", "no picture"), ("none.png", "cannot be read"), ("plain.png", "does not say how")):
+    for name, says in (("x.png", "is not an image"), ("none.png", "cannot be read"), ("plain.png", "does not say how")):
         with pytest.raises(EridiffError, match=says):
             read_settings(tmp_path / name)
     with pytest.raises(ConfigError, match="name no files"):

@@ -10,15 +10,16 @@ import torch
 from torch import Tensor, nn
 
 from eridiff.blocks import members, unwrapped
-from eridiff.training.restore import CHECKPOINTING, FLAGS, autocast_types
+from eridiff.training.restore import CHECKPOINTING, FLAGS, autocast_types, stored
 
 
 def digest(tensor: Tensor) -> str:
     """BLAKE2 of a tensor's bytes, shape and dtype."""
-    local = getattr(tensor, "_local_tensor", tensor).detach()  # of a tensor that is spread over processes
-    found = hashlib.blake2b(f"{tuple(local.shape)} {local.dtype}".encode(), digest_size=16)
-    if not local.is_meta:
-        found.update(local.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    found = hashlib.blake2b(digest_size=16)
+    for part in stored(tensor.detach()):
+        found.update(f"{tuple(part.shape)} {part.dtype}".encode())
+        if not part.is_meta:
+            found.update(part.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return found.hexdigest()
 
 

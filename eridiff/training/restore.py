@@ -179,9 +179,17 @@ def tensors(modules: Mapping[str, nn.Module]) -> Iterator[None]:
                 tensor.grad = gradient
 
 
-def place(tensor: Tensor) -> tuple[torch.device, int, torch.dtype]:
-    local = _local(tensor)
-    return local.device, local.data_ptr(), local.dtype
+def place(tensor: Tensor) -> list[tuple[torch.device, int, torch.dtype]]:
+    return [(t.device, t.data_ptr(), t.dtype) for t in stored(tensor)]
+
+
+def stored(tensor: Tensor) -> list[Tensor]:
+    """The tensors that hold a tensor's numbers: one of a spread tensor's on this process, several of a quantised one."""
+    if hasattr(tensor, "_local_tensor"):
+        return [tensor._local_tensor]
+    if not hasattr(tensor, "__tensor_flatten__"):
+        return [tensor]
+    return [inner for name in tensor.__tensor_flatten__()[0] for inner in stored(getattr(tensor, name))]
 
 
 @contextmanager
@@ -225,6 +233,31 @@ def schedule_free(optimizer: Any) -> Iterator[None]:
                 p.data = data
 
 
+def _plain_name(name: str) -> str:
+    """A name without what compiled, distributed and peft's wrappers put before it."""
+    return name.replace("_orig_mod.", "").removeprefix("module.").removeprefix("base_model.model.")
+
+
+def averages_of(module: nn.Module, averages: Any) -> Callable[[], Any]:
+    """A function that gives the averages as `averaged_weights` takes them, as they are when it is called.
+
+    An object with `shadow_params` (diffusers' EMAModel, torch_ema's and others) has no names: it was made from the
+    module's parameters, or from those that are trained, in their order. Raises ConfigError where their number fits neither.
+    """
+    if not hasattr(averages, "shadow_params"):
+        return lambda: averages
+    every = dict(module.named_parameters())
+    trained = [name for name, p in every.items() if p.requires_grad]
+    count = len(averages.shadow_params)
+    names = next((names for names in (list(every), trained) if len(names) == count), None)
+    if names is None:
+        raise ConfigError(
+            f"{type(averages).__name__} keeps {count} averages, {type(module).__name__} has {len(every)} parameters, {len(trained)} "
+            "of them trained; for those of an adapter beside it use weights= with averaged_weights(adapter, averages)"
+        )
+    return lambda: dict(zip(names, averages.shadow_params, strict=True))
+
+
 Places = dict[str, tuple[dict[str, Any], str, Tensor]]  # name -> the module's table, the name in it, the average
 
 
@@ -245,7 +278,7 @@ def places_of(module: nn.Module, averages: Mapping[str, Tensor] | nn.Module) -> 
         for name, tensor in table.items()
         if isinstance(tensor, Tensor)
     }
-    own = {name.replace("_orig_mod.", "").removeprefix("module."): tensor for name, tensor in averages.items()}
+    own = {_plain_name(name): tensor for name, tensor in averages.items()}
     wrong = next((n for n, t in own.items() if n not in places or t.shape != places[n][0][places[n][1]].shape), None)
     if wrong is not None or not own:
         what = f"have '{wrong}', which {type(module).__name__} has not in that shape" if wrong else "are empty"

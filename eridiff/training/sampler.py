@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import nn
 
 from eridiff.blocks import unwrapped
 from eridiff.config import RunConfig, parse_config
@@ -26,7 +26,7 @@ from eridiff.training.distributed import collected, ranks, sharded
 from eridiff.training.embeddings import EmbeddingCache, on_cpu
 from eridiff.training.fingerprint import changed, fingerprint
 from eridiff.training.record import Entry, drift_of, read_entries, write_page
-from eridiff.training.restore import averaged_weights, places_of, undisturbed
+from eridiff.training.restore import averaged_weights, averages_of, places_of, undisturbed
 from eridiff.weights.locate import TEXT_ENCODERS
 
 log = logging.getLogger(__name__)
@@ -58,7 +58,7 @@ class Sampler:
         sample: RunConfig | Mapping[str, Any],
         *,
         optimizer: Any = None,
-        ema: Mapping[str, Tensor] | nn.Module | None = None,
+        ema: Any = None,
         weights: Mapping[str, Callable[[], AbstractContextManager[Any]]] | None = None,
         modules: Mapping[str, nn.Module] | None = None,
         adopted: Adopted | None = None,
@@ -74,11 +74,13 @@ class Sampler:
 
         inference holds the modules in training as they are, wrapped (compiled, DDP, FSDP) or not; sample is a section's
         keys and values (prompts, sample_every, sample_start_step, skip_first_sample, sample_at_end, sample_max_seconds, and
-        how to draw), or a whole file by `eridiff.run_files.load_config`, another trainer's too. optimizer is asked for its averages if it is schedule-free, and is checked by `verify`. ema, a module or
-        a mapping from the network's names to tensors, draws beside the live weights; weights names further ways to draw,
-        each a function that gives a context manager (an adapter switched off, for example); modules are further ones to
-        restore. adopted is the trainer's network of other classes behind the inference's (`adopt`), whose copies are made
-        anew before a picture and given back after it. embeddings is a folder that keeps encoded prompts. text_in_training encodes anew at each step instead.
+        how to draw), or a whole file by `eridiff.run_files.load_config`, another trainer's too. optimizer is asked for its averages if it is schedule-free, and is checked by `verify`. ema, a module, a
+        mapping from the trained network's names to tensors, or an object with `shadow_params` in the order of its parameters
+        (diffusers' EMAModel), draws beside the live weights; weights names further ways to draw, each a function that gives a
+        context manager (an adapter switched off, for example); modules are further ones to restore. adopted is the trainer's
+        network of other classes behind the inference's (`adopt`); it is followed anew within each kind of weights, and its
+        copies are given back after the images. embeddings is a folder that keeps encoded prompts. text_in_training encodes
+        anew at each step instead, for each kind of weights.
         autocast is the dtype to draw under autocast with, None draws in the weights' own. Callbacks get `Samples`. Touching
         the file on_demand (None: `now` in the folder of the pictures) draws at the next step. verify hashes everything
         before and after and raises TrainingError, naming what changed. An error while drawing is logged, or raised
@@ -109,8 +111,9 @@ class Sampler:
         self._entries: dict[str, Entry] | None = None  # of the folder's pictures
         self.weights: dict[str, Callable[[], AbstractContextManager[Any]]] = {LIVE: nullcontext, **(weights or {})}
         if ema is not None:
-            self.weights["ema"] = lambda: averaged_weights(unwrapped(self.inference.network), ema)
-            places_of(unwrapped(self.inference.network), ema)  # names and shapes are checked before training begins
+            averages = averages_of(self._trained(), ema)
+            self.weights["ema"] = lambda: averaged_weights(self._trained(), averages())
+            places_of(self._trained(), averages())  # names and shapes are checked before training begins
         drawer = self._drawer()
         self.entries, notices = fitted(drawer, config.sample, drawer.multiple)
         for notice in notices:
@@ -210,6 +213,10 @@ class Sampler:
         drawer.network, drawer.autoencoder = unwrapped(drawer.network), unwrapped(drawer.autoencoder)
         return drawer
 
+    def _trained(self) -> nn.Module:
+        """The network whose names averages have: the trainer's own where another class is adopted."""
+        return self.adopted.foreign if self.adopted is not None else unwrapped(self.inference.network)
+
     def _modules(self) -> dict[str, nn.Module]:
         """Everything that drawing may touch, by name."""
         found: dict[str, nn.Module] = {"network": self.inference.network, "autoencoder": self.inference.autoencoder}
@@ -235,14 +242,12 @@ class Sampler:
 
         (rank, size), together = ranks(), sharded(drawer.network)
         own = [i for i in range(len(self.requests)) if together or i % size == rank]
-        if self.adopted is not None:
-            self.adopted.refresh()
         try:
-            prompts = self.prompts
-            if self.text_in_training:
-                prompts = self._encoded(drawer.encode_prompt)
             for name, enter in self.weights.items():
                 with enter():
+                    if self.adopted is not None:  # each kind has tensors and adapters of its own
+                        self.adopted.refresh()
+                    prompts = self._encoded(drawer.encode_prompt) if self.text_in_training else self.prompts
                     told = [{**self.requests[i], "conditioning": prompts[i], "callback": in_time} for i in own]
                     for i, result in zip(own, drawer.generate_each(told), strict=True):
                         if rank == 0 or not together:

@@ -1,0 +1,16 @@
+"""Fixtures of several test files."""
+
+from typing import Any
+
+import pytest
+
+
+@pytest.fixture(params=["flux", "sd3", "sdxl"])
+def family(request: pytest.FixtureRequest) -> Any:
+    """A small network as a trainer holds it, by its family."""
+    import torch
+
+    from tests.trainers import FAMILIES  # not before: it imports diffusers
+
+    torch.manual_seed(0)
+    return FAMILIES[request.param]

@@ -1,0 +1,181 @@
+"""What cannot be followed on a trainer's network is named; what changes no value is let be."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lycoris.modules import LokrModule
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from eridiff import load_lora
+from eridiff.blocks import checkpoint_blocks
+from eridiff.errors import ConfigError
+from eridiff.lora import attach_lora, inject_lora
+from eridiff.trace.record import relative_l2
+from eridiff.training.adopt import adopt
+from eridiff.training.live import Elsewhere
+from tests import adapters
+from tests.trainers import BOUND, FAMILIES, Family
+
+
+def test_what_acts_on_whole_blocks_is_refused_by_name(family: Family) -> None:
+    foreign = family.make()
+    block = next(m for m in foreign.modules() if isinstance(m, nn.ModuleList))[0]
+    name, kind = next(n for n, m in foreign.named_modules() if m is block), type(block).__name__
+    adopted = adopt(foreign)
+
+    def louder(*args: Any, **options: Any) -> Any:
+        raise AssertionError("never called")
+
+    block.forward = louder
+    for refused in (adopted.refresh, lambda: adopt(foreign)):
+        with pytest.raises(
+            ConfigError, match=rf"'{name}' \({kind}\) has a forward of its own, from tests.test_adopt_refused, which"
+        ):
+            refused()
+    del block.forward
+    handles = [block.register_forward_hook(louder)]
+    with pytest.raises(ConfigError, match=rf"'{name}' \({kind}\) has a forward hook, from tests.test_adopt_refused"):
+        adopt(foreign)
+    handles.pop().remove()
+    handles.append(foreign.register_forward_pre_hook(louder))
+    with pytest.raises(ConfigError, match=rf"the whole network \({type(foreign).__name__}\) has a forward hook"):
+        adopt(foreign)
+    handles.pop().remove()
+    assert family.distance(adopt(foreign)) < BOUND
+
+
+def test_an_attention_processor_that_nobody_knows_is_refused(family: Family) -> None:
+    class Louder:
+        def __call__(self, *args: Any, **options: Any) -> Any:
+            raise AssertionError("never called")
+
+    foreign = family.make()
+    attention = next(m for m in foreign.modules() if hasattr(m, "processor"))
+    attention.processor = Louder()
+    with pytest.raises(
+        ConfigError, match=r"\(\w*Attention\) has an attention processor, from tests.test_adopt_refused, which"
+    ):
+        adopt(foreign)
+
+
+def test_bare_weights_that_are_one_matrix_here_have_to_be_copied() -> None:
+    foreign = FAMILIES["flux"].make()
+    attention = foreign.transformer_blocks[0].attn
+    bare = nn.Module()
+    bare.weight, bare.bias = attention.to_q.weight, attention.to_q.bias
+    attention.to_q = bare
+    with pytest.raises(
+        ConfigError, match="'transformer_blocks.0.attn.to_q' has weights but no forward .* allow_copies=True"
+    ):
+        adopt(foreign)
+    assert adopt(foreign, allow_copies=True).copied_bytes > 0
+
+
+def test_what_changes_no_value_is_let_be(family: Family) -> None:
+    """accelerate's mixed precision and placement, gradient checkpointing, compilation."""
+    from accelerate import Accelerator
+    from accelerate.hooks import CpuOffload, add_hook_to_module
+
+    foreign = family.make()
+    foreign.enable_gradient_checkpointing()
+    block = next(m for m in foreign.modules() if isinstance(m, nn.ModuleList))[0]
+    with checkpoint_blocks(foreign):
+        adopt(foreign)
+    block.forward = torch.compile(block.forward)
+    adopt(foreign)
+    del block.forward
+    block.compile()
+    add_hook_to_module(block, CpuOffload("cpu"))
+    prepared = Accelerator(mixed_precision="bf16", cpu=True).prepare(foreign)
+    assert "forward" in vars(foreign) and "forward" in vars(block)
+    with torch.no_grad():
+        found, plain = (adopt(module).network(*family.inputs) for module in (prepared, family.make()))
+    assert torch.equal(found, plain)
+
+
+def test_a_layer_that_does_not_take_our_dtype_is_named(family: Family) -> None:
+    """A LoRA in float32 on a network in bfloat16, trained under autocast: it draws under autocast too."""
+    foreign = family.make().bfloat16()
+    adapters.kohya(foreign, family.targets).eval()
+    adopted = adopt(foreign)
+    inputs = [x.bfloat16() if isinstance(x, Tensor) and x.ndim > 2 else x for x in family.inputs]
+    with (
+        torch.no_grad(),
+        pytest.raises(ConfigError, match=r"\(Linear\) does not take torch.bfloat16: .*autocast=torch.bfloat16"),
+    ):
+        adopted.network(*[x.bfloat16() if isinstance(x, Tensor) else x for x in inputs])
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert relative_l2(adopted.network(*inputs), family.theirs(foreign, *inputs).sample) < 2e-2
+
+
+def test_the_weight_of_a_layer_that_is_called_cannot_be_read(family: Family) -> None:
+    foreign = family.make()
+    adapters.kohya(foreign, family.targets)
+    network = adopt(foreign).network
+    called = [p for p in network.parameters() if isinstance(p.data, Elsewhere)]
+    assert len(called) > 5 and all(p.device.type == "cpu" and p.dtype == torch.float32 for p in called)
+    with pytest.raises(
+        ConfigError, match="is called in the trainer's own module, so its weight can be neither read nor moved"
+    ):
+        called[0].sum()
+    with pytest.raises(ConfigError, match="called in the trainer's own module"):
+        network.double()
+
+
+def test_a_lora_of_ours_beside_an_adopted_network_acts_or_is_refused(family: Family, tmp_path: Path) -> None:
+    foreign = family.make()
+    adopted = adopt(foreign)
+    with torch.no_grad():
+        plain = adopted.network(*family.inputs)
+        ours = inject_lora(adopted.network, 2)
+        for p in ours.parameters():
+            nn.init.normal_(p, std=0.1)
+        alone = adopted.network(*family.inputs)
+        theirs = adapters.kohya(foreign, family.targets).eval()
+        adopted.refresh()
+        both = adopted.network(*family.inputs)
+        theirs.set_multiplier(0)
+        assert relative_l2(adopted.network(*family.inputs), alone) < BOUND
+        assert relative_l2(alone, plain) > 1e-3 and relative_l2(both, alone) > 1e-3
+        ours.detach()
+    lokr = nn.ModuleDict(
+        {
+            "lora": LokrModule(
+                "x",
+                dict(adapters.chosen(foreign, family.targets))[theirs.names[0]],
+                1.0,
+                2,
+                factor=2,
+                weight_decompose=True,
+            )
+        }
+    )
+    name = adapters.renamed("lycoris_")(theirs.names[0])
+    save_file(
+        {f"{name}.{key}": t.contiguous() for key, t in lokr["lora"].state_dict().items()}, tmp_path / "dora.safetensors"
+    )
+    with torch.no_grad(), pytest.raises(ConfigError, match="called in the trainer's own module"):
+        attach_lora(adopted.network, load_lora(tmp_path / "dora.safetensors", adopted.network))
+        adopted.network(*family.inputs)
+
+
+def test_an_adapter_that_is_set_for_another_batch_is_named(family: Family) -> None:
+    """ai-toolkit's are told a multiplier for each row; its network then gives no row at all."""
+    foreign = family.make()
+    layer = next(m for name, m in foreign.named_modules() if name.endswith("to_k"))
+    before = layer.forward
+    layer.forward = lambda x: before(x)[:0]
+    with torch.no_grad(), pytest.raises(ConfigError, match=r"to_k' \(Linear\) gave \[0, .*set for another batch"):
+        adopt(foreign).network(*family.inputs)
+
+
+def test_a_layer_that_has_lost_its_weight_is_named(family: Family) -> None:
+    foreign = family.make()
+    adopted = adopt(foreign)
+    name = next(name for name, m in foreign.named_modules() if name.endswith("to_k"))
+    del foreign.get_submodule(name).weight
+    with pytest.raises(ConfigError, match=rf"'{name}.weight' is no longer in this {type(foreign).__name__}"):
+        adopted.refresh()
