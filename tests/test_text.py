@@ -186,6 +186,7 @@ def test_a_tokenizer_larger_than_the_embedding_is_refused() -> None:
 def built(
     tmp_path: Path, network: str, tensors: dict[str, torch.Tensor], metadata: dict[str, Any] | None = None
 ) -> Any:
+    tmp_path.mkdir(exist_ok=True)
     path = tmp_path / f"{network}.safetensors"
     save_file(
         {n: t.clone() for n, t in tensors.items()},
@@ -252,9 +253,9 @@ def test_an_fp8_encoder_equals_its_dequantised_weights(scaled: bool, tmp_path: P
             stored[name.removesuffix("weight") + "scale_weight"] = scale
     tokens = torch.arange(16)[None]
     found = built(
-        tmp_path, "t5", stored | ({"scaled_fp8": torch.zeros(0, dtype=torch.float8_e4m3fn)} if scaled else {})
+        tmp_path / "fp8", "t5", stored | ({"scaled_fp8": torch.zeros(0, dtype=torch.float8_e4m3fn)} if scaled else {})
     )
-    expected = built(tmp_path, "t5", plain)
+    expected = built(tmp_path / "plain", "t5", plain)
     assert torch.equal(found(input_ids=tokens).last_hidden_state, expected(input_ids=tokens).last_hidden_state)
 
 

@@ -11,12 +11,13 @@ from collections.abc import Callable, Collection, Generator, Iterator, Mapping, 
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from types import SimpleNamespace
-from typing import Any, ClassVar, Self, TypeVar, Unpack
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
+from typing_extensions import Self, Unpack
 
 from eridiff.blocks import unwrapped
 from eridiff.errors import ConfigError

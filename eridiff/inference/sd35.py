@@ -5,11 +5,12 @@ Source: `sd3_infer.py`, `sd3_impls.py` and `other_impls.py` of Stability-AI/sd3.
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Unpack
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from typing_extensions import Unpack
 
 from eridiff.errors import ConfigError
 from eridiff.inference.base import DiffusionInference, Stages

@@ -6,11 +6,12 @@ Sources: Stability-AI/generative-models; Podell et al. 2023; the schedulers that
 import logging
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Self, Unpack
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from typing_extensions import Self, Unpack
 
 from eridiff.errors import ConfigError
 from eridiff.inference.base import DiffusionInference, Stages
