@@ -40,7 +40,9 @@ def from_diffusers(kind: type[Drawer], pipeline: Any, given: Mapping[str, Any], 
     if isinstance(pipeline, nn.Module):
         raise ConfigError(f"{call} takes a pipeline, or its parts by name: {call}(transformer=..., vae=...)")
     check_names(call, options, [*PARTS, *Options.__annotations__, *kind.own_options()])
-    held: dict[str, Any] = {name: getattr(pipeline, name, None) if given.get(name) is None else given[name] for name in PARTS}
+    held: dict[str, Any] = {
+        name: getattr(pipeline, name, None) if given.get(name) is None else given[name] for name in PARTS
+    }
     network = held["unet"] if held["transformer"] is None else held["transformer"]
     lacking = [name for name, part in (("transformer or unet", network), ("vae", held["vae"])) if part is None]
     if lacking:

@@ -104,7 +104,7 @@ def _named(family: str, text: str, value: Any) -> dict[str, Tensor]:
         value = dict(zip((*PAIR, "t5_attn_mask"), (getattr(value, name) for name in AI_TOOLKIT), strict=True))
     elif hasattr(value, "keys"):  # a mapping, or NumPy's file of several arrays
         value = {name: value[name] for name in value.keys()}  # noqa: SIM118
-    elif isinstance(value, Sequence) and len(value) in LISTS[family]:
+    elif isinstance(value, list | tuple) and len(value) in LISTS[family]:
         value = dict(zip(LISTS[family][len(value)], value, strict=True))
     else:
         raise _unreadable(text, value)
