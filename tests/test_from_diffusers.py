@@ -127,6 +127,19 @@ def test_a_sampler_needs_nothing_but_the_inference_and_its_section(family: tuple
     assert inference.autoencoder.decoder.conv_in.weight is pipe.vae.decoder.conv_in.weight
 
 
+def test_averages_are_drawn_and_not_the_live_weights_again(tmp_path: Path) -> None:
+    """The inference follows the live module by itself, but not where the Sampler has put averages in its place."""
+    inference = SDXLInference.from_diffusers(sdxl_pipeline(), progress=False)
+    averages = {name: 0.9 * p.detach() for name, p in inference.network.named_parameters()}
+    section = {**SECTION, "true_cfg_scale": 1.0, "out": str(tmp_path)}
+    live, ema = Sampler(inference, section, ema=averages, verify=True, raise_errors=True).sample(0).images
+    fresh = tiny.unet(inference.network.config)
+    fresh.load_state_dict(averages)
+    expected = SDXLInference(fresh, inference.autoencoder, inference.clip, inference.clip_g, progress=False)
+    image = expected.generate("a photo of a cat", seed=1, steps=2, width=32, height=32, cfg_scale=1.0).images[0]
+    assert ema.tobytes() == image.tobytes() != live.tobytes()
+
+
 def test_outside_of_a_sampler_images_follow_too_and_the_copies_go_with_them(family: tuple[Any, Any]) -> None:
     kind, pipe = family
     inference = kind.from_diffusers(pipe, progress=False)
@@ -135,8 +148,8 @@ def test_outside_of_a_sampler_images_follow_too_and_the_copies_go_with_them(fami
     def draw() -> Any:
         return inference.generate("a photo of a cat", **asked).latents
 
-    before = draw()
     held = sum(p.numel() for p in inference.network.parameters() if not p.is_meta)
+    before = draw()
     with torch.no_grad():
         for name, p in network_of(pipe).named_parameters():
             if "to_v" in name:
