@@ -173,6 +173,15 @@ def test_what_is_missing_or_cannot_be_read_is_named(table: Any, says: str, tmp_p
         Sampler(inference("flux"), {**SECTION, "out": str(tmp_path)}, conditioning=table)
 
 
+def test_a_list_is_in_the_order_of_the_prompts(tmp_path: Path) -> None:
+    swan, fox, section = embeddings("flux", 1), embeddings("flux", 2), {**SECTION, "out": str(tmp_path)}
+    told = Sampler(inference("flux"), section, conditioning=[swan, {"conditional": fox, "unconditional": swan}]).prompts
+    assert same(told[0], Prompt(swan)) and same(told[1], Prompt(fox, swan))
+    for wrong in ([swan], Prompt(swan)):
+        with pytest.raises(ConfigError, match=r"mapping from prompts to embeddings, or a list of as many as .* \(2\)"):
+            Sampler(inference("flux"), section, conditioning=wrong)  # type: ignore[arg-type]
+
+
 def test_a_missing_negative_prompt_is_named(tmp_path: Path) -> None:
     section = {**SECTION, "true_cfg_scale": 4.0, "out": str(tmp_path)}
     table = {"a swan": embeddings("flux", 1), "a fox": embeddings("flux", 2)}

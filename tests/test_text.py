@@ -316,3 +316,10 @@ def test_t5_padding_is_hidden_from_networks_that_were_trained_so(family: str, tm
     kept = EmbeddingCache(model, tmp_path / "kept").encode("a swan", None)
     again = EmbeddingCache(model, tmp_path / "kept").encode("a swan", None)
     assert torch.equal(kept.positive.mask, told.mask) and torch.equal(again.positive.mask, told.mask)
+
+
+def test_the_second_clip_of_a_diffusers_folder_is_clip_g_however_small(tmp_path: Path) -> None:
+    """As in the small pipelines that tests use, whose depth does not tell it from CLIP-L."""
+    for name, network in (("text_encoder", "clip"), ("text_encoder_2", "clip_g")):
+        tiny.clip_module().save_pretrained(tmp_path / name)
+        assert component_of(open_checkpoint(tmp_path / name), "clip", "clip_g").network == network

@@ -33,12 +33,18 @@ class _Missing(Exception):
 
 
 def handed_in_prompts(
-    inference: DiffusionInference, given: Mapping[str, Any], requests: Sequence[Mapping[str, Any]]
+    inference: DiffusionInference, given: Mapping[str, Any] | Sequence[Any], requests: Sequence[Mapping[str, Any]]
 ) -> list[Prompt]:
     """What a trainer's embeddings give for each request of a section, negative prompts by the family's rules.
 
     Raises ConfigError for prompts that are not among them, and for embeddings that cannot be read or do not fit.
     """
+    if not isinstance(given, Mapping):
+        if not isinstance(given, list | tuple) or len(given) != len(requests):
+            raise ConfigError(
+                f"conditioning must be a mapping from prompts to embeddings, or a list of as many as there are prompts ({len(requests)})"
+            )
+        given = {str(request["prompt"]): value for request, value in zip(requests, given, strict=True)}
     table = {text: prompt_of(inference, text, value) for text, value in given.items()}
 
     def encoding(texts: Sequence[Any]) -> Stages[Conditioning]:

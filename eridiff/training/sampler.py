@@ -65,7 +65,7 @@ class Sampler:
         weights: Mapping[str, Callable[[], AbstractContextManager[Any]]] | None = None,
         modules: Mapping[str, nn.Module] | None = None,
         adopted: Adopted | None = None,
-        conditioning: Mapping[str, Any] | None = None,
+        conditioning: Mapping[str, Any] | Sequence[Any] | None = None,
         embeddings: str | os.PathLike[str] | None = None,
         text_in_training: bool = False,
         autocast: torch.dtype | None = None,
@@ -83,7 +83,7 @@ class Sampler:
         each a function that gives a context manager (an adapter switched off, for example); modules are further ones to
         restore. adopted is the trainer's network of other classes behind the inference's (`adopt`), whose copies are made
         anew before a picture and given back after it; None is that of `from_diffusers`. conditioning are embeddings that
-        the trainer has cached, by prompt, so that no text encoders are needed: a `Prompt` or a `Conditioning`, or tensors
+        the trainer has cached, by prompt or in the prompts' order, so that no text encoders are needed: a `Prompt` or a `Conditioning`, or tensors
         in the layouts of diffusers' scripts, kohya's or ai-toolkit (docs/training.md). embeddings is a folder that keeps encoded prompts. text_in_training encodes anew at each step instead.
         autocast is the dtype to draw under autocast with, None draws in the weights' own. Callbacks get `Samples`. Touching
         the file on_demand (None: `now` in the folder of the pictures) draws at the next step. verify hashes everything
