@@ -142,6 +142,9 @@ def test_t5s_padding_is_hidden_where_the_network_was_trained_so(family: str, tmp
     model.t5_mask = True
     found = Sampler(model, section, conditioning={"a swan": value}).prompts[0].positive.mask
     assert found is not None and torch.equal(found, expected)
+    joined = PromptEmbeds(swan.text[:, : expected.shape[1]].requires_grad_(), swan.pooled, real)
+    told = Sampler(model, section, conditioning={"a swan": joined}).prompts[0].positive
+    assert told.mask is not None and torch.equal(told.mask, expected) and not told.text.requires_grad
     with pytest.raises(ConfigError, match="embeddings of 'a swan' have no mask of T5's padding"):
         Sampler(model, section, conditioning={"a swan": (swan.text, swan.pooled)})
 

@@ -76,11 +76,8 @@ def _set_statistics(kind: "type[DiffusionInference]", adopted: Any) -> None:
     foreign, network = adopted.foreign, adopted.network
     if foreign is network or "scaling_factor" in _config(foreign):
         return
-    scale, shift = (
-        getattr(foreign, "scale_factor", None),
-        getattr(foreign, "shift_factor", None),
-    )  # of the original's class
-    if isinstance(scale, float) and isinstance(shift, float):
+    scale, shift = (getattr(foreign, name, None) for name in ("scale_factor", "shift_factor"))
+    if isinstance(scale, float) and isinstance(shift, float):  # attributes of the original's class
         network.config = replace(network.config, scale=scale, shift=shift)
     elif kind.family == "mmdit" and network.config.latent_channels == 16:  # the same names and shapes as Flux's
         sd3 = AutoencoderConfig.preset("sd3")

@@ -131,7 +131,6 @@ def _conditioning(inference: DiffusionInference, text: str, named: Mapping[str, 
         clips = F.pad(clips, (0, width - clips.shape[-1]))
         t5 = named.get("t5_out", clips.new_zeros(len(clips), KOHYA_T5_ROWS, width))
         rows = torch.cat([clips, t5], dim=1)
-        mask = None if mask is None else F.pad(mask, (clips.shape[1], 0), value=1)  # CLIP's rows are seen
     elif {"hidden_state1", "hidden_state2", "pool2"} <= named.keys():
         rows, pooled = torch.cat([named["hidden_state1"], named["hidden_state2"]], dim=-1), named["pool2"]
     else:
@@ -139,7 +138,11 @@ def _conditioning(inference: DiffusionInference, text: str, named: Mapping[str, 
     hidden = getattr(inference, "t5_mask", False)
     if hidden and mask is None:
         raise ConfigError(f"the embeddings of {text!r} have no mask of T5's padding, which t5_mask=True hides")
-    return Conditioning(rows, pooled, mask.bool() if hidden and mask is not None else None)
+    if not hidden or mask is None:
+        return Conditioning(rows, pooled)
+    return Conditioning(
+        rows, pooled, F.pad(mask, (rows.shape[1] - mask.shape[1], 0), value=1).bool()
+    )  # CLIP's are seen
 
 
 def _unreadable(text: str, value: Any) -> ConfigError:

@@ -83,8 +83,9 @@ class Sampler:
         each a function that gives a context manager (an adapter switched off, for example); modules are further ones to
         restore. adopted is the trainer's network of other classes behind the inference's (`adopt`), whose copies are made
         anew before a picture and given back after it; None is that of `from_diffusers`. conditioning are embeddings that
-        the trainer has cached, by prompt or in the prompts' order, so that no text encoders are needed: a `Prompt` or a `Conditioning`, or tensors
-        in the layouts of diffusers' scripts, kohya's or ai-toolkit (docs/training.md). embeddings is a folder that keeps encoded prompts. text_in_training encodes anew at each step instead.
+        the trainer has cached, by prompt or in the prompts' order, so that no text encoders are needed: a `Prompt`, a
+        `Conditioning`, or tensors in the layouts of diffusers' scripts, kohya's or ai-toolkit (docs/training.md).
+        embeddings is a folder that keeps encoded prompts. text_in_training encodes anew at each step instead.
         autocast is the dtype to draw under autocast with, None draws in the weights' own. Callbacks get `Samples`. Touching
         the file on_demand (None: `now` in the folder of the pictures) draws at the next step. verify hashes everything
         before and after and raises TrainingError, naming what changed. An error while drawing is logged, or raised
