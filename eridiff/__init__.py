@@ -37,6 +37,8 @@ if TYPE_CHECKING:  # what type checkers and editors see; a test compares it with
     from eridiff.models.unet import UNet as UNet
     from eridiff.models.unet import UNetConfig as UNetConfig
     from eridiff.text import Conditioning as Conditioning
+    from eridiff.text.encoders import ClipEncoder as ClipEncoder
+    from eridiff.text.encoders import T5Encoder as T5Encoder
     from eridiff.weights.load import load_network as load_network
     from eridiff.weights.save import save_network as save_network
 
@@ -69,6 +71,8 @@ _PLACES = {
     "Autoencoder": "eridiff.models.autoencoder",
     "AutoencoderConfig": "eridiff.models.autoencoder",
     "Conditioning": "eridiff.text",
+    "ClipEncoder": "eridiff.text.encoders",
+    "T5Encoder": "eridiff.text.encoders",
 }
 __all__ = ["__version__", *_PLACES]
 

@@ -6,12 +6,17 @@ before the first is the prompt. `--` inside a word or before a blank is text. Ca
 
 import json
 import re
-import tomllib
+import sys
 from collections.abc import Mapping
 from difflib import get_close_matches
 from typing import Any
 
 from eridiff.errors import ConfigError
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 FLAGS: dict[str, tuple[str, type]] = {  # flag -> key of an entry, type of its value
     "n": ("negative_prompt", str), "w": ("width", int), "h": ("height", int), "d": ("seed", int), "seed": ("seed", int),

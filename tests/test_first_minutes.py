@@ -8,11 +8,11 @@ import subprocess
 import sys
 import sysconfig
 import textwrap
-import tomllib
 import zipfile
 from pathlib import Path
 
 import pytest
+import tomllib
 
 from eridiff.cli import _parser
 
@@ -72,16 +72,16 @@ def fake_python(path: Path, version: str) -> Path:
 
 def test_an_old_python_is_refused_before_anything_is_made_or_fetched(tmp_path: Path) -> None:
     shutil.copy(ROOT / "Makefile", tmp_path)
-    old = fake_python(tmp_path / "python3.10", "(3, 10, 13, 'final', 0)")
+    old = fake_python(tmp_path / "python3.9", "(3, 9, 18, 'final', 0)")
     result = run(["make", "sample", f"PYTHON={old}"], tmp_path)
     assert result.returncode != 0 and result.stdout == ""
     assert result.stderr.splitlines()[0] == (
-        f"eridiff needs Python 3.11 or later, and {old} is 3.10: run make sample PYTHON=python3.12"
+        f"eridiff needs Python 3.10 or later, and {old} is 3.9: run make sample PYTHON=python3.12"
     )
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["Makefile", "python3.10"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["Makefile", "python3.9"]
 
 
-@pytest.mark.parametrize("version", ["(3, 11, 0, 'final', 0)", "(3, 14, 1, 'final', 0)", "(4, 0, 0, 'final', 0)"])
+@pytest.mark.parametrize("version", ["(3, 10, 0, 'final', 0)", "(3, 14, 1, 'final', 0)", "(4, 0, 0, 'final', 0)"])
 def test_a_newer_python_goes_on_to_make_the_environment(version: str, tmp_path: Path) -> None:
     shutil.copy(ROOT / "Makefile", tmp_path)
     result = run(["make", "sample", f"PYTHON={fake_python(tmp_path / 'python', version)}"], tmp_path)

@@ -186,6 +186,7 @@ def test_a_tokenizer_larger_than_the_embedding_is_refused() -> None:
 def built(
     tmp_path: Path, network: str, tensors: dict[str, torch.Tensor], metadata: dict[str, Any] | None = None
 ) -> Any:
+    tmp_path.mkdir(exist_ok=True)
     path = tmp_path / f"{network}.safetensors"
     save_file(
         {n: t.clone() for n, t in tensors.items()},
@@ -252,9 +253,9 @@ def test_an_fp8_encoder_equals_its_dequantised_weights(scaled: bool, tmp_path: P
             stored[name.removesuffix("weight") + "scale_weight"] = scale
     tokens = torch.arange(16)[None]
     found = built(
-        tmp_path, "t5", stored | ({"scaled_fp8": torch.zeros(0, dtype=torch.float8_e4m3fn)} if scaled else {})
+        tmp_path / "fp8", "t5", stored | ({"scaled_fp8": torch.zeros(0, dtype=torch.float8_e4m3fn)} if scaled else {})
     )
-    expected = built(tmp_path, "t5", plain)
+    expected = built(tmp_path / "plain", "t5", plain)
     assert torch.equal(found(input_ids=tokens).last_hidden_state, expected(input_ids=tokens).last_hidden_state)
 
 
@@ -315,3 +316,10 @@ def test_t5_padding_is_hidden_from_networks_that_were_trained_so(family: str, tm
     kept = EmbeddingCache(model, tmp_path / "kept").encode("a swan", None)
     again = EmbeddingCache(model, tmp_path / "kept").encode("a swan", None)
     assert torch.equal(kept.positive.mask, told.mask) and torch.equal(again.positive.mask, told.mask)
+
+
+def test_the_second_clip_of_a_diffusers_folder_is_clip_g_however_small(tmp_path: Path) -> None:
+    """As in the small pipelines that tests use, whose depth does not tell it from CLIP-L."""
+    for name, network in (("text_encoder", "clip"), ("text_encoder_2", "clip_g")):
+        tiny.clip_module().save_pretrained(tmp_path / name)
+        assert component_of(open_checkpoint(tmp_path / name), "clip", "clip_g").network == network

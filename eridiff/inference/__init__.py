@@ -1,7 +1,8 @@
 """A prompt becomes a picture."""
 
 import os
-from typing import Unpack
+
+from typing_extensions import Unpack
 
 from eridiff.errors import CheckpointError, ConfigError
 from eridiff.inference.base import DiffusionInference

@@ -144,5 +144,7 @@ def draw_again(inference: DiffusionInference, settings: Mapping[str, Any], **opt
 def circumstances(settings: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """In words, what is not as it was when the picture was drawn."""
     found = [f"{n} {settings[n]}, now {now[n]}" for n in CIRCUMSTANCES if n in settings and settings[n] != now[n]]
+    if (settings.get("training") or {}).get("conditioning"):
+        found.append("embeddings that the trainer handed in, now encoded")
     batch = settings.get("batch", 1)
     return found + ([f"in one batch with {batch - 1} others, now alone"] if batch != 1 else [])

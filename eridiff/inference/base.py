@@ -11,16 +11,18 @@ from collections.abc import Callable, Collection, Generator, Iterator, Mapping, 
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from types import SimpleNamespace
-from typing import Any, ClassVar, Self, TypeVar, Unpack
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
+from typing_extensions import Self, Unpack
 
 from eridiff.blocks import evaluation, unwrapped
 from eridiff.errors import ConfigError
 from eridiff.images import to_images, to_tensor, upright
+from eridiff.inference.handed_in import check_autoencoder, check_channels, check_dtypes, check_family, from_diffusers
 from eridiff.inference.latents import (  # fmt: skip
     LATENT_SCALE,
     device_of,
@@ -38,7 +40,7 @@ from eridiff.inference.lora import LoraHandle, apply
 from eridiff.inference.options import Options, check_names
 from eridiff.inference.provenance import provenance
 from eridiff.inference.result import Prompt, Result, Step
-from eridiff.inference.settings import Defaults, Table, Text, check_settings, listed, matched, settle_size
+from eridiff.inference.settings import Defaults, Table, Text, check_settings, listed, matched, plain, settle_size
 from eridiff.inference.words import Words
 from eridiff.lora.attach import Scale
 from eridiff.lora.load import Lora
@@ -71,6 +73,7 @@ class DiffusionInference(ABC):
 
     family: ClassVar[str]  # of the network, as in weights/detect.py
     variants: ClassVar[Mapping[str, Defaults]]
+    encoders: ClassVar[tuple[str, ...]]  # in the order of diffusers' text_encoder, text_encoder_2, text_encoder_3
     recorded: ClassVar[tuple[str, ...]] = ("variant", "vae_rows")  # attributes that a picture depends on, as options
     multiple: int = 16  # of which width and height must be multiples
     network: Any
@@ -83,8 +86,7 @@ class DiffusionInference(ABC):
 
         Raises ConfigError for an option that neither `Options` nor the family has, and for impossible values.
         """
-        own = [name for name in inspect.signature(type(self)).parameters if name != "options"]
-        check_names(type(self).__name__, options, [*own, *Options.__annotations__])
+        check_names(type(self).__name__, options, [*self.own_options(), *Options.__annotations__])
         variant, device, dtype = options.get("variant"), options.get("device"), options.get("dtype")
         offload, vae_rows, progress = options.get("offload"), options.get("vae_rows"), options.get("progress", True)
         if offload not in (None, "stages"):
@@ -98,11 +100,39 @@ class DiffusionInference(ABC):
         self.vae_rows = vae_rows
         self.source: dict[str, Any] = {}  # which files, for the record
         self.loras: list[LoraHandle] = []  # what apply_lora has put on it
+        self.adopted: tuple[Any, ...] = ()  # `eridiff.training.adopt.Adopted` of the network and the autoencoder
         self._staged: nn.Module | None = None  # the component that is in use
         if autoencoder is not None:
+            check_autoencoder(type(self), autoencoder)
             self.autoencoder = unwrapped(autoencoder)
         if network is not None:
             self.set_network(network)
+
+    @classmethod
+    def from_diffusers(
+        cls, pipeline: Any = None, *, transformer: Any = None, unet: Any = None, vae: Any = None,
+        text_encoder: Any = None, text_encoder_2: Any = None, text_encoder_3: Any = None, tokenizer: Any = None,
+        tokenizer_2: Any = None, tokenizer_3: Any = None, scheduler: Any = None, **options: Any,
+    ) -> Self:  # fmt: skip
+        """Draw with the modules of a trainer: those of a diffusers pipeline, or single ones by diffusers' names.
+
+        The network and the autoencoder are adopted (`eridiff.training.adopt`): of diffusers' classes or under the
+        originals' names, wrapped or not, they share their parameters, and what must be copied is copied for each image
+        and given back after it. Text encoders and tokenizers are those of transformers, slow or fast; without encoders
+        conditioning is handed in. What the configurations of the modules, the scheduler and the pipeline say is
+        followed; options are those of the constructor. Raises CheckpointError for a module that is not known, ConfigError
+        for one that is missing or of another family.
+        """
+        given = {name: part for name, part in locals().items() if name not in ("cls", "pipeline", "options")}
+        return from_diffusers(cls, pipeline, given, options)
+
+    @classmethod
+    def own_options(cls) -> list[str]:
+        """What the family's constructor takes beside `Options`."""
+        return [name for name in inspect.signature(cls).parameters if name != "options"]
+
+    def follow(self, config: Mapping[str, Any], given: Collection[str]) -> None:  # noqa: B027  # nothing for most
+        """Take over what the configurations of diffusers' pipeline and scheduler say, but for the options that are given."""
 
     @staticmethod
     @abstractmethod
@@ -127,6 +157,11 @@ class DiffusionInference(ABC):
     def told_widths(config: Any) -> tuple[int, int]:
         """Widths of the text rows and of the pooled vector that a network takes."""
         return config.text_width, config.pooled_width
+
+    @staticmethod
+    def told_channels(config: Any) -> int:
+        """Channels of the latents that a network moves."""
+        return int(config.out_channels)
 
     @property
     def device(self) -> torch.device:
@@ -200,7 +235,10 @@ class DiffusionInference(ABC):
 
     def set_network(self, network: nn.Module, name: str = "") -> None:
         """Take a network, out of the wrappers of a trainer, and its variant's defaults."""
+        check_family(type(self), network)
         self.network = unwrapped(network)
+        if hasattr(self, "autoencoder"):
+            check_channels(self)
         own, asked = device_of(self.network), self.asked_device
         if asked is not None and not self.offload and not same_device(own, asked):
             raise ConfigError(f"the network is on {own}, not on {asked}: move it there, or give no device")
@@ -325,6 +363,8 @@ class DiffusionInference(ABC):
             if prompt.negative is None:
                 raise ConfigError(f"cfg_scale {guidance.cfg_scale:g} needs a negative prompt; an empty one is ''")
             rows.append(prompt.negative)
+        if not torch.is_autocast_enabled(self.device.type):
+            check_dtypes(self)
         dtype = dtype_of(self.network)
         conditioning = Conditioning.joined([part.to(self.device, dtype) for part in rows])
         times = schedule.times.to(self.device, torch.promote_types(dtype, torch.float32))
@@ -448,6 +488,13 @@ class DiffusionInference(ABC):
 
     def _stages(self, asked: SimpleNamespace) -> Stages[Result]:
         """`generate` in stages; `asked` has its arguments."""
+        for name, value in vars(asked).items():
+            setattr(asked, name, plain(value))
+        if asked.conditioning is not None and not isinstance(asked.conditioning, Prompt):
+            raise ConfigError(
+                f"conditioning must be an eridiff.Prompt, not a {type(asked.conditioning).__name__}: "
+                "Prompt(Conditioning(text, pooled)), with the negative one behind it if there is guidance"
+            )
         prompts, seeds = matched(
             asked.prompt, asked.seed, len(asked.conditioning.positive) if asked.conditioning else 1
         )
@@ -478,6 +525,9 @@ class DiffusionInference(ABC):
         guidance = Guidance(cfg_scale, asked.cfg_rescale, asked.cfg_interval, self._skip_layers(asked.skip_layers))
         image, control = (None if p is None else to_tensor(p, width, height) for p in (asked.image, asked.control))
         mask = None if asked.mask is None else to_tensor(asked.mask, width, height, mask=True)
+        for name, rows in (("noise", noise), ("image", image), ("control", control), ("mask", mask)):
+            if rows is not None and len(rows) not in (len(seeds),) + ((1,) if name != "noise" else ()):
+                raise ConfigError(f"{len(rows)} rows of {name} for {len(seeds)} prompts and seeds: give as many")
 
         if conditioning is None:
             self.check_words(prompts)
@@ -518,7 +568,7 @@ class DiffusionInference(ABC):
             **self.told_sizes(width, height),
         }  # fmt: skip
         each = [{"prompt": p, "seed": s, **settings} for p, s in zip(prompts, seeds, strict=True)]
-        kept = {"conditioning": conditioning, "noise": noise, "latents": latents}
+        kept: dict[str, Any] = {"conditioning": conditioning, "noise": noise, "latents": latents}
         return Result(to_images(decoded), each, **{name: kept[name] for name in asked.keep})
 
     def _skip_layers(self, given: bool | SkipLayers) -> SkipLayers | None:
@@ -548,7 +598,10 @@ class DiffusionInference(ABC):
             yield
             return
         before, self._staged = self._staged, module
+        adopted = [one for one in self.adopted if one.network is module]
         try:
+            for one in adopted:
+                one.refresh()
             with (
                 on_device(module, self.device) if self.offload else nullcontext(),
                 evaluation({"": module}),
@@ -557,6 +610,8 @@ class DiffusionInference(ABC):
                 yield
         finally:
             self._staged = before
+            for one in adopted:
+                one.release()
 
     def _place(self, module: nn.Module) -> torch.device:
         """Where a component computes."""

@@ -3,13 +3,15 @@
 import logging
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Unpack
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import Unpack
 
 from eridiff.errors import ConfigError
 from eridiff.inference.base import DiffusionInference, Stages
+from eridiff.inference.handed_in import check_encoders
 from eridiff.inference.latents import dtype_of, finite_features
 from eridiff.inference.options import Options
 from eridiff.inference.settings import Defaults, Text, spoken
@@ -36,6 +38,7 @@ class FluxInference(DiffusionInference):
     """Draws with any Flux.1: `FluxInference().load_model("flux1-dev/")`, or with modules that are already there."""
 
     family = "flux"
+    encoders = ("clip", "t5")
     recorded = (*DiffusionInference.recorded, "t5_mask")
     variants: ClassVar[Mapping[str, FluxDefaults]] = {
         "dev": FluxDefaults(),
@@ -65,6 +68,7 @@ class FluxInference(DiffusionInference):
         - device, dtype, offload, vae_rows, progress: as in `eridiff.inference.options.Options`.
         """
         super().__init__(network, autoencoder, **options)
+        check_encoders(type(self), clip=clip, t5=t5)
         self.clip, self.t5, self.t5_mask = clip, t5, t5_mask
 
     @staticmethod
@@ -78,6 +82,10 @@ class FluxInference(DiffusionInference):
     @staticmethod
     def needed(config: FluxConfig) -> tuple[str, ...]:
         return ("clip", "t5")
+
+    @staticmethod
+    def told_channels(config: FluxConfig) -> int:
+        return config.out_channels // 4  # a token is a patch of 2 x 2
 
     @staticmethod
     def text_widths(configs: Mapping[str, Mapping[str, Any]]) -> tuple[int, int]:

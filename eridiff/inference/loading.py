@@ -83,8 +83,16 @@ def check_parts(drawer: "type[DiffusionInference]", components: Mapping[str, Com
             f"{' and '.join(DESCRIPTIONS[name] for name in missing)} {'is' if len(missing) == 1 else 'are'} missing: "
             f"the model holds {held}; give the rest as {', '.join(options)}"
         )
-    own = components[drawer.family].config
-    given = drawer.text_widths({name: components[name].config for name in TEXT_ENCODERS if name in components})
+    check_widths(
+        drawer,
+        components[drawer.family].config,
+        {name: components[name].config for name in TEXT_ENCODERS if name in components},
+    )
+
+
+def check_widths(drawer: "type[DiffusionInference]", own: Any, encoders: Mapping[str, Mapping[str, Any]]) -> None:
+    """Raises CheckpointError unless encoders of these configurations give what a network of that configuration takes."""
+    given = drawer.text_widths(encoders)
     if given != drawer.told_widths(own):
         raise CheckpointError(
             f"the text encoders give {given[0]} features a token and {given[1]} pooled, {DESCRIPTIONS[drawer.family]} takes "

@@ -5,14 +5,16 @@ Source: `sd3_infer.py`, `sd3_impls.py` and `other_impls.py` of Stability-AI/sd3.
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Unpack
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from typing_extensions import Unpack
 
 from eridiff.errors import ConfigError
 from eridiff.inference.base import DiffusionInference, Stages
+from eridiff.inference.handed_in import check_encoders
 from eridiff.inference.latents import beside, dtype_of, finite_features
 from eridiff.inference.options import Options
 from eridiff.inference.settings import Defaults, Text, spoken
@@ -49,6 +51,7 @@ class SD35Inference(DiffusionInference):
     """Draws with any SD 3: `SD35Inference().load_model("sd3.5_medium/")`, or with modules that are already there."""
 
     family = "mmdit"
+    encoders = ("clip", "clip_g", "t5")
     recorded = (*DiffusionInference.recorded, *OPTIONS, "t5_mask")
     variants: ClassVar[Mapping[str, SD35Defaults]] = {
         "sd3-medium": SD35Defaults(script_shift=1.0),
@@ -88,6 +91,7 @@ class SD35Inference(DiffusionInference):
             if value not in OPTIONS[name]:
                 raise ConfigError(f"{name} must be {' or '.join(OPTIONS[name])}, not '{value}'")
         super().__init__(network, autoencoder, **options)
+        check_encoders(type(self), clip=clip, clip_g=clip_g, t5=t5)
         self.clip, self.clip_g, self.t5 = clip, clip_g, t5
         self.t5_padding, self.without_t5, self.clip_windows = t5_padding, without_t5, clip_windows
         self.t5_mask = t5_mask
@@ -107,6 +111,10 @@ class SD35Inference(DiffusionInference):
         clip, clip_g = configs["clip"], configs["clip_g"]
         width = configs["t5"]["d_model"] if "t5" in configs else 4096
         return width, clip["hidden_size"] + clip_g["projection_dim"]
+
+    def follow(self, config: Mapping[str, Any], given: Collection[str]) -> None:
+        if isinstance(shift := config.get("shift"), int | float):
+            self.sampling = replace(self.sampling, shift=float(shift))
 
     def set_encoders(self, modules: Mapping[str, nn.Module], tokenizers: Mapping[str, Any]) -> None:
         self.clip = ClipEncoder(modules["clip"], tokenizers["clip"])

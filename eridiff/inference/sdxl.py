@@ -6,14 +6,16 @@ Sources: Stability-AI/generative-models; Podell et al. 2023; the schedulers that
 import logging
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Self, Unpack
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from typing_extensions import Self, Unpack
 
 from eridiff.errors import ConfigError
 from eridiff.inference.base import DiffusionInference, Stages
+from eridiff.inference.handed_in import check_encoders
 from eridiff.inference.latents import beside, dtype_of, finite_features
 from eridiff.inference.options import Options
 from eridiff.inference.result import Prompt, Result
@@ -35,6 +37,7 @@ TIMESTEPS = {
 }  # fmt: skip
 SIGMAS = {"karras": discrete.karras_sigmas, "exponential": discrete.exponential_sigmas}
 PREDICTIONS = ("epsilon", "v", "sample")
+PREDICTION_TYPES = {"v_prediction": "v", **{name: name for name in PREDICTIONS}}  # as configurations name them
 SIZES = 256  # features of each number beside the pooled vector
 
 
@@ -52,6 +55,7 @@ class SDXLInference(DiffusionInference):
     """Draws with any SDXL: `SDXLInference().load_model("sd_xl_base_1.0.safetensors")`, or with modules already there."""
 
     family = "unet"
+    encoders = ("clip", "clip_g")
     recorded = (*DiffusionInference.recorded, "prediction", "zero_terminal_snr", "empty_negative", "clip_windows")
     variants: ClassVar[Mapping[str, SDXLDefaults]] = {
         "base": SDXLDefaults(),
@@ -116,6 +120,7 @@ class SDXLInference(DiffusionInference):
             if not 0 <= score <= 10:
                 raise ConfigError(f"{name} must be between 0 and 10, not {score}")
         super().__init__(network, autoencoder, **options)
+        check_encoders(type(self), clip=clip, clip_g=clip_g)
         self.clip, self.clip_g = clip, clip_g
         self.asked_prediction, self.asked_zero_snr = prediction, zero_terminal_snr
         self.prediction, self.zero_terminal_snr = prediction or "epsilon", bool(zero_terminal_snr)
@@ -161,6 +166,13 @@ class SDXLInference(DiffusionInference):
             self.prediction = asked or told or "epsilon"
             self.zero_terminal_snr = zero if self.asked_zero_snr is None else self.asked_zero_snr
         return super().load_model(parts)
+
+    def follow(self, config: Mapping[str, Any], given: Collection[str]) -> None:
+        self.prediction = self.asked_prediction or PREDICTION_TYPES.get(str(config.get("prediction_type")), "epsilon")
+        if self.asked_zero_snr is None:
+            self.zero_terminal_snr = config.get("rescale_betas_zero_snr") is True
+        if config.get("force_zeros_for_empty_prompt") is False and "empty_negative" not in given:
+            self.empty_negative = "encoded"
 
     def generate(
         self, prompt: Text | Sequence[Text] = "", *, refiner: "SDXLInference | None" = None, hand_over: float = 0.8,
@@ -330,4 +342,4 @@ def _told(component: Component) -> tuple[str | None, bool]:
         config = read_json_file(beside)
         said, zero = config.get("prediction_type"), config.get("rescale_betas_zero_snr") is True
     said = "v" if "v_pred" in component.markers else said
-    return {"v": "v", "v_prediction": "v", "sample": "sample", "epsilon": "epsilon"}.get(str(said)), zero
+    return PREDICTION_TYPES.get(str(said)), zero

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
 from eridiff.errors import ConfigError
@@ -69,6 +70,15 @@ def settle_size(
     return width, height
 
 
+def plain(value: Any) -> Any:
+    """Numbers of NumPy as Python's, also in lists; everything else as it is."""
+    if isinstance(value, np.generic | np.ndarray):
+        return value.tolist()
+    if isinstance(value, dict):
+        return {name: plain(entry) for name, entry in value.items()}
+    return type(value)(map(plain, value)) if type(value) in (list, tuple) else value
+
+
 def listed(prompt: Text | Sequence[Text]) -> list[Text]:
     return [prompt] if isinstance(prompt, str | Mapping) else list(prompt)
 
@@ -88,7 +98,7 @@ def matched(
     prompt: Text | Sequence[Text], seed: int | Sequence[int] | None, rows: int = 1
 ) -> tuple[list[Text], list[int]]:
     """Prompts and seeds of equal number, as many as there are `rows` of conditioning; one of either is repeated."""
-    prompts = listed(prompt)
+    prompts, seed = listed(prompt), plain(seed)
     if seed is None:
         seed = secrets.randbits(32)
     seeds = [seed] if isinstance(seed, int) else list(seed)

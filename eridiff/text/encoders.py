@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from eridiff.blocks import unwrapped
 from eridiff.errors import CheckpointError, ConfigError
 from eridiff.text.tokenizers import token_ids, token_windows
 from eridiff.weights.detect import Component
@@ -23,15 +24,25 @@ class ClipFeatures:
     hidden: tuple[Tensor, ...]  # layers + 1 tensors [B, T, D], before the final norm
     last: Tensor  # [B, T, D], after the final norm
     pooled: Tensor  # [B, D], `last` at the first end token
-    projected: Tensor  # [B, P], `pooled` through the text projection
+    projected: Tensor  # [B, P], `pooled` through the text projection; `pooled` itself where there is none
 
 
 class ClipEncoder:
     """A CLIP text encoder and its tokenizer."""
 
     def __init__(self, module: Any, tokenizer: Any, *, pad: int | None = None, name: str = "CLIP-L") -> None:
-        """`pad` None is the end token, as for CLIP-L; CLIP-G takes 0. Raises CheckpointError for too many tokens."""
+        """Use transformers' CLIPTextModel or CLIPTextModelWithProjection, wrapped or not, with a slow or fast tokenizer.
+
+        `pad` None is the end token, as for CLIP-L; CLIP-G takes 0. Raises CheckpointError for a tokenizer with more tokens
+        than the module, ConfigError for a CLIP-G without its projection, which SDXL and SD 3 need.
+        """
+        module = unwrapped(module)
         _check_size(name, tokenizer, module.config.vocab_size)
+        if name == "CLIP-G" and not hasattr(module, "text_projection"):
+            raise ConfigError(
+                f"CLIP-G is a {type(module).__name__} without the projection of its pooled vector, which SDXL and SD 3 need: "
+                "load it as CLIPTextModelWithProjection"
+            )
         self.module, self.tokenizer, self.name = module, tokenizer, name
         self.end: int = tokenizer.eos_token_id  # of the tokenizer: published configurations say 2
         self.pad = self.end if pad is None else pad
@@ -61,7 +72,8 @@ class ClipEncoder:
 
         Several windows are encoded each for itself and joined; the pooled state is the first one's.
         """
-        ids = ids.to(self.module.get_input_embeddings().weight.device)
+        embedding = self.module.get_input_embeddings().weight
+        ids = ids.to(embedding.device)
         windows = ids.unflatten(1, (-1, min(ids.shape[1], self.length)))  # B W T
         output = self.module(input_ids=windows.flatten(0, 1), output_hidden_states=True)
 
@@ -71,14 +83,21 @@ class ClipEncoder:
         hidden, last = tuple(map(in_rows, output.hidden_states)), in_rows(output.last_hidden_state)
         first_end = (windows[:, 0] == self.end).int().argmax(dim=1)  # 0 where there is none
         pooled = last[torch.arange(len(ids), device=ids.device), first_end]
-        return ClipFeatures(hidden, last, pooled, self.module.text_projection(pooled))
+        projection = getattr(self.module, "text_projection", nn.Identity())
+        projected = projection(pooled.to(embedding.dtype))  # a trainer's wrapper may give float32 of a bfloat16 module
+        return ClipFeatures(hidden, last, pooled, projected)
 
 
 class T5Encoder:
     """A T5 encoder, its tokenizer, and the number of tokens that the network was trained with."""
 
     def __init__(self, module: Any, tokenizer: Any, length: int) -> None:
-        """Raises CheckpointError when the tokenizer has more tokens than the embedding has rows."""
+        """Use transformers' T5EncoderModel, wrapped or not, with a slow or fast tokenizer.
+
+        `length` is 512 for Flux (256 for schnell) and 256 for SD 3. Raises CheckpointError when the tokenizer has more
+        tokens than the embedding has rows.
+        """
+        module = unwrapped(module)
         _check_size("T5", tokenizer, module.config.vocab_size)
         self.module, self.tokenizer, self.length = module, tokenizer, length
 
@@ -93,7 +112,7 @@ class T5Encoder:
     @torch.no_grad()
     def __call__(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:
         """ids `[B, T]` -> `[B, T, D]` after the final norm; without a mask, as published, padding is attended to too."""
-        device = self.module.shared.weight.device
+        device = self.module.get_input_embeddings().weight.device
         seen = None if mask is None else mask.to(device)
         return self.module(input_ids=ids.to(device), attention_mask=seen).last_hidden_state
 

@@ -7,6 +7,7 @@ import gzip
 import importlib.util
 import json
 import logging
+import re
 import tempfile
 from functools import cache
 from pathlib import Path
@@ -182,21 +183,27 @@ def token_ids(tokenizer: Any, prompt: str, length: int, pad: int, name: str, who
     `name` is the encoder's, for the warning. `whole_words` keeps a word of fewer than 8 tokens whole or leaves it out, as
     the original of SD 3 does.
     """
-    encoded = tokenizer(prompt, truncation=False, padding=False, return_offsets_mapping=True, verbose=False)
-    ids: list[int] = list(encoded["input_ids"])
+    ids: list[int] = list(tokenizer(prompt, truncation=False, padding=False, verbose=False)["input_ids"])
     if len(ids) > length:
-        starts = [begin for begin, _ in encoded["offset_mapping"]]
+        begin = len(ids) - len(tokenizer(prompt, add_special_tokens=False, verbose=False)["input_ids"]) - 1
+        words = _words(tokenizer, prompt)
         kept = length - 1
-        if whole_words:
-            words = [len(prompt[: start + 1].split()) for start in starts]  # the word in which each token begins
-            first = words.index(words[kept], 1)
-            kept = first if words[1:-1].count(words[kept]) < 8 and first > 1 else kept
-        begin = prompt.rfind(" ", 0, starts[kept] + 1) + 1  # of the word in which the cut falls
+        cut = words[min(max(kept - begin, 0), len(words) - 1)]  # the word in which the cut falls
+        if whole_words and words.count(cut) < 8 and words.index(cut) > 0:
+            kept = begin + words.index(cut)
         log.warning(
-            "%s takes %d tokens, the prompt has %d: cut from %r on", name, length, len(ids), prompt[begin:].strip()
+            "%s takes %d tokens, the prompt has %d: cut from %r on", name, length, len(ids), prompt[cut:].strip()
         )
         ids = [*ids[:kept], ids[-1]]
     return ids + [pad] * (length - len(ids))
+
+
+def _words(tokenizer: Any, prompt: str) -> list[int]:
+    """For each token of a prompt where its word begins. Words are read one by one: slow tokenizers tell no offsets."""
+    found = [(word.start(), word.group()) for word in re.finditer(r"\S+", prompt)]
+    return [
+        begin for begin, word in found for _ in tokenizer(word, add_special_tokens=False, verbose=False)["input_ids"]
+    ] or [0]
 
 
 def token_windows(tokenizer: Any, prompt: str, length: int, pad: int, windows: int = 1) -> list[int]:

@@ -91,7 +91,7 @@ def on_cpu(prompt: Prompt) -> Prompt:
     """The same, in main memory."""
 
     def moved(c: Conditioning) -> Conditioning:
-        return Conditioning(c.text.cpu(), c.pooled.cpu(), None if c.mask is None else c.mask.cpu())
+        return Conditioning(c.text.detach().cpu(), c.pooled.detach().cpu(), None if c.mask is None else c.mask.cpu())
 
     return Prompt(moved(prompt.positive), prompt.negative and moved(prompt.negative))
 

@@ -20,8 +20,11 @@ from eridiff.config import RunConfig, parse_config
 from eridiff.errors import ConfigError, TrainingError
 from eridiff.images import save_png, slug
 from eridiff.inference import DiffusionInference, Prompt, Step
+from eridiff.inference.handed_in import check_dtypes, check_inference
 from eridiff.inference.section import fitted, picture_paths, picture_requests, told_sizes
+from eridiff.inference.settings import plain
 from eridiff.training.adopt import Adopted
+from eridiff.training.cached import handed_in_prompts
 from eridiff.training.distributed import collected, ranks, sharded
 from eridiff.training.embeddings import EmbeddingCache, on_cpu
 from eridiff.training.fingerprint import changed, fingerprint
@@ -62,6 +65,7 @@ class Sampler:
         weights: Mapping[str, Callable[[], AbstractContextManager[Any]]] | None = None,
         modules: Mapping[str, nn.Module] | None = None,
         adopted: Adopted | None = None,
+        conditioning: Mapping[str, Any] | Sequence[Any] | None = None,
         embeddings: str | os.PathLike[str] | None = None,
         text_in_training: bool = False,
         autocast: torch.dtype | None = None,
@@ -74,19 +78,27 @@ class Sampler:
 
         inference holds the modules in training as they are, wrapped (compiled, DDP, FSDP) or not; sample is a section's
         keys and values (prompts, sample_every, sample_start_step, skip_first_sample, sample_at_end, sample_max_seconds, and
-        how to draw), or a whole file by `eridiff.run_files.load_config`, another trainer's too. optimizer is asked for its averages if it is schedule-free, and is checked by `verify`. ema, a module, a
-        mapping from the trained network's names to tensors, or an object with `shadow_params` in the order of its parameters
-        (diffusers' EMAModel), draws beside the live weights; weights names further ways to draw, each a function that gives a
-        context manager (an adapter switched off, for example); modules are further ones to restore. adopted is the trainer's
-        network of other classes behind the inference's (`adopt`); it is followed anew within each kind of weights, and its
-        copies are given back after the images. embeddings is a folder that keeps encoded prompts. text_in_training encodes
-        anew at each step instead, for each kind of weights.
+        how to draw), or a whole file by `eridiff.run_files.load_config`, another trainer's too. optimizer is asked for its
+        averages if it is schedule-free, and is checked by `verify`. ema, a module, a mapping from the trained network's names
+        to tensors, or an object with `shadow_params` in the order of its parameters (diffusers' EMAModel), draws beside the
+        live weights; weights names further ways to draw, each a function that gives a context manager (an adapter switched
+        off, for example); modules are further ones to restore. adopted is the trainer's network of other classes behind the
+        inference's (`adopt`); it is followed anew within each kind of weights, and its copies are given back after the images;
+        None is that of `from_diffusers`. conditioning are embeddings that the trainer has cached, by prompt or in the prompts'
+        order, so that no text encoders are needed: a `Prompt`, a `Conditioning`, or tensors in the layouts of diffusers'
+        scripts, kohya's or ai-toolkit (docs/training.md). embeddings is a folder that keeps encoded prompts. text_in_training
+        encodes anew at each step instead, for each kind of weights.
         autocast is the dtype to draw under autocast with, None draws in the weights' own. Callbacks get `Samples`. Touching
         the file on_demand (None: `now` in the folder of the pictures) draws at the next step. verify hashes everything
         before and after and raises TrainingError, naming what changed. An error while drawing is logged, or raised
         with raise_errors. Raises ConfigError for settings that cannot be.
         """
-        config = sample if isinstance(sample, RunConfig) else parse_config({"sample": dict(sample)})
+        check_inference(inference)
+        if conditioning is not None and (embeddings is not None or text_in_training):
+            raise ConfigError("conditioning replaces the text encoders: leave out embeddings and text_in_training")
+        if autocast is None:
+            check_dtypes(inference)
+        config = sample if isinstance(sample, RunConfig) else parse_config({"sample": plain(dict(sample))})
         if not config.sample.prompts:
             raise ConfigError("sample: no prompts are given")
         training = config.training
@@ -97,6 +109,8 @@ class Sampler:
             raise ConfigError(f"sample: {foreign[0]} has no meaning for {type(inference).__name__} in training")
         self.inference, self.optimizer, self.ema = inference, optimizer, ema
         self.modules, self.autocast, self.callbacks = dict(modules or {}), autocast, list(callbacks)
+        if adopted is None:
+            adopted = next((one for one in inference.adopted if one.network is inference.network), None)
         self.adopted = adopted
         if adopted is not None:
             self.modules["adopted"] = adopted.foreign
@@ -121,7 +135,10 @@ class Sampler:
         self.requests = picture_requests(drawer, self.entries)
         inference.check_words([request["prompt"] for request in self.requests])
         self.prompts: list[Prompt] = []
-        if not text_in_training:
+        self._handed_in = conditioning is not None
+        if conditioning is not None:
+            self.prompts = [on_cpu(p) for p in handed_in_prompts(drawer, conditioning, self.requests)]
+        elif not text_in_training:
             with undisturbed(self._modules(), device=inference.device):
                 cache = None if embeddings is None else EmbeddingCache(self._drawer(), embeddings)
                 self.prompts = self._encoded(inference.encode_prompt if cache is None else cache.encode)
@@ -210,6 +227,7 @@ class Sampler:
         drawer = copy.copy(self.inference)
         for name, value in self.told.items():
             setattr(drawer, name, value)
+        drawer.adopted = tuple(one for one in drawer.adopted if one is not self.adopted)  # which is refreshed here
         drawer.network, drawer.autoencoder = unwrapped(drawer.network), unwrapped(drawer.autoencoder)
         return drawer
 
@@ -275,6 +293,8 @@ class Sampler:
         training: dict[str, Any] = {"step": samples.step, "weights": weights}
         if self.autocast is not None:
             training["autocast"] = str(self.autocast).removeprefix("torch.")
+        if self._handed_in:
+            training["conditioning"] = "the trainer's"
         # the conditioning is the prompt's own, so the prompt is all that is needed to draw it again
         handed_in = [thing for thing in drawn["handed_in"] if thing != "conditioning"]
         settings = {**drawn, **picture_paths(self.entries[i]), "handed_in": handed_in, "training": training}

@@ -144,7 +144,9 @@ def _candidates(family: str, checkpoint: Checkpoint, names: set[str]) -> list[Co
 
 def _clip_kind(layout: Layout, prefix: str, config: Mapping[str, Any], checkpoint: Checkpoint) -> str:
     """clip (OpenAI's CLIP-L) or clip_g (OpenCLIP's bigG): by place and names, by what the file says, by depth."""
-    if layout.name == "openclip" or "clip_g" in prefix:
+    if (
+        layout.name == "openclip" or "clip_g" in prefix or checkpoint.path.name == "text_encoder_2"
+    ):  # of diffusers' folders
         return "clip_g"
     if prefix:
         return "clip"

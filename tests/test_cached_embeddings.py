@@ -1,0 +1,209 @@
+"""Embeddings that trainers cache, handed to a Sampler by prompt: every layout gives what a Prompt gives."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from eridiff import Prompt
+from eridiff.errors import ConfigError
+from eridiff.inference.again import circumstances, read_settings
+from eridiff.text import Conditioning
+from eridiff.training import Sampler
+from tests.families import FAMILIES, inference, rows
+
+SECTION = {"prompts": ["a swan", "a fox"], "sample_steps": 2, "width": 64, "height": 64, "seed": 1}
+WIDTHS = {"flux": (12, 8), "mmdit": (20, 16), "unet": (16, 8)}  # of the tiny networks' text and pooled vector
+CLIPS = {"mmdit": 7, "unet": 10}  # of the text's width, both CLIPs together in SD 3 and CLIP-L alone in SDXL
+
+
+class PromptEmbeds:
+    """As ai-toolkit's: attributes, the pooled vector or the mask may be None."""
+
+    def __init__(self, text: Tensor, pooled: Tensor | None, mask: Tensor | None = None) -> None:
+        self.text_embeds, self.pooled_embeds, self.attention_mask = text, pooled, mask
+
+
+def embeddings(family: str, seed: int) -> Conditioning:
+    """Of one prompt, as the family's encoders give it: SD 3's rows of CLIP end in zeros."""
+    text, pooled = WIDTHS[family]
+    made = Conditioning(rows(1, 77 + 6, text, seed=seed).float(), rows(1, pooled, seed=seed + 50).float())
+    if family == "mmdit":
+        made.text[:, :77, CLIPS[family] :] = 0
+    return made
+
+
+def layouts(family: str, of: Conditioning) -> dict[str, Any]:
+    """The same embeddings as trainers keep them."""
+    text, pooled, mask = of.text, of.pooled, torch.ones(1, 6, dtype=torch.int64)
+    found: dict[str, Any] = {
+        "a Prompt": Prompt(of), "a Conditioning": of, "diffusers' scripts": (text, pooled),
+        "by diffusers' names": {"prompt_embeds": text, "pooled_prompt_embeds": pooled},
+        "one prompt of a batch": {"prompt_embeds": text[0].numpy(), "pooled_prompt_embeds": pooled[0].numpy()},
+        "ai-toolkit's": PromptEmbeds(text, pooled), "ai-toolkit's cache": {"conditional": PromptEmbeds(text, pooled), "unconditional": PromptEmbeds(text, pooled)},
+    }  # fmt: skip
+    if family == "flux":
+        ids = torch.zeros(1, text.shape[1], 3)
+        found |= {
+            "diffusers' encode_prompt": (text, pooled, ids[0]), "kohya's list": [pooled, text, ids, mask],
+            "kohya's file": {"l_pooled": pooled[0].numpy(), "t5_out": text[0].numpy(), "txt_ids": ids[0].numpy(), "t5_attn_mask": mask[0].numpy(), "apply_t5_attn_mask": np.array(False)},
+        }  # fmt: skip
+    if family == "mmdit":
+        clips, t5 = text[:, :77, : CLIPS[family]], text[:, 77:]
+        found |= {
+            "diffusers' encode_prompt": (text, None, pooled, None), "kohya's list": [clips, t5, pooled, None, None, mask],
+            "kohya's file": {"lg_out": clips[0].numpy(), "t5_out": t5[0].numpy(), "lg_pooled": pooled[0].numpy(), "clip_l_attn_mask": np.ones(77), "clip_g_attn_mask": np.ones(77), "t5_attn_mask": mask[0].numpy()},
+        }  # fmt: skip
+    if family == "unet":
+        clip, clip_g = text[..., : CLIPS[family]], text[..., CLIPS[family] :]
+        found |= {
+            "diffusers' encode_prompt": (text, None, pooled, None), "kohya's list": [clip, clip_g, pooled],
+            "kohya's file": {"hidden_state1": clip[0].numpy(), "hidden_state2": clip_g[0].numpy(), "pool2": pooled[0].numpy()},
+        }  # fmt: skip
+    return found
+
+
+def same(a: Prompt, b: Prompt) -> bool:
+    def equal(a: Conditioning | None, b: Conditioning | None) -> bool:
+        if a is None or b is None:
+            return a is b
+        masks = a.mask is b.mask or (a.mask is not None and b.mask is not None and torch.equal(a.mask, b.mask))
+        return torch.equal(a.text, b.text) and torch.equal(a.pooled, b.pooled) and masks
+
+    return equal(a.positive, b.positive) and equal(a.negative, b.negative)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_layout_gives_the_images_of_the_embeddings_themselves(family: str, tmp_path: Path) -> None:
+    """Guidance is off, so that no negative prompts are needed."""
+    model, section = inference(family), {**SECTION, "true_cfg_scale": 1.0, "out": str(tmp_path)}
+    swan, fox = embeddings(family, 1), embeddings(family, 2)
+    both = layouts(family, swan), layouts(family, fox)
+    for name in both[0]:
+        sampler = Sampler(
+            model, section, conditioning={"a swan": both[0][name], "a fox": both[1][name]}, raise_errors=True
+        )
+        found = [Prompt(prompt.positive) for prompt in sampler.prompts]
+        assert all(same(f, Prompt(e)) for f, e in zip(found, (swan, fox), strict=True)), name
+    drawn = sampler.sample(3)
+    expected = [
+        model.generate(text, conditioning=Prompt(told), seed=1, steps=2, width=64, height=64, cfg_scale=1.0).images[0]
+        for text, told in (("a swan", swan), ("a fox", fox))
+    ]
+    assert [image.tobytes() for image in drawn.images] == [image.tobytes() for image in expected]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_negative_prompts_are_found_by_their_text_and_the_familys_rule_holds_where_none_is_given(
+    family: str, tmp_path: Path
+) -> None:
+    model, section = inference(family), {**SECTION, "true_cfg_scale": 4.0, "out": str(tmp_path)}
+    swan, fox, empty, blurry = (embeddings(family, seed) for seed in range(4))
+    table = {"a swan": swan, "a fox": fox, "": empty, "blurry": blurry}
+    told = Sampler(model, {**section, "negative_prompt": "blurry"}, conditioning=table).prompts
+    assert same(told[0], Prompt(swan, blurry)) and same(told[1], Prompt(fox, blurry))
+    zeros = Conditioning(torch.zeros_like(empty.text), torch.zeros_like(empty.pooled))
+    usual = Sampler(model, section, conditioning=table).prompts
+    assert same(usual[0], Prompt(swan, zeros if family == "unet" else empty))
+    assert Sampler(model, section, conditioning=table, raise_errors=True).sample(0).failure is None
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_negative_embeddings_beside_a_prompts_own_are_used(family: str, tmp_path: Path) -> None:
+    model, section = inference(family), {**SECTION, "true_cfg_scale": 4.0, "out": str(tmp_path)}
+    swan, fox, blurry = (embeddings(family, seed) for seed in range(3))
+    names = ("prompt_embeds", "pooled_prompt_embeds", "negative_prompt_embeds", "negative_pooled_prompt_embeds")
+    table = {
+        "a swan": dict(zip(names, (swan.text, swan.pooled, blurry.text, blurry.pooled), strict=True)),
+        "a fox": {"conditional": PromptEmbeds(fox.text, fox.pooled), "unconditional": PromptEmbeds(blurry.text, blurry.pooled)},
+    }  # fmt: skip
+    told = Sampler(model, section, conditioning=table).prompts
+    assert same(told[0], Prompt(swan, blurry)) and same(told[1], Prompt(fox, blurry))
+    if family != "flux":
+        table["a swan"] = (swan.text, blurry.text, swan.pooled, blurry.pooled)
+        assert same(Sampler(model, section, conditioning=table).prompts[0], Prompt(swan, blurry))
+
+
+@pytest.mark.parametrize("family", ["flux", "mmdit"])
+def test_t5s_padding_is_hidden_where_the_network_was_trained_so(family: str, tmp_path: Path) -> None:
+    model, section = inference(family), {**SECTION, "prompts": ["a swan"], "true_cfg_scale": 1.0, "out": str(tmp_path)}
+    swan = embeddings(family, 1)
+    real = torch.tensor([[1, 1, 0, 0, 0, 0]])
+    if family == "flux":
+        value: Any = [swan.pooled, swan.text[:, :6], torch.zeros(1, 6, 3), real]
+        expected = real.bool()
+    else:
+        value = [swan.text[:, :77, : CLIPS[family]], swan.text[:, 77:], swan.pooled, None, None, real]
+        expected = torch.cat([torch.ones(1, 77, dtype=torch.bool), real.bool()], dim=1)
+    assert Sampler(model, section, conditioning={"a swan": value}).prompts[0].positive.mask is None
+    model.t5_mask = True
+    found = Sampler(model, section, conditioning={"a swan": value}).prompts[0].positive.mask
+    assert found is not None and torch.equal(found, expected)
+    joined = PromptEmbeds(swan.text[:, : expected.shape[1]].requires_grad_(), swan.pooled, real)
+    told = Sampler(model, section, conditioning={"a swan": joined}).prompts[0].positive
+    assert told.mask is not None and torch.equal(told.mask, expected) and not told.text.requires_grad
+    with pytest.raises(ConfigError, match="embeddings of 'a swan' have no mask of T5's padding"):
+        Sampler(model, section, conditioning={"a swan": (swan.text, swan.pooled)})
+
+
+def test_an_sd3_that_kohya_trains_without_t5_has_77_rows_of_zeros_in_its_place(tmp_path: Path) -> None:
+    swan, section = (
+        embeddings("mmdit", 1),
+        {**SECTION, "prompts": ["a swan"], "true_cfg_scale": 1.0, "out": str(tmp_path)},
+    )
+    value = {"lg_out": swan.text[:, :77, :7], "t5_out": None, "lg_pooled": swan.pooled}
+    told = Sampler(inference("mmdit"), section, conditioning={"a swan": value}).prompts[0].positive
+    assert (
+        torch.equal(told.text[:, :77], swan.text[:, :77]) and told.text.shape[1] == 154 and not told.text[:, 77:].any()
+    )
+
+
+@pytest.mark.parametrize(
+    ("table", "says"),
+    [
+        ({}, r"no embeddings of 'a swan', 'a fox': hand in those of every prompt"),
+        ({"a swan": "text"}, r"'a swan' \(str\) are in no layout that is known: give prompt_embeds and pooled"),
+        ({"a swan": {"embeds": torch.ones(1, 5, 12)}}, r"'a swan' \(embeds\) are in no layout"),
+        ({"a swan": [torch.ones(1, 5, 12)]}, r"'a swan' \(list of 1\) are in no layout"),
+        ({"a swan": (torch.ones(1, 5, 13), torch.ones(1, 8))}, "13 features a token and 8 pooled, and the network takes 12 and 8"),
+    ],
+)  # fmt: skip
+def test_what_is_missing_or_cannot_be_read_is_named(table: Any, says: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=says):
+        Sampler(inference("flux"), {**SECTION, "out": str(tmp_path)}, conditioning=table)
+
+
+def test_a_list_is_in_the_order_of_the_prompts(tmp_path: Path) -> None:
+    swan, fox, section = embeddings("flux", 1), embeddings("flux", 2), {**SECTION, "out": str(tmp_path)}
+    told = Sampler(inference("flux"), section, conditioning=[swan, {"conditional": fox, "unconditional": swan}]).prompts
+    assert same(told[0], Prompt(swan)) and same(told[1], Prompt(fox, swan))
+    for wrong in ([swan], Prompt(swan)):
+        with pytest.raises(ConfigError, match=r"mapping from prompts to embeddings, or a list of as many as .* \(2\)"):
+            Sampler(inference("flux"), section, conditioning=wrong)  # type: ignore[arg-type]
+
+
+def test_a_missing_negative_prompt_is_named(tmp_path: Path) -> None:
+    section = {**SECTION, "true_cfg_scale": 4.0, "out": str(tmp_path)}
+    table = {"a swan": embeddings("flux", 1), "a fox": embeddings("flux", 2)}
+    with pytest.raises(ConfigError, match="no embeddings of '': hand in"):
+        Sampler(inference("flux"), section, conditioning=table)
+    with pytest.raises(ConfigError, match="no embeddings of 'blurry': hand in"):
+        Sampler(inference("flux"), {**section, "negative_prompt": "blurry"}, conditioning=table)
+
+
+def test_other_ways_to_encode_are_refused_beside_it(tmp_path: Path) -> None:
+    table = {"a swan": embeddings("flux", 1), "a fox": embeddings("flux", 2)}
+    for option in ({"embeddings": tmp_path / "kept"}, {"text_in_training": True}):
+        with pytest.raises(ConfigError, match="conditioning replaces the text encoders"):
+            Sampler(inference("flux"), {**SECTION, "out": str(tmp_path)}, conditioning=table, **option)  # type: ignore[arg-type]
+
+
+def test_the_record_says_that_the_embeddings_were_the_trainers(tmp_path: Path) -> None:
+    table = {"a swan": embeddings("flux", 1), "a fox": embeddings("flux", 2)}
+    sampler = Sampler(inference("flux"), {**SECTION, "out": str(tmp_path)}, conditioning=table, raise_errors=True)
+    settings = read_settings(sampler.sample(0).paths[0])
+    assert settings["training"]["conditioning"] == "the trainer's" and settings["handed_in"] == []
+    assert "embeddings that the trainer handed in, now encoded" in circumstances(settings, settings)
