@@ -86,8 +86,15 @@ def _on_cpu(function: Any, args: Any, kwargs: dict[str, Any], gpu: "PretendedGPU
     given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
     on_gpu = [t for t in given if isinstance(t, OnGPU)]
     name = str(function)
-    if on_gpu and function not in (*COPIES, *BY_INDEX):
-        other = next((t for t in given if not isinstance(t, OnGPU) and t.ndim and t.device == CPU), None)
+    if on_gpu and function not in COPIES:
+        # indices may lie on the CPU, and numbers; not what is written to, and not what is joined
+        where = [args[0], *args[2:]] if function in BY_INDEX else given
+        joined = "cat" in name or "stack" in name
+        mixed = [
+            t for t in tree_leaves(where) if isinstance(t, Tensor) and not isinstance(t, OnGPU) and t.device == CPU
+        ]
+        written = [args[0]] if function._schema.is_mutable and isinstance(args[0], Tensor) else []
+        other = next((t for t in mixed if t.ndim or joined or any(t is w for w in written)), None)
         if other is not None:
             raise RuntimeError(f"{name} mixes cuda:0 and a CPU tensor of the shape {list(other.shape)}")
     if function is aten._fused_sdp_choice.default:
@@ -130,6 +137,10 @@ class _Devices(TorchFunctionMode):
             return function(*args, **kwargs, device=CPU).to(_as_meta(device))
         if function is Tensor.pin_memory:
             return args[0].clone()
+        if function is Tensor.cuda:
+            return args[0].to(META)
+        if function is Tensor.new_tensor and isinstance(args[0], OnGPU):
+            return torch.tensor(args[1], **{"dtype": args[0].dtype, **kwargs, "device": CPU}).to(META)
         args, kwargs = tree_map(_as_meta, (args, kwargs))
         return function(*args, **kwargs)
 

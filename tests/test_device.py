@@ -22,7 +22,9 @@ from eridiff.files import replacing
 from eridiff.inference import DiffusionInference
 from eridiff.lora import Lora, attach_lora, decompose, deltas, merge_lora
 from eridiff.memory.stages import on_device
+from eridiff.models.flux import position_ids
 from eridiff.precision import matmul_precision
+from eridiff.schedulers.flow_match import flow_schedule
 from eridiff.trace.record import first_difference, record, relative_l2
 from eridiff.training import Sampler, averaged_weights
 from eridiff.training.objective import discrete_levels, flow_levels, noised, squared_error, target, timesteps, uniform
@@ -459,7 +461,8 @@ def test_the_code_of_a_document_runs_on_a_gpu(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     namespace: dict[str, Any] = {}
-    blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / page).read_text(), flags=re.M | re.S)
+    pattern = r"^(?:```python|<!--- invisible-code-block: python)\n(.*?)^(?:```|--->)"
+    blocks = re.findall(pattern, (ROOT / page).read_text(), flags=re.M | re.S)
     assert len(blocks) > 2
     for block in blocks:
         exec(compile(block, page, "exec"), namespace)
@@ -484,3 +487,138 @@ def test_an_example_runs_on_a_gpu(
     monkeypatch.setattr("sys.argv", [example, *options])
     runpy.run_path(str(ROOT / "examples" / f"{example}.py"), run_name="__main__")
     assert gpu.to_device > 0 or example == "sample_in_training"
+
+
+SMALL_IMAGE: dict[str, Any] = {"width": 64, "height": 64, "steps": 4}
+
+
+def test_strips_make_no_float64_on_a_device(tmp_path: Path) -> None:
+    with pretend_gpu():
+        model = eridiff.load(tiny.write_model(tmp_path), progress=False, vae_rows=4)
+        assert model.generate("a swan", seed=1, **SMALL_IMAGE).images
+
+
+@pytest.mark.parametrize("offload", [None, "stages"])
+def test_an_interrupt_leaves_the_images_before_it(offload: str | None, tmp_path: Path) -> None:
+    model = tiny.load(DiffusionInference, tiny.write_model(tmp_path), offload=offload)
+
+    def stop(_: Any) -> None:
+        raise KeyboardInterrupt
+
+    finished = []
+    asked = [{**SMALL_IMAGE, "prompt": p, "seed": 1, "callback": c} for p, c in (("a", None), ("b", None), ("c", stop))]
+    with pytest.raises(KeyboardInterrupt):
+        for result in model.generate_each(asked):
+            finished.append(result.settings[0]["prompt"])
+    assert finished == ["a", "b"]
+
+
+@pytest.mark.parametrize("family", list(loras.FAMILIES))
+def test_a_training_forward_on_the_gpu_waits_for_no_table(family: str) -> None:
+    with pretend_gpu() as gpu:
+        network = loras.FAMILIES[family]().to("cuda")
+        latents, (text, pooled, times, *rest) = loras.arguments(network)
+        told = text.to("cuda"), pooled.to("cuda"), times[:1].float().to("cuda")
+        rest = [t.to("cuda") if isinstance(t, Tensor) else t for t in rest]
+        crossed = []
+        for _ in range(2):
+            before = gpu.to_device
+            network.prepare(*told, *rest)
+            crossed.append(gpu.to_device - before)
+    assert crossed[1] == 0
+
+
+def test_averages_of_the_table_of_positions_are_drawn() -> None:
+    with pretend_gpu():
+        network = tiny.mmdit().to("cuda")
+        given = torch.zeros(1, 5, 20, device="cuda"), torch.zeros(1, 16, device="cuda"), torch.zeros(1, device="cuda")
+        averages = {n: t.to("cuda") for n, t in tiny.mmdit(seed=9).state_dict().items()}
+        live = network.prepare(*given, (2, 2)).positions.cpu()
+        with averaged_weights(network, averages):
+            averaged = network.prepare(*given, (2, 2)).positions.cpu()
+    assert not torch.equal(averaged, live)
+
+
+@pytest.mark.parametrize("name", ["read", "write", "stack", "add"])
+def test_the_pretended_gpu_refuses_what_cuda_refuses(name: str) -> None:
+    with pretend_gpu():
+        here, index, number = torch.zeros(4, 4), torch.tensor([1, 2]), torch.tensor(2.0)
+        there = here.to("cuda")
+        ways: dict[str, Any] = {
+            "read": lambda: here[index.to("cuda")],
+            "write": lambda: there.index_put_((index,), torch.ones(2, 4)),
+            "stack": lambda: torch.stack([number, number.to("cuda")]),
+            "add": lambda: torch.tensor(1.0).add_(number.to("cuda")),
+        }
+        with pytest.raises(RuntimeError):
+            ways[name]()
+
+
+@pytest.mark.parametrize("default", ["cuda:0", "cpu"])
+def test_a_model_is_loaded_where_it_is_wanted_whatever_the_default_device_is(
+    default: str, folder: Path, gpu: PretendedGPU
+) -> None:
+    torch.set_default_device(default)
+    try:
+        model = eridiff.load(folder, progress=False, device="cpu")
+    finally:
+        torch.set_default_device(None)
+    assert {p.device.type for module in modules(model).values() for p in module.parameters()} == {"cpu"}
+
+
+def test_a_float32_average_is_drawn_by_a_bfloat16_network_on_the_same_device() -> None:
+    """The commonest case of a trainer; the parameters stay the same objects of the same dtype."""
+    network = tiny.flux().bfloat16()
+    trained = {n: (p, p.clone()) for n, p in network.named_parameters()}
+    averages = {n: t.float() for n, t in tiny.flux(seed=1).state_dict().items()}
+    with averaged_weights(network, averages):
+        for name, parameter in network.named_parameters():
+            assert parameter is trained[name][0] and torch.equal(parameter, averages[name].bfloat16())
+    assert all(torch.equal(p, values) for p, values in trained.values())
+
+
+def test_a_table_of_positions_that_is_loaded_anew_is_cropped_anew() -> None:
+    network, other = tiny.mmdit(), tiny.mmdit(seed=4)
+    before = network.positions((2, 2), CPU, torch.float32)
+    network.load_state_dict(other.state_dict())
+    after = network.positions((2, 2), CPU, torch.float32)
+    assert not torch.equal(before, after) and torch.equal(after, other.positions((2, 2), CPU, torch.float32))
+
+
+@pytest.mark.parametrize("family", ["flux", "mmdit"])
+def test_masks_positions_and_sigmas_follow_what_they_meet(family: str, gpu: PretendedGPU) -> None:
+    network = loras.FAMILIES[family]()
+    latents, (text, pooled, times, grid, *rest) = loras.arguments(network)
+    mask = torch.tensor([[True, True, True, False, False], [True] * 5])
+    options: dict[str, Any] = {"mask": mask}
+    if family == "flux":
+        options |= {"ids": position_ids((2, 3)).float(), "guidance": rest[0]}
+    given = (text, pooled, times) if family == "flux" else (text, pooled, times, grid)
+    expected = network.step(latents, network.prepare(*given, **options), 0)
+    network.to("cuda")
+    on_gpu = (text.to("cuda"), pooled.to("cuda"), *given[2:])
+    for place in ("cpu", "cuda"):
+        there = options | ({"ids": options["ids"].to(place)} if "ids" in options else {})
+        found = network.step(latents.to("cuda"), network.prepare(*on_gpu, **there), 0)
+        assert relative_l2(found, expected) < 1e-5
+    sigmas = torch.tensor([1.0, 0.5, 0.0]).to("cuda")
+    assert flow_schedule(sigmas).sigmas.tolist() == [1.0, 0.5, 0.0]
+
+
+def test_a_rotary_table_that_was_made_for_inference_serves_training() -> None:
+    network = tiny.flux().requires_grad_(True)
+    latents, given = loras.arguments(network)
+    with torch.inference_mode():
+        network.step(latents, network.prepare(*given), 0)
+    network.step(latents, network.prepare(*given), 0).square().mean().backward()
+    assert network.image_in.weight.grad is not None
+
+
+def test_a_condition_follows_the_network(gpu: PretendedGPU) -> None:
+    """Of an autoencoder on the CPU, for Fill and Canny on the GPU."""
+    for channels, given in ((384, {"image": photo(), "mask": hole()}), (128, {"control": photo()})):
+        model = FluxInference(tiny.flux(replace(tiny.FLUX, in_channels=channels)), tiny.autoencoder(), progress=False)
+        prompt = Prompt(families.conditioning(model))
+        expected = model.generate(conditioning=prompt, steps=2, seed=1, **given).images[0]
+        model.network.to("cuda")
+        assert same(model.generate(conditioning=prompt, steps=2, seed=1, **given).images[0], expected)

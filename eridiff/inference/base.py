@@ -269,10 +269,14 @@ class DiffusionInference(ABC):
     def check_words(self, prompts: Sequence[Text]) -> None:
         """If the model's file lists the words it knows, warn of others in prompts for images (`Words.check`).
 
-        Raises ConfigError for a prompt without a known noun, unless a LoRA is on the model: that may teach new words.
+        Raises ConfigError for a prompt without a known noun, unless new words may have been learned: by a LoRA on the model,
+        or by a network in training.
         """
         if self.words is not None:
-            self.words.check(prompts, refuse=not self.loras)
+            taught = any(p.requires_grad for p in self.network.parameters()) or any(
+                vars(module).get("lora_branches") for module in self.network.modules()
+            )
+            self.words.check(prompts, refuse=not taught)
 
     def default_negative(self, prompts: list[Text]) -> Stages[Prompt]:
         """Prompts with what they are steered away from when no negative prompt is given: the empty one."""
@@ -467,7 +471,7 @@ class DiffusionInference(ABC):
         """Run several to their ends, one component at a time for all that need it next; their results in order."""
         needed: dict[int, nn.Module | None] = dict.fromkeys(range(len(runs)))  # None: not begun
         results: dict[int, T] = {}
-        failure: Exception | None = None
+        failure: BaseException | None = None
         while needed:
             module = next((m for m in needed.values() if m is not self.network), self.network)
             with torch.no_grad(), nullcontext() if module is None else self._stage(module):
@@ -477,7 +481,7 @@ class DiffusionInference(ABC):
                     except StopIteration as end:
                         results[i] = end.value
                         del needed[i]
-                    except Exception as error:
+                    except BaseException as error:  # Ctrl-C too: images that took minutes are not thrown away
                         if module is None:  # settings that cannot be: refused before anything is computed
                             raise
                         failure, needed = error, {j: m for j, m in needed.items() if j < i}

@@ -4,7 +4,7 @@ Sources: Stability-AI/generative-models; Podell et al. 2023; the schedulers that
 """
 
 import logging
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -200,6 +200,14 @@ class SDXLInference(DiffusionInference):
         both = [{**settings, **self.told_sizes(settings["width"], settings["height"]), **own, "refiner": refiner.source.get("parts"), "hand_over": hand_over, "part": [0.0, 1.0]}
                 for settings in result.settings]  # fmt: skip
         return replace(result, settings=both)
+
+    def generate_each(self, requests: Sequence[Mapping[str, Any]]) -> Iterator[Result]:
+        """As DiffusionInference.generate_each; where a refiner takes part, one after the other."""
+        if any(request.get("refiner") is not None for request in requests):
+            yield from (self.generate(**request) for request in requests)
+        else:
+            known = [{k: v for k, v in request.items() if k not in ("refiner", "hand_over")} for request in requests]
+            yield from super().generate_each(known)
 
     def _stages(self, asked: Any) -> Stages[Result]:
         if self.variant == "refiner" and asked.part[0] == 0 and asked.image is None:

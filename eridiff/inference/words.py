@@ -15,6 +15,7 @@ from eridiff.weights.detect import Component
 
 log = logging.getLogger(__name__)
 LIST = "eridiff sample --list"
+MARKS = ".,;:!?"
 
 
 @dataclass(frozen=True)
@@ -37,23 +38,28 @@ class Words:
         """
         known = {word for group in vars(self).values() for phrase in group for word in phrase.split()}
         texts = [text for p in prompts for text in ([p] if isinstance(p, str) else p.values())]
-        for text in dict.fromkeys(texts):
+        for text in filter(split, dict.fromkeys(texts)):
             words = split(text)
-            if refuse and words and not any(set(noun.split()) <= {*words} for noun in self.nouns):
+            readable = {word.strip(MARKS) for word in words}
+            if refuse and not any(set(noun.split()) <= readable for noun in self.nouns):
                 raise ConfigError(
-                    f"{text!r} names none of the nouns that this model knows ({', '.join(self.nouns[:3])}, ...); {LIST} shows them all"
+                    f"{text!r} names none of the nouns that this model knows ({', '.join(self.nouns[:3])}, ...); {LIST} shows "
+                    "them all, and inference.words = None ends this check"
                 )
             unknown = [repr(word) for word in dict.fromkeys(words) if word not in known]
-            if unknown:
+            found = [f"does not know {', '.join(unknown)}"] if unknown else []
+            if not any(background in " ".join(words) for background in self.backgrounds):
+                found.append("finds no background that it knows")
+            if found:
                 log.warning(
-                    "this model does not know %s in %r; write prompts as '%s' with the words that %s shows",
-                    ", ".join(unknown), text, self.pattern, LIST,
+                    "this model %s in %r; write prompts as '%s' with the words that %s shows",
+                    " and ".join(found), text, self.pattern, LIST,
                 )  # fmt: skip
 
 
 def split(text: str) -> list[str]:
-    """The words of a prompt. The model reads a word with capitals or with marks after it; other signs hide the word."""
-    return [word.rstrip(".,;:!?") or word for word in text.lower().split()]
+    """The words of a prompt. The model reads capitals, and marks at the end of the text; other signs hide a word from it."""
+    return text.lower().rstrip(MARKS + " \n").split()
 
 
 def read_words(component: Component) -> Words | None:

@@ -14,6 +14,7 @@ from eridiff.errors import LoraError
 from eridiff.lora.deltas import Item
 from eridiff.lora.load import Lora
 from eridiff.lora.names import Target, network_of
+from eridiff.precision import full_float32
 
 EXACT_UP_TO = 1024  # rows or columns; larger ones are found by random projection (Halko et al. 2011)
 
@@ -90,7 +91,8 @@ def extract_lora(
             dropped.append(name)
             continue
         change = other[name].float() - weight.float()
-        down, up, share = nearest(change, rank)
+        with full_float32(change.device):
+            down, up, share = nearest(change, rank)
         found = down.shape[0]
         items.append(
             Item(

@@ -77,16 +77,18 @@ def _attention(block: AttentionBlock, x: Tensor) -> Tensor:
 
 
 def _normed(x: Tensor, norm: nn.GroupNorm, rows: int) -> Strip:
-    """Norm and SiLU with the statistics of the whole map, as a function on strips; sums in float64."""
+    """Norm and SiLU with the statistics of the whole map, as a function on strips.
+
+    Means and variances of the strips are joined by Chan et al. 1979: where a map hardly varies, a difference of two large sums
+    of squares would lose the variance. In float32, or float64 for such a map: not every device has float64.
+    """
     dtype = torch.promote_types(x.dtype, torch.float32)
     strips = x.unflatten(1, (norm.num_groups, -1)).split(rows, dim=3)  # B G C/G h W
-    count = x[0].numel() // norm.num_groups
-    total = torch.stack([strip.sum((2, 3, 4), dtype=torch.float64) for strip in strips]).sum(0)
-    mean = total / count
-    # around the mean: where a map hardly varies, the difference of two large squares would lose the variance
-    centre = mean.to(dtype)[:, :, None, None, None]
-    squares = [(strip.to(dtype) - centre).square().sum((2, 3, 4), dtype=torch.float64) for strip in strips]
-    scale = (torch.stack(squares).sum(0) / count + norm.eps).rsqrt()
+    variances, means = zip(*(torch.var_mean(s.to(dtype), (2, 3, 4), correction=0) for s in strips), strict=True)
+    weights = x.new_tensor([strip.shape[3] / x.shape[2] for strip in strips], dtype=dtype)[:, None, None]
+    mean = (weights * torch.stack(means)).sum(0)  # B G
+    variance = (weights * (torch.stack(variances) + (torch.stack(means) - mean).square())).sum(0)
+    scale = (variance + norm.eps).rsqrt()
     each = norm.num_channels // norm.num_groups
     factor = scale.repeat_interleave(each, 1).to(dtype) * norm.weight  # B C
     offset = norm.bias - mean.repeat_interleave(each, 1).to(dtype) * factor

@@ -18,6 +18,7 @@ from eridiff.errors import ConfigError
 from eridiff.models.layers import (
     Attention,
     FinalLayer,
+    Last,
     RMSNorm,
     Stream,
     VectorMLP,
@@ -221,6 +222,7 @@ class Flux(nn.Module):
         self.double_blocks = nn.ModuleList(DoubleBlock(config) for _ in range(config.double_depth))
         self.single_blocks = nn.ModuleList(SingleBlock(config) for _ in range(config.single_depth))
         self.final = FinalLayer(config.hidden, config.out_channels)
+        self.last_rotations = Last()
 
     def conditioning_vector(self, pooled: Tensor, times: Tensor, guidance: Tensor | None) -> Tensor:
         """pooled `[B, P]`, times `[T]` or `[T, B]` in [0, 1], guidance `[B]` -> `[B, T, hidden]`."""
@@ -253,25 +255,37 @@ class Flux(nn.Module):
         tokens or `ids` `[N, 3]`, the explicit positions (`position_ids`; Kontext appends its reference's). `mask` `[B, L]` bool
         hides text tokens; the published networks see all, padding too.
         """
-        if ids is None:
-            if grid is None:
-                raise ConfigError("Flux.prepare needs the grid of the picture's tokens or their position ids")
-            ids = position_ids(grid)
+        if ids is None and grid is None:
+            raise ConfigError("Flux.prepare needs the grid of the picture's tokens or their position ids")
         check_shape("text", text, B=None, L=None, text_width=self.config.text_width)
         check_shape("pooled", pooled, B=text.shape[0], pooled_width=self.config.pooled_width)
-        check_shape("ids", ids, N=None, axes=len(self.config.rope_axes))
         if mask is not None:
             check_shape("mask", mask, B=text.shape[0], L=text.shape[1])
-        all_ids = torch.cat([ids.new_zeros(text.shape[1], ids.shape[1]), ids])  # text tokens stand at zero, unrotated
+        rope = self.rotations(grid, ids, text)
         vec = F.silu(self.conditioning_vector(pooled, times, guidance))
         return FluxRun(
             text=self.text_in(text),
-            rope=rope_table(all_ids, self.config.rope_axes, self.config.theta).to(text.device, wide(text.dtype)),
+            rope=rope,
             double=tuple(block.modulate(vec) for block in self.double_blocks),  # type: ignore[operator]
             single=tuple(block.modulate(vec) for block in self.single_blocks),  # type: ignore[operator]
             final=self.final.modulate(vec),
-            seen=seen_keys(mask, len(ids), text.device),
+            seen=seen_keys(mask, rope.shape[1] - text.shape[1], text.device),
         )
+
+    def rotations(self, grid: tuple[int, int] | None, ids: Tensor | None, text: Tensor) -> Tensor:
+        """The rotary table of text and picture, `[2, S, D / 2]`, where the text is; that of the last grid is kept."""
+        dtype, config = wide(text.dtype), self.config
+
+        def table(ids: Tensor) -> Tensor:
+            check_shape("ids", ids, N=None, axes=len(config.rope_axes))
+            joint = torch.cat([ids.new_zeros(text.shape[1], ids.shape[1]), ids])  # text stands at zero, unrotated
+            return rope_table(joint, config.rope_axes, config.theta).to(text.device, dtype)
+
+        if ids is not None:
+            return table(ids)
+        assert grid is not None
+        asked = (grid, text.shape[1], text.device, dtype, type(text))
+        return self.last_rotations(asked, lambda: table(position_ids(grid)))
 
     def step(self, latents: Tensor, run: FluxRun, i: int) -> Tensor:
         """Velocity at evaluation point `i`: latents `[B, N, in_channels]` -> `[B, N, out_channels]`."""

@@ -4,7 +4,8 @@ Letters: B batch, L tokens, H heads, D features of one head, T steps of a run.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -43,6 +44,23 @@ def prepare_times(times: Tensor, rows: int) -> Tensor:
     if times.ndim != 2 or times.shape[1] not in (1, rows):
         raise ConfigError(f"times has the shape {list(times.shape)}; prepare takes [T], or [T, {rows}] for {rows} rows")
     return times.T
+
+
+class Last:
+    """Keeps what was made last, for tables that every step of a training run asks for again; nothing in compiled code."""
+
+    def __init__(self) -> None:
+        self.asked: Any = None
+        self.made: Any = None
+
+    def __call__(self, asked: Any, make: Callable[[], Any]) -> Any:
+        """What `make()` gives, made anew when something else is asked for; `asked` must say all that it depends on."""
+        if torch.compiler.is_compiling():  # which would compile anew for each state of this object
+            return make()
+        if asked != self.asked:
+            with torch.inference_mode(False):  # whose tensors a training step could not save for its backward pass
+                self.asked, self.made = asked, make()
+        return self.made
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:

@@ -8,7 +8,6 @@ Letters: B batch, N picture tokens, L text tokens, S = L + N, H heads, D feature
 
 from collections.abc import Container, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +17,7 @@ from eridiff.errors import ConfigError
 from eridiff.models.layers import (
     Attention,
     FinalLayer,
+    Last,
     RMSNorm,
     Stream,
     StreamInput,
@@ -95,16 +95,16 @@ class PositionTable(nn.Module):
         super().__init__()
         self.side = side
         self.table = torch.zeros(1, side * side, hidden)
-        self._last: tuple[Any, ...] = (None, None, None)  # the table and what was asked of it, and that crop
+        self.last = Last()
 
     def forward(self, grid: tuple[int, int], device: torch.device, dtype: torch.dtype) -> Tensor:
         """`grid = (h, w)` -> `[1, h * w, hidden]`; raises ConfigError if the table is smaller."""
+        if torch.compiler.is_compiling():
+            return self._crop(grid).to(device, dtype)
         version = None if self.table.is_inference() else self.table._version
-        asked = (version, grid, device, dtype)
-        table, last, crop = self._last
-        if table is not self.table or last != asked:
-            crop = self._crop(grid).to(device, dtype)
-            self._last = self.table, asked, crop
+        asked = (id(self.table), type(self.table), version, grid, device, dtype)
+        # with the table itself, whose id then stays its own
+        _, crop = self.last(asked, lambda: (self.table, self._crop(grid).to(device, dtype)))
         return crop
 
     def _crop(self, grid: tuple[int, int]) -> Tensor:

@@ -300,7 +300,10 @@ def averaged_weights(module: nn.Module, averages: Mapping[str, Tensor] | nn.Modu
     try:
         for table, name, average in places_of(module, averages).values():
             own = table[name]
-            if own.device == average.device and own.dtype == average.dtype and not hasattr(own, "device_mesh"):
+            alike = own.device == average.device and own.dtype == average.dtype and not hasattr(own, "device_mesh")
+            if "_parameters" in table:  # a plain attribute, a table of positions: small, and watched by its identity
+                alike, average = True, average.to(own.device, own.dtype)
+            if alike:
                 pointed.append((table, name, own))
                 table[name] = nn.Parameter(average, False) if isinstance(own, nn.Parameter) else average
             elif id(own) not in copied:

@@ -99,7 +99,7 @@ class Checkpoint:
             return torch.empty(entry.shape, dtype=entry.dtype)
         # a slice is a storage of its own that keeps the mapping alive, so tensors can be saved one by one
         storage = self._mapped(entry.file)[entry.begin : entry.end]
-        return torch.empty(0, dtype=entry.dtype).set_(storage, 0, entry.shape)  # type: ignore[call-overload]
+        return torch.empty(0, dtype=entry.dtype, device="cpu").set_(storage, 0, entry.shape)  # type: ignore[call-overload]
 
     def _mapped(self, file: Path) -> Any:
         """The whole file, mapped privately: a write changes memory and never the file."""
