@@ -95,7 +95,7 @@ class DiffusionInference(ABC):
             raise ConfigError(f"'{variant}' is no variant of {DESCRIPTIONS[self.family].split(' ', 1)[1]}; there are {', '.join(self.variants)}")  # fmt: skip
         self.asked_device = None if device is None else torch.device(device)
         self.asked_variant, self.dtype, self.offload, self.progress = variant, dtype, offload, progress
-        self.vae_rows = vae_rows
+        self.vae_rows, self.allow_unknown = vae_rows, options.get("allow_unknown", False)
         self.source: dict[str, Any] = {}  # which files, for the record
         self.loras: list[LoraHandle] = []  # what apply_lora has put on it
         self._staged: nn.Module | None = None  # the component that is in use
@@ -171,7 +171,7 @@ class DiffusionInference(ABC):
 
         Raises CheckpointError when a part is missing or damaged or does not fit, before any weight is read.
         """
-        fill(self, locate(model))
+        fill(self, locate(model, self.allow_unknown))
         return self
 
     def apply_lora(

@@ -62,7 +62,7 @@ class FluxInference(DiffusionInference):
         - clip, t5: the text encoders; not needed where conditionings are passed in.
         - t5_mask: hide T5's padding, from T5 itself too, for networks trained that way; the published ones attend to it.
         - variant: dev, schnell, fill, canny or depth.
-        - device, dtype, offload, vae_rows, progress: as in `eridiff.inference.options.Options`.
+        - device, dtype, offload, vae_rows, progress, allow_unknown: as in `eridiff.inference.options.Options`.
         """
         super().__init__(network, autoencoder, **options)
         self.clip, self.t5, self.t5_mask = clip, t5, t5_mask

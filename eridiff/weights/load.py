@@ -11,19 +11,20 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from eridiff.errors import CheckpointError
+from eridiff.errors import CheckpointError, quoted
 from eridiff.models.autoencoder import Autoencoder
 from eridiff.models.flux import Flux
 from eridiff.models.mmdit import MMDiT
 from eridiff.models.unet import UNet
-from eridiff.weights.detect import Component, detect
+from eridiff.weights.configs import DESCRIPTIONS
+from eridiff.weights.detect import Component, detect, listing
 from eridiff.weights.header import open_checkpoint
 from eridiff.weights.keymap import Entry
 
 log = logging.getLogger(__name__)
 NETWORKS: dict[str, type[nn.Module]] = {"flux": Flux, "mmdit": MMDiT, "unet": UNet, "vae": Autoencoder}
 SCALES = (".scale_weight", ".weight_scale")  # of fp8 weights: older and newer ComfyUI
-UNUSED_SCALES = (".scale_input", ".input_scale")  # of activations, for fp8 matrix products
+NOTES = (*SCALES, ".scale_input", ".input_scale", ".comfy_quant")  # of activations, for fp8 matrix products; the format
 FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 
 
@@ -33,14 +34,16 @@ def load_network(
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
     progress: bool = True,
+    allow_unknown: bool = False,
 ) -> nn.Module:
     """The denoising network of a checkpoint, or its autoencoder if that is all it holds.
 
-    `dtype` None keeps the file's. Raises CheckpointError, with the names, for anything missing, unknown or misshapen.
+    `dtype` None keeps the file's. Raises CheckpointError, with the names, for anything missing, unknown or misshapen; with
+    `allow_unknown` what is unknown is left out, with a warning.
     """
-    components = [c for c in detect(open_checkpoint(path)) if c.network in NETWORKS]
+    components = [c for c in detect(open_checkpoint(path), allow_unknown) if c.network in NETWORKS]
     if not components:
-        raise CheckpointError(f"{path} holds a text encoder, not a denoising network or an autoencoder")
+        raise CheckpointError(f"{quoted(path)} holds a text encoder, not a denoising network or an autoencoder")
     return build(components[0], dtype=dtype, device=device, progress=progress)
 
 
@@ -101,13 +104,20 @@ def default_dtype(component: Component, device: torch.device) -> torch.dtype | N
 
 def plan(component: Component, wanted: dict[str, tuple[int, ...]]) -> list[Entry]:
     """The entries that fill `wanted` (native names and shapes); raises CheckpointError unless file and module agree."""
-    entries = component.layout.entries(wanted, component.sizes, component.old)
+    entries = component.layout.entries(wanted, component.sizes, component.keys)
     used = {name for entry in entries for name in entry.foreign}
     missing = [n for e in entries for n in e.foreign if n not in component.keys and not _may_lack(component, e)]
-    scales = {n for n in component.keys if n.endswith(SCALES + UNUSED_SCALES) or n.endswith("scaled_fp8")}
-    unknown = sorted(component.keys - used - set(component.layout.carry) - _valid_scales(component, used, scales))
-    if missing or unknown:
-        raise CheckpointError(f"{component.checkpoint.path}: {_disagreement(missing, unknown, sorted(used))}")
+    unknown = sorted(component.keys - used - set(component.layout.carry) - _notes(component, used))
+    if missing or (unknown and not component.allow_unknown):
+        told = _disagreement(missing, unknown, sorted(used))
+        raise CheckpointError(f"{quoted(component.checkpoint.path)}: {told}")
+    if unknown:
+        log.warning(
+            "%s: %s does not use %s, left out",
+            component.checkpoint.path,
+            DESCRIPTIONS[component.network],
+            listing(unknown),
+        )
     for entry in entries:
         _check_shapes(component, entry, wanted[entry.native])
     return entries
@@ -118,20 +128,20 @@ def _may_lack(component: Component, entry: Entry) -> bool:
     return entry.operation == "default" or (entry.operation == "alias" and present > 0)
 
 
-def _valid_scales(component: Component, used: set[str], scales: set[str]) -> set[str]:
-    """The scales that belong to an fp8 weight; those that do not are unknown names."""
-    kinds = SCALES + UNUSED_SCALES
-    return {n for n in scales if n.endswith("scaled_fp8") or any(n == u.removesuffix(".weight") + k for k in kinds for u in used)} if scales else scales  # fmt: skip
+def _notes(component: Component, used: set[str]) -> set[str]:
+    """What the file says of the quantisation of its weights; a note that belongs to no weight is an unknown name."""
+    known = {name.removesuffix(".weight") + ending for name in used for ending in NOTES}
+    return {name for name in component.keys if name in known or name == "scaled_fp8"}
 
 
 def _disagreement(missing: list[str], unknown: list[str], known: list[str]) -> str:
     parts = []
     if missing:
-        parts.append(f"{len(missing)} tensors are missing, the first is '{missing[0]}'")
+        parts.append(f"{len(missing)} tensors are missing, the first is {quoted(missing[0], 60)}")
     if unknown:
         near = get_close_matches(unknown[0], missing or known, n=1, cutoff=0.0)
-        hint = f", nearest to '{near[0]}'" if near else ""
-        parts.append(f"{len(unknown)} are unknown, the first is '{unknown[0]}'{hint}")
+        hint = f", nearest to {quoted(near[0], 60)}" if near else ""
+        parts.append(f"{len(unknown)} are unknown, the first is {quoted(unknown[0], 60)}{hint}")
     return "; ".join(parts)
 
 

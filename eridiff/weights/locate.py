@@ -30,8 +30,10 @@ class Parts:
     tokenizers: dict[str, Path] = field(default_factory=dict)
 
 
-def locate(model: Model | Parts) -> Parts:
+def locate(model: Model | Parts, allow_unknown: bool = False) -> Parts:
     """The parts of a model; headers are read, weights are not.
+
+    `allow_unknown` leaves out tensors that a network does not use, with a warning, in place of an error.
 
     `model` is a path, a hub id, or a mapping with `path` and the parts that it lacks or that replace its own:
     transformer, vae, clip, clip_g, t5, tokenizers (a folder of both, or {clip: PATH, t5: PATH}). Raises CheckpointError for a
@@ -40,16 +42,17 @@ def locate(model: Model | Parts) -> Parts:
     if isinstance(model, Parts):
         return model
     if not isinstance(model, Mapping):
-        return _with_statistics(_search(resolve(model)))
+        return _with_statistics(_search(resolve(model), allow_unknown))
     unknown = sorted(set(model) - {"path", "tokenizers", *PART_NAMES})
     if unknown:
         raise ConfigError(
             f"'{unknown[0]}' is no part of a model; there are path, {', '.join(PART_NAMES)} and tokenizers"
         )
-    parts = _search(resolve(_path("path", model["path"]))) if "path" in model else Parts()
+    parts = _search(resolve(_path("path", model["path"])), allow_unknown) if "path" in model else Parts()
     for name, networks in PART_NAMES.items():
         if name in model:
-            found = component_of(open_checkpoint(resolve(_path(name, model[name]))), *networks)
+            file = open_checkpoint(resolve(_path(name, model[name])))
+            found = component_of(file, *networks, allow_unknown=allow_unknown)
             kept = {n: c for n, c in parts.components.items() if n not in networks}
             parts = Parts({found.network: found, **kept}, parts.tokenizers)
     return _with_statistics(Parts(parts.components, parts.tokenizers | _tokenizers(model.get("tokenizers"))))
@@ -102,9 +105,9 @@ def _beside(folder: Path) -> dict[str, Path]:
     return found
 
 
-def _search(path: Path) -> Parts:
+def _search(path: Path, allow_unknown: bool) -> Parts:
     if not path.is_dir():
-        return Parts({c.network: c for c in detect(open_checkpoint(path))})
+        return Parts({c.network: c for c in detect(open_checkpoint(path), allow_unknown)})
     if (path / "model_index.json").exists():
         kind = read_json_file(path / "model_index.json").get("_class_name")
         if not isinstance(kind, str) or not kind.startswith(PIPELINES):
@@ -117,7 +120,7 @@ def _search(path: Path) -> Parts:
         places = files if len(files) > 1 and not (path / "config.json").exists() else [path]
     components: dict[str, Component] = {}
     for place in places:
-        for component in detect(open_checkpoint(place)):
+        for component in detect(open_checkpoint(place), allow_unknown):
             if component.network in components:
                 first = components[component.network].checkpoint.path
                 raise CheckpointError(
