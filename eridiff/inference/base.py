@@ -33,7 +33,7 @@ from eridiff.inference.latents import (  # fmt: skip
     same_device,
     seeded,
 )
-from eridiff.inference.loading import fill
+from eridiff.inference.loading import check_latents, fill
 from eridiff.inference.lora import LoraHandle, apply
 from eridiff.inference.options import Options, check_names
 from eridiff.inference.provenance import provenance
@@ -128,6 +128,11 @@ class DiffusionInference(ABC):
         """Widths of the text rows and of the pooled vector that a network takes."""
         return config.text_width, config.pooled_width
 
+    @staticmethod
+    def channels_drawn(config: Any) -> int:
+        """Of the latents that a network of these sizes draws."""
+        return int(config.out_channels)
+
     @property
     def device(self) -> torch.device:
         """Where images are computed: the network's own device, with `offload` the one that components are moved to."""
@@ -201,6 +206,8 @@ class DiffusionInference(ABC):
     def set_network(self, network: nn.Module, name: str = "") -> None:
         """Take a network, out of the wrappers of a trainer, and its variant's defaults."""
         self.network = unwrapped(network)
+        if hasattr(self, "autoencoder"):
+            check_latents(type(self), self.network.config, self.autoencoder.config)
         own, asked = device_of(self.network), self.asked_device
         if asked is not None and not self.offload and not same_device(own, asked):
             raise ConfigError(f"the network is on {own}, not on {asked}: move it there, or give no device")

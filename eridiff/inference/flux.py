@@ -76,6 +76,11 @@ class FluxInference(DiffusionInference):
         return ["dev" if config.guidance else "schnell"]
 
     @staticmethod
+    def channels_drawn(config: FluxConfig) -> int:
+        """A token holds 2 x 2 latents."""
+        return config.out_channels // 4
+
+    @staticmethod
     def needed(config: FluxConfig) -> tuple[str, ...]:
         return ("clip", "t5")
 

@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 
 from eridiff.errors import CheckpointError, ConfigError, quoted
+from eridiff.models.autoencoder import PRESETS
 from eridiff.weights import configs
 from eridiff.weights.configs import DESCRIPTIONS, ShapeOf
 from eridiff.weights.header import Checkpoint
@@ -213,6 +214,22 @@ def _checked(network: str, config: Any, checkpoint: Checkpoint) -> Any:
             "give rope_axes in the metadata eridiff.config"
         )
     return config
+
+
+def statistics_are_said(component: Component) -> bool:
+    """Whether the latents' scale and shift stand in a config.json or in the file's metadata; they are in no tensor."""
+    checkpoint = component.checkpoint
+    return "scaling_factor" in checkpoint.config or '"vae"' in checkpoint.metadata.get("eridiff.config", "")
+
+
+def with_statistics(component: Component, family: str | None) -> Component:
+    """An autoencoder with the latents' statistics of flux, sd3 or sdxl, unless its file says its own or has other latents."""
+    if component.network != "vae" or family is None or statistics_are_said(component):
+        return component
+    usual = PRESETS[family]
+    if usual.latent_channels != component.config.latent_channels:
+        return component
+    return replace(component, config=replace(component.config, scale=usual.scale, shift=usual.shift))
 
 
 # what belongs to no network -------------------------------------------------------------------------------------------------

@@ -77,8 +77,8 @@ class TensorEntry:
 class Checkpoint:
     """A safetensors file or a sharded folder: headers checked, no data read yet.
 
-    `metadata` of several shards is merged, the first shard by name wins. `config` is the folder's config.json,
-    `{}` for a single file and where there is none.
+    `metadata` of several shards is merged, the first shard by name wins. `config` is the folder's config.json, also of a file
+    given alone that its folder would be read from, and `{}` where there is none.
     """
 
     path: Path
@@ -115,16 +115,16 @@ class Checkpoint:
 
 
 def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
-    """Open a safetensors file, or a folder that holds one or an index of shards; only headers are read.
+    """Open a safetensors file, or a folder that holds one or an index of shards; only headers are read. `~` is the home.
 
     Raises CheckpointError, one sentence that names the file, or ConfigError for a broken config.json.
     """
     if not os.fspath(path):
         raise CheckpointError("the path of the checkpoint is empty; give a safetensors file or a folder")
-    location = Path(path)
+    location = Path(path).expanduser()
     if stat.S_ISDIR(_status(location).st_mode):
         return _open_folder(location)
-    return Checkpoint(location, *read_header(location), config={})
+    return Checkpoint(location, *read_header(location), config=_config_beside(location))
 
 
 def read_header(path: Path) -> tuple[dict[str, TensorEntry], dict[str, str]]:
@@ -349,6 +349,17 @@ def _read_config(folder: Path) -> dict[str, Any]:
         raise ConfigError(str(error)) from error
 
 
+def _config_beside(file: Path) -> dict[str, Any]:
+    """The config.json that belongs to a file: its name is a published one, or it is the only model of its folder."""
+    if not (file.parent / "config.json").exists():
+        return {}
+    try:
+        only = _choose_single(os.listdir(file.parent))
+    except OSError:  # a folder that may be entered and not listed
+        only = None
+    return _read_config(file.parent) if file.name in (only, *SINGLE_NAMES, *HALF_SINGLE_NAMES) else {}
+
+
 def _open_folder(folder: Path) -> Checkpoint:
     try:
         names = sorted(name for name in os.listdir(folder) if not name.startswith("."))
@@ -401,7 +412,7 @@ def _refuse_folder(folder: Path, names: list[str]) -> NoReturn:
 
 
 def _read_index(path: Path) -> dict[str, str]:
-    """Tensor name to shard, as the index says; every shard is a plain name in the index's own folder."""
+    """Tensor name to shard, as the index says; every shard is a plain name in the index's own folder, or a link there."""
     shards = read_json_file(path).get("weight_map")
     if not isinstance(shards, dict) or not shards or not all(_is_text(shard) for shard in shards.values()):
         _refuse(path, f"has a weight_map that is not an object of strings but {_short.repr(shards)}")
@@ -409,17 +420,7 @@ def _read_index(path: Path) -> dict[str, str]:
         # The Windows rules know every separator and drive letters, so the answer is the same on all systems.
         if shard in ("", ".", "..") or "\0" in shard or PureWindowsPath(shard).name != shard:
             _refuse(path, f"names the shard {_short.repr(shard)}, not a plain file name", "do not trust this folder")
-        _check_link(path, shard)
     return shards
-
-
-def _check_link(index: Path, shard: str) -> None:
-    """A shard may be a link only inside its folder or, as in Hugging Face's cache, inside one `models--*` folder."""
-    home = Path(os.path.realpath(index.parent))
-    target = Path(os.path.realpath(home / shard))
-    cache = next((parent for parent in (home, *home.parents) if parent.name.startswith("models--")), home)
-    if not target.is_relative_to(cache):
-        _refuse(index, f"names the shard {shard!r}, a link that leads out of the folder", "put the file itself there")
 
 
 def _read_shards(folder: Path, index: str, shards: dict[str, str]) -> tuple[dict[str, TensorEntry], dict[str, str]]:

@@ -2,12 +2,11 @@
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from eridiff.errors import CheckpointError, ConfigError
-from eridiff.models.autoencoder import AutoencoderConfig
-from eridiff.weights.detect import DESCRIPTIONS, Component, component_of, detect
+from eridiff.weights.detect import DESCRIPTIONS, Component, component_of, detect, with_statistics
 from eridiff.weights.header import SHARD_NAME, open_checkpoint, read_json_file
 from eridiff.weights.hub import resolve
 
@@ -63,12 +62,7 @@ def _with_statistics(parts: Parts) -> Parts:
     vae = parts.components.get("vae")
     if vae is None or "mmdit" not in parts.components:
         return parts
-    said = "scaling_factor" in vae.checkpoint.config or '"vae"' in vae.checkpoint.metadata.get("eridiff.config", "")
-    if said or vae.config.latent_channels != 16:
-        return parts
-    sd3 = AutoencoderConfig.preset("sd3")
-    config = replace(vae.config, scale=sd3.scale, shift=sd3.shift)
-    return Parts({**parts.components, "vae": replace(vae, config=config)}, parts.tokenizers)
+    return Parts({**parts.components, "vae": with_statistics(vae, "sd3")}, parts.tokenizers)
 
 
 def _path(name: str, value: object) -> str | os.PathLike[str]:
@@ -95,14 +89,24 @@ def _tokenizers(given: object) -> dict[str, Path]:
 
 
 def _beside(folder: Path) -> dict[str, Path]:
-    """The tokenizers' folders; tokenizer_2 is T5's in Flux and CLIP-G's, with a merges.txt, in SD 3."""
+    """The tokenizers' folders; tokenizer_2 is T5's in Flux and CLIP-G's, which has merges, in SD 3."""
     found: dict[str, Path] = {}
     for kind, names in TOKENIZER_FOLDERS.items():
         for name in names:
-            clips = kind == "t5" and (folder / name / "merges.txt").exists()
-            if (folder / name).is_dir() and not clips:
-                found.setdefault(kind, folder / name)
+            if (folder / name).is_dir() and kind not in found and not (kind == "t5" and _is_clips(folder / name)):
+                found[kind] = folder / name
     return found
+
+
+def _is_clips(folder: Path) -> bool:
+    """Whether a tokenizer is made of merges; transformers 5 writes them into tokenizer.json alone."""
+    if (folder / "merges.txt").exists() or not (folder / "tokenizer.json").is_file():
+        return (folder / "merges.txt").exists()
+    try:
+        model = read_json_file(folder / "tokenizer.json").get("model")
+    except CheckpointError:
+        return False  # said when it is read
+    return isinstance(model, dict) and "merges" in model
 
 
 def _search(path: Path, allow_unknown: bool) -> Parts:
