@@ -8,13 +8,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import eridiff
 from eridiff import load_network
 from eridiff.cli import main
-from eridiff.errors import CheckpointError
+from eridiff.errors import CheckpointError, EridiffError
 from eridiff.inspect import inspect, summary
 from eridiff.models.unet import UNet, UNetConfig
 from eridiff.text.encoders import build_encoder
@@ -186,6 +188,24 @@ def test_a_refusal_names_its_cause_on_one_short_line(
     text = str(error.value)
     assert "\n" not in text and len(text) <= 300
     assert not re.search(r"'([^']*)' is near '\1'", text)
+
+
+NAMES = st.one_of(st.text(max_size=400), st.sampled_from(sorted(FLUX)).map(lambda name: name + "x" * 300))
+
+
+@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    names=st.lists(NAMES, max_size=4), base=st.sampled_from(["", "ae", "clip_l"]), dtype=st.sampled_from(["F32", "I8"])
+)
+def test_names_of_any_characters_and_length_give_one_short_line(
+    names: list[str], base: str, dtype: str, tmp_path: Path
+) -> None:
+    tensors = (read_manifest(base) if base else {}) | {name: (dtype, (1,)) for name in names}
+    try:
+        report = inspect(write_sparse(tmp_path / "m.safetensors", tensors))
+    except EridiffError as error:
+        report = {"problems": [str(error)]}
+    assert all("\n" not in text and len(text) <= 300 for text in report["problems"])
 
 
 def test_the_refusal_of_a_unet_is_about_the_tensors_that_are_left(tmp_path: Path) -> None:

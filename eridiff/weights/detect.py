@@ -16,7 +16,8 @@ import yaml
 from eridiff.errors import CheckpointError, ConfigError, quoted
 from eridiff.models.autoencoder import PRESETS
 from eridiff.weights import configs
-from eridiff.weights.configs import DESCRIPTIONS, ShapeOf
+from eridiff.weights.configs import DESCRIPTIONS as DESCRIPTIONS
+from eridiff.weights.configs import ShapeOf
 from eridiff.weights.header import Checkpoint
 from eridiff.weights.keymap import Layout, Shape, key_map, map_folder, without_wrappers
 

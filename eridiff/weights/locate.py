@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from eridiff.errors import CheckpointError, ConfigError
+from eridiff.errors import CheckpointError, ConfigError, quoted
 from eridiff.weights.detect import DESCRIPTIONS, Component, component_of, detect, with_statistics
 from eridiff.weights.header import SHARD_NAME, open_checkpoint, read_json_file
 from eridiff.weights.hub import resolve
@@ -45,7 +45,7 @@ def locate(model: Model | Parts, allow_unknown: bool = False) -> Parts:
     unknown = sorted(set(model) - {"path", "tokenizers", *PART_NAMES})
     if unknown:
         raise ConfigError(
-            f"'{unknown[0]}' is no part of a model; there are path, {', '.join(PART_NAMES)} and tokenizers"
+            f"{quoted(unknown[0])} is no part of a model; there are path, {', '.join(PART_NAMES)} and tokenizers"
         )
     parts = _search(resolve(_path("path", model["path"])), allow_unknown) if "path" in model else Parts()
     for name, networks in PART_NAMES.items():
@@ -67,7 +67,7 @@ def _with_statistics(parts: Parts) -> Parts:
 
 def _path(name: str, value: object) -> str | os.PathLike[str]:
     if not isinstance(value, str | os.PathLike) or not os.fspath(value):
-        raise ConfigError(f"the model's part '{name}' must be a path or a hub id, not {value!r}")
+        raise ConfigError(f"the model's part '{name}' must be a path or a hub id, not {quoted(value)}")
     return value
 
 
@@ -79,12 +79,12 @@ def _tokenizers(given: object) -> dict[str, Path]:
         found = _beside(folder)
         if not found:
             raise CheckpointError(
-                f"'{folder}' holds no tokenizer folder ({', '.join(sum(TOKENIZER_FOLDERS.values(), ()))})"
+                f"{quoted(folder)} holds no tokenizer folder ({', '.join(sum(TOKENIZER_FOLDERS.values(), ()))})"
             )
         return found
     unknown = sorted(set(given) - set(TOKENIZER_FOLDERS))
     if unknown:
-        raise ConfigError(f"'{unknown[0]}' is no tokenizer; there are {' and '.join(TOKENIZER_FOLDERS)}")
+        raise ConfigError(f"{quoted(unknown[0])} is no tokenizer; there are {' and '.join(TOKENIZER_FOLDERS)}")
     return {name: resolve(_path(f"tokenizers: {name}", value)) for name, value in given.items()}
 
 
@@ -116,7 +116,7 @@ def _search(path: Path, allow_unknown: bool) -> Parts:
         kind = read_json_file(path / "model_index.json").get("_class_name")
         if not isinstance(kind, str) or not kind.startswith(PIPELINES):
             raise CheckpointError(
-                f"'{path}' is the folder of a {kind or 'pipeline without a name'}, not of Flux, SD 3 or SDXL, and is not loaded"
+                f"{quoted(path)} is the folder of a {quoted(kind, 60)[1:-1] if kind else 'pipeline without a name'}, not of Flux, SD 3 or SDXL, and is not loaded"
             )
     places = [path / name for name in SUBFOLDERS if any((path / name).glob("*.safetensors*"))]
     if not places:  # whole files side by side, or the folder of one network
@@ -128,7 +128,7 @@ def _search(path: Path, allow_unknown: bool) -> Parts:
             if component.network in components:
                 first = components[component.network].checkpoint.path
                 raise CheckpointError(
-                    f"'{path}' holds {DESCRIPTIONS[component.network]} twice, in {first.name} and {place.name}; give the parts by name"
+                    f"{quoted(path)} holds {DESCRIPTIONS[component.network]} twice, in {quoted(first.name, 60)} and {quoted(place.name, 60)}; give the parts by name"
                 )
             components[component.network] = component
     return Parts(components, _beside(path))
