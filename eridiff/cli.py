@@ -124,6 +124,12 @@ def _parser() -> argparse.ArgumentParser:
     model.add_argument(
         "--lora-partial", action="store_true", default=None, help="leave out what of a LoRA does not fit"
     )
+    model.add_argument(
+        "--allow-unknown",
+        action="store_true",
+        default=None,
+        help="leave out what of a model's file its network does not use",
+    )
     model.add_argument("--vae-rows", type=int, metavar="N", help="decode in strips of N rows: exact, in less memory")
     model.add_argument("--offload", choices=["stages"], help="only the component at work is on the device")
     picture = sample.add_argument_group("picture")

@@ -1,5 +1,13 @@
 """Everything that eridiff raises on bad input: one sentence that says what is wrong, where, and what to do."""
 
+import os
+
+
+def quoted(name: object, limit: int = 90) -> str:
+    """A name or a path as an error shows it: in quotes, on one line, without its middle where it is long."""
+    text = repr(os.fspath(name) if isinstance(name, os.PathLike) else name)
+    return text if len(text) <= limit else f"{text[: limit // 3]}...{text[-(limit - limit // 3 - 3) :]}"
+
 
 class EridiffError(Exception):
     """Base of all errors of this package; its text is one sentence for a person."""

@@ -220,7 +220,7 @@ def test_the_unet_keeps_every_bit(
     round_trip(
         KeyMap("unet").layouts[layout],
         random_bits(shapes, dtype, seed),
-        {"levels": config.levels, "attends": config.attends},
+        {"levels": config.levels, "attends": config.attends, "middle_attends": config.middle_attends},
     )
 
 

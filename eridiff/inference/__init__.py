@@ -27,7 +27,7 @@ def load(
     - model: a path, a hub id, or the parts by name (`{"transformer": PATH, "vae": PATH, ...}`, see `locate`); None is the
       built-in small Flux.
     - family: flux, mmdit or unet, which the model must be; None takes what it is.
-    - variant, device, dtype, offload, vae_rows, progress: as in `eridiff.inference.options.Options`.
+    - variant, device, dtype, offload, vae_rows, progress, allow_unknown: as in `eridiff.inference.options.Options`.
     - the rest: the keywords of FluxInference, SD35Inference or SDXLInference, as the model is.
 
     Raises CheckpointError for files that are damaged, incomplete or of another kind, ConfigError for an option that the
@@ -37,7 +37,7 @@ def load(
     families = [kind.family for kind in FAMILIES]
     if family is not None and family not in families:
         raise ConfigError(f"'{family}' is not a family; there are {', '.join(families)}")
-    parts = locate(BUILT_IN if model is None else model)
+    parts = locate(BUILT_IN if model is None else model, options.get("allow_unknown", False))
     kind = next((family for family in FAMILIES if family.family in parts.components), None)
     if kind is None:
         held = " and ".join(DESCRIPTIONS[name] for name in parts.components) or "nothing"

@@ -22,7 +22,7 @@ from typing_extensions import Self, Unpack
 from eridiff.blocks import evaluation, unwrapped
 from eridiff.errors import ConfigError
 from eridiff.images import to_images, to_tensor, upright
-from eridiff.inference.handed_in import check_autoencoder, check_channels, check_dtypes, check_family, from_diffusers
+from eridiff.inference.handed_in import check_autoencoder, check_dtypes, check_family, from_diffusers
 from eridiff.inference.latents import (  # fmt: skip
     LATENT_SCALE,
     device_of,
@@ -35,7 +35,7 @@ from eridiff.inference.latents import (  # fmt: skip
     same_device,
     seeded,
 )
-from eridiff.inference.loading import fill
+from eridiff.inference.loading import check_latents, fill
 from eridiff.inference.lora import LoraHandle, apply
 from eridiff.inference.options import Options, check_names
 from eridiff.inference.provenance import provenance
@@ -97,7 +97,7 @@ class DiffusionInference(ABC):
             raise ConfigError(f"'{variant}' is no variant of {DESCRIPTIONS[self.family].split(' ', 1)[1]}; there are {', '.join(self.variants)}")  # fmt: skip
         self.asked_device = None if device is None else torch.device(device)
         self.asked_variant, self.dtype, self.offload, self.progress = variant, dtype, offload, progress
-        self.vae_rows = vae_rows
+        self.vae_rows, self.allow_unknown = vae_rows, options.get("allow_unknown", False)
         self.source: dict[str, Any] = {}  # which files, for the record
         self.loras: list[LoraHandle] = []  # what apply_lora has put on it
         self.adopted: tuple[Any, ...] = ()  # `eridiff.training.adopt.Adopted` of the network and the autoencoder
@@ -159,8 +159,8 @@ class DiffusionInference(ABC):
         return config.text_width, config.pooled_width
 
     @staticmethod
-    def told_channels(config: Any) -> int:
-        """Channels of the latents that a network moves."""
+    def channels_drawn(config: Any) -> int:
+        """Of the latents that a network of these sizes draws."""
         return int(config.out_channels)
 
     @property
@@ -206,7 +206,7 @@ class DiffusionInference(ABC):
 
         Raises CheckpointError when a part is missing or damaged or does not fit, before any weight is read.
         """
-        fill(self, locate(model))
+        fill(self, locate(model, self.allow_unknown))
         return self
 
     def apply_lora(
@@ -238,7 +238,7 @@ class DiffusionInference(ABC):
         check_family(type(self), network)
         self.network = unwrapped(network)
         if hasattr(self, "autoencoder"):
-            check_channels(self)
+            check_latents(type(self), self.network.config, self.autoencoder.config)
         own, asked = device_of(self.network), self.asked_device
         if asked is not None and not self.offload and not same_device(own, asked):
             raise ConfigError(f"the network is on {own}, not on {asked}: move it there, or give no device")

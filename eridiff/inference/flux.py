@@ -65,7 +65,7 @@ class FluxInference(DiffusionInference):
         - clip, t5: the text encoders; not needed where conditionings are passed in.
         - t5_mask: hide T5's padding, from T5 itself too, for networks trained that way; the published ones attend to it.
         - variant: dev, schnell, fill, canny or depth.
-        - device, dtype, offload, vae_rows, progress: as in `eridiff.inference.options.Options`.
+        - device, dtype, offload, vae_rows, progress, allow_unknown: as in `eridiff.inference.options.Options`.
         """
         super().__init__(network, autoencoder, **options)
         check_encoders(type(self), clip=clip, t5=t5)
@@ -80,12 +80,13 @@ class FluxInference(DiffusionInference):
         return ["dev" if config.guidance else "schnell"]
 
     @staticmethod
-    def needed(config: FluxConfig) -> tuple[str, ...]:
-        return ("clip", "t5")
+    def channels_drawn(config: FluxConfig) -> int:
+        """A token holds 2 x 2 latents."""
+        return config.out_channels // 4
 
     @staticmethod
-    def told_channels(config: FluxConfig) -> int:
-        return config.out_channels // 4  # a token is a patch of 2 x 2
+    def needed(config: FluxConfig) -> tuple[str, ...]:
+        return ("clip", "t5")
 
     @staticmethod
     def text_widths(configs: Mapping[str, Mapping[str, Any]]) -> tuple[int, int]:

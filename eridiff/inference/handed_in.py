@@ -143,15 +143,6 @@ def check_autoencoder(kind: "type[DiffusionInference]", module: Any) -> None:
         raise ConfigError(_refusal(kind, "autoencoder", Autoencoder, module))
 
 
-def check_channels(drawer: "DiffusionInference") -> None:
-    """ConfigError for an autoencoder whose latents are not those of the network."""
-    own, wanted = drawer.autoencoder.config.latent_channels, drawer.told_channels(drawer.network.config)
-    if own != wanted:
-        raise ConfigError(
-            f"the autoencoder's latents have {own} channels and the network's {wanted}: they belong to different models"
-        )
-
-
 def check_encoders(kind: "type[DiffusionInference]", **encoders: Any) -> None:
     """ConfigError for text encoders without what goes with them."""
     for name, encoder in encoders.items():

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from eridiff.errors import CheckpointError, ConfigError
+from eridiff.errors import CheckpointError, ConfigError, EridiffError
 from eridiff.inference.words import read_words
 from eridiff.lora.branches import install_slots
 from eridiff.text.encoders import build_encoder
@@ -97,6 +97,19 @@ def check_widths(drawer: "type[DiffusionInference]", own: Any, encoders: Mapping
         raise CheckpointError(
             f"the text encoders give {given[0]} features a token and {given[1]} pooled, {DESCRIPTIONS[drawer.family]} takes "
             f"{' and '.join(map(str, drawer.told_widths(own)))}; they belong to another model"
+        )
+    check_latents(drawer, own, components["vae"].config, CheckpointError)
+
+
+def check_latents(
+    drawer: "type[DiffusionInference]", network: Any, autoencoder: Any, error: type[EridiffError] = ConfigError
+) -> None:
+    """Raises an error unless the latents of an autoencoder are those of a network, by their configurations."""
+    wanted, given = drawer.channels_drawn(network), autoencoder.latent_channels
+    if wanted != given:
+        raise error(
+            f"the autoencoder has {given} latent channels, {DESCRIPTIONS[drawer.family]} draws {wanted}: it belongs to another "
+            f"family; give {DESCRIPTIONS[drawer.family].split(' ', 1)[1]}'s own as vae"
         )
 
 

@@ -20,6 +20,7 @@ class Options(TypedDict, total=False):
     - offload: "stages" keeps every component on the CPU and moves it to the device only for its stage.
     - vae_rows: the autoencoder works in strips of so many rows, exactly and in less memory (memory/strips.py).
     - progress: whether to show progress bars, True by default.
+    - allow_unknown: tensors of a file that its network does not use are left out with a warning, and are no error.
     """
 
     variant: str | None
@@ -28,6 +29,7 @@ class Options(TypedDict, total=False):
     offload: str | None
     vae_rows: int | None
     progress: bool
+    allow_unknown: bool
 
 
 class LoadOptions(Options, total=False):

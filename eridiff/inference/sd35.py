@@ -84,7 +84,7 @@ class SD35Inference(DiffusionInference):
         - clip_windows: of a prompt longer than CLIP's 77 tokens the "first" window, as the original, or "all", 77 rows each.
         - t5_mask: hide T5's padding, from T5 itself too, for networks trained that way; the published ones attend to it.
         - variant: sd3-medium, sd3.5-medium, sd3.5-large or sd3.5-large-turbo.
-        - device, dtype, offload, vae_rows, progress: as in `eridiff.inference.options.Options`.
+        - device, dtype, offload, vae_rows, progress, allow_unknown: as in `eridiff.inference.options.Options`.
         """
         given = {"t5_padding": t5_padding, "without_t5": without_t5, "clip_windows": clip_windows}
         for name, value in given.items():

@@ -98,7 +98,7 @@ class SDXLInference(DiffusionInference):
         - crop: (top, left) in pixels, given to the network as conditioning.
         - aesthetic_score, negative_aesthetic_score: 0 to 10, given to the refiner in place of the target size.
         - variant: base, refiner, inpaint, turbo, lightning or lcm.
-        - device, dtype, offload, vae_rows, progress: as in `eridiff.inference.options.Options`.
+        - device, dtype, offload, vae_rows, progress, allow_unknown: as in `eridiff.inference.options.Options`.
         """
         for name, value, known in (
             ("prediction", prediction, (None, *PREDICTIONS)), ("empty_negative", empty_negative, ("zeros", "encoded")),
@@ -156,7 +156,7 @@ class SDXLInference(DiffusionInference):
 
     def load_model(self, model: Model | Parts) -> Self:
         """As DiffusionInference.load_model; what the file says of its prediction wins over the usual and forbids another."""
-        parts = locate(model)
+        parts = locate(model, self.allow_unknown)
         if self.family in parts.components:
             told, zero = _told(parts.components[self.family])
             asked = self.asked_prediction

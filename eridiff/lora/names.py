@@ -83,7 +83,7 @@ class Names:
             sizes = {} if config is None or network in TEXT_ENCODERS else sizes_of(config)
             for layout in found.layouts.values():
                 if network in DENOISERS or layout.name == "huggingface":
-                    for entry in layout.entries(shapes, sizes):
+                    for entry in layout.spellings(shapes, sizes):
                         self._add_entry(entry)
             for native in shapes:
                 for rule in found.lora_rules:

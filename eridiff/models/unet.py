@@ -2,7 +2,7 @@
 
 Sources: `openaimodel.py` and `attention.py` of Stability-AI/generative-models; Podell et al. 2023 (SDXL); Rombach et al.
 2022 (the transformers); Ronneberger et al. 2015 (the U). Loads sd_xl_base_1.0, sd_xl_refiner_1.0, the inpainting variant
-with 9 channels, Turbo, Lightning and lcm-sdxl, in float64 too.
+with 9 channels, Turbo, Lightning, lcm-sdxl, and the distilled SSD-1B and Vega, in float64 too.
 
 Letters: B batch, C channels, h x w the latents' size at a stage, L text tokens, H heads, D features of one head, T steps of
 a run. A stage is a resolution, the finest first.
@@ -17,6 +17,8 @@ from torch import Tensor, nn
 
 from eridiff.errors import ConfigError
 from eridiff.models.layers import Attention, VectorMLP, check_shape, forward_times, prepare_times, sinusoid
+
+RESIDUAL_BLOCKS = 2  # of a stage on the way down; one more on the way up
 
 
 @dataclass(frozen=True)
@@ -33,11 +35,21 @@ class UNetConfig:
     text_width: int = 2048
     vector_width: int = 2816
     guidance: bool = False  # lcm-sdxl's embedding of the guidance scale
+    up_depths: tuple[tuple[int, ...], ...] | None = None  # of each stage's transformers on the way up; None: as down
+    middle_blocks: int = 2  # residual blocks; distilled networks have one and no transformer there
 
     def __post_init__(self) -> None:
         if len(self.transformer_depths) != len(self.channel_multipliers):
             raise ConfigError(
                 f"transformer_depths {self.transformer_depths} must have one entry a stage, of {self.channel_multipliers}"
+            )
+        if [len(depths) for depths in self.depths_up] != [RESIDUAL_BLOCKS + 1] * self.levels:
+            raise ConfigError(
+                f"up_depths {self.up_depths} must have {RESIDUAL_BLOCKS + 1} numbers for each of {self.levels} stages"
+            )
+        if self.middle_blocks not in (1, 2) or (self.middle_blocks == 1 and self.middle_depth):
+            raise ConfigError(
+                f"the middle has 1 block or 2, and a transformer only between 2, not {self.middle_blocks} with depth {self.middle_depth}"
             )
 
     @property
@@ -50,13 +62,23 @@ class UNetConfig:
         return [self.channels * multiplier for multiplier in self.channel_multipliers]
 
     @property
+    def depths_up(self) -> tuple[tuple[int, ...], ...]:
+        """Blocks of each transformer of a stage on the way up."""
+        return self.up_depths or tuple((depth,) * (RESIDUAL_BLOCKS + 1) for depth in self.transformer_depths)
+
+    @property
     def attends(self) -> list[int]:
-        """1 for each stage with transformers, else 0."""
-        return [min(depth, 1) for depth in self.transformer_depths]
+        """1 for each stage whose last block on the way up has a transformer, else 0."""
+        return [min(depths[-1], 1) for depths in self.depths_up]
+
+    @property
+    def middle_attends(self) -> int:
+        """1 if the middle has a transformer, else 0."""
+        return min(self.middle_depth, 1)
 
     @classmethod
     def preset(cls, name: str) -> "UNetConfig":
-        """The sizes of a published checkpoint: base, refiner, inpaint or lcm."""
+        """The sizes of a published checkpoint: base, refiner, inpaint, lcm, ssd-1b or vega."""
         if name not in PRESETS:
             raise ConfigError(f"'{name}' is no preset of the UNet; there are {', '.join(PRESETS)}")
         return PRESETS[name]
@@ -70,8 +92,11 @@ PRESETS = {
     ),
     "inpaint": replace(UNetConfig(), in_channels=9),
     "lcm": replace(UNetConfig(), guidance=True),
+    "ssd-1b": UNetConfig(
+        transformer_depths=(0, 2, 4), up_depths=((0, 0, 0), (2, 1, 1), (4, 4, 10)), middle_depth=0, middle_blocks=1
+    ),
+    "vega": UNetConfig(transformer_depths=(0, 1, 2), middle_depth=0, middle_blocks=1),
 }  # fmt: skip
-RESIDUAL_BLOCKS = 2  # of a stage on the way down; one more on the way up
 KeysValues = tuple[tuple[Tensor, Tensor], ...]  # of each block of a transformer: k and v [B, H, L, D]
 
 
@@ -238,12 +263,12 @@ class StageRun:
 class Stage(nn.Module):
     """Residual blocks of one resolution, each followed by a transformer where the stage attends to the text."""
 
-    def __init__(self, config: UNetConfig, inputs: list[int], width: int, depth: int, transformers: int) -> None:
+    def __init__(self, config: UNetConfig, inputs: list[int], width: int, depths: Sequence[int]) -> None:
         super().__init__()
         self.residual = nn.ModuleList(ResidualBlock(c, width, 4 * config.channels) for c in inputs)
         self.transformer = nn.ModuleList(
             SpatialTransformer(width, depth, config.text_width, config.head_width) if depth else NoTransformer()
-            for _ in range(transformers)
+            for depth in depths
         )
 
     def prepare(self, vec: Tensor, text: Tensor) -> StageRun:
@@ -265,7 +290,7 @@ class DownStage(Stage):
     def __init__(self, config: UNetConfig, level: int) -> None:
         width, before = config.widths[level], config.widths[max(level - 1, 0)]
         inputs = [before] + [width] * (RESIDUAL_BLOCKS - 1)
-        super().__init__(config, inputs, width, config.transformer_depths[level], RESIDUAL_BLOCKS)
+        super().__init__(config, inputs, width, [config.transformer_depths[level]] * RESIDUAL_BLOCKS)
         self.downsample = Downsample(width) if level < config.levels - 1 else None
 
     def forward(self, x: Tensor, run: StageRun, i: int) -> list[Tensor]:
@@ -278,15 +303,17 @@ class DownStage(Stage):
 
 
 class Middle(Stage):
-    """Block, transformer, block at the lowest resolution."""
+    """Block, transformer, block at the lowest resolution; of a distilled network perhaps the first block alone."""
 
     def __init__(self, config: UNetConfig) -> None:
         width = config.widths[-1]
-        super().__init__(config, [width, width], width, config.middle_depth, 1)
+        depths = [config.middle_depth, 0][: config.middle_blocks]
+        super().__init__(config, [width] * config.middle_blocks, width, depths)
 
     def forward(self, x: Tensor, run: StageRun, i: int) -> Tensor:
-        x = self.residual[0](x, run.shifts[0][:, i])
-        return self.residual[1](self.transformer[0](x, run.keys_values[0]), run.shifts[1][:, i])
+        for residual, shift, transformer, keys_values in self.parts(run, i):
+            x = transformer(residual(x, shift), keys_values)
+        return x
 
 
 class UpStage(Stage):
@@ -297,7 +324,7 @@ class UpStage(Stage):
         width, below = widths[level], widths[min(level + 1, config.levels - 1)]
         skips = [width] * RESIDUAL_BLOCKS + [widths[max(level - 1, 0)]]
         inputs = [c + skip for c, skip in zip([below, width, width], skips, strict=True)]
-        super().__init__(config, inputs, width, config.transformer_depths[level], RESIDUAL_BLOCKS + 1)
+        super().__init__(config, inputs, width, config.depths_up[level])
         self.upsample = Upsample(width) if level > 0 else nn.Identity()
 
     def forward(self, x: Tensor, kept: Sequence[Tensor], run: StageRun, i: int) -> Tensor:

@@ -13,7 +13,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from eridiff.errors import CheckpointError
+from eridiff.errors import CheckpointError, quoted
 
 log = logging.getLogger(__name__)
 ASSETS = Path(__file__).parents[1] / "assets"
@@ -32,22 +32,24 @@ T5_CACHED = [
 
 
 def clip_tokenizer(folder: Path | None = None) -> Any:
-    """CLIP's tokenizer from a folder with vocab.json and merges.txt, or the published one that ships with the package.
+    """CLIP's tokenizer from a folder, or the published one that ships with the package.
 
-    Raises CheckpointError for a folder that is incomplete or whose two files do not belong together.
+    The folder holds vocab.json and merges.txt, or, as transformers 5 writes it, tokenizer.json alone. Raises CheckpointError
+    for a folder that is incomplete or whose vocabulary and merges do not belong together.
     """
     if folder is None:
         return published_clip_tokenizer()
-    for name in ("vocab.json", "merges.txt"):
-        if not (folder / name).is_file():
-            raise CheckpointError(
-                f"'{folder}' is no CLIP tokenizer: it lacks {name}; both vocab.json and merges.txt are needed"
-            )
-    _check_merges(folder)
+    missing = [name for name in ("vocab.json", "merges.txt") if not (folder / name).is_file()]
+    if missing and not (folder / "tokenizer.json").is_file():
+        raise CheckpointError(
+            f"{quoted(folder)} is no CLIP tokenizer: it lacks {missing[0]}; vocab.json and merges.txt are needed, or "
+            "tokenizer.json"
+        )
+    _check_merges(folder, "tokenizer.json" if missing else "vocab.json")
     tokenizer = _from_folder(folder)
     if len(tokenizer) == CLIP_TOKENS and tokenizer(SAMPLE).input_ids != CLIP_SAMPLE:
         raise CheckpointError(
-            f"'{folder}' has the size of the published CLIP tokenizer but gives other ids; download it again"
+            f"{quoted(folder)} has the size of the published CLIP tokenizer but gives other ids; download it again"
         )
     return tokenizer
 
@@ -82,28 +84,37 @@ def _from_folder(folder: Path) -> Any:
         raise CheckpointError(f"'{folder}' holds a CLIP tokenizer that cannot be read ({_line(error)})") from None
 
 
-def _check_merges(folder: Path) -> None:
+def _vocabulary_and_merges(folder: Path, file: str) -> tuple[dict[str, int], set[str]]:
+    """Token -> id, and what the merges make."""
+    document = json.loads((folder / file).read_text(encoding="utf-8"))
+    if file == "tokenizer.json":
+        model = document["model"]
+        pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
+        added = {entry["content"]: entry["id"] for entry in document.get("added_tokens", ())}
+        return {**model["vocab"], **added}, {"".join(pair) for pair in pairs}
+    lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
+    return document, {line.replace(" ", "", 1) for line in lines if line and not line.startswith("#version")}
+
+
+def _check_merges(folder: Path, file: str) -> None:
     """Every token longer than one character comes from a merge, and every id stands once."""
     try:
-        vocabulary = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
+        vocabulary, made = _vocabulary_and_merges(folder, file)
         ids = sorted(vocabulary.values())
-        lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
-        made = {line.replace(" ", "", 1) for line in lines if line and not line.startswith("#version")}
         whole = {t for t in vocabulary if len(t.removesuffix("</w>")) > 1 and t not in CLIP_ENDS}
-    except (OSError, ValueError, AttributeError, TypeError) as error:
-        raise CheckpointError(
-            f"'{folder}' holds a vocab.json or merges.txt that cannot be read ({_line(error)})"
-        ) from None
+    except (OSError, ValueError, AttributeError, TypeError, KeyError) as error:
+        names = "tokenizer.json" if file == "tokenizer.json" else "vocab.json or merges.txt"
+        raise CheckpointError(f"{quoted(folder)} holds a {names} that cannot be read ({_line(error)})") from None
     if ids != list(range(len(ids))):
         raise CheckpointError(
-            f"'{folder / 'vocab.json'}' does not number its {len(ids)} tokens from 0 without a hole; download it again"
+            f"{quoted(folder / file)} does not number its {len(ids)} tokens from 0 without a hole; download it again"
         )
     if any(end not in vocabulary for end in CLIP_ENDS):
-        raise CheckpointError(f"'{folder / 'vocab.json'}' lacks {' or '.join(CLIP_ENDS)}: it is no CLIP tokenizer")
+        raise CheckpointError(f"{quoted(folder / file)} lacks {' or '.join(CLIP_ENDS)}: it is no CLIP tokenizer")
     if made != whole:
         raise CheckpointError(
-            f"'{folder}' holds files that do not belong together: {len(whole - made)} tokens of vocab.json have no line in "
-            f"merges.txt and {len(made - whole)} lines have no token; download both again"
+            f"{quoted(folder)} holds a vocabulary and merges that do not belong together: {len(whole - made)} tokens of {file} "
+            f"have no merge and {len(made - whole)} merges have no token; download them again"
         )
 
 

@@ -20,7 +20,7 @@ from typing import Any, BinaryIO, NoReturn
 
 import torch
 
-from eridiff.errors import CheckpointError, ConfigError
+from eridiff.errors import CheckpointError, ConfigError, quoted
 
 MAXIMUM_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
 MAXIMUM_TENSORS = 20_000  # published files stay below 3,000
@@ -58,7 +58,7 @@ PICKLED_SUFFIXES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
 
 log = logging.getLogger(__name__)
 _short = reprlib.Repr()
-_short.maxstring = _short.maxother = 120
+_short.maxstring = _short.maxother = 60
 _short.maxlist = MAXIMUM_DIMENSIONS
 
 
@@ -77,8 +77,8 @@ class TensorEntry:
 class Checkpoint:
     """A safetensors file or a sharded folder: headers checked, no data read yet.
 
-    `metadata` of several shards is merged, the first shard by name wins. `config` is the folder's config.json,
-    `{}` for a single file and where there is none.
+    `metadata` of several shards is merged, the first shard by name wins. `config` is the folder's config.json, also of a file
+    given alone that its folder would be read from, and `{}` where there is none.
     """
 
     path: Path
@@ -94,7 +94,7 @@ class Checkpoint:
         """
         entry = self.tensors.get(name)
         if entry is None:
-            _refuse(self.path, f"has no tensor {_short.repr(name)}", "look at the names it holds")
+            _refuse(self.path, f"has no tensor {quoted(name, 60)}", "look at the names it holds")
         if entry.begin == entry.end:
             return torch.empty(entry.shape, dtype=entry.dtype)
         # a slice is a storage of its own that keeps the mapping alive, so tensors can be saved one by one
@@ -115,16 +115,16 @@ class Checkpoint:
 
 
 def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
-    """Open a safetensors file, or a folder that holds one or an index of shards; only headers are read.
+    """Open a safetensors file, or a folder that holds one or an index of shards; only headers are read. `~` is the home.
 
     Raises CheckpointError, one sentence that names the file, or ConfigError for a broken config.json.
     """
     if not os.fspath(path):
         raise CheckpointError("the path of the checkpoint is empty; give a safetensors file or a folder")
-    location = Path(path)
+    location = Path(path).expanduser()
     if stat.S_ISDIR(_status(location).st_mode):
         return _open_folder(location)
-    return Checkpoint(location, *read_header(location), config={})
+    return Checkpoint(location, *read_header(location), config=_config_beside(location))
 
 
 def read_header(path: Path) -> tuple[dict[str, TensorEntry], dict[str, str]]:
@@ -150,8 +150,7 @@ def read_header(path: Path) -> tuple[dict[str, TensorEntry], dict[str, str]]:
 
 
 def _refuse(path: Path, problem: str, remedy: str = "download it again") -> NoReturn:
-    """`repr` keeps a newline in a file's name from breaking the sentence."""
-    raise CheckpointError(f"{str(path)!r} {problem}; {remedy}")
+    raise CheckpointError(f"{quoted(path)} {problem}; {remedy}")
 
 
 def _status(path: Path) -> os.stat_result:
@@ -190,7 +189,7 @@ def _header_bytes(path: Path, file: BinaryIO, size: int) -> bytes:
     if size == 0:
         _refuse(path, "is empty")
     if foreign := _foreign_kind(first):
-        raise CheckpointError(f"{str(path)!r} is {foreign}")
+        raise CheckpointError(f"{quoted(path)} is {foreign}")
     if size < 8:
         _refuse(path, f"is too short for a header: {size} bytes")
     length = int.from_bytes(first[:8], "little")
@@ -243,9 +242,9 @@ def _unique_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result: dict[str, Any] = {}
     for name, value in pairs:
         if not _is_text(name):
-            raise _JsonError(f"has a name that is not valid Unicode, {_short.repr(name)}")
+            raise _JsonError(f"has a name that is not valid Unicode, {quoted(name, 60)}")
         if name in result:
-            raise _JsonError(f"has the duplicate name {_short.repr(name)}")
+            raise _JsonError(f"has the duplicate name {quoted(name, 60)}")
         result[name] = value
     return result
 
@@ -286,7 +285,7 @@ def _are_sizes(value: object) -> bool:
 
 def _entry(path: Path, name: str, declared: Any, start: int) -> TensorEntry:
     """The entry that a header declares for `name`; the data begins at byte `start` of the file."""
-    label = f"tensor {_short.repr(name)}"
+    label = f"tensor {quoted(name, 60)}"
     if not name:
         _refuse(path, "has a tensor without a name")
     if not isinstance(declared, dict) or set(declared) != {"dtype", "shape", "data_offsets"}:
@@ -315,7 +314,7 @@ def _check_layout(path: Path, tensors: dict[str, TensorEntry], start: int, size:
     """The data of all tensors fills the file from byte `start` to its `size` without a gap or an overlap."""
     position, previous = start, "the header"
     for name, entry in sorted(tensors.items(), key=lambda item: (item[1].begin, item[1].end)):
-        label = f"tensor {_short.repr(name)}"
+        label = f"tensor {quoted(name, 60)}"
         if entry.begin > position:
             _refuse(path, f"has a gap of {entry.begin - position} bytes between {previous} and {label}")
         if entry.begin < position:
@@ -349,6 +348,17 @@ def _read_config(folder: Path) -> dict[str, Any]:
         raise ConfigError(str(error)) from error
 
 
+def _config_beside(file: Path) -> dict[str, Any]:
+    """The config.json that belongs to a file: its name is a published one, or it is the only model of its folder."""
+    if not (file.parent / "config.json").exists():
+        return {}
+    try:
+        only = _choose_single(os.listdir(file.parent))
+    except OSError:  # a folder that may be entered and not listed
+        only = None
+    return _read_config(file.parent) if file.name in (only, *SINGLE_NAMES, *HALF_SINGLE_NAMES) else {}
+
+
 def _open_folder(folder: Path) -> Checkpoint:
     try:
         names = sorted(name for name in os.listdir(folder) if not name.startswith("."))
@@ -359,7 +369,7 @@ def _open_folder(folder: Path) -> Checkpoint:
     missing = [shard for shard in sorted(set(shards.values())) if not os.path.exists(folder / shard)]
     alone = single and single not in shards.values()
     if index and missing and not alone:
-        _refuse(folder / index, f"names the file {missing[0]!r}, which is not there", "download that file too")
+        _refuse(folder / index, f"names the file {quoted(missing[0])}, which is not there", "download that file too")
     if index and not missing:
         if alone:
             log.info("%r: %r is used, not %r", str(folder), index, single)
@@ -390,18 +400,18 @@ def _refuse_folder(folder: Path, names: list[str]) -> NoReturn:
     files = [name for name in names if name.endswith(".safetensors")]
     pickled = [name for name in names if name.endswith(PICKLED_SUFFIXES)]
     if any(map(SHARD_NAME.search, files)):
-        _refuse(folder, f"holds shards such as {files[0]!r} but not their index", "download the index too")
+        _refuse(folder, f"holds shards such as {quoted(files[0])} but not their index", "download the index too")
     if files:
         _refuse(folder, f"holds several safetensors files, {_short.repr(files)}", "give one of them")
     if pickled:
-        raise CheckpointError(f"{str(folder)!r} holds no safetensors file but {_short.repr(pickled[0])}, {PICKLED}")
+        raise CheckpointError(f"{quoted(folder)} holds no safetensors file but {_short.repr(pickled[0])}, {PICKLED}")
     if "model_index.json" in names:
         _refuse(folder, "is a whole pipeline and holds no weights itself", "give a folder in it such as 'transformer'")
     _refuse(folder, "holds no safetensors file", "check the name or download it again")
 
 
 def _read_index(path: Path) -> dict[str, str]:
-    """Tensor name to shard, as the index says; every shard is a plain name in the index's own folder."""
+    """Tensor name to shard, as the index says; every shard is a plain name in the index's own folder, or a link there."""
     shards = read_json_file(path).get("weight_map")
     if not isinstance(shards, dict) or not shards or not all(_is_text(shard) for shard in shards.values()):
         _refuse(path, f"has a weight_map that is not an object of strings but {_short.repr(shards)}")
@@ -409,17 +419,7 @@ def _read_index(path: Path) -> dict[str, str]:
         # The Windows rules know every separator and drive letters, so the answer is the same on all systems.
         if shard in ("", ".", "..") or "\0" in shard or PureWindowsPath(shard).name != shard:
             _refuse(path, f"names the shard {_short.repr(shard)}, not a plain file name", "do not trust this folder")
-        _check_link(path, shard)
     return shards
-
-
-def _check_link(index: Path, shard: str) -> None:
-    """A shard may be a link only inside its folder or, as in Hugging Face's cache, inside one `models--*` folder."""
-    home = Path(os.path.realpath(index.parent))
-    target = Path(os.path.realpath(home / shard))
-    cache = next((parent for parent in (home, *home.parents) if parent.name.startswith("models--")), home)
-    if not target.is_relative_to(cache):
-        _refuse(index, f"names the shard {shard!r}, a link that leads out of the folder", "put the file itself there")
 
 
 def _read_shards(folder: Path, index: str, shards: dict[str, str]) -> tuple[dict[str, TensorEntry], dict[str, str]]:
@@ -430,11 +430,13 @@ def _read_shards(folder: Path, index: str, shards: dict[str, str]) -> tuple[dict
         found, claims = read_header(folder / shard)
         for name in found:
             if shards.get(name) != shard:
-                place = f"maps it to {shards[name]!r}" if name in shards else "does not map it"
-                _refuse(folder / shard, f"holds the tensor {_short.repr(name)} but the index {index!r} {place}")
+                place = f"maps it to {quoted(shards[name], 40)}" if name in shards else "does not map it"
+                _refuse(
+                    folder / shard, f"holds the tensor {quoted(name, 60)} but the index {quoted(index, 40)} {place}"
+                )
         tensors |= found
         metadata = claims | metadata
     for name, shard in shards.items():
         if name not in tensors:
-            _refuse(folder / index, f"maps the tensor {_short.repr(name)} to {shard!r}, which lacks it")
+            _refuse(folder / index, f"maps the tensor {quoted(name, 60)} to {quoted(shard, 60)}, which lacks it")
     return tensors, metadata

@@ -8,7 +8,7 @@ with the sizes of the configuration: `{levels - 1 - l}`, `{1 + attends[l]}`.
 import ast
 import operator
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -27,6 +27,8 @@ OPERATORS: dict[type[ast.operator], Callable[[int, int], int]] = {
     ast.Mult: operator.mul,
     ast.FloorDiv: operator.floordiv,
 }
+# DistributedDataParallel and DataParallel, torch.compile, FSDP, activation checkpointing
+WRAPPERS = re.compile(r"(?:(?<=\.)|^)(?:module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 OPERATIONS = ("same", "rows", "swap_halves", "squeeze", "transpose", "part", "alias", "default")
 
 
@@ -121,7 +123,7 @@ class Rule:
             raise CheckpointError(f"the rule for {native} has none of the operations {', '.join(OPERATIONS)}")
         foreign = body[self.operation]
         self.foreign: list[str] = [foreign] if isinstance(foreign, str) else list(foreign)
-        self.old: list[str] = [body["old"]] if "old" in body else []  # names that older writers used, read only
+        self.old: list[str] = [body["old"]] if "old" in body else []  # names that other writers use, read only
         self.sizes: list[str] = [str(size) for size in body.get("sizes", [])]
         if self.operation == "part":
             self.sizes = [str(body["index"]), str(body["of"])]
@@ -136,21 +138,36 @@ class Rule:
             for part in parts
         )
 
-    def entry(self, native: str, sizes: Mapping[str, Any], old: bool = False) -> Entry | None:
-        """This rule applied to one native name; None if it does not match."""
+    def entry(self, native: str, sizes: Mapping[str, Any], held: Collection[str] = ()) -> Entry | None:
+        """This rule applied to one native name; None if it does not match.
+
+        Of two spellings it takes the one whose names are all in `held`, the names of a file, and else the first.
+        """
+        found = self.spellings(native, sizes)
+        return next((entry for entry in found[1:] if held and not _all_in(held, found[0]) and _all_in(held, entry)),
+                    found[0] if found else None)  # fmt: skip
+
+    def spellings(self, native: str, sizes: Mapping[str, Any]) -> list[Entry]:
+        """This rule applied to one native name, in each spelling that files have; empty if it does not match."""
         match = self.pattern.fullmatch(native)
         if match is None:
-            return None
+            return []
         bound = {
             name: int(text) if text.isdigit() and name != "rest" else text for name, text in match.groupdict().items()
         }
         values = {**sizes, **bound}
-        patterns = self.old if old and self.old else self.foreign
-        foreign = tuple(
-            re.sub(r"\{([^}]+)\}", lambda m: str(evaluate(m[1], values)), name).replace("*", str(bound.get("rest", "")))
-            for name in patterns
-        )
-        return Entry(native, self.operation, foreign, tuple(evaluate(size, values) for size in self.sizes))
+        rest = str(bound.get("rest", ""))
+
+        def filled(pattern: str) -> str:
+            return re.sub(r"\{([^}]+)\}", lambda m: str(evaluate(m[1], values)), pattern).replace("*", rest)
+
+        rows = tuple(evaluate(size, values) for size in self.sizes)
+        both = [self.foreign, self.old] if self.old else [self.foreign]
+        return [Entry(native, self.operation, tuple(map(filled, patterns)), rows) for patterns in both]
+
+
+def _all_in(held: Collection[str], entry: Entry) -> bool:
+    return all(name in held for name in entry.foreign)
 
 
 class Layout:
@@ -162,18 +179,24 @@ class Layout:
         self.carry: list[str] = body.get("carry", [])
         self.rules = [Rule(native, right) for native, right in body["rules"].items()]
 
-    def entry(self, native: str, sizes: Mapping[str, Any], old: bool = False) -> Entry:
-        """The entry of one native name; CheckpointError if not exactly one rule matches."""
-        found = [entry for rule in self.rules if (entry := rule.entry(native, sizes, old))]
+    def entry(self, native: str, sizes: Mapping[str, Any], held: Collection[str] = ()) -> Entry:
+        """The entry of one native name, as a file with the names `held` spells it; CheckpointError if not exactly one rule matches."""
+        found = [entry for rule in self.rules if (entry := rule.entry(native, sizes, held))]
         if len(found) != 1:
             raise CheckpointError(
                 f"{len(found)} rules of the map {self.network}, layout {self.name}, match '{native}'; one must"
             )
         return found[0]
 
-    def entries(self, natives: Iterable[str], sizes: Mapping[str, Any], old: bool = False) -> list[Entry]:
+    def entries(self, natives: Iterable[str], sizes: Mapping[str, Any], held: Collection[str] = ()) -> list[Entry]:
         """One entry a native name."""
-        return [self.entry(native, sizes, old) for native in natives]
+        return [self.entry(native, sizes, held) for native in natives]
+
+    def spellings(self, natives: Iterable[str], sizes: Mapping[str, Any]) -> list[Entry]:
+        """The entries of native names in every spelling."""
+        other = [rule for rule in self.rules if rule.old]
+        first = self.entries(natives, sizes)
+        return first + [entry for n in natives for rule in other for entry in rule.spellings(n, sizes)[1:]]
 
     def to_foreign(self, state: Mapping[str, Tensor], sizes: Mapping[str, Any]) -> dict[str, Tensor]:
         """A native state dict in this layout; parts are joined in their order, values and bits unchanged."""
@@ -203,3 +226,8 @@ class KeyMap:
 def key_map(network: str) -> KeyMap:
     """The map of a network, read once."""
     return KeyMap(network)
+
+
+def without_wrappers(name: str) -> str:
+    """A tensor's name without what torch puts into it when a module, or one of its blocks, is compiled or sharded."""
+    return WRAPPERS.sub("", name)

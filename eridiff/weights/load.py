@@ -1,5 +1,6 @@
 """Fill a module from a checkpoint: every key used, carried or named in an error; one tensor at a time, no second copy."""
 
+import json
 import logging
 import math
 import os
@@ -11,20 +12,22 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from eridiff.errors import CheckpointError
-from eridiff.models.autoencoder import Autoencoder
+from eridiff.errors import CheckpointError, ConfigError, quoted
+from eridiff.models.autoencoder import PRESETS, Autoencoder
 from eridiff.models.flux import Flux
 from eridiff.models.mmdit import MMDiT
 from eridiff.models.unet import UNet
-from eridiff.weights.detect import Component, detect
+from eridiff.weights.configs import DESCRIPTIONS
+from eridiff.weights.detect import Component, detect, listing, statistics_are_said, with_statistics
 from eridiff.weights.header import open_checkpoint
 from eridiff.weights.keymap import Entry
 
 log = logging.getLogger(__name__)
 NETWORKS: dict[str, type[nn.Module]] = {"flux": Flux, "mmdit": MMDiT, "unet": UNet, "vae": Autoencoder}
 SCALES = (".scale_weight", ".weight_scale")  # of fp8 weights: older and newer ComfyUI
-UNUSED_SCALES = (".scale_input", ".input_scale")  # of activations, for fp8 matrix products
-FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+NOTES = (*SCALES, ".scale_input", ".input_scale", ".comfy_quant")  # of activations, for fp8 matrix products; the format
+FORMATS = ("float8_e4m3fn", "float8_e5m2")  # of comfy_quant
+FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz)
 
 
 def load_network(
@@ -33,14 +36,32 @@ def load_network(
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
     progress: bool = True,
+    family: str | None = None,
+    allow_unknown: bool = False,
 ) -> nn.Module:
     """The denoising network of a checkpoint, or its autoencoder if that is all it holds.
 
-    `dtype` None keeps the file's. Raises CheckpointError, with the names, for anything missing, unknown or misshapen.
+    - dtype: None keeps the file's; of a file with fp8 weights all become what `eridiff.load` computes in.
+    - family: flux, sd3 or sdxl, whose latents' statistics an autoencoder gets if nothing beside its tensors says them: those of
+      Flux and SD 3 have the same names and shapes.
+    - allow_unknown: tensors that the network does not use are left out with a warning, and are no error.
+
+    Raises CheckpointError, with the names, for anything missing, unknown or misshapen.
     """
-    components = [c for c in detect(open_checkpoint(path)) if c.network in NETWORKS]
+    if family is not None and family not in PRESETS:
+        raise ConfigError(f"{quoted(family)} is not a family; there are {', '.join(PRESETS)}")
+    components = [
+        with_statistics(c, family) for c in detect(open_checkpoint(path), allow_unknown) if c.network in NETWORKS
+    ]
     if not components:
-        raise CheckpointError(f"{path} holds a text encoder, not a denoising network or an autoencoder")
+        raise CheckpointError(f"{quoted(path)} holds a text encoder, not a denoising network or an autoencoder")
+    if components[0].network == "vae" and family is None and not statistics_are_said(components[0]):
+        config = components[0].config
+        if config.latent_channels == 16:
+            log.warning(
+                "%s does not say its latents' statistics: Flux's are taken, scale %g and shift %g; family='sd3' takes SD 3's",
+                path, config.scale, config.shift,
+            )  # fmt: skip
     return build(components[0], dtype=dtype, device=device, progress=progress)
 
 
@@ -74,15 +95,18 @@ def read_state(
     device: torch.device | str = "cpu",
     progress: bool = True,
 ) -> dict[str, Tensor]:
-    """The tensors of `wanted` (native names and shapes), mapped and converted one by one; `dtype` None is the file's.
+    """The tensors of `wanted` (native names and shapes), mapped and converted one by one.
 
-    Those named in `stay` are neither converted nor moved.
+    `dtype` None is the file's, and for a file with fp8 weights `default_dtype`, throughout. Those named in `stay` are neither
+    converted nor moved.
     """
     state = {}
     entries = plan(component, wanted)
+    if dtype is None and _is_quantised(component):
+        dtype = default_dtype(component, torch.device(device))
     bar = {"disable": None if progress else True, "leave": False}
     for entry in tqdm(entries, desc=f"loading {component.network}", unit="tensor", **bar):
-        tensor = _read(component, entry, wanted[entry.native])
+        tensor = _read(component, entry, wanted[entry.native], dtype)
         state[entry.native] = tensor if entry.native in stay else tensor.to(device=device, dtype=dtype or tensor.dtype)
     return state
 
@@ -101,13 +125,20 @@ def default_dtype(component: Component, device: torch.device) -> torch.dtype | N
 
 def plan(component: Component, wanted: dict[str, tuple[int, ...]]) -> list[Entry]:
     """The entries that fill `wanted` (native names and shapes); raises CheckpointError unless file and module agree."""
-    entries = component.layout.entries(wanted, component.sizes, component.old)
+    entries = component.layout.entries(wanted, component.sizes, component.keys)
     used = {name for entry in entries for name in entry.foreign}
     missing = [n for e in entries for n in e.foreign if n not in component.keys and not _may_lack(component, e)]
-    scales = {n for n in component.keys if n.endswith(SCALES + UNUSED_SCALES) or n.endswith("scaled_fp8")}
-    unknown = sorted(component.keys - used - set(component.layout.carry) - _valid_scales(component, used, scales))
-    if missing or unknown:
-        raise CheckpointError(f"{component.checkpoint.path}: {_disagreement(missing, unknown, sorted(used))}")
+    unknown = sorted(component.keys - used - set(component.layout.carry) - _notes(component, used))
+    if missing or (unknown and not component.allow_unknown):
+        told = _disagreement(missing, unknown, sorted(used))
+        raise CheckpointError(f"{quoted(component.checkpoint.path)}: {told}")
+    if unknown:
+        log.warning(
+            "%s: %s does not use %s, left out",
+            component.checkpoint.path,
+            DESCRIPTIONS[component.network],
+            listing(unknown),
+        )
     for entry in entries:
         _check_shapes(component, entry, wanted[entry.native])
     return entries
@@ -118,20 +149,20 @@ def _may_lack(component: Component, entry: Entry) -> bool:
     return entry.operation == "default" or (entry.operation == "alias" and present > 0)
 
 
-def _valid_scales(component: Component, used: set[str], scales: set[str]) -> set[str]:
-    """The scales that belong to an fp8 weight; those that do not are unknown names."""
-    kinds = SCALES + UNUSED_SCALES
-    return {n for n in scales if n.endswith("scaled_fp8") or any(n == u.removesuffix(".weight") + k for k in kinds for u in used)} if scales else scales  # fmt: skip
+def _notes(component: Component, used: set[str]) -> set[str]:
+    """What the file says of the quantisation of its weights; a note that belongs to no weight is an unknown name."""
+    known = {name.removesuffix(".weight") + ending for name in used for ending in NOTES}
+    return {name for name in component.keys if name in known or name == "scaled_fp8"}
 
 
 def _disagreement(missing: list[str], unknown: list[str], known: list[str]) -> str:
     parts = []
     if missing:
-        parts.append(f"{len(missing)} tensors are missing, the first is '{missing[0]}'")
+        parts.append(f"{len(missing)} tensors are missing, the first is {quoted(missing[0], 60)}")
     if unknown:
         near = get_close_matches(unknown[0], missing or known, n=1, cutoff=0.0)
-        hint = f", nearest to '{near[0]}'" if near else ""
-        parts.append(f"{len(unknown)} are unknown, the first is '{unknown[0]}'{hint}")
+        hint = f", nearest to {quoted(near[0], 60)}" if near else ""
+        parts.append(f"{len(unknown)} are unknown, the first is {quoted(unknown[0], 60)}{hint}")
     return "; ".join(parts)
 
 
@@ -140,25 +171,30 @@ def _check_shapes(component: Component, entry: Entry, shape: tuple[int, ...]) ->
         if name not in component.keys:
             continue
         found = component.checkpoint.tensors[component.prefix + name]
+        if not found.dtype.is_floating_point:
+            note = name.removesuffix(".weight") + ".comfy_quant"
+            if note in component.keys:
+                _check_format(component, note)
+            raise CheckpointError(
+                f"{quoted(component.checkpoint.path)}: {quoted(component.prefix + name)} holds {found.dtype}, not numbers of a weight"
+            )
         squeezed = entry.operation == "squeeze" and found.shape == shape  # older files keep the 1x1 convolution
         if found.shape != expected and not squeezed:
             raise CheckpointError(
-                f"{component.checkpoint.path}: '{component.prefix + name}' has the shape {list(found.shape)}, "
+                f"{quoted(component.checkpoint.path)}: {quoted(component.prefix + name)} has the shape {list(found.shape)}, "
                 f"the network needs {list(expected)}"
             )
-        if not found.dtype.is_floating_point:
-            raise CheckpointError(
-                f"{component.checkpoint.path}: '{component.prefix + name}' holds {found.dtype}, not numbers of a weight"
-            )
 
 
-def _read(component: Component, entry: Entry, shape: tuple[int, ...]) -> Tensor:
+def _read(component: Component, entry: Entry, shape: tuple[int, ...], dtype: torch.dtype | None) -> Tensor:
+    """The native tensor; fp8 ones among the file's become `dtype`."""
     present = [name for name in entry.foreign if name in component.keys]
     if entry.operation == "default" and not present:
-        return torch.eye(shape[0], shape[1], dtype=_main_dtype(component))
-    tensors = [_dequantised(component, name) for name in present]
+        return torch.eye(shape[0], shape[1], dtype=dtype or _main_dtype(component))
+    tensors = [_dequantised(component, name, dtype or _main_dtype(component)) for name in present]
     if entry.operation == "alias" and not all(torch.equal(tensors[0], other) for other in tensors[1:]):
-        raise CheckpointError(f"{component.checkpoint.path}: {' and '.join(present)} must be equal and differ")
+        both = " and ".join(quoted(name, 60) for name in present)
+        raise CheckpointError(f"{quoted(component.checkpoint.path)}: {both} must be equal and differ")
     if entry.operation == "alias":
         return tensors[0]
     return entry.read(tensors, shape)
@@ -174,18 +210,50 @@ def _main_dtype(component: Component) -> torch.dtype:
     return dtype if dtype.itemsize > 1 and dtype.is_floating_point else torch.bfloat16
 
 
-def _dequantised(component: Component, name: str) -> Tensor:
-    """A tensor of the file; an fp8 one becomes bfloat16, multiplied with its scale in float32 and cast once."""
-    tensor = component.checkpoint.read(component.prefix + name)
-    if tensor.dtype not in FLOAT8:
-        return tensor
-    base = name.removesuffix(".weight")
+def _is_quantised(component: Component) -> bool:
+    held = (component.checkpoint.tensors[component.prefix + name] for name in component.keys)
+    return any(
+        entry.dtype in FLOAT8 and math.prod(entry.shape) for entry in held
+    )  # the note scaled_fp8 holds no number
+
+
+def _dequantised(component: Component, name: str, dtype: torch.dtype) -> Tensor:
+    """A tensor of the file; an fp8 one multiplied with its scale in float32 and cast once, to `dtype`."""
+    tensor, base = component.checkpoint.read(component.prefix + name), name.removesuffix(".weight")
     scale_name = next((base + suffix for suffix in SCALES if base + suffix in component.keys), None)
-    if scale_name is None:
+    where = quoted(component.checkpoint.path)
+    scale = None if scale_name is None else component.checkpoint.read(component.prefix + scale_name).float()
+    if tensor.dtype not in FLOAT8:
+        if scale is not None and not bool((scale == 1).all()):
+            raise CheckpointError(
+                f"{where}: {quoted(scale_name, 60)} is a scale other than 1 of a weight that is {tensor.dtype}, not fp8"
+            )
+        return tensor
+    if base + ".comfy_quant" in component.keys:
+        _check_format(component, base + ".comfy_quant")
+    if scale is None:
         if any(key.endswith(SCALES) for key in component.keys):
-            raise CheckpointError(f"{component.checkpoint.path}: the fp8 weight '{name}' has no scale, others have one")
-        return tensor.to(torch.bfloat16)
-    scale = component.checkpoint.read(component.prefix + scale_name).float()
-    if scale.numel() not in (1, tensor.shape[0]) or not bool((torch.isfinite(scale) & (scale > 0)).all()):
-        raise CheckpointError(f"{component.checkpoint.path}: '{scale_name}' is no positive scale of '{name}'")
-    return (tensor.float() * scale.reshape(-1, *[1] * (tensor.ndim - 1))).to(torch.bfloat16)
+            raise CheckpointError(f"{where}: the fp8 weight {quoted(name, 60)} has no scale, others have one")
+        return tensor.to(dtype)
+    rows, blocks = tensor.shape[:1], scale.shape[1:2] if scale.ndim == 3 else (1,)  # a scale a block: [rows, blocks, 1]
+    fits = scale.numel() == 1 or (rows and scale.numel() == rows[0] * blocks[0] and tensor[0].numel() % blocks[0] == 0)
+    if not fits or not bool((torch.isfinite(scale) & (scale > 0)).all()):
+        raise CheckpointError(f"{where}: {quoted(scale_name, 60)} is no positive scale of {quoted(name, 60)}")
+    if scale.numel() == 1:
+        return (tensor.float() * scale.reshape(())).to(dtype)
+    in_blocks = tensor.float().reshape(rows[0], blocks[0], -1)
+    return (in_blocks * scale.reshape(rows[0], blocks[0], 1)).reshape(tensor.shape).to(dtype)
+
+
+def _check_format(component: Component, note: str) -> None:
+    """ComfyUI's note is JSON in bytes; what it says of fp8 is known without it, any other format is refused by name."""
+    raw = component.checkpoint.read(component.prefix + note)
+    try:
+        told = json.loads(raw.numpy().tobytes()).get("format")
+    except (ValueError, TypeError, AttributeError):
+        told = None
+    if told not in FORMATS:
+        raise CheckpointError(
+            f"{quoted(component.checkpoint.path)}: {quoted(note, 60)} says the format {quoted(told, 40)}, only "
+            f"{' and '.join(FORMATS)} are read; use the bf16 or fp8 file"
+        )

@@ -2,12 +2,11 @@
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from eridiff.errors import CheckpointError, ConfigError
-from eridiff.models.autoencoder import AutoencoderConfig
-from eridiff.weights.detect import DESCRIPTIONS, Component, component_of, detect
+from eridiff.errors import CheckpointError, ConfigError, quoted
+from eridiff.weights.detect import DESCRIPTIONS, Component, component_of, detect, with_statistics
 from eridiff.weights.header import SHARD_NAME, open_checkpoint, read_json_file
 from eridiff.weights.hub import resolve
 
@@ -30,8 +29,10 @@ class Parts:
     tokenizers: dict[str, Path] = field(default_factory=dict)
 
 
-def locate(model: Model | Parts) -> Parts:
+def locate(model: Model | Parts, allow_unknown: bool = False) -> Parts:
     """The parts of a model; headers are read, weights are not.
+
+    `allow_unknown` leaves out tensors that a network does not use, with a warning, in place of an error.
 
     `model` is a path, a hub id, or a mapping with `path` and the parts that it lacks or that replace its own:
     transformer, vae, clip, clip_g, t5, tokenizers (a folder of both, or {clip: PATH, t5: PATH}). Raises CheckpointError for a
@@ -40,16 +41,17 @@ def locate(model: Model | Parts) -> Parts:
     if isinstance(model, Parts):
         return model
     if not isinstance(model, Mapping):
-        return _with_statistics(_search(resolve(model)))
+        return _with_statistics(_search(resolve(model), allow_unknown))
     unknown = sorted(set(model) - {"path", "tokenizers", *PART_NAMES})
     if unknown:
         raise ConfigError(
-            f"'{unknown[0]}' is no part of a model; there are path, {', '.join(PART_NAMES)} and tokenizers"
+            f"{quoted(unknown[0])} is no part of a model; there are path, {', '.join(PART_NAMES)} and tokenizers"
         )
-    parts = _search(resolve(_path("path", model["path"]))) if "path" in model else Parts()
+    parts = _search(resolve(_path("path", model["path"])), allow_unknown) if "path" in model else Parts()
     for name, networks in PART_NAMES.items():
         if name in model:
-            found = component_of(open_checkpoint(resolve(_path(name, model[name]))), *networks)
+            file = open_checkpoint(resolve(_path(name, model[name])))
+            found = component_of(file, *networks, allow_unknown=allow_unknown)
             kept = {n: c for n, c in parts.components.items() if n not in networks}
             parts = Parts({found.network: found, **kept}, parts.tokenizers)
     return _with_statistics(Parts(parts.components, parts.tokenizers | _tokenizers(model.get("tokenizers"))))
@@ -60,17 +62,12 @@ def _with_statistics(parts: Parts) -> Parts:
     vae = parts.components.get("vae")
     if vae is None or "mmdit" not in parts.components:
         return parts
-    said = "scaling_factor" in vae.checkpoint.config or '"vae"' in vae.checkpoint.metadata.get("eridiff.config", "")
-    if said or vae.config.latent_channels != 16:
-        return parts
-    sd3 = AutoencoderConfig.preset("sd3")
-    config = replace(vae.config, scale=sd3.scale, shift=sd3.shift)
-    return Parts({**parts.components, "vae": replace(vae, config=config)}, parts.tokenizers)
+    return Parts({**parts.components, "vae": with_statistics(vae, "sd3")}, parts.tokenizers)
 
 
 def _path(name: str, value: object) -> str | os.PathLike[str]:
     if not isinstance(value, str | os.PathLike) or not os.fspath(value):
-        raise ConfigError(f"the model's part '{name}' must be a path or a hub id, not {value!r}")
+        raise ConfigError(f"the model's part '{name}' must be a path or a hub id, not {quoted(value)}")
     return value
 
 
@@ -82,34 +79,44 @@ def _tokenizers(given: object) -> dict[str, Path]:
         found = _beside(folder)
         if not found:
             raise CheckpointError(
-                f"'{folder}' holds no tokenizer folder ({', '.join(sum(TOKENIZER_FOLDERS.values(), ()))})"
+                f"{quoted(folder)} holds no tokenizer folder ({', '.join(sum(TOKENIZER_FOLDERS.values(), ()))})"
             )
         return found
     unknown = sorted(set(given) - set(TOKENIZER_FOLDERS))
     if unknown:
-        raise ConfigError(f"'{unknown[0]}' is no tokenizer; there are {' and '.join(TOKENIZER_FOLDERS)}")
+        raise ConfigError(f"{quoted(unknown[0])} is no tokenizer; there are {' and '.join(TOKENIZER_FOLDERS)}")
     return {name: resolve(_path(f"tokenizers: {name}", value)) for name, value in given.items()}
 
 
 def _beside(folder: Path) -> dict[str, Path]:
-    """The tokenizers' folders; tokenizer_2 is T5's in Flux and CLIP-G's, with a merges.txt, in SD 3."""
+    """The tokenizers' folders; tokenizer_2 is T5's in Flux and CLIP-G's, which has merges, in SD 3."""
     found: dict[str, Path] = {}
     for kind, names in TOKENIZER_FOLDERS.items():
         for name in names:
-            clips = kind == "t5" and (folder / name / "merges.txt").exists()
-            if (folder / name).is_dir() and not clips:
-                found.setdefault(kind, folder / name)
+            if (folder / name).is_dir() and kind not in found and not (kind == "t5" and _is_clips(folder / name)):
+                found[kind] = folder / name
     return found
 
 
-def _search(path: Path) -> Parts:
+def _is_clips(folder: Path) -> bool:
+    """Whether a tokenizer is made of merges; transformers 5 writes them into tokenizer.json alone."""
+    if (folder / "merges.txt").exists() or not (folder / "tokenizer.json").is_file():
+        return (folder / "merges.txt").exists()
+    try:
+        model = read_json_file(folder / "tokenizer.json").get("model")
+    except CheckpointError:
+        return False  # said when it is read
+    return isinstance(model, dict) and "merges" in model
+
+
+def _search(path: Path, allow_unknown: bool) -> Parts:
     if not path.is_dir():
-        return Parts({c.network: c for c in detect(open_checkpoint(path))})
+        return Parts({c.network: c for c in detect(open_checkpoint(path), allow_unknown)})
     if (path / "model_index.json").exists():
         kind = read_json_file(path / "model_index.json").get("_class_name")
         if not isinstance(kind, str) or not kind.startswith(PIPELINES):
             raise CheckpointError(
-                f"'{path}' is the folder of a {kind or 'pipeline without a name'}, not of Flux, SD 3 or SDXL, and is not loaded"
+                f"{quoted(path)} is the folder of a {quoted(kind, 60)[1:-1] if kind else 'pipeline without a name'}, not of Flux, SD 3 or SDXL, and is not loaded"
             )
     places = [path / name for name in SUBFOLDERS if any((path / name).glob("*.safetensors*"))]
     if not places:  # whole files side by side, or the folder of one network
@@ -117,11 +124,11 @@ def _search(path: Path) -> Parts:
         places = files if len(files) > 1 and not (path / "config.json").exists() else [path]
     components: dict[str, Component] = {}
     for place in places:
-        for component in detect(open_checkpoint(place)):
+        for component in detect(open_checkpoint(place), allow_unknown):
             if component.network in components:
                 first = components[component.network].checkpoint.path
                 raise CheckpointError(
-                    f"'{path}' holds {DESCRIPTIONS[component.network]} twice, in {first.name} and {place.name}; give the parts by name"
+                    f"{quoted(path)} holds {DESCRIPTIONS[component.network]} twice, in {quoted(first.name, 60)} and {quoted(place.name, 60)}; give the parts by name"
                 )
             components[component.network] = component
     return Parts(components, _beside(path))

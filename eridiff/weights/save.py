@@ -53,7 +53,7 @@ def write_tensors(
     tensors: Mapping[str, torch.Tensor], path: str | os.PathLike[str], metadata: Mapping[str, str]
 ) -> Path:
     """A safetensors file that appears whole or not at all; its folder is made."""
-    target = Path(path)
+    target = Path(path).expanduser()
     with replacing(target) as temporary:
         try:
             save_file(dict(tensors), temporary, metadata=dict(metadata))

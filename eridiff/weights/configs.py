@@ -1,0 +1,307 @@
+"""The configuration of a network from the shapes of its tensors, compared with what a config.json says of them."""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from eridiff.errors import CheckpointError, ConfigError, quoted
+from eridiff.models.autoencoder import PRESETS as AUTOENCODER_PRESETS
+from eridiff.models.autoencoder import AutoencoderConfig
+from eridiff.models.flux import FluxConfig
+from eridiff.models.mmdit import MMDiTConfig
+from eridiff.models.unet import RESIDUAL_BLOCKS, UNetConfig
+from eridiff.weights.header import Checkpoint
+from eridiff.weights.keymap import Shape
+
+ShapeOf = Callable[..., Shape | None]  # a native name, and sizes of its key map -> the shape, None where it is absent
+DESCRIPTIONS = {
+    "flux": "a Flux", "mmdit": "a Stable Diffusion 3", "unet": "an SDXL", "vae": "an autoencoder", "clip": "a CLIP text encoder",
+    "clip_g": "a CLIP-G text encoder", "t5": "a T5 text encoder",
+}  # fmt: skip
+
+
+def flux_config(shape_of: ShapeOf, checkpoint: Checkpoint) -> FluxConfig:
+    def shape(name: str) -> Shape:
+        return _needed(shape_of, checkpoint, "flux", name)
+
+    hidden, in_channels = shape("image_in.weight")
+    head = (shape_of("double_blocks.0.image.k_norm.weight") or (128,))[0]
+    axes = checkpoint.config.get("axes_dims_rope") or ((16, 56, 56) if head == 128 else (0, 0, head))
+    if not isinstance(axes, list | tuple) or not all(type(axis) is int and axis >= 0 for axis in axes):
+        raise ConfigError(
+            f"{quoted(checkpoint.path)}: config.json says axes_dims_rope {quoted(axes)}, three sizes are needed"
+        )
+    found = FluxConfig(
+        in_channels=in_channels,
+        out_channels=shape("final.linear.weight")[0],
+        pooled_width=shape("pooled_in.in_layer.weight")[1],
+        text_width=shape("text_in.weight")[1],
+        hidden=hidden,
+        heads=hidden // head,
+        mlp_ratio=shape("double_blocks.0.image.mlp.0.weight")[0] / hidden,
+        double_depth=_count(shape_of, "double_blocks.{}.image.proj.weight", "double_blocks.{}.text.proj.weight"),
+        single_depth=_count(shape_of, "single_blocks.{}.linear2.weight", "single_blocks.{}.modulation.weight"),
+        rope_axes=tuple(axes),
+        guidance=shape_of("guidance_in.in_layer.weight") is not None,
+    )
+    stated = {
+        "in_channels": found.in_channels,
+        "out_channels": found.out_channels,
+        "num_layers": found.double_depth,
+        "num_single_layers": found.single_depth,
+        "num_attention_heads": found.heads,
+        "attention_head_dim": found.hidden // found.heads,
+        "joint_attention_dim": found.text_width,
+        "pooled_projection_dim": found.pooled_width,
+        "guidance_embeds": found.guidance,
+        "patch_size": 1,
+    }
+    _agree(stated, checkpoint)
+    return found
+
+
+def mmdit_config(shape_of: ShapeOf, checkpoint: Checkpoint) -> MMDiTConfig:
+    def shape(name: str, dimensions: int = 2) -> Shape:
+        return _needed(shape_of, checkpoint, "mmdit", name, dimensions)
+
+    hidden, in_channels, *patch = shape("image_in.weight", 4)
+    positions = shape("positions.table", 3)[1]
+    side = math.isqrt(positions)
+    if side * side != positions:
+        raise CheckpointError(
+            f"{quoted(checkpoint.path)}: its table of {positions} positions is no square; download it again"
+        )
+    depth = _count(shape_of, "joint_blocks.{}.image.qkv.weight", "joint_blocks.{}.text.qkv.weight")
+    norm = shape_of("joint_blocks.0.text.k_norm.weight")
+    head = norm[0] if norm else 64  # 64 wide in every published one
+    found = MMDiTConfig(
+        in_channels=in_channels,
+        out_channels=shape("final.linear.weight")[0] // 4,
+        pooled_width=shape("pooled_in.in_layer.weight")[1],
+        text_width=shape("text_in.weight")[1],
+        hidden=hidden,
+        heads=hidden // head,
+        mlp_ratio=shape("joint_blocks.0.image.mlp.0.weight")[0] / hidden,
+        depth=depth,
+        table_side=side,
+        qk_norm=norm is not None,
+        dual_blocks=tuple(i for i in range(depth) if shape_of(f"joint_blocks.{i}.image.qkv2.weight")),
+    )
+    stated = {
+        "in_channels": found.in_channels,
+        "out_channels": found.out_channels,
+        "num_layers": found.depth,
+        "num_attention_heads": found.heads,
+        "attention_head_dim": head,
+        "joint_attention_dim": found.text_width,
+        "pooled_projection_dim": found.pooled_width,
+        "caption_projection_dim": found.hidden,
+        "pos_embed_max_size": found.table_side,
+        "dual_attention_layers": list(found.dual_blocks),
+        "patch_size": patch[0],
+    }
+    _agree(stated, checkpoint)
+    return found
+
+
+def unet_config(shape_of: ShapeOf, checkpoint: Checkpoint) -> UNetConfig:
+    """Depths are counted one transformer at a time, as distilled SDXLs (SSD-1B, Vega) have others on the way up."""
+
+    def shape(name: str, dimensions: int = 2) -> Shape:
+        return _needed(shape_of, checkpoint, "unet", name, dimensions)
+
+    def depth(transformer: str) -> int:
+        return _count(shape_of, f"{transformer}.blocks.{{}}.norm1.weight", levels=levels)
+
+    channels, in_channels, *_ = shape("conv_in.weight", 4)
+    levels = _count(shape_of, "down.{}.residual.0.conv1.weight")
+    widths = [shape(f"down.{level}.residual.0.conv1.weight", 4)[0] for level in range(levels)]
+    down = [[depth(f"down.{level}.transformer.{i}") for i in range(RESIDUAL_BLOCKS)] for level in range(levels)]
+    up = tuple(
+        tuple(depth(f"up.{level}.transformer.{i}") for i in range(RESIDUAL_BLOCKS + 1)) for level in range(levels)
+    )
+    middle = depth("middle.transformer.0")
+    attends = {"middle_attends": min(middle, 1)}
+    residuals = [shape_of(f"middle.residual.{i}.norm1.weight", **attends) is not None for i in range(2)]
+    if not residuals[0] or any(len(set(depths)) > 1 for depths in down):
+        raise CheckpointError(
+            f"{quoted(checkpoint.path)} is a distilled SDXL of a kind that is not supported (KOALA and relatives): it has "
+            "one block a stage, or no middle; SSD-1B and Vega are"
+        )
+    same = tuple((depths[0],) * (RESIDUAL_BLOCKS + 1) for depths in down)
+    attention = next((level for level in range(levels) if down[level][0]), None)
+    text = "middle.transformer.0" if attention is None else f"down.{attention}.transformer.0"
+    found = UNetConfig(
+        in_channels=in_channels,
+        out_channels=shape("conv_out.weight", 4)[0],
+        channels=channels,
+        channel_multipliers=tuple(width // channels for width in widths),
+        transformer_depths=tuple(depths[0] for depths in down),
+        up_depths=None if up == same else up,
+        middle_depth=middle,
+        middle_blocks=sum(residuals),
+        head_width=_head_width(checkpoint, widths, [depths[0] for depths in down]),
+        text_width=shape(f"{text}.blocks.0.cross_attention.k.weight")[1],
+        vector_width=shape("vector_in.in_layer.weight")[1],
+        guidance=shape_of("guidance_in.weight") is not None,
+    )
+    stated = {
+        "in_channels": found.in_channels,
+        "out_channels": found.out_channels,
+        "block_out_channels": widths,
+        "cross_attention_dim": found.text_width,
+        "projection_class_embeddings_input_dim": found.vector_width,
+        "layers_per_block": RESIDUAL_BLOCKS,
+        "time_cond_proj_dim": 256 if found.guidance else None,
+    }
+    _agree(stated, checkpoint)
+    _agree_on_depths(found, checkpoint)
+    return found
+
+
+def _head_width(checkpoint: Checkpoint, widths: list[int], depths: list[int]) -> int:
+    """64, or what a config.json says; diffusers' `attention_head_dim` is the number of heads."""
+    stated = checkpoint.config.get("num_attention_heads") or checkpoint.config.get("attention_head_dim") or []
+    heads = [stated] * len(widths) if type(stated) is int else stated
+    if not isinstance(heads, list) or not all(type(count) is int and count > 0 for count in heads):
+        raise ConfigError(f"{quoted(checkpoint.path)}: config.json says the heads {quoted(stated)}, not their numbers")
+    pairs = list(zip(widths, heads, strict=False))
+    used = [pair for pair, depth in zip(pairs, depths, strict=False) if depth] or pairs[-1:]
+    found = {width // count if width % count == 0 else 0 for width, count in used} or {64}
+    if len(found) > 1 or 0 in found:
+        raise ConfigError(
+            f"{quoted(checkpoint.path)}: config.json says {quoted(stated)} heads for the widths {widths}; a UNet here has "
+            "heads of one width"
+        )
+    return found.pop()
+
+
+def _agree_on_depths(found: UNetConfig, checkpoint: Checkpoint) -> None:
+    """Of stages with transformers alone: for the others the number in a config.json has no meaning."""
+    down = [[depth] * RESIDUAL_BLOCKS for depth in found.transformer_depths]
+    ways = {
+        "transformer_layers_per_block": down,
+        "reverse_transformer_layers_per_block": [list(depths) for depths in reversed(found.depths_up)],
+    }
+    for key, own in ways.items():
+        stated = checkpoint.config.get(key)
+        told = stated if isinstance(stated, list) else [stated] * found.levels
+        full = [t if isinstance(t, list) else [t] * len(depths) for t, depths in zip(told, own, strict=False)]
+        if stated is not None and (
+            len(told) != found.levels or any(t != depths for t, depths in zip(full, own, strict=True) if any(depths))
+        ):
+            _contradiction(checkpoint, key, stated, own)
+
+
+def autoencoder_config(shape_of: ShapeOf, checkpoint: Checkpoint) -> AutoencoderConfig:
+    channels, in_channels = _needed(shape_of, checkpoint, "vae", "encoder.conv_in.weight", 4)[:2]
+    levels = _count(shape_of, "encoder.down.{}.block.0.conv1.weight")
+    widths = [(shape_of(f"encoder.down.{level}.block.0.conv1.weight") or (0,))[0] for level in range(levels)]
+    latent_channels = _needed(shape_of, checkpoint, "vae", "decoder.conv_in.weight", 4)[1]
+    published = AUTOENCODER_PRESETS["sdxl" if latent_channels == 4 else "flux"]
+    statistics = {}
+    for key, usual in (("scaling_factor", published.scale), ("shift_factor", published.shift)):
+        value = checkpoint.config.get(key)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
+            raise ConfigError(f"{quoted(checkpoint.path)}: config.json says {key} {quoted(value)}, not a number")
+        statistics[key] = usual if value is None else float(value)
+    found = AutoencoderConfig(
+        channels=channels,
+        channel_multipliers=tuple(width // channels for width in widths),
+        residual_blocks=_count(shape_of, "encoder.down.0.block.{}.conv1.weight"),
+        latent_channels=latent_channels,
+        scale=statistics["scaling_factor"],
+        shift=statistics["shift_factor"],
+        quant_convolutions=shape_of("quant_conv.weight") is not None,
+    )
+    stated = {
+        "in_channels": in_channels,
+        "latent_channels": latent_channels,
+        "block_out_channels": widths,
+        "layers_per_block": found.residual_blocks,
+        "use_quant_conv": found.quant_convolutions,
+        "use_post_quant_conv": found.quant_convolutions,
+    }
+    _agree(stated, checkpoint)
+    return found
+
+
+def clip_config(shape_of: ShapeOf, checkpoint: Checkpoint) -> dict[str, Any]:
+    whole = checkpoint.config.get("text_config")  # of a CLIP with its vision tower
+    stated = whole if isinstance(whole, dict) else checkpoint.config
+    vocabulary, width = _needed(shape_of, checkpoint, "clip", "text_model.embeddings.token_embedding.weight")
+    positions = (shape_of("text_model.embeddings.position_embedding.weight") or (77,))[0]
+    projection = shape_of("text_projection.weight")
+    found = {
+        "vocab_size": vocabulary,
+        "hidden_size": width,
+        "intermediate_size": (shape_of("text_model.encoder.layers.0.mlp.fc1.weight") or (4 * width,))[0],
+        "projection_dim": (projection or (width,))[0],
+        "num_hidden_layers": _count(shape_of, "text_model.encoder.layers.{}.mlp.fc1.weight"),
+        "max_position_embeddings": positions,
+    }
+    # a text_config often repeats transformers' default of the projection, the whole CLIP's own stands beside it
+    compared = {k: v for k, v in found.items() if k != "projection_dim" or (projection and stated is not whole)}
+    _agree(compared, checkpoint, stated)
+    return found | {
+        "num_attention_heads": stated.get("num_attention_heads") or width // 64,  # 64 wide in every CLIP
+        # the activation is not in the file: OpenAI's CLIP-L has the quick one, OpenCLIP's the exact one
+        "hidden_act": stated.get("hidden_act") or ("quick_gelu" if width == 768 else "gelu"),
+    }
+
+
+def t5_config(shape_of: ShapeOf, checkpoint: Checkpoint) -> dict[str, Any]:
+    first, second = (f"encoder.block.{i}.layer.0.SelfAttention." for i in (0, 1))
+    if shape_of(second + "relative_attention_bias.weight"):
+        raise CheckpointError(
+            f"{quoted(checkpoint.path)} is a UMT5 (each of its layers has a relative_attention_bias), which no Flux and no "
+            "SD 3 reads; give T5 v1.1 XXL"
+        )
+    vocabulary, width = _needed(shape_of, checkpoint, "t5", "shared.weight")
+    buckets, heads = shape_of(first + "relative_attention_bias.weight") or (32, 64)
+    found = {
+        "vocab_size": vocabulary,
+        "d_model": width,
+        "d_kv": (shape_of(first + "q.weight") or (heads * 64,))[0] // heads,
+        "d_ff": (shape_of("encoder.block.0.layer.1.DenseReluDense.wi_0.weight") or (0,))[0],
+        "num_layers": _count(shape_of, "encoder.block.{}.layer.0.SelfAttention.q.weight"),
+        "num_heads": heads,
+        "relative_attention_num_buckets": buckets,
+    }
+    _agree(found, checkpoint)
+    return found
+
+
+def _count(shape_of: ShapeOf, *patterns: str, **sizes: int) -> int:
+    """One more than the highest number for which a pattern's tensor exists; a few may be missing between."""
+    highest, number = 0, 0
+    while number < highest + 8:
+        number += 1
+        if any(shape_of(pattern.format(number - 1), **sizes) for pattern in patterns):
+            highest = number
+    return highest
+
+
+def _needed(shape_of: ShapeOf, checkpoint: Checkpoint, family: str, name: str, dimensions: int = 2) -> Shape:
+    found = shape_of(name)
+    if found is None or len(found) != dimensions:
+        raise CheckpointError(
+            f"{quoted(checkpoint.path)} looks like {DESCRIPTIONS[family].split(' ', 1)[1]} but has no {dimensions}-dimensional "
+            f"tensor for {name}; it is incomplete"
+        )
+    return found
+
+
+def _agree(found: Mapping[str, Any], checkpoint: Checkpoint, stated: Mapping[str, Any] | None = None) -> None:
+    """Raises ConfigError where a config.json says other sizes than the tensors have; null says nothing."""
+    told = checkpoint.config if stated is None else stated
+    for key, value in found.items():
+        if told.get(key) is not None and told[key] != value:
+            _contradiction(checkpoint, key, told[key], value)
+
+
+def _contradiction(checkpoint: Checkpoint, key: str, stated: Any, found: Any) -> None:
+    raise ConfigError(
+        f"{quoted(checkpoint.path)}: config.json says {key} {stated if isinstance(stated, int | float) else quoted(stated, 60)}, "
+        f"the tensors say {found}; they are of two models"
+    )
