@@ -213,7 +213,7 @@ ATTEMPTS: dict[str, tuple[Callable[[], Any], str]] = {
     ),
     "other latents": (
         lambda: eridiff.FluxInference(tiny.flux(), tiny.autoencoder(tiny.SDXL_AUTOENCODER)),
-        "autoencoder's latents have 4 channels and the network's 16",
+        "the autoencoder has 4 latent channels, .* draws 16",
     ),
     "a network for a pipeline": (
         lambda: eridiff.FluxInference.from_diffusers(FOREIGN),

@@ -88,6 +88,7 @@ def check_parts(drawer: "type[DiffusionInference]", components: Mapping[str, Com
         components[drawer.family].config,
         {name: components[name].config for name in TEXT_ENCODERS if name in components},
     )
+    check_latents(drawer, components[drawer.family].config, components["vae"].config, CheckpointError)
 
 
 def check_widths(drawer: "type[DiffusionInference]", own: Any, encoders: Mapping[str, Mapping[str, Any]]) -> None:
@@ -98,7 +99,6 @@ def check_widths(drawer: "type[DiffusionInference]", own: Any, encoders: Mapping
             f"the text encoders give {given[0]} features a token and {given[1]} pooled, {DESCRIPTIONS[drawer.family]} takes "
             f"{' and '.join(map(str, drawer.told_widths(own)))}; they belong to another model"
         )
-    check_latents(drawer, own, components["vae"].config, CheckpointError)
 
 
 def check_latents(
