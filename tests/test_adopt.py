@@ -251,7 +251,7 @@ def test_parameters_that_are_sharded_are_refused(monkeypatch: pytest.MonkeyPatch
 
 
 def test_what_is_no_network_that_is_known_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(CheckpointError, match="Linear is no model that eridiff knows"):
+    with pytest.raises(CheckpointError, match="'Linear' is no model that eridiff knows"):
         adopt(nn.Linear(2, 3))
     foreign = unet_case(monkeypatch)[0]
     foreign.conv_in = nn.Conv2d(4, 32, 3, padding=1)

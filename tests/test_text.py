@@ -248,7 +248,7 @@ def test_an_fp8_encoder_equals_its_dequantised_weights(scaled: bool, tmp_path: P
         quantise = not scaled or ("layer_norm" not in name and "shared" not in name and "bias" not in name)
         scale = tensor.abs().max() / 448 if scaled else torch.tensor(1.0)
         stored[name] = (tensor / scale).to(torch.float8_e4m3fn) if quantise else tensor.bfloat16()
-        plain[name] = (stored[name].float() * scale).bfloat16() if quantise else tensor.bfloat16()
+        plain[name] = stored[name].float() * (scale if quantise else 1)  # on a CPU with room all is computed in float32
         if quantise and scaled:
             stored[name.removesuffix("weight") + "scale_weight"] = scale
     tokens = torch.arange(16)[None]
