@@ -11,6 +11,7 @@ Refused are:
 Copies between the two are counted: `gpu.to_device`, `gpu.to_host`, the latter being what makes a real GPU wait.
 """
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -39,10 +40,11 @@ class OnGPU(Tensor):
     """A tensor on the pretended GPU; `inner` is the CPU tensor that holds its values."""
 
     inner: Tensor
+    float64 = False  # whether it may be made, for code of others
 
     @staticmethod
     def __new__(cls, inner: Tensor) -> "OnGPU":
-        if inner.dtype in (torch.float64, torch.complex128):
+        if inner.dtype in (torch.float64, torch.complex128) and not OnGPU.float64:
             raise TypeError(f"{inner.dtype} was made on the GPU, of the shape {list(inner.shape)}")
         made = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
             cls, inner.size(), strides=inner.stride(), storage_offset=inner.storage_offset(), dtype=inner.dtype, device=META
@@ -166,9 +168,19 @@ class PretendedGPU(TorchDispatchMode):
 def pretend_gpu() -> Iterator[PretendedGPU]:
     """Within the block torch has a GPU, on which new models are loaded by default."""
     available, count = torch.cuda.is_available, torch.cuda.device_count
+    _forget_devices()
     torch.cuda.is_available, torch.cuda.device_count = lambda: True, lambda: 1
     try:
         with _Devices(), PretendedGPU() as gpu:
             yield gpu
     finally:
         torch.cuda.is_available, torch.cuda.device_count = available, count
+        _forget_devices()
+
+
+def _forget_devices() -> None:
+    """accelerate chooses a device once per process."""
+    if "accelerate" in sys.modules:
+        from accelerate.state import AcceleratorState
+
+        AcceleratorState._reset_state(reset_partial_state=True)

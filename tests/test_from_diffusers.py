@@ -26,7 +26,7 @@ from eridiff.errors import ConfigError
 from eridiff.models.autoencoder import AutoencoderConfig
 from eridiff.text import Conditioning
 from eridiff.trace.record import relative_l2
-from eridiff.training import Sampler
+from eridiff.training import Sampler, averaged_weights
 from tests import tiny
 from tests.test_diffusers import reference_flux, reference_sd3
 from tests.test_handing_in import CLIP_TOKENIZER, T5_TOKENIZER, under_the_originals_names, without_projection
@@ -130,11 +130,15 @@ def test_a_sampler_needs_nothing_but_the_inference_and_its_section(family: tuple
 def test_averages_are_drawn_and_not_the_live_weights_again(tmp_path: Path) -> None:
     """The inference follows the live module by itself, but not where the Sampler has put averages in its place."""
     inference = SDXLInference.from_diffusers(sdxl_pipeline(), progress=False)
-    averages = {name: 0.9 * p.detach() for name, p in inference.network.named_parameters()}
+    foreign = inference.adopted[0].foreign
+    averages = {name: 0.9 * p.detach() for name, p in foreign.named_parameters()}  # under the trainer's names
     section = {**SECTION, "true_cfg_scale": 1.0, "out": str(tmp_path)}
     live, ema = Sampler(inference, section, ema=averages, verify=True, raise_errors=True).sample(0).images
-    fresh = tiny.unet(inference.network.config)
-    fresh.load_state_dict(averages)
+    with averaged_weights(foreign, averages):
+        inference.adopted[0].refresh()
+        fresh = tiny.unet(inference.network.config)
+        fresh.load_state_dict(inference.network.state_dict())
+    inference.adopted[0].refresh()
     expected = SDXLInference(fresh, inference.autoencoder, inference.clip, inference.clip_g, progress=False)
     image = expected.generate("a photo of a cat", seed=1, steps=2, width=32, height=32, cfg_scale=1.0).images[0]
     assert ema.tobytes() == image.tobytes() != live.tobytes()
