@@ -169,12 +169,15 @@ def pretend_gpu() -> Iterator[PretendedGPU]:
     """Within the block torch has a GPU, on which new models are loaded by default."""
     available, count = torch.cuda.is_available, torch.cuda.device_count
     _forget_devices()
+    # so that parameters that are moved stay the same objects, as on a real GPU
+    torch.__future__.set_swap_module_params_on_conversion(True)
     torch.cuda.is_available, torch.cuda.device_count = lambda: True, lambda: 1
     try:
         with _Devices(), PretendedGPU() as gpu:
             yield gpu
     finally:
         torch.cuda.is_available, torch.cuda.device_count = available, count
+        torch.__future__.set_swap_module_params_on_conversion(False)
         _forget_devices()
 
 
