@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from eridiff.precision import cudnn_precision, set_cudnn_precision
 from eridiff.trace.record import relative_l2
 
 FAR = 10
@@ -25,10 +26,10 @@ def device(request: pytest.FixtureRequest) -> torch.device:
 @pytest.fixture(autouse=True)
 def float32_convolutions() -> Iterator[None]:
     """torch's default on a GPU is TF32, whose rounding is not float32's."""
-    before = torch.backends.cudnn.allow_tf32
-    torch.backends.cudnn.allow_tf32 = False
+    before = cudnn_precision()
+    set_cudnn_precision(False if isinstance(before, bool) else ("ieee", "ieee"))
     yield
-    torch.backends.cudnn.allow_tf32 = before
+    set_cudnn_precision(before)
 
 
 def far(plain: Tensor, wide: Tensor) -> float:

@@ -14,10 +14,11 @@ from eridiff.blocks import checkpoint_blocks
 from eridiff.errors import ConfigError
 from eridiff.lora import attach_lora, inject_lora
 from eridiff.trace.record import relative_l2
+from eridiff.training import Sampler
 from eridiff.training.adopt import adopt
 from eridiff.training.live import Elsewhere
-from tests import adapters
-from tests.trainers import BOUND, FAMILIES, Family
+from tests import adapters, families
+from tests.trainers import BOUND, FAMILIES, Family, small_unet, small_vae
 
 
 def test_what_acts_on_whole_blocks_is_refused_by_name(family: Family) -> None:
@@ -179,3 +180,30 @@ def test_a_layer_that_has_lost_its_weight_is_named(family: Family) -> None:
     del foreign.get_submodule(name).weight
     with pytest.raises(ConfigError, match=rf"'{name}.weight' is no longer in this {type(foreign).__name__}"):
         adopted.refresh()
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (
+            lambda: small_vae(norm_num_groups=16),
+            "norm_num_groups is 16, and an autoencoder here computes with 32 alone",
+        ),
+        (lambda: small_vae(act_fn="relu"), "act_fn is 'relu'"),
+        (lambda: small_unet(act_fn="gelu"), "act_fn is 'gelu', and an SDXL here computes with 'silu' alone"),
+        (lambda: small_unet(freq_shift=1), "freq_shift is 1"),
+        (lambda: small_unet(flip_sin_to_cos=False), "flip_sin_to_cos is False"),
+        (lambda: small_unet(mid_block_scale_factor=2), "mid_block_scale_factor is 2"),
+        (lambda: small_unet(norm_eps=1e-3), "norm_eps is 0.001"),
+    ],
+)
+def test_settings_that_leave_no_trace_in_shapes_are_compared(make: Any, says: str) -> None:
+    """They change the trainer's numbers, and the networks here have one value of each."""
+    with pytest.raises(ConfigError, match=says):
+        adopt(make())
+
+
+def test_the_network_in_training_is_not_its_own_average(tmp_path: Path) -> None:
+    model = families.inference("flux")
+    with pytest.raises(ConfigError, match="ema is the network that is trained"):
+        Sampler(model, {"prompts": ["a"], "out": str(tmp_path)}, ema=model.network)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import Tensor, nn
 
 from eridiff import FluxInference, Prompt, SD35Inference, SDXLInference, load_lora
@@ -28,16 +28,21 @@ def rows(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def small_unet() -> Any:
+def small_unet(**options: Any) -> Any:
     """With the embedding of sizes that SDXL has, so that it can draw."""
     return scaled(
         UNet2DConditionModel(
             block_out_channels=(32, 64, 128), down_block_types=("DownBlock2D", *["CrossAttnDownBlock2D"] * 2),
             up_block_types=(*["CrossAttnUpBlock2D"] * 2, "UpBlock2D"), layers_per_block=2, transformer_layers_per_block=(1, 1, 1),
             attention_head_dim=(1, 1, 2), cross_attention_dim=24, addition_embed_type="text_time", addition_time_embed_dim=256,
-            projection_class_embeddings_input_dim=8 + 6 * 256, use_linear_projection=True,
+            projection_class_embeddings_input_dim=8 + 6 * 256, use_linear_projection=True, **options,
         )
     )  # fmt: skip
+
+
+def small_vae(**options: Any) -> Any:
+    levels = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
+    return AutoencoderKL(**levels, block_out_channels=(32, 64), latent_channels=4, **options)
 
 
 @dataclass(frozen=True)

@@ -125,6 +125,10 @@ class Sampler:
         self._entries: dict[str, Entry] | None = None  # of the folder's pictures
         self.weights: dict[str, Callable[[], AbstractContextManager[Any]]] = {LIVE: nullcontext, **(weights or {})}
         if ema is not None:
+            if isinstance(ema, nn.Module) and unwrapped(ema) in (unwrapped(inference.network), self._trained()):
+                raise ConfigError(
+                    "ema is the network that is trained, so its images would be the live ones: give its averages"
+                )
             averages = averages_of(self._trained(), ema)
             self.weights["ema"] = lambda: averaged_weights(self._trained(), averages())
             places_of(self._trained(), averages())  # names and shapes are checked before training begins

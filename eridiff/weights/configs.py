@@ -300,6 +300,30 @@ def _agree(found: Mapping[str, Any], checkpoint: Checkpoint, stated: Mapping[str
             _contradiction(checkpoint, key, told[key], value)
 
 
+# what else a config.json may set, which leaves no trace in shapes, and the one value that the networks here compute with
+FIXED: dict[str, dict[str, Any]] = {
+    "unet": {
+        "norm_num_groups": 32, "norm_eps": 1e-5, "act_fn": "silu", "freq_shift": 0, "flip_sin_to_cos": True,
+        "mid_block_scale_factor": 1, "downsample_padding": 1, "resnet_time_scale_shift": "default", "center_input_sample": False,
+        "resnet_out_scale_factor": 1.0, "attention_type": "default", "addition_time_embed_dim": 256,
+    },
+    "vae": {"norm_num_groups": 32, "act_fn": "silu", "mid_block_add_attention": True},
+    "flux": {"patch_size": 1},
+    "mmdit": {"patch_size": 2},
+}  # fmt: skip
+
+
+def check_fixed(network: str, checkpoint: Checkpoint) -> None:
+    """Raises ConfigError for a setting that would change the numbers and that no published network here has."""
+    for key, value in FIXED.get(network, {}).items():
+        stated = checkpoint.config.get(key)
+        if stated is not None and stated != value:
+            raise ConfigError(
+                f"{quoted(checkpoint.path)}: {key} is {quoted(stated, 60)}, and {DESCRIPTIONS[network]} here computes with "
+                f"{value!r} alone"
+            )
+
+
 def _contradiction(checkpoint: Checkpoint, key: str, stated: Any, found: Any) -> None:
     raise ConfigError(
         f"{quoted(checkpoint.path)}: config.json says {key} {stated if isinstance(stated, int | float) else quoted(stated, 60)}, "

@@ -17,7 +17,7 @@ from eridiff.errors import CheckpointError, ConfigError, quoted
 from eridiff.models.autoencoder import PRESETS
 from eridiff.weights import configs
 from eridiff.weights.configs import DESCRIPTIONS as DESCRIPTIONS
-from eridiff.weights.configs import ShapeOf
+from eridiff.weights.configs import ShapeOf, check_fixed
 from eridiff.weights.header import Checkpoint
 from eridiff.weights.keymap import Layout, Shape, key_map, map_folder, without_wrappers
 
@@ -155,6 +155,7 @@ def _candidates(family: str, checkpoint: Checkpoint, names: set[str]) -> list[Co
             except (IndexError, ZeroDivisionError, TypeError, ValueError) as error:  # too few dimensions, or of size 0
                 what = f"{quoted(checkpoint.path)} has the names of {DESCRIPTIONS[family]} and shapes of none"
                 raise CheckpointError(f"{what} ({error}); download it again") from None
+            check_fixed(family, checkpoint)
             network = _clip_kind(layout, prefix, config, checkpoint) if family == "clip" else family
             result.append(Component(network, layout, prefix, checkpoint, _declared(network, config, checkpoint)))
     for network, count in Counter(c.network for c in result).items():
