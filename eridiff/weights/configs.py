@@ -305,7 +305,7 @@ FIXED: dict[str, dict[str, Any]] = {
     "unet": {
         "norm_num_groups": 32, "norm_eps": 1e-5, "act_fn": "silu", "freq_shift": 0, "flip_sin_to_cos": True,
         "mid_block_scale_factor": 1, "downsample_padding": 1, "resnet_time_scale_shift": "default", "center_input_sample": False,
-        "resnet_out_scale_factor": 1.0, "attention_type": "default", "addition_time_embed_dim": 256,
+        "resnet_out_scale_factor": 1.0, "attention_type": "default",
     },
     "vae": {"norm_num_groups": 32, "act_fn": "silu", "mid_block_add_attention": True},
     "flux": {"patch_size": 1},
