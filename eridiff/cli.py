@@ -251,6 +251,8 @@ def _sample(options: argparse.Namespace) -> int:
     if any("aesthetic" in name for name in told) and not config.refiner and model.variant != "refiner":
         say(f"eridiff: an aesthetic score has no effect: {model.variant} is not told one, the refiner is")
     entries, notices = fitted(model, settings, (refiner or model).multiple)
+    if refiner is None and any(entry.hand_over is not None for entry in entries):
+        notices.append("hand_over has no effect without a refiner")
     for notice in notices:
         say(f"eridiff: {notice}")
     for path in _draw(model, entries, refiner, loras):
@@ -317,6 +319,8 @@ def _draw(
         raise ConfigError(f"'{out}' is one file and there are {len(entries)} prompts; give a folder")
     start = agreed(0 if single else _next_number(out))
     requests = picture_requests(model, entries)
+    if refiner is not None:
+        requests = [{**r, "refiner": refiner, "hand_over": e.hand_over} for r, e in zip(requests, entries, strict=True)]
     model.check_words([request["prompt"] for request in requests])
     model.words = None  # `generate` need not say it again for each image
     rank, size = ranks()
@@ -326,12 +330,7 @@ def _draw(
         for scale, group in groupby(range(rank, len(entries), size), key=lambda i: entries[i].lora_scale):
             for handle in loras:
                 handle.set_scale(1.0 if scale is None else scale)
-            if refiner is None:
-                yield from model.generate_each([requests[i] for i in group])
-                continue
-            for i in group:
-                given: dict[str, Any] = {} if entries[i].hand_over is None else {"hand_over": entries[i].hand_over}
-                yield model.generate(**requests[i], **given, refiner=refiner)  # type: ignore[call-arg]
+            yield from model.generate_each([requests[i] for i in group])
 
     generated = results()
 

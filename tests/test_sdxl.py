@@ -533,6 +533,28 @@ def test_base_and_refiner_fit_one_device_together(tmp_path: Path) -> None:
     assert 10 * 2**30 < total < 24 * 2**30
 
 
+def test_a_hand_over_without_a_refiner_is_told(whole: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """An error in Python; one notice on the command line, as a configuration may hold it for another model."""
+    for ask in (whole.generate, lambda prompt, **given: next(whole.generate_each([{"prompt": prompt, **given}]))):
+        with pytest.raises(ConfigError, match="hand_over needs the refiner that takes over"):
+            ask("a swan", hand_over=0.5, steps=1)
+    model = tiny.write_sdxl_model(tmp_path / "model")
+    given = [
+        "--prompt",
+        "a swan",
+        "--hand-over",
+        "0.5",
+        "--steps",
+        "1",
+        "--device",
+        "cpu",
+        "--out",
+        str(tmp_path / "a.png"),
+    ]
+    assert main(["sample", "--model", str(model), *given]) == 0
+    assert capsys.readouterr().out.count("hand_over has no effect without a refiner") == 1
+
+
 @pytest.mark.parametrize("schedule", ["karras", "exponential"])
 @pytest.mark.parametrize("prediction", ["v", "epsilon"])
 def test_zero_terminal_snr_goes_with_levels_that_need_a_finite_end(schedule: str, prediction: str) -> None:

@@ -7,7 +7,7 @@ import inspect
 import logging
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from types import SimpleNamespace
@@ -44,7 +44,7 @@ from eridiff.inference.settings import Defaults, Table, Text, check_settings, li
 from eridiff.inference.words import Words
 from eridiff.lora.attach import Scale
 from eridiff.lora.load import Lora
-from eridiff.memory.stages import on_device
+from eridiff.memory.stages import Stages, on_device, together
 from eridiff.memory.strips import decode_in_strips, encode_in_strips
 from eridiff.models.autoencoder import Autoencoder
 from eridiff.precision import outside_autocast
@@ -62,7 +62,6 @@ KEEP = ("conditioning", "noise", "latents")
 
 Callback = Callable[[Step], object]
 T = TypeVar("T")
-Stages = Generator[nn.Module, None, T]  # yields the component that its next lines compute with
 
 
 class DiffusionInference(ABC):
@@ -468,27 +467,7 @@ class DiffusionInference(ABC):
         return next(self._together([run]))
 
     def _together(self, runs: Sequence[Stages[T]]) -> Iterator[T]:
-        """Run several to their ends, one component at a time for all that need it next; their results in order."""
-        needed: dict[int, nn.Module | None] = dict.fromkeys(range(len(runs)))  # None: not begun
-        results: dict[int, T] = {}
-        failure: BaseException | None = None
-        while needed:
-            module = next((m for m in needed.values() if m is not self.network), self.network)
-            with torch.no_grad(), nullcontext() if module is None else self._stage(module):
-                for i in [i for i, m in needed.items() if m is module]:
-                    try:
-                        needed[i] = next(runs[i])
-                    except StopIteration as end:
-                        results[i] = end.value
-                        del needed[i]
-                    except BaseException as error:  # Ctrl-C too: images that took minutes are not thrown away
-                        if module is None:  # settings that cannot be: refused before anything is computed
-                            raise
-                        failure, needed = error, {j: m for j, m in needed.items() if j < i}
-                        break
-        yield from (results[i] for i in sorted(results))
-        if failure is not None:
-            raise failure
+        return together(runs, self._stage, last=self.network)
 
     def _stages(self, asked: SimpleNamespace) -> Stages[Result]:
         """`generate` in stages; `asked` has its arguments."""
@@ -555,7 +534,7 @@ class DiffusionInference(ABC):
         latents = self.denoise(
             noise, conditioning, points, guidance=guidance, guidance_scale=asked.guidance_scale, sampler=sampler,
             image=start, strength=strength, condition=condition, callback=asked.callback, part=part, seeds=seeds,
-            mask=None if start is None else latent_mask(mask, self.device),
+            mask=None if start is None or mask is None else latent_mask(mask),
         )  # fmt: skip
         yield self.autoencoder
         decoded = self.decode_vae(latents).cpu()

@@ -10,11 +10,12 @@ from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from eridiff.errors import ConfigError
-from eridiff.inference.base import DiffusionInference, Stages
+from eridiff.inference.base import DiffusionInference
 from eridiff.inference.handed_in import check_encoders
 from eridiff.inference.latents import dtype_of, finite_features
 from eridiff.inference.options import Options
 from eridiff.inference.settings import Defaults, Text, spoken
+from eridiff.memory.stages import Stages
 from eridiff.models.autoencoder import Autoencoder
 from eridiff.models.flux import Flux, FluxConfig, FluxRun, fill_condition, patchify, unpatchify
 from eridiff.schedulers import Schedule

@@ -43,8 +43,9 @@ def noise_of_steps(seeds: Sequence[int], start: Tensor) -> Draw:
     return draw
 
 
-def latent_mask(mask: Tensor | None, device: torch.device) -> Tensor | None:
-    return None if mask is None else F.interpolate(mask, scale_factor=1 / LATENT_SCALE, mode="area").to(device)
+def latent_mask(mask: Tensor) -> Tensor:
+    """`[B, 1, H, W]` -> `[B, 1, H / 8, W / 8]`: the share of each latent's pixels that is painted."""
+    return F.interpolate(mask, scale_factor=1 / LATENT_SCALE, mode="area")
 
 
 def dtype_of(module: nn.Module) -> torch.dtype:

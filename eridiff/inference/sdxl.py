@@ -14,12 +14,13 @@ from torch import Tensor, nn
 from typing_extensions import Self, Unpack
 
 from eridiff.errors import ConfigError
-from eridiff.inference.base import DiffusionInference, Stages
+from eridiff.inference.base import DiffusionInference
 from eridiff.inference.handed_in import check_encoders
 from eridiff.inference.latents import beside, dtype_of, finite_features
 from eridiff.inference.options import Options
 from eridiff.inference.result import Prompt, Result
 from eridiff.inference.settings import Defaults, Text, matched, spoken
+from eridiff.memory.stages import Stages
 from eridiff.models.autoencoder import Autoencoder
 from eridiff.models.unet import UNet, UNetConfig, UNetRun, size_vector
 from eridiff.schedulers import Schedule, discrete
@@ -38,6 +39,7 @@ TIMESTEPS = {
 SIGMAS = {"karras": discrete.karras_sigmas, "exponential": discrete.exponential_sigmas}
 PREDICTIONS = ("epsilon", "v", "sample")
 PREDICTION_TYPES = {"v_prediction": "v", **{name: name for name in PREDICTIONS}}  # as configurations name them
+HAND_OVER = 0.8  # the share of a run after which a refiner takes over
 SIZES = 256  # features of each number beside the pooled vector
 
 
@@ -175,16 +177,20 @@ class SDXLInference(DiffusionInference):
             self.empty_negative = "encoded"
 
     def generate(
-        self, prompt: Text | Sequence[Text] = "", *, refiner: "SDXLInference | None" = None, hand_over: float = 0.8,
+        self, prompt: Text | Sequence[Text] = "", *, refiner: "SDXLInference | None" = None,
+        hand_over: float | None = None,
         **options: Any,
     ) -> Result:  # fmt: skip
-        """As DiffusionInference.generate; with a `refiner`, which takes over after the share `hand_over` of the run.
+        """As DiffusionInference.generate; with a `refiner`, which takes over after the share `hand_over` of the run (0.8).
 
         The refiner gets the latents as they are and reads the prompts by its own encoder. Raises ConfigError for a refiner
-        that is asked to begin from noise, and for a hand-over that leaves one of both nothing to do.
+        that is asked to begin from noise, and for a hand-over that leaves one of both nothing to do or has no refiner.
         """
         if refiner is None:
+            if hand_over is not None:
+                raise ConfigError("hand_over needs the refiner that takes over")
             return super().generate(prompt, **options)
+        hand_over = HAND_OVER if hand_over is None else hand_over
         if refiner.variant != "refiner" or self.variant == "refiner":
             raise ConfigError(f"a base and a refiner draw together, not {self.variant} and {refiner.variant}")
         if options.get("conditioning") is not None or not 0 < hand_over < 1:
@@ -203,11 +209,10 @@ class SDXLInference(DiffusionInference):
 
     def generate_each(self, requests: Sequence[Mapping[str, Any]]) -> Iterator[Result]:
         """As DiffusionInference.generate_each; where a refiner takes part, one after the other."""
-        if any(request.get("refiner") is not None for request in requests):
+        if any({"refiner", "hand_over"} & request.keys() for request in requests):
             yield from (self.generate(**request) for request in requests)
         else:
-            known = [{k: v for k, v in request.items() if k not in ("refiner", "hand_over")} for request in requests]
-            yield from super().generate_each(known)
+            yield from super().generate_each(requests)
 
     def _stages(self, asked: Any) -> Stages[Result]:
         if self.variant == "refiner" and asked.part[0] == 0 and asked.image is None:

@@ -1,11 +1,45 @@
-"""One component on the device at a time."""
+"""One component on the device at a time, for one image or for several together."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+
+T = TypeVar("T")
+Stages = Generator[nn.Module, None, T]  # work that yields the component which its next lines compute with
+
+
+def together(
+    runs: Sequence[Stages[T]], stage: Callable[[nn.Module], AbstractContextManager[object]], last: nn.Module
+) -> Iterator[T]:
+    """Take several runs to their ends, one component at a time for all that need it next; their results in order.
+
+    `stage(component)` is entered while the component is used. `last` is used when no run needs another one, so that no run
+    falls behind. An error before any component is used is raised at once. After any other, Ctrl-C included, the runs before
+    the one that failed are finished and their results given, as images may have taken minutes; then it is raised.
+    """
+    needed: dict[int, nn.Module | None] = dict.fromkeys(range(len(runs)))  # None: not begun
+    results: dict[int, T] = {}
+    failure: BaseException | None = None
+    while needed:
+        module = next((m for m in needed.values() if m is not last), last)
+        with torch.no_grad(), nullcontext() if module is None else stage(module):
+            for i in [i for i, m in needed.items() if m is module]:
+                try:
+                    needed[i] = next(runs[i])
+                except StopIteration as end:
+                    results[i] = end.value
+                    del needed[i]
+                except BaseException as error:
+                    if module is None:
+                        raise
+                    failure, needed = error, {j: m for j, m in needed.items() if j < i}
+                    break
+    yield from (results[i] for i in sorted(results))
+    if failure is not None:
+        raise failure
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from eridiff.errors import ConfigError
 from eridiff.inference import DiffusionInference, Prompt
-from eridiff.inference.base import Stages
+from eridiff.memory.stages import Stages
 from eridiff.text import Conditioning
 
 # what a list of so many tensors holds: diffusers' `encode_prompt` and its scripts, kohya's `encode_tokens`
