@@ -1,6 +1,7 @@
 """What a file is, and that every key of it is used, carried or named in an error."""
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,12 +16,13 @@ import eridiff
 from eridiff import load_network
 from eridiff.cli import main
 from eridiff.errors import CheckpointError, ConfigError, EridiffError
+from eridiff.files import replacing
 from eridiff.inspect import inspect
 from eridiff.models.mmdit import MMDiTConfig
 from eridiff.models.unet import UNetConfig
 from eridiff.weights.detect import component_of, detect
 from eridiff.weights.header import open_checkpoint
-from eridiff.weights.save import save_network
+from eridiff.weights.save import save_network, write_tensors
 from tests import tiny
 from tests.manifest import Tensors, read_manifest
 from tests.sparse import sparse_manifest, write_sparse
@@ -397,3 +399,17 @@ def test_a_file_appears_whole_or_not_at_all(tmp_path: Path) -> None:
     assert [p.name for p in path.parent.iterdir()] == ["m.safetensors"]
     (tmp_path / "as others").touch()
     assert path.stat().st_mode == (tmp_path / "as others").stat().st_mode
+
+
+def test_files_are_written_beside_others_of_the_same_process_number(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two containers that share a disk have the same process numbers; and no umask is set meanwhile, which threads share."""
+    target = tmp_path / "a.safetensors"
+    masks: list[int] = []
+    monkeypatch.setattr(os, "umask", masks.append)
+    write_tensors({"a": torch.zeros(1)}, target, {})
+    with replacing(target) as mine, replacing(target) as theirs:
+        assert mine != theirs and mine.parent == theirs.parent == tmp_path
+        mine.write_text("mine"), theirs.write_text("theirs")
+    assert target.read_text() == "mine" and [p.name for p in tmp_path.iterdir()] == ["a.safetensors"] and masks == []

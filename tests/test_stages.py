@@ -1,0 +1,83 @@
+"""Several images together: each component on the device once, the same bits, and nothing lost when one fails."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import eridiff
+import eridiff.inference.base
+from eridiff.errors import ConfigError
+from eridiff.inference import DiffusionInference
+from eridiff.memory.stages import on_device
+from tests import tiny
+from tests.on_gpu import folder as folder
+from tests.on_gpu import gpu as gpu
+from tests.on_gpu import modules, photo
+from tests.pretend_gpu import PretendedGPU
+
+
+def test_offload_moves_each_component_once_for_all_prompts(
+    folder: Path, gpu: PretendedGPU, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And each image is, bit for bit, the one that is generated alone."""
+    model = eridiff.load(folder, progress=False, offload="stages", dtype=torch.float32)
+    requests: list[dict[str, Any]] = [
+        {"prompt": "a swan", "seed": 1},
+        {"prompt": "a fox", "seed": 2, "image": photo(), "strength": 0.5},
+        {"prompt": "a swan", "seed": 3, "sampler": "heun"},
+    ]
+    requests = [{"width": 64, "height": 64, "steps": 2, **request} for request in requests]
+    alone = [model.generate(**request).images[0] for request in requests]
+    stages: list[str] = []
+
+    def spy(module: Any, device: Any) -> Any:
+        name = next(name for name, component in modules(model).items() if component is module)
+        crossing = next(module.parameters()).device.type != device.type
+        stages.extend([name] * crossing)
+        return on_device(module, device)
+
+    monkeypatch.setattr(eridiff.inference.base, "on_device", spy)
+    together = [result.images[0] for result in model.generate_each(requests)]
+    assert [a.tobytes() == b.tobytes() for a, b in zip(alone, together, strict=True)] == [True] * 3
+    encoders = [name for name in modules(model) if name not in ("network", "autoencoder")]
+    assert stages == [*encoders, "autoencoder", "network", "autoencoder"]
+    assert all(p.device.type == "cpu" for module in modules(model).values() for p in module.parameters())
+
+
+def test_with_offload_what_came_before_a_failure_is_finished(folder: Path) -> None:
+    model = tiny.load(DiffusionInference, folder, offload="stages")
+
+    def fail(step: Any) -> None:
+        raise RuntimeError("in the second")
+
+    given = {"width": 64, "height": 64, "steps": 2, "seed": 1}
+    results = model.generate_each(
+        [given | {"prompt": p, "callback": c} for p, c in (("a", None), ("b", fail), ("c", None))]
+    )
+    assert next(results).settings[0]["prompt"] == "a"
+    with pytest.raises(RuntimeError, match="in the second"):
+        next(results)
+    with pytest.raises(
+        ConfigError, match="at least one step"
+    ):  # and settings that cannot be, before anything is computed
+        next(model.generate_each([given | {"callback": fail}, given | {"steps": 0}]))
+
+
+SMALL_IMAGE: dict[str, Any] = {"width": 64, "height": 64, "steps": 4}
+
+
+@pytest.mark.parametrize("offload", [None, "stages"])
+def test_an_interrupt_leaves_the_images_before_it(offload: str | None, tmp_path: Path) -> None:
+    model = tiny.load(DiffusionInference, tiny.write_model(tmp_path), offload=offload)
+
+    def stop(_: Any) -> None:
+        raise KeyboardInterrupt
+
+    finished = []
+    asked = [{**SMALL_IMAGE, "prompt": p, "seed": 1, "callback": c} for p, c in (("a", None), ("b", None), ("c", stop))]
+    with pytest.raises(KeyboardInterrupt):
+        for result in model.generate_each(asked):
+            finished.append(result.settings[0]["prompt"])
+    assert finished == ["a", "b"]
