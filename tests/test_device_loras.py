@@ -51,6 +51,8 @@ def test_a_scale_per_row_works_on_the_gpu(gpu: PretendedGPU) -> None:
     latents, given = loras.arguments(network)
     on_gpu = [t.to("cuda") if isinstance(t, Tensor) and t.dtype != torch.float64 else t for t in given]
     rows = network.step(latents.to("cuda"), network.prepare(*on_gpu), 0).cpu()
+    lora_proper = [branch for branch in attached.all_branches() if branch.told.kind == "lora"]
+    assert {branch.factor.device for branch in lora_proper} == {CUDA}  # so that no call waits for them
     network.to("cpu")
     assert relative_l2(rows, network.step(latents, network.prepare(*given), 0)) < 1e-5
 

@@ -80,10 +80,14 @@ class Branch(nn.Module):
         """Give the branch a scale, float64 on the CPU: a number, or `[B]`, one for each row of the batch.
 
         Neither a parameter nor a buffer, so that 0.7 stays 0.7 whatever `.to()` and DDP do with those. A number needs no
-        place on a GPU: torch passes it along with a kernel. Of the same shape it changes in place, as compiled code has read
-        the tensor, not its value.
+        place on a GPU: torch passes it along with a kernel. The factors of rows lie where the branch is, or every call would
+        wait for a copy. Of the same shape a scale changes in place, as compiled code has read the tensor, not its value.
         """
-        for name, value in (("scale", scale), ("factor", scale * self.told.ratio)):
+        factor = scale * self.told.ratio
+        if factor.ndim:
+            dtype = next(p.dtype for p in self._parameters.values() if p is not None)
+            factor = factor.to(torch.promote_types(dtype, torch.float32)).to(self.device)
+        for name, value in (("scale", scale), ("factor", factor)):
             held = getattr(self, name, None)
             if held is not None and held.shape == value.shape:
                 held.copy_(value)
@@ -99,6 +103,7 @@ class Branch(nn.Module):
         """The module's input, its own output, and that with other branches -> the latter with the change, in its dtype."""
         if self.device != x.device:  # the network was moved, and its branches, which are no part of it, were not
             self.to(x.device)
+            self.weigh(self.scale)
         after = 2 if isinstance(base, nn.Conv2d) else 0  # dimensions behind the features
         parts = []
         if not self.has_lengths and (self.told.kind == "lora" or self.thin and isinstance(base, nn.Linear)):
