@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from eridiff.errors import ConfigError
 from eridiff.lora.branches import install_slots
+from eridiff.weights.keymap import WRAPPERS
 
 GRAPHS = 64  # all kinds of blocks times the LoRAs that come and go; torch's 8 would leave SDXL's later ones uncompiled
 
@@ -39,16 +40,19 @@ def compile_blocks(model: nn.Module, **options: Any) -> None:
         block.compile(**options)
 
 
-WRAPPERS = ("_orig_mod", "module", "_fsdp_wrapped_module")  # torch.compile; DDP and averaged models; FSDP
-
-
 def unwrapped(module: nn.Module) -> Any:
-    """The module inside compiled, distributed and averaging wrappers."""
+    """The module inside compiled, distributed, checkpointing and averaging wrappers."""
     inner: nn.Module | None = module
     while inner is not None:
         module = inner
         inner = next((m for name in WRAPPERS if (m := module._modules.get(name)) is not None), None)
     return module
+
+
+def without_peft(module: nn.Module) -> Any:
+    """The network inside wrappers and a peft model; its adapters stay on its layers."""
+    inner = unwrapped(module)
+    return unwrapped(inner.get_base_model()) if hasattr(inner, "get_base_model") else inner
 
 
 def members(modules: Mapping[str, nn.Module]) -> dict[str, nn.Module]:

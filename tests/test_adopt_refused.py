@@ -1,5 +1,7 @@
 """What cannot be followed on a trainer's network is named; what changes no value is let be."""
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -8,15 +10,16 @@ import torch
 from lycoris.modules import LokrModule
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from eridiff import load_lora
 from eridiff.blocks import checkpoint_blocks
 from eridiff.errors import ConfigError
 from eridiff.lora import attach_lora, inject_lora
 from eridiff.trace.record import relative_l2
-from eridiff.training import Sampler
+from eridiff.training import Sampler, averaged_weights
 from eridiff.training.adopt import adopt
-from eridiff.training.live import Elsewhere
+from eridiff.training.live import Elsewhere, wrapped
 from tests import adapters, families
 from tests.trainers import BOUND, FAMILIES, Family, small_unet, small_vae
 
@@ -95,6 +98,51 @@ def test_what_changes_no_value_is_let_be(family: Family) -> None:
     with torch.no_grad():
         found, plain = (adopt(module).network(*family.inputs) for module in (prepared, family.make()))
     assert torch.equal(found, plain)
+
+
+WRAPS: dict[str, Callable[[nn.Module], Any]] = {
+    "compiled": partial(torch.compile, backend="eager"),
+    "checkpointed": checkpoint_wrapper,
+    "both": lambda block: torch.compile(checkpoint_wrapper(block), backend="eager"),
+}
+
+
+@pytest.mark.parametrize("wrap", WRAPS)
+def test_torchs_wrappers_around_single_blocks_and_layers_are_seen_through(family: Family, wrap: str) -> None:
+    """As accelerate compiles regions: the blocks of a list are exchanged for wrappers, which have names of their own."""
+    foreign = family.make()
+    adapters.kohya(foreign, family.targets)
+    expected = family.distance(adopt(foreign))
+    for blocks in [m for m in foreign.modules() if isinstance(m, nn.ModuleList)]:
+        for i, block in enumerate(blocks):
+            blocks[i] = WRAPS[wrap](block)
+    adopted = adopt(foreign)
+    assert family.distance(adopted) == expected < BOUND
+    averages = {name: 0.5 * p.detach() for name, p in family.make().named_parameters()}
+    live = family.ask(foreign).detach()
+    with torch.no_grad(), averaged_weights(foreign, averages):
+        adopted.refresh()
+        assert family.distance(adopted) < BOUND < relative_l2(family.ask(foreign), live)
+    wrapper = next(m for m in foreign.modules() if wrapped(m) is not None)
+    wrapper.register_forward_hook(lambda *_: None)
+    with pytest.raises(ConfigError, match="has a forward hook, from tests.test_adopt_refused"):
+        adopted.refresh()
+
+
+def test_a_wrapper_of_the_trainers_own_is_refused_as_it_may_act(family: Family) -> None:
+    class Louder(nn.Module):
+        def __init__(self, module: nn.Module) -> None:
+            super().__init__()
+            self.module = module
+
+        def forward(self, *args: Any, **options: Any) -> Any:
+            raise AssertionError("never called")
+
+    foreign = family.make()
+    blocks = next(m for m in foreign.modules() if isinstance(m, nn.ModuleList))
+    blocks[0] = Louder(blocks[0])
+    with pytest.raises(ConfigError, match=r"^'\w+\.0\.module\.[\w.]+' is inside a wrapper that is not torch's own"):
+        adopt(foreign)
 
 
 def test_a_layer_that_does_not_take_our_dtype_is_named(family: Family) -> None:

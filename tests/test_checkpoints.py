@@ -121,6 +121,13 @@ def test_a_saved_network_loads_with_every_bit(layout: str, tmp_path: Path) -> No
         assert all(torch.equal(found.state_dict()[n], t) for n, t in model.state_dict().items())
 
 
+def test_a_network_whose_blocks_were_compiled_one_by_one_is_saved_under_plain_names(tmp_path: Path) -> None:
+    model = tiny.flux()
+    plain = save_network(model, tmp_path / "plain.safetensors").read_bytes()
+    model.double_blocks[0] = torch.compile(model.double_blocks[0])
+    assert save_network(model, tmp_path / "m.safetensors").read_bytes() == plain
+
+
 def test_loading_keeps_the_file_and_its_dtype(tmp_path: Path) -> None:
     path = save_network(tiny.flux(), tmp_path / "m.safetensors", dtype=torch.bfloat16)
     model = load_network(path)

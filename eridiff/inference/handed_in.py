@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import nn
 
-from eridiff.blocks import unwrapped
+from eridiff.blocks import unwrapped, without_peft
 from eridiff.errors import ConfigError
 from eridiff.inference.loading import check_widths
 from eridiff.inference.options import Options, check_names
@@ -174,10 +174,7 @@ def check_dtypes(drawer: "DiffusionInference") -> None:
 
 
 def _inner(module: Any) -> Any:
-    if not isinstance(module, nn.Module):
-        return module
-    inner = unwrapped(module)
-    return unwrapped(inner.get_base_model()) if hasattr(inner, "get_base_model") else inner
+    return without_peft(module) if isinstance(module, nn.Module) else module
 
 
 def _refusal(kind: "type[DiffusionInference]", name: str, wanted: type, module: Any) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from eridiff.blocks import unwrapped
+from eridiff.blocks import without_peft
 from eridiff.errors import ConfigError
 from eridiff.models.autoencoder import Autoencoder
 from eridiff.models.flux import Flux
@@ -20,7 +20,7 @@ from eridiff.models.unet import UNet
 from eridiff.training.live import Elsewhere, calling, check_followed, check_ordinary, layers, named_tensors, reads
 from eridiff.weights.detect import component_of
 from eridiff.weights.header import Checkpoint, TensorEntry
-from eridiff.weights.keymap import Entry
+from eridiff.weights.keymap import Entry, without_wrappers
 from eridiff.weights.load import NETWORKS, plan
 
 COPIED = ("rows", "swap_halves", "transpose")  # the other operations of a key map rename, or view
@@ -112,13 +112,17 @@ def adopt(module: nn.Module, *, allow_copies: bool = False) -> Adopted:
     adopted as it is. Raises CheckpointError for a module that is none of these, ConfigError for sharded parameters and for
     what acts on the module and cannot be followed.
     """
-    foreign = unwrapped(module)
-    foreign = unwrapped(foreign.get_base_model()) if hasattr(foreign, "get_base_model") else foreign
+    foreign = without_peft(module)
     if isinstance(foreign, Flux | MMDiT | UNet | Autoencoder):
         return Adopted(foreign, foreign, [])
     what, tensors, config = type(foreign).__name__, named_tensors(foreign), getattr(foreign, "config", {})
     if any(hasattr(tensor, "device_mesh") for tensor in foreign.parameters()):
         raise ConfigError(f"the parameters of this {what} are sharded, so ours cannot share them; shard ours instead")
+    inside = next((name for name in tensors if without_wrappers(name) != name), None)
+    if inside is not None:
+        raise ConfigError(
+            f"'{inside}' is inside a wrapper that is not torch's own and may do more than call what it holds; take it off"
+        )
     entries = {n: TensorEntry(t.dtype, tuple(t.shape), Path(), 0, 0) for n, t in tensors.items()}
     settings = json.loads(
         json.dumps(dict(config) if isinstance(config, Mapping) else {}, default=str)

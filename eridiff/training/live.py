@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from eridiff.errors import ConfigError
-from eridiff.weights.keymap import Entry
+from eridiff.weights.keymap import WRAPPERS, Entry
 
 PLAIN = ("torch.nn.modules.", "diffusers.models.normalization")  # classes that do what their tensors say
 # packages whose wrappers and hooks around a module change the device, the dtype or what is kept for the backward pass alone
@@ -56,8 +56,26 @@ class Elsewhere(Tensor):
 # layers ---------------------------------------------------------------------------------------------------------------
 
 
+def wrapped(module: nn.Module) -> nn.Module | None:
+    """The module inside one of torch's own wrappers, which compile, checkpoint or shard it; others may do more than that."""
+    if not type(module).__module__.startswith("torch."):
+        return None
+    return next((inner for name in WRAPPERS if (inner := module._modules.get(name)) is not None), None)
+
+
+def modules_of(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """Every module by its name in the trainer's tree; a wrapper of torch's has that of what it wraps."""
+    yield path, module
+    inner = wrapped(module)
+    for name, child in {"": inner}.items() if inner is not None else module._modules.items():
+        if child is not None:
+            yield from modules_of(child, f"{path}.{name}".strip("."))
+
+
 def layers(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
     """Modules that compute by themselves, adapters and parametrizations included, by their names in the trainer's tree."""
+    while (whole := wrapped(module)) is not None:
+        module = whole
     inner = module._modules
     if not inner or isinstance(module, nn.Linear | nn.Conv2d) or {*INNER, "parametrizations"} & inner.keys():
         yield path, module
@@ -108,7 +126,7 @@ def named_tensors(module: nn.Module) -> dict[str, Tensor]:
     """Every tensor under the name that it has without adapters; of layers that must be called those that they stand for."""
     whole = dict(layers(module))
     found: dict[str, Tensor] = {}
-    for path, child in module.named_modules(remove_duplicate=False):
+    for path, child in modules_of(module):
         if path not in whole and not _inside(path, whole):
             found |= {f"{path}.{name}".lstrip("."): tensor for name, tensor in own_tensors(child).items()}
     called = {}
@@ -221,11 +239,12 @@ def check_followed(module: nn.Module, called: Mapping[str, Any]) -> None:
 
     `called` has the layers that ours share or call, by name.
     """
-    for path, child in module.named_modules(remove_duplicate=False):
-        if path in called or _inside(path, called):
+    for path, child in modules_of(module):
+        wraps = wrapped(child) is not None
+        if not wraps and (path in called or _inside(path, called)):
             continue
         forward = _replaced(child)
-        if forward is not None and not _comes_down_to(forward, type(child).forward):
+        if forward is not None and not wraps and not _comes_down_to(forward, type(child).forward):
             _refuse(path, child, "a forward of its own", forward)
         processor = getattr(child, "processor", None)
         if processor is not None and not type(processor).__module__.startswith("diffusers."):

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from eridiff.blocks import evaluation, members, unwrapped
 from eridiff.errors import ConfigError
 from eridiff.precision import cudnn_precision, matmul_precision, set_cudnn_precision, set_matmul_precision
+from eridiff.weights.keymap import without_wrappers
 
 CHECKPOINTING = ("forward", "gradient_checkpointing", "_gradient_checkpointing_func")  # set on a module from outside
 
@@ -235,7 +236,7 @@ def schedule_free(optimizer: Any) -> Iterator[None]:
 
 def _plain_name(name: str) -> str:
     """A name without what compiled, distributed and peft's wrappers put before it."""
-    return name.replace("_orig_mod.", "").removeprefix("module.").removeprefix("base_model.model.")
+    return without_wrappers(name).removeprefix("base_model.model.")
 
 
 def averages_of(module: nn.Module, averages: Any) -> Callable[[], Any]:
@@ -272,7 +273,7 @@ def places_of(module: nn.Module, averages: Mapping[str, Tensor] | nn.Module) -> 
             inner.named_buffers(remove_duplicate=False)
         )
     places = {
-        f"{prefix}.{name}".lstrip("."): (table, name)
+        _plain_name(f"{prefix}.{name}".lstrip(".")): (table, name)
         for prefix, m in module.named_modules(remove_duplicate=False)
         for table in (m._parameters, m._buffers, vars(m))  # a table of positions is a plain attribute
         for name, tensor in table.items()

@@ -308,7 +308,6 @@ FIXED: dict[str, dict[str, Any]] = {
         "resnet_out_scale_factor": 1.0, "attention_type": "default",
     },
     "vae": {"norm_num_groups": 32, "act_fn": "silu", "mid_block_add_attention": True},
-    "flux": {"patch_size": 1},
     "mmdit": {"patch_size": 2},
 }  # fmt: skip
 

@@ -27,8 +27,9 @@ OPERATORS: dict[type[ast.operator], Callable[[int, int], int]] = {
     ast.Mult: operator.mul,
     ast.FloorDiv: operator.floordiv,
 }
-# DistributedDataParallel and DataParallel, torch.compile, FSDP, activation checkpointing
-WRAPPERS = re.compile(r"(?:(?<=\.)|^)(?:module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+# what torch.compile, DistributedDataParallel and averaged models, FSDP and activation checkpointing put around a module
+WRAPPERS = ("_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+WRAPPED = re.compile(rf"(?:(?<=\.)|^)(?:{'|'.join(WRAPPERS)})\.")
 OPERATIONS = ("same", "rows", "swap_halves", "squeeze", "transpose", "part", "alias", "default")
 
 
@@ -230,4 +231,4 @@ def key_map(network: str) -> KeyMap:
 
 def without_wrappers(name: str) -> str:
     """A tensor's name without what torch puts into it when a module, or one of its blocks, is compiled or sharded."""
-    return WRAPPERS.sub("", name)
+    return WRAPPED.sub("", name)

@@ -17,7 +17,7 @@ from eridiff.models.flux import Flux
 from eridiff.models.mmdit import MMDiT
 from eridiff.models.unet import UNet
 from eridiff.weights.detect import DESCRIPTIONS, sizes_of
-from eridiff.weights.keymap import key_map
+from eridiff.weights.keymap import key_map, without_wrappers
 from eridiff.weights.load import NETWORKS
 
 
@@ -43,7 +43,10 @@ def save_network(
         raise ConfigError(f"'{layout}' is not a layout of {DESCRIPTIONS[network]}; there are {', '.join(layouts)}")
     found = layouts[layout]
     sizes = sizes_of(module.config)
-    state = {n: t.detach().cpu().to(dtype or t.dtype).contiguous() for n, t in module.state_dict().items()}
+    state = {
+        without_wrappers(name): tensor.detach().cpu().to(dtype or tensor.dtype).contiguous()
+        for name, tensor in module.state_dict().items()
+    }
     foreign = {name: tensor.contiguous().clone() for name, tensor in found.to_foreign(state, sizes).items()}
     text = json.dumps({network: asdict(module.config)}, sort_keys=True)
     return write_tensors(foreign, path, {**(metadata or {}), "eridiff.config": text})
