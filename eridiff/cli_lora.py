@@ -13,7 +13,7 @@ from eridiff.errors import ConfigError
 from eridiff.lora.decompose import extract_lora, resize_lora
 from eridiff.lora.decompose import table as energy_table
 from eridiff.lora.ledger import table
-from eridiff.lora.load import Refusal, load_lora
+from eridiff.lora.load import PARTS, Refusal, load_lora
 from eridiff.lora.merge import merge_lora
 from eridiff.lora.save import FORMATS, save_lora
 from eridiff.models import flux, mmdit, unet
@@ -46,6 +46,7 @@ def add_parser(commands: Any) -> None:
         if model:
             made.add_argument("--model", required=True, metavar="PATH|NAME", help=MODEL_HELP)
             made.add_argument("--partial", action="store_true", help="go on with what fits")
+            made.add_argument("--part", choices=PARTS, help="leave the other part of the file out")
         return made
 
     def output(made: Any, default: str) -> None:
@@ -87,7 +88,9 @@ def scaled(text: str) -> tuple[str, float | None]:
 
 def _check(options: argparse.Namespace) -> int:
     try:
-        lora = load_lora(options.file, _networks(options.model), allow_partial=options.partial)
+        lora = load_lora(
+            options.file, _networks(options.model), part=options.part, allow_partial=options.partial, measure=True
+        )
     except Refusal as error:
         if error.ledger:
             print(table(error.ledger))
@@ -98,7 +101,7 @@ def _check(options: argparse.Namespace) -> int:
 
 def _convert(options: argparse.Namespace) -> int:
     networks = _networks(options.model)
-    lora = load_lora(options.file, networks, allow_partial=options.partial)
+    lora = load_lora(options.file, networks, part=options.part, allow_partial=options.partial)
     kept = {name: value for name, value in lora.metadata.items() if name.startswith(("ss_", "modelspec."))}
     for name in (
         "ss_network_dim",
@@ -123,7 +126,10 @@ def _merge(options: argparse.Namespace) -> int:
     for text in options.lora:
         file, scale = scaled(text)
         loras.append(
-            (load_lora(file, networks, allow_partial=options.partial).of(network), 1.0 if scale is None else scale)
+            (
+                load_lora(file, networks, part=options.part, allow_partial=options.partial).of(network),
+                1.0 if scale is None else scale,
+            )
         )
     merged = merge_lora(state, loras)
     print(merged)
@@ -142,7 +148,7 @@ def _extract(options: argparse.Namespace) -> int:
 
 def _resize(options: argparse.Namespace) -> int:
     networks = _networks(options.model)
-    lora = load_lora(options.file, networks, allow_partial=options.partial)
+    lora = load_lora(options.file, networks, part=options.part, allow_partial=options.partial)
     shapes = {name: {n: tuple(t.shape) for n, t in module.state_dict().items()} for name, module in networks.items()}
     resized, kept = resize_lora(lora, options.rank, shapes)
     print("\n".join(energy_table(kept)))

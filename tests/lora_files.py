@@ -37,7 +37,7 @@ def networks_of(folder: str) -> dict[str, Any]:
 
 def loaded(file: str, **options: Any) -> Lora:
     """A file of the goldens, for the networks of its case."""
-    return load_lora(GOLDENS / file, networks_of(Path(file).parent.name), **options)
+    return load_lora(GOLDENS / file, networks_of(Path(file).parent.name), alpha_is_rank=True, **options)
 
 
 def contents(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -103,18 +103,16 @@ def test_a_good_file_loads_and_says_what_is_unusual(name: str, caplog: pytest.Lo
 
 def test_text_encoders_that_are_not_given_need_an_explicit_choice() -> None:
     path, flux = BAD / "good-with-te1.safetensors", {"flux": networks_of("lora-bad")["flux"]}
-    with pytest.raises(LoraError, match="a CLIP text encoder, which is not given.*without_text_encoders"):
+    with pytest.raises(LoraError, match="a CLIP text encoder, which is not given.*part=.network. leaves it out"):
         load_lora(path, flux)
-    for choice in ({"without_text_encoders": True}, {"allow_partial": True}):
+    for choice, status in (({"part": "network"}, "left out"), ({"allow_partial": True}, "no text encoder here")):
         rows = load_lora(path, flux, **choice).ledger
-        assert [row.status for row in rows] == ["no text encoder here", *["applied"] * 4]
+        assert [row.status for row in rows] == [status, *["applied"] * 4]
 
 
 def test_leaving_text_encoders_out_hides_no_misnamed_module() -> None:
     with pytest.raises(LoraError, match="'lora_te1_single_blocks_0_linear1' is not in a CLIP text encoder"):
-        load_lora(
-            BAD / "te-unmatched.safetensors", {"flux": networks_of("lora-bad")["flux"]}, without_text_encoders=True
-        )
+        load_lora(BAD / "te-unmatched.safetensors", {"flux": networks_of("lora-bad")["flux"]}, part="network")
 
 
 def test_allow_partial_loads_what_fits_and_keeps_the_rest_in_the_ledger() -> None:
@@ -140,7 +138,7 @@ def test_allow_partial_is_no_leave_to_guess(name: str) -> None:
 def rows_of(path: Path, file: str) -> dict[str, Row] | None:
     """The ledger of a changed file by key, or None for an error."""
     try:
-        return {row.key: row for row in load_lora(path, networks_of(Path(file).parent.name)).ledger}
+        return {row.key: row for row in load_lora(path, networks_of(Path(file).parent.name), alpha_is_rank=True).ledger}
     except LoraError:
         return None
 
@@ -298,8 +296,8 @@ def test_a_folder_of_peft_has_alpha_in_its_configuration(tmp_path: Path) -> None
         (tmp_path / "adapter_config.json").write_text('{"r": 2, "lora_alpha": 1' + extra + "}")
         rows = load_lora(tmp_path, networks_of("lora-bad")).ledger
         assert [row.scale for row in rows] == pytest.approx([scale] * 3)
-    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LOHA", "r": 2}')
-    with pytest.raises(LoraError, match="says LOHA; of peft's folders only LORA is read"):
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "OFT", "r": 2}')
+    with pytest.raises(LoraError, match="says OFT; of peft's kinds LORA, LOHA, LOKR are read"):
         load_lora(tmp_path, networks_of("lora-bad"))
     (tmp_path / "adapter_config.json").write_text("{")
     with pytest.raises(LoraError, match="adapter_config.json' is not valid JSON"):
@@ -339,14 +337,16 @@ def test_two_spellings_of_one_tensor_are_refused(tmp_path: Path) -> None:
         load_lora(path, networks_of("lora-bad"))
 
 
-def test_only_a_control_lora_may_enlarge_the_first_layer(tmp_path: Path) -> None:
-    """What tells it is that it replaces the norms' scales."""
-    tensors = {"img_in.lora_A.weight": torch.ones(2, 16), "img_in.lora_B.weight": torch.ones(16, 2)}
+@pytest.mark.parametrize("columns", [7, 9, 15, 24])
+def test_a_first_layer_reads_the_latents_or_twice_as_much(columns: int, tmp_path: Path) -> None:
+    """diffusers' control LoRAs replace no norms: only the width tells that they read a control image."""
+    names = ("img_in.lora_A.weight", "img_in.lora_B.weight")
+    control = write(tmp_path / "f", dict(zip(names, (torch.ones(2, 16), torch.ones(16, 2)), strict=True)))
+    (row,) = load_lora(control, networks_of("lora-bad")).ledger
+    assert row.status == "applied" and "widens the layer for a control image" in row.note
+    other = write(tmp_path / "g", dict(zip(names, (torch.ones(2, columns), torch.ones(16, 2)), strict=True)))
     with pytest.raises(LoraError, match="8 columns"):
-        load_lora(write(tmp_path / "f", tensors), networks_of("lora-bad"))
-    norm = {"double_blocks.0.img_attn.norm.query_norm.scale": torch.ones(8)}
-    rows = load_lora(write(tmp_path / "f", tensors | norm), networks_of("lora-bad")).ledger
-    assert {row.status for row in rows} == {"applied"}
+        load_lora(other, networks_of("lora-bad"))
 
 
 def test_factors_whose_product_is_transposed_are_refused(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
 from torch import nn
 
 from eridiff.errors import LoraError
-from eridiff.lora import Lora, load, load_lora
+from eridiff.lora import Lora, hints, load_lora
 from eridiff.models.flux import Flux, FluxConfig
 from eridiff.models.mmdit import MMDiT, MMDiTConfig
 from eridiff.models.unet import UNet, UNetConfig
@@ -142,7 +142,7 @@ def test_every_name_that_peft_gives_diffusers_modules_is_found(
 def test_a_large_file_for_another_family_is_refused_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """986 modules of SDXL given to Flux: to look for each one's nearest name would take minutes."""
     searched: list[str] = []
-    monkeypatch.setattr(load, "get_close_matches", lambda name, *_, **__: searched.append(name) or [])
+    monkeypatch.setattr(hints, "get_close_matches", lambda name, *_, **__: searched.append(name) or [])
     path = full_size_file(tmp_path / "sdxl.safetensors", listed("kohya-sdxl"))
     with pytest.raises(LoraError, match="nothing in it fits Flux; its names look like SDXL") as raised:
         load_lora(path, {"flux": published("flux")["flux"]})

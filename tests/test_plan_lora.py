@@ -62,7 +62,9 @@ def test_lora_application(model: Any, folder: Path, format: str) -> None:
     before = {kind: {n: t.clone() for n, t in m.state_dict().items()} for kind, m in modules_of(model).items()}
     handle = model.apply_lora(file, 0.7)
     assert {row.status for row in handle.ledger} <= {"applied", "applied to a slice"}
-    assert all(row.change and row.change > 0 for row in handle.ledger)
+    measured = load_lora(file, modules_of(model), measure=True).ledger
+    assert all(row.change and row.change > 0 for row in measured)
+    assert all(row.change is None for row in handle.ledger), "no weight is read for a column that nobody asked for"
     attached = tiny.draw(model, "a swan")
     for kind, module in modules_of(model).items():
         assert all(torch.equal(t, before[kind][name]) for name, t in module.state_dict().items())

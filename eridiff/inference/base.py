@@ -210,15 +210,16 @@ class DiffusionInference(ABC):
 
     def apply_lora(
         self, weights: str | os.PathLike[str] | Lora, scale: Scale | Mapping[str, Scale] = 1.0, *,
-        allow_partial: bool = False, dora: str = "peft",
+        allow_partial: bool = False, part: str | None = None, dora: str = "peft",
     ) -> LoraHandle:  # fmt: skip
         """Put a LoRA beside the network and the text encoders: a file of any format, a peft folder, a hub id, or a `Lora`.
 
         Several add up. `scale` is a number, `[B]` for the rows of a batch, or numbers by patterns of native module names.
         The handle weighs it anew and takes it away. Raises LoraError, having changed nothing, for a file of which anything
-        does not fit; `allow_partial` leaves that out, and the handle's ledger says what.
+        does not fit; `allow_partial` leaves that out, and the handle's ledger says what. `part`, "network" or
+        "text_encoders", leaves the other part of the file out.
         """
-        return apply(self, weights, scale, allow_partial=allow_partial, dora=dora)
+        return apply(self, weights, scale, allow_partial=allow_partial, part=part, dora=dora)
 
     def choose_variant(self, config: Any, name: str) -> str:
         """The published variant: what was asked for, if the sizes allow it, else by sizes, then by the file's name."""

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from eridiff.errors import LoraError
 from eridiff.lora.attach import LoraSet, Scale, attach_lora, matches
 from eridiff.lora.ledger import Row
-from eridiff.lora.load import Lora, load_lora
+from eridiff.lora.load import PARTS, Lora, load_lora
 from eridiff.weights.locate import TEXT_ENCODERS
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ class LoraHandle:
         self._drawer, self.path, self.sets = drawer, lora.path, sets
         self.ledger: tuple[Row, ...] = lora.ledger
         self.scale: Scale | Mapping[str, Scale] = 1.0
-        self._variant = drawer.variant, drawer.sampling
+        self._variant: tuple[Any, Any] | None = None  # what the inference was before this LoRA widened the network
 
     def set_scale(self, scale: Scale | Mapping[str, Scale]) -> "LoraHandle":
         """The weight of all that the LoRA changes, text encoders too: as `LoraSet.set_scale`."""
@@ -45,11 +45,16 @@ class LoraHandle:
 
     def detach(self) -> None:
         """Take the LoRA away; the model draws, bit for bit, as before it."""
+        drawer = self._drawer
+        config = drawer.network.config
         for lora in self.sets:
             lora.detach()
-        if self in self._drawer.loras:
-            self._drawer.loras.remove(self)
-            self._drawer.variant, self._drawer.sampling = self._variant
+        if self in drawer.loras:
+            drawer.loras.remove(self)
+            if self._variant is not None and drawer.network.config != config:
+                drawer.variant, drawer.sampling = self._variant
+            for other in drawer.loras:  # another control LoRA keeps the network wide, and will bring it back
+                other._variant = other._variant or (self._variant if drawer.network.config == config else None)
 
     def record(self) -> dict[str, Any]:
         """For a picture's settings."""
@@ -66,11 +71,13 @@ class LoraHandle:
 
 def apply(
     drawer: "DiffusionInference", weights: str | os.PathLike[str] | Lora, scale: Scale | Mapping[str, Scale], *,
-    allow_partial: bool = False, dora: str = "peft",
+    allow_partial: bool = False, part: str | None = None, dora: str = "peft",
 ) -> LoraHandle:  # fmt: skip
     """Attach a LoRA to an inference's network and text encoders: `DiffusionInference.apply_lora`."""
     modules = modules_of(drawer)
-    lora = weights if isinstance(weights, Lora) else load_lora(weights, modules, allow_partial=allow_partial)
+    lora = weights if isinstance(weights, Lora) else load_lora(weights, modules, part=part, allow_partial=allow_partial)
+    if part is not None and isinstance(weights, Lora):
+        lora = lora.of(*PARTS[part])
     lacking = [name for name in lora.networks if name not in modules]
     if lacking:
         raise LoraError(f"the LoRA changes {lacking[0]}, which is not loaded; choose the rest by lora.of(...)")
@@ -85,6 +92,7 @@ def apply(
             attached.detach()
         raise
     if drawer.network.config != config:  # a control LoRA: the network takes a picture more
+        handle._variant = drawer.variant, drawer.sampling
         asked, drawer.asked_variant = drawer.asked_variant, None
         drawer.set_network(drawer.network, Path(lora.path or "").stem)
         drawer.asked_variant = asked

@@ -1,11 +1,11 @@
 """A LoRA beside a network: attached, weighed, detached; or made new, to be trained."""
 
+import copy
 import logging
 import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -13,12 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from eridiff.errors import LoraError
-from eridiff.lora.branches import Branch, branch_place, has_slot, install_slots, wide
+from eridiff.lora.branches import Branch, branch_place, has_slot, install_slots
 from eridiff.lora.deltas import Item, check_dora_rule, widened
+from eridiff.lora.inplace import change_in_place, check_changeable, originals, parts_of, restore
 from eridiff.lora.load import Lora
-from eridiff.lora.merge import by_tensor, changed_by, check_last_change, exchange, merged_tensor
 from eridiff.lora.names import Target, network_of
-from eridiff.precision import full_float32
 
 log = logging.getLogger(__name__)
 Scale = float | Tensor
@@ -55,7 +54,6 @@ class LoraSet(nn.Module):
         self.dora, self.attached = dora, False
         self.branches = nn.ModuleDict()
         self.patches: list[tuple[Item, float]] = []  # what is changed in place, each at its scale
-        self.originals: dict[str, Tensor] = {}
         order = {name: place for place, (name, _) in enumerate(network.named_modules())}
         # the network's order, whatever the file's: an optimizer knows parameters by their number
         for item in sorted(items, key=lambda item: (order.get(item.target.module, -1), item.target.rows or (0, 0))):
@@ -67,6 +65,7 @@ class LoraSet(nn.Module):
                 raise LoraError(f"two modules of the LoRA change {item.target}; attach them as two LoRAs")
             else:
                 own = base.weight.dtype if base.weight.dtype.itemsize > 1 else torch.bfloat16
+                own = torch.promote_types(own, torch.float32) if trainable else own  # small steps vanish in bfloat16
                 self.branches[name] = Branch(
                     item, device=base.weight.device, dtype=dtype or own, trainable=trainable, dora=dora, dropout=dropout
                 )
@@ -75,6 +74,13 @@ class LoraSet(nn.Module):
         self.train(trainable)
         self.attach()
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> "LoraSet":
+        """A copy is not attached: a copied network has no branches."""
+        new = type(self).__new__(type(self))
+        memo[id(self)] = new
+        new.__dict__ = copy.deepcopy(self.__dict__, memo) | {"attached": False}
+        return new
+
     @property
     def network(self) -> nn.Module:
         return self._network[0]
@@ -82,6 +88,11 @@ class LoraSet(nn.Module):
     def lora(self) -> Lora:
         """The set as a file would hold it, with the tensors as they are now."""
         return Lora((*(branch.item for branch in self.all_branches()), *(item for item, _ in self.patches)))
+
+    @property
+    def originals(self) -> dict[str, Tensor]:
+        """The network's own tensors of what the set changes in place while it is attached."""
+        return originals(self.network, id(self))
 
     def all_branches(self) -> list[Branch]:
         return [branch for branch in self.branches.values() if isinstance(branch, Branch)]
@@ -169,11 +180,9 @@ class LoraSet(nn.Module):
                 branch.weigh(given)
         found = [(item, chosen(item.target)) for item, _ in self.patches]
         new = [(i, old if v is None else float(v)) for (i, v), (_, old) in zip(found, self.patches, strict=True)]
-        if self.attached and new != self.patches:
-            self._unpatch()
-            self.patches = new
+        changed, self.patches = new != self.patches, new
+        if self.attached and changed:
             self._patch()
-        self.patches = new
         return self
 
     def targets(self) -> list[Target]:
@@ -189,37 +198,26 @@ class LoraSet(nn.Module):
 
     @torch.no_grad()
     def _patch(self) -> None:
-        new = {}
-        for (name, bias), pairs in by_tensor(self.patches).items():
-            base = self.network.get_parameter(name)
-            with full_float32(base.device):
-                found = merged_tensor(wide(base.data), pairs, bias, self.dora)
-            new[name] = found.to(base.dtype)
+        parts = parts_of(self.patches, self.dora)
+        held = originals(self.network)
+        enlarging = {}
         for branch in self.all_branches():  # the first layer of a control LoRA takes twice as many channels
-            weight = branch_place(self.network, branch.target).weight.data
-            enlarged = widened(weight, branch.item)
-            if enlarged.shape != weight.shape:
-                new[branch.target.name] = enlarged
-        for name in new:
-            if changed_by(self.network, name):
-                raise LoraError(f"another LoRA has changed {name} in place; detach it first")
-        for name, tensor in new.items():
-            self.originals[name] = self._exchange(name, tensor, id(self))
+            name = branch.target.name
+            weight = held.get(name, branch_place(self.network, branch.target).weight.data)
+            if branch.columns and branch.columns > weight.shape[1] and widened(weight, branch.item) is not weight:
+                enlarging[name] = branch.item
+        for name in [*parts, *enlarging]:
+            check_changeable(self.network, name)
+        for name in {**parts, **enlarging}:
+            change_in_place(self.network, name, id(self), parts.get(name, []), enlarging.get(name))
 
+    @torch.no_grad()
     def _unpatch(self) -> None:
-        check_last_change(self.network, self.originals, id(self))
-        for name, original in self.originals.items():
-            self._exchange(name, original, 0)
-        self.originals = {}
-
-    def _exchange(self, name: str, tensor: Tensor, by: int) -> Tensor:
-        """Another value for a parameter, which stays the same object; returns the one it had."""
-        old = exchange(self.network, name, tensor, by)
-        if tensor.shape != old.shape:
-            layer: Any = self.network.get_submodule(name.rpartition(".")[0])
-            layer.in_features = tensor.shape[1]
-            self.network.config = replace(self.network.config, in_channels=tensor.shape[1])  # type: ignore[type-var]
-        return old
+        names = list(self.originals)
+        for name in names:
+            check_changeable(self.network, name)
+        for name in names:
+            restore(self.network, name, id(self))
 
 
 def matches(target: Target, pattern: str) -> bool:
@@ -244,8 +242,8 @@ def attach_lora(
 ) -> LoraSet:  # fmt: skip
     """Put a LoRA, read by `load_lora`, beside a network; several at once add up, each computed on the base's own weights.
 
-    `scale` as in `LoraSet.set_scale`; dtype None is that of each base weight, bfloat16 beside float8; `trainable` and dropout
-    go on with its training. `dora` is the rule for a scale that is not 1 (`Item.change`). Raises LoraError when the LoRA has
+    `scale` as in `LoraSet.set_scale`; dtype None is that of each base weight, bfloat16 beside float8, and
+    float32 where it is trained; `trainable` and dropout go on with its training. `dora` is the rule for a scale that is not 1 (`Item.change`). Raises LoraError when the LoRA has
     parts for other networks: choose by `lora.of(...)`.
     """
     networks = lora.networks

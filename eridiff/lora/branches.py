@@ -14,10 +14,17 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from eridiff.errors import LoraError
-from eridiff.lora.deltas import Item, kronecker_factors
+from eridiff.lora.deltas import Item, columns, kronecker_factors
 from eridiff.lora.names import Target
 
 INTEGERS = ("on_input",)
+
+
+class Branches(list["Branch"]):
+    """The branches beside a module. A copy of the module has none: nobody could take them away from it."""
+
+    def __deepcopy__(self, memo: object) -> "Branches":
+        return Branches()
 
 
 def has_slot(module: nn.Module) -> bool:
@@ -28,7 +35,7 @@ def install_slots(network: nn.Module) -> None:
     """Prepare every `nn.Linear` and `nn.Conv2d` for branches; do this before compiling."""
     for module in network.modules():
         if isinstance(module, nn.Linear | nn.Conv2d) and not has_slot(module):
-            module.lora_branches = []  # type: ignore[assignment]  # a plain list, so that no name of the network changes
+            module.lora_branches = Branches()  # type: ignore[assignment]  # a list: no name of the network changes
             module.register_forward_hook(_add_branches)
 
 
@@ -57,6 +64,7 @@ class Branch(nn.Module):
         self.target, self.dora, self.dropout = item.target, dora, dropout
         self.names = tuple(sorted(item.tensors))  # the order of the parameters, by which an optimizer's state is kept
         self.thin = is_thin(item)
+        self.columns = columns(item)
         self.changes_weight, self.changes_bias, self.has_lengths = item.changes_weight, item.changes_bias, item.dora
         for name in self.names:
             if name in INTEGERS:
@@ -101,6 +109,8 @@ class Branch(nn.Module):
 
     def forward(self, base: Any, x: Tensor, plain: Tensor, out: Tensor) -> Tensor:
         """The module's input, its own output, and that with other branches -> the latter with the change, in its dtype."""
+        if self.columns is not None and isinstance(base, nn.Linear) and x.shape[-1] > self.columns:
+            x = x[..., : self.columns]  # a first layer that another LoRA, or a variant, has widened
         if self.device != x.device:  # the network was moved, and its branches, which are no part of it, were not
             self.to(x.device)
             self.weigh(self.scale)
@@ -143,7 +153,8 @@ class Branch(nn.Module):
         if mid is not None:
             hidden = F.conv2d(F.conv2d(x, down.reshape(*down.shape[:2], 1, 1)), mid, **where)
         else:
-            hidden = F.conv2d(x, down.reshape(down.shape[0], *base.weight.shape[1:]), **where)
+            x = x[:, : down.shape[1]]  # a first layer may read more than the latents
+            hidden = F.conv2d(x, down.reshape(*down.shape[:2], *base.kernel_size), **where)
         return F.conv2d(hidden, up.reshape(*up.shape[:2], 1, 1))
 
     def _directed(self, base: Any, x: Tensor, plain: Tensor) -> Tensor:
@@ -152,7 +163,7 @@ class Branch(nn.Module):
         `n^2 = |W|^2 + 2 W D + |D|^2` row by row, with `D = up down`, needs no second matrix of W's size.
         """
         t: dict[str, Any] = self._parameters
-        weight = self.target.take(base.weight)
+        weight = self.target.take(base.weight)[:, : x.shape[-1]]
         weight = weight.to(t["up"].dtype) if weight.itemsize == 1 else weight
         down, up, lengths = wide(t["down"]), wide(t["up"]), wide(t["magnitude" if "magnitude" in t else "dora_scale"])
         ratio: Any = self.factor if self.scales_rows_inside else self.told.ratio
@@ -168,7 +179,9 @@ class Branch(nn.Module):
 
     def _changed(self, base: Any, x: Tensor) -> Tensor:
         scale: Any = self.scale if self.scales_rows_inside else 1.0
-        change = self.item.change(wide(self.target.take(base.weight)), scale, self.dora)
+        weight = self.target.take(base.weight)
+        weight = weight[:, : x.shape[-1]] if isinstance(base, nn.Linear) else weight
+        change = self.item.change(wide(weight), scale, self.dora)
         x = F.dropout(x.to(change.dtype), self.dropout, self.training)
         if isinstance(base, nn.Conv2d):
             return F.conv2d(x, change, None, base.stride, base.padding, base.dilation)
@@ -194,6 +207,10 @@ def weighed(y: Tensor, scale: Tensor) -> Tensor:
     if scale.ndim == 0:
         return y * scale
     rows = scale.to(torch.promote_types(y.dtype, torch.float32)).to(y.device)
+    if y.shape[0] > 1:  # positive and negative prompts stand in one batch; of one row for all, each gets its own
+        if y.shape[0] % len(rows):
+            raise LoraError(f"the LoRA has a scale for each of {len(rows)} rows, and the batch has {y.shape[0]}")
+        rows = rows.repeat(y.shape[0] // len(rows))
     return (y * rows.reshape(-1, *[1] * (y.ndim - 1))).to(y.dtype)
 
 

@@ -9,6 +9,15 @@ from eridiff.lora.deltas import Item, hadamard_shape, kronecker_shape
 from eridiff.lora.formats import Source
 from eridiff.lora.names import Target
 
+
+class Misshapen(LoraError):
+    """A module's tensors do not fit together, or not the network."""
+
+
+class Incomplete(LoraError):
+    """A module lacks a tensor."""
+
+
 NEEDED = {  # kind -> tensors of which it has at least one of each group
     "lora": (("down",), ("up",)),
     "loha": (("hada_w1_a",), ("hada_w1_b",), ("hada_w2_a",), ("hada_w2_b",)),
@@ -45,7 +54,7 @@ def check_shapes(source: Source, target: Target, kind: str, t: Mapping[str, Tens
 
     def demand(good: bool, name: str, wanted: str) -> None:
         if not good:
-            raise LoraError(f"'{source.names[name]}' has the shape {list(t[name].shape)}, and {target} of shape {list(shape)} needs {wanted}")  # fmt: skip
+            raise Misshapen(f"'{source.names[name]}' has the shape {list(t[name].shape)}, and {target} of shape {list(shape)} needs {wanted}")  # fmt: skip
 
     flat = (shape[0], *shape[1:2])
     area = 1
@@ -56,7 +65,7 @@ def check_shapes(source: Source, target: Target, kind: str, t: Mapping[str, Tens
     if kind == "lora":
         down, up = t["down"], t["up"]
         if down.ndim < 2 or up.ndim < 2 or down.shape[0] != up.shape[1]:
-            raise LoraError(
+            raise Misshapen(
                 f"{source}: the ranks disagree, '{source.names['down']}' has the shape {list(down.shape)} and "
                 f"'{source.names['up']}' {list(up.shape)}"
             )
@@ -85,7 +94,7 @@ def check_shapes(source: Source, target: Target, kind: str, t: Mapping[str, Tens
             rows = columns = 0
         if (rows, columns) != (shape[0], flat[1] * area):
             shapes = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in t.items() if tensor.ndim)
-            raise LoraError(f"{source}: the shapes {shapes} do not make {target}'s {list(shape)}")
+            raise Misshapen(f"{source}: the shapes {shapes} do not make {target}'s {list(shape)}")
     if kind == "ia3":
         if t["on_input"].numel() != 1 or t["on_input"].item() not in (0, 1):
             raise LoraError(f"'{source.names['on_input']}' holds {t['on_input'].tolist()}, and it is either 0 or 1")
@@ -95,7 +104,7 @@ def check_shapes(source: Source, target: Target, kind: str, t: Mapping[str, Tens
         if name in t:  # a 1x1 convolution's may be a matrix
             demand([d for d in t[name].shape if d > 1] == [d for d in shape if d > 1], name, "the same shape")
     if "reshape_weight" in t and t["reshape_weight"].tolist() != list(shape):
-        raise LoraError(f"'{source.names['reshape_weight']}' says {t['reshape_weight'].tolist()}, and {target} has the shape {list(shape)}")  # fmt: skip
+        raise Misshapen(f"'{source.names['reshape_weight']}' says {t['reshape_weight'].tolist()}, and {target} has the shape {list(shape)}")  # fmt: skip
     for name in ("diff_b", "b_norm"):
         if name in t:
             demand(t[name].numel() == shape[0], name, f"{shape[0]} values")

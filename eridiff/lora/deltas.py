@@ -88,7 +88,7 @@ class Item:
         if self.kind == "norm":
             return t["w_norm"].reshape(base.shape)
         if self.kind == "full" and "diff" in t:
-            return t["diff"].reshape(base.shape)
+            return _fitted(t["diff"], base)
         if self.kind == "lora":
             delta = low_rank(t["down"], t["up"], t.get("mid"))
         elif self.kind == "loha":
@@ -98,7 +98,7 @@ class Item:
             delta = torch.kron(first.reshape(*first.shape, *[1] * (second.ndim - first.ndim)), second.contiguous())
         else:
             return torch.zeros_like(base)
-        return self.ratio * delta.reshape(base.shape)
+        return self.ratio * _fitted(delta, base)
 
     def bias_delta(self, base: Tensor) -> Tensor:
         """What is added to the bias at scale 1."""
@@ -109,18 +109,34 @@ class Item:
         return delta
 
 
+def _fitted(delta: Tensor, base: Tensor) -> Tensor:
+    """A change in the shape of W, with zeros for the inputs behind those that it knows: a first layer may be wider."""
+    if delta.numel() == base.numel():
+        return delta.reshape(base.shape)
+    delta = delta.reshape(base.shape[0], -1, *base.shape[2:])
+    lacking = base.shape[1] - delta.shape[1]
+    return torch.cat([delta, delta.new_zeros(delta.shape[0], lacking, *delta.shape[2:])], dim=1)
+
+
+def columns(item: Item) -> int | None:
+    """How many inputs of a linear layer a factored change knows; None for all that there are."""
+    t = item.tensors
+    if "down" in t:
+        return t["down"].shape[1]
+    if "hada_w1_b" in t and "hada_t1" not in t:
+        return t["hada_w1_b"].shape[1]
+    if item.kind == "lokr":
+        return kronecker_shape({name: tensor.to("meta") for name, tensor in t.items()})[1]
+    return None
+
+
 def widened(base: Tensor, item: Item) -> Tensor:
-    """A control LoRA doubles the inputs of the first layer: its weight gets as many zero columns; others stay."""
+    """The first layer's weight with as many columns as a control LoRA has, the new ones zero; others stay."""
     down = item.tensors.get("down")
-    if (
-        down is None
-        or item.target.parameter != "weight"
-        or down.ndim != 2
-        or base.ndim != 2
-        or down.shape[1] != 2 * base.shape[1]
-    ):
+    if down is None or item.target.parameter != "weight" or down.ndim != 2 or base.ndim != 2:
         return base
-    return torch.cat([base, torch.zeros_like(base)], dim=1)
+    missing = down.shape[1] - base.shape[1]
+    return torch.cat([base, base.new_zeros(base.shape[0], missing)], dim=1) if missing > 0 else base
 
 
 def low_rank(down: Tensor, up: Tensor, mid: Tensor | None = None) -> Tensor:

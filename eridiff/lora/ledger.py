@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 APPLIED = ("applied", "applied to a slice")
+LEFT_OUT = "left out"  # on request: the other part
 
 
 @dataclass(frozen=True)
@@ -17,8 +18,10 @@ class Row:
     rank: int | None
     alpha: float | None  # as stored
     scale: float | None  # alpha / rank, or what the format has in its place, at strength 1; None if nothing is applied
-    change: float | None  # |dW| / |W| at strength 1, Frobenius; None without weights to compare with
-    status: str  # applied, applied to a slice, dead, unmatched, no text encoder here, shape mismatch
+    change: float | None  # |dW| / |W| at strength 1, Frobenius; None where not asked for
+    status: (
+        str  # applied, applied to a slice, dead, left out, embedding, unmatched, no text encoder here, shape mismatch
+    )
     note: str = ""
 
 

@@ -3,17 +3,17 @@
 Weights are never restored by subtraction, which in bfloat16 loses up to a quarter of them: the originals are kept.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from eridiff.errors import LoraError
 from eridiff.lora.deltas import Item, check_dora_rule, widened
+from eridiff.lora.inplace import changed_by, changed_tensor, check_last_change, exchange, parts_of, tensors_of
 from eridiff.lora.load import Lora
-from eridiff.precision import full_float32
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,7 @@ class Merged:
         return f"{len(self.tensors)} tensors changed; {share:.1%} of {self.changed} weights were rounded away"
 
 
+@torch.no_grad()
 def merge_lora(
     state_dict: Mapping[str, Tensor], lora: Lora | Sequence[tuple[Lora, float]], scale: float = 1.0, *,
     dtype: torch.dtype = torch.float32, dora: str = "peft",
@@ -41,11 +42,15 @@ def merge_lora(
     LoRA changes nothing of the state dict, or has parts for several networks of these names.
     """
     check_dora_rule(dora)
+    weights = [scale] if isinstance(lora, Lora) else [scale, *(weight for _, weight in lora)]
+    wrong = next((weight for weight in weights if not math.isfinite(weight)), None)
+    if wrong is not None:
+        raise LoraError(f"a scale is a finite number, not {wrong}")
     if dtype not in (torch.float32, torch.float64):
         raise LoraError(f"a merge is computed in float32 or float64, not in {dtype}")
     items: list[tuple[Item, float]] = []
-    for part, weight in [(lora, 1.0)] if isinstance(lora, Lora) else lora:
-        own = [item for item in part.items if any(name in state_dict for name, _ in tensors_of(item))]
+    for one, weight in [(lora, 1.0)] if isinstance(lora, Lora) else lora:
+        own = [item for item in one.items if any(name in state_dict for name, _ in tensors_of(item))]
         networks = sorted({item.target.network for item in own})
         if len(networks) > 1:
             raise LoraError(f"the LoRA has parts for {' and '.join(networks)}; choose one by lora.of(network)")
@@ -54,48 +59,19 @@ def merge_lora(
         items += [(item, scale * weight) for item in own]
     found: dict[str, Tensor] = {}
     changed = lost = 0
-    for (name, bias), pairs in by_tensor(items).items():
+    for name, parts in parts_of(items, dora).items():
         if name not in state_dict:
             continue
         old = state_dict[name]
         base = old.to(dtype)
-        for item, _ in pairs:
-            base = base if bias else widened(base, item)
-        with full_float32(base.device):
-            new = merged_tensor(base, pairs, bias, dora)
+        for part in parts:
+            base = base if part.bias else widened(base, part.item)
+        new = changed_tensor(base, parts)
         found[name] = new.to(old.dtype)
         differ = new != base
         changed += int(differ.sum())
         lost += int((differ & (found[name].to(dtype) == base)).sum())
     return Merged(dict(state_dict) | found, tuple(found), changed, lost)
-
-
-def tensors_of(item: Item) -> list[tuple[str, bool]]:
-    """(native tensor, whether it is a bias) of what an item changes."""
-    weight, bias = (item.target.name, False), (f"{item.target.module}.bias", True)
-    return [weight] * item.changes_weight + [bias] * item.changes_bias
-
-
-def by_tensor(items: Sequence[tuple[Item, float]]) -> dict[tuple[str, bool], list[tuple[Item, float]]]:
-    """The items that change each tensor, with their scales."""
-    result: dict[tuple[str, bool], list[tuple[Item, float]]] = {}
-    for item, scale in items:
-        for place in tensors_of(item):
-            result.setdefault(place, []).append((item, scale))
-    return result
-
-
-def merged_tensor(base: Tensor, items: Sequence[tuple[Item, float]], bias: bool, dora: str) -> Tensor:
-    """A weight or a bias with items in it, each at its scale; in base's dtype and of its shape."""
-    new = base.clone()
-    for item, scale in items:
-        target, rows = item.target, item.target.take(base)
-        place = new if target.rows is None else new[target.rows[0] : target.rows[1]]
-        if item.kind == "set":
-            place.copy_(target.exchanged(item.tensors["set_weight"].to(base).reshape(rows.shape)))
-        else:
-            place += target.exchanged(scale * item.bias_delta(rows) if bias else item.change(rows, scale, dora))
-    return new
 
 
 class MergedModule:
@@ -123,47 +99,6 @@ class MergedModule:
 
     def __exit__(self, *_: object) -> None:
         self.restore()
-
-
-# what is changed in place, and by whom: kept by the layer, as `.to()` and FSDP2 may give it other parameter objects
-
-
-def changed_by(module: nn.Module, name: str) -> int:
-    """Who has changed a module's tensor in place last, by `id`; 0 for nobody."""
-    layer, short = _layer(module, name)
-    changes: dict[str, int] = vars(layer).get("changed_by_lora", {})
-    return changes.get(short, 0)
-
-
-def exchange(module: nn.Module, name: str, new: Tensor, by: int) -> Tensor:
-    """Give a module's tensor, which stays the same object, another value; returns the one it had.
-
-    While a module works with copies on a device (`memory.stages.on_device`), both the copy and its original get it.
-    """
-    layer, short = _layer(module, name)
-    tensor: Any = getattr(layer, short)
-    if hasattr(tensor, "copy_of"):
-        tensor.data = new.to(tensor)
-        tensor = tensor.copy_of
-    old: Tensor = tensor.data
-    tensor.data = new.to(old)  # a module may have been moved since
-    changes = vars(layer).setdefault("changed_by_lora", {})
-    changes[short] = by
-    if not by:
-        del changes[short]
-    return old
-
-
-def check_last_change(module: nn.Module, names: Iterable[str], by: int) -> None:
-    """Raises LoraError for originals that would come back under somebody else's change, and undo it."""
-    name = next((name for name in names if changed_by(module, name) != by), None)
-    if name:
-        raise LoraError(f"another LoRA has changed {name} since; take that one away first")
-
-
-def _layer(module: nn.Module, name: str) -> tuple[nn.Module, str]:
-    path, _, short = name.rpartition(".")
-    return module.get_submodule(path), short
 
 
 @torch.no_grad()

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from eridiff.errors import CheckpointError, LoraError
 from eridiff.weights.detect import sizes_of
-from eridiff.weights.keymap import Entry, Shape, key_map
+from eridiff.weights.keymap import Entry, Layout, Shape, key_map
 from eridiff.weights.load import NETWORKS
 from eridiff.weights.locate import DENOISERS, TEXT_ENCODERS
 
@@ -29,9 +29,10 @@ PREFIXES: dict[str, tuple[str, ...]] = {
 }  # fmt: skip
 
 COMPUTED = ("positions.table", "encoder.embed_tokens.weight")  # MMDiT's is no parameter, T5's is shared.weight again
-
-
-COMPUTED = ("positions.table", "encoder.embed_tokens.weight")  # MMDiT's is no parameter, T5's is shared.weight again
+PEFT = "base_model.model."
+WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")  # what wrappers put into names
+IN_DOTS = re.compile(rf"(?:(?<=\.)|^)(?:{'|'.join(WRAPPERS)}|module|base_layer)\.")
+IN_UNDERSCORES = re.compile(rf"(?:{'|'.join(WRAPPERS)})_|^module_")
 
 
 @dataclass(frozen=True)
@@ -78,24 +79,25 @@ class Names:
         self.own: dict[str, Target] = {}  # by our names, which stand in files without a prefix alone
         for native in shapes:
             self._add(self.own if network in DENOISERS else self.targets, native, Target(network, *_split(native)))
+        self.lacks = root_that_lacks(network, shapes)
         if network:
-            found = key_map("clip" if network == "clip_g" else network)
             sizes = {} if config is None or network in TEXT_ENCODERS else sizes_of(config)
-            for layout in found.layouts.values():
-                if network in DENOISERS or layout.name == "huggingface":
-                    for entry in layout.spellings(shapes, sizes):
-                        self._add_entry(entry)
+            natives = {rooted(name, self.lacks): shape for name, shape in shapes.items()}
+            for layout in layouts_of(network):
+                for entry in layout.spellings(natives, sizes):
+                    self._add_entry(entry)
             for native in shapes:
-                for rule in found.lora_rules:
+                for rule in key_map("clip" if network == "clip_g" else network).lora_rules:
                     if found_entry := rule.entry(native, sizes):
                         self._add_entry(found_entry)
         self.underscored = {name.replace(".", "_"): target for name, target in self.targets.items()}
 
     def _add_entry(self, entry: Entry) -> None:
-        module, parameter = _split(entry.native)
+        native = entry.native.removeprefix(self.lacks)
+        module, parameter = _split(native)
         if entry.operation == "rows":
             start = 0
-            for name, shape in zip(entry.foreign, entry.foreign_shapes(self.shapes[entry.native]), strict=True):
+            for name, shape in zip(entry.foreign, entry.foreign_shapes(self.shapes[native]), strict=True):
                 if name:
                     self._add(self.targets, name, Target(self.network, module, parameter, (start, start + shape[0])))
                 start += shape[0]
@@ -112,9 +114,9 @@ class Names:
             if known != target:
                 raise LoraError(f"the name '{name}' means both {known} and {target}; the key map must tell them apart")
 
-    def find(self, name: str, prefix: str = "") -> Target | None:
-        """The target of a module's name, which stands behind a prefix in the file."""
-        return self.targets.get(name) or self.underscored.get(name) or (None if prefix else self.own.get(name))
+    def find(self, name: str, own: bool = True) -> Target | None:
+        """The target of a module's name without prefix; `own` lets it be one of our names."""
+        return self.targets.get(name) or self.underscored.get(name) or (self.own.get(name) if own else None)
 
 
 def _split(name: str) -> tuple[str, str]:
@@ -134,30 +136,43 @@ def names_of(network: str, module: nn.Module | Mapping[str, Tensor]) -> Names:
         raise LoraError(f"what is given as '{network}' has other names than this package's modules: {error}") from None
 
 
+def root_that_lacks(network: str, shapes: Iterable[str]) -> str:
+    """What stands before the names of a CLIP in the key map, and not in a module of transformers 5.6 and later."""
+    flat = network in ("clip", "clip_g") and not any(name.startswith("text_model.") for name in shapes)
+    return "text_model." if flat else ""
+
+
+def rooted(name: str, root: str) -> str:
+    """A text encoder's name as the key map has it."""
+    return name if name.startswith("text_projection.") else root + name
+
+
+def layouts_of(network: str) -> list[Layout]:
+    """The layouts whose names LoRA files use."""
+    layouts = key_map("clip" if network == "clip_g" else network).layouts
+    return [layout for name, layout in layouts.items() if network in DENOISERS or name in ("huggingface", "flat")]
+
+
 def find(name: str, tables: Mapping[str, Names]) -> Target | None:
     """The target that a module's name in a file, prefix included, has in the given networks."""
-    for prefix, networks in PREFIXES.items():
-        if name.startswith(prefix):
-            for network in networks:
-                target = tables[network].find(name.removeprefix(prefix), prefix) if network in tables else None
-                if target:
-                    return target
-    return tables[""].find(name, "") if "" in tables else None
+    prefix, networks, inside = inner(name)
+    if prefix == PEFT and len(tables) == 1:  # it says nothing of the network: a text encoder's folder looks the same
+        networks = tuple(tables)
+    for network in networks:
+        target = tables[network].find(inside, prefix in ("", PEFT)) if network in tables else None
+        if target:
+            return target
+    if "" not in tables:
+        return None
+    return tables[""].find(name) or tables[""].find(IN_DOTS.sub("", name)) or tables[""].find(inside)
 
 
-def meant_networks(name: str) -> tuple[str, tuple[str, ...]]:
-    """The prefix of a name, and the networks to which it points."""
-    return next((prefix, networks) for prefix, networks in PREFIXES.items() if name.startswith(prefix))
-
-
-def could_be(network: str, name: str) -> bool:
-    """Whether a text encoder of some size has a module of this name, as far as the first number or wildcard of its map tells."""
-    rules = key_map("clip" if network == "clip_g" else network).layouts["huggingface"].rules
-    heads = [re.split(r"[{*]", rule.native)[0].removesuffix(".weight").replace(".", "_") for rule in rules]
-    return name.replace(".", "_").startswith(tuple(heads))
-
-
-def known_names(tables: Mapping[str, Names], networks: Iterable[str], underscores: bool) -> list[str]:
-    """All names of some networks, as a file without dots or with them would write them."""
-    found = [tables[n] for n in networks if n in tables]
-    return [name for table in found for name in (table.underscored if underscores else table.targets)]
+def inner(name: str) -> tuple[str, tuple[str, ...], str]:
+    """The prefix of a name, the networks to which it points, and the rest, without what wrappers put into it."""
+    plain = IN_DOTS.sub("", name)
+    prefix, networks = next((prefix, networks) for prefix, networks in PREFIXES.items() if plain.startswith(prefix))
+    rest = plain.removeprefix(prefix)
+    if prefix == PEFT and inner(rest)[0]:
+        further, networks, rest = inner(rest)
+        prefix += further
+    return prefix, networks, rest if "." in rest else IN_UNDERSCORES.sub("", rest)

@@ -20,7 +20,7 @@ from eridiff.errors import LoraError
 from eridiff.lora.attach import LoraSet
 from eridiff.lora.deltas import Item
 from eridiff.lora.load import Lora, Network
-from eridiff.lora.names import Target, names_of, network_of
+from eridiff.lora.names import Target, names_of, network_of, root_that_lacks, rooted
 from eridiff.lora.rows import part_of
 from eridiff.weights.detect import sizes_of
 from eridiff.weights.keymap import key_map
@@ -168,7 +168,8 @@ def _parts(network: str, given: Network, name: str, shapes: Mapping[str, tuple[i
     found = key_map("clip" if network == "clip_g" else network)
     layout = found.layouts[LAYOUTS[format] if network in DENOISERS else "huggingface"]
     config = getattr(given, "config", None)
-    entry = layout.entry(name, sizes_of(config) if network in DENOISERS else {})
+    native = rooted(name, root_that_lacks(network, shapes))
+    entry = layout.entry(native, sizes_of(config) if network in DENOISERS else {})
     parts, start = [], 0
     for foreign, shape in zip(entry.foreign, entry.foreign_shapes(shapes[name]), strict=True):
         owner, _, last = foreign.rpartition(".")

@@ -137,7 +137,8 @@ def candidates(network: str, name: str, held: Mapping[str, Tensor]) -> list[Entr
 def run_lora(case: Mapping[str, Any], expected: Mapping[str, Tensor], dtype: torch.dtype) -> list[Row]:
     folder = Path(case["folder"])
     base = Base(case, dtype)
-    lora = load_lora(folder / "lora.safetensors", base.given())
+    unscaled = "base_model.model." in case["format"]  # peft's names, and no adapter_config.json: the scale is 1
+    lora = load_lora(folder / "lora.safetensors", base.given(), alpha_is_rank=unscaled, measure=True)
     rows = compare(case, dtype, "merged", base, lora, expected) + ledger_rows(case, dtype, lora)
     if base.network in lora.networks:
         rows += forward_rows(case, dtype, base, lora.of(base.network), expected)
