@@ -13,7 +13,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from eridiff.config import SYNONYMS, RunConfig, parse_config, prompts_of
+from eridiff.config import SAID, RunConfig, parse_config, prompts_of
 from eridiff.errors import ConfigError
 from eridiff.prompt_files import read_json, read_prompt_file, split_flags
 from eridiff.yaml_reader import read_yaml
@@ -194,7 +194,9 @@ def _entry(
             raise ConfigError(f"{where}: --p2 needs to know the model's family; say arch: flux, sd3 or sdxl")
         first = flagged["prompt"]
         flagged["prompt"] = {n: second if n == SECOND[family][1] else first for n in SECOND[family]}
-    said = {SYNONYMS.get(key, key): value for key, value in entry.items() if value is not None}
+    said, flagged = (
+        {SAID.get(key, key): value for key, value in given.items() if value is not None} for given in (entry, flagged)
+    )
     return _multiplier(said | flagged, unused)
 
 

@@ -1,6 +1,5 @@
 """Flux: CLIP-L's pooled state and T5's features, the guidance embedding, and the extra channels of Fill, Canny, Depth."""
 
-import logging
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -14,16 +13,15 @@ from eridiff.inference.base import DiffusionInference
 from eridiff.inference.handed_in import check_encoders
 from eridiff.inference.latents import dtype_of, finite_features
 from eridiff.inference.options import Options
-from eridiff.inference.settings import Defaults, Text, spoken
+from eridiff.inference.settings import Defaults, spoken
 from eridiff.memory.stages import Stages
 from eridiff.models.autoencoder import Autoencoder
 from eridiff.models.flux import Flux, FluxConfig, FluxRun, fill_condition, patchify, unpatchify
+from eridiff.request import Checked, Text
 from eridiff.schedulers import Schedule
 from eridiff.schedulers.flow_match import flux_schedule
 from eridiff.text import Conditioning
 from eridiff.text.encoders import ClipEncoder, T5Encoder
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -72,13 +70,23 @@ class FluxInference(DiffusionInference):
         check_encoders(type(self), clip=clip, t5=t5)
         self.clip, self.t5, self.t5_mask = clip, t5, t5_mask
 
+    @property
+    def takes(self) -> Collection[str]:  # type: ignore[override]
+        return ("control",) if "canny" in self.variants_of_inputs(self.network.config) else ()
+
+    @property
+    def inpaints(self) -> bool:  # type: ignore[override]
+        return self.variants_of_inputs(self.network.config) == ["fill"]
+
+    @staticmethod
+    def variants_of_inputs(config: FluxConfig) -> list[str]:
+        found = {6: ["fill"], 2: ["canny", "depth"]}
+        return found.get(config.in_channels // config.out_channels, ["dev", "schnell"])
+
     @staticmethod
     def possible_variants(config: FluxConfig) -> list[str]:
-        if config.in_channels == config.out_channels * 6:
-            return ["fill"]
-        if config.in_channels == config.out_channels * 2:
-            return ["canny", "depth"]
-        return ["dev" if config.guidance else "schnell"]
+        found = FluxInference.variants_of_inputs(config)
+        return ["dev" if config.guidance else "schnell"] if "dev" in found else found
 
     @staticmethod
     def channels_drawn(config: FluxConfig) -> int:
@@ -118,22 +126,12 @@ class FluxInference(DiffusionInference):
             )
         return flux_schedule(steps, (width // 16) * (height // 16), self.sampling.shift)
 
-    def guidance(self, guidance_scale: float | None) -> float | None:
-        if not self.network.config.guidance:
-            if guidance_scale is not None:
-                log.warning("this Flux has no guidance embedding: guidance_scale %g has no effect", guidance_scale)
-            return None
-        return self.sampling.guidance_scale if guidance_scale is None else guidance_scale
-
-    def prepare(
-        self, conditioning: Conditioning, negatives: int, times: Tensor, width: int, height: int,
-        guidance_scale: float | None,
-    ) -> FluxRun:  # fmt: skip
-        scale = self.guidance(guidance_scale) if self.network.config.guidance else None
+    def prepare(self, conditioning: Conditioning, negatives: int, times: Tensor, asked: Checked) -> FluxRun:
+        scale = asked.guidance_scale
         told = (
             None if scale is None else torch.full((len(conditioning),), scale, dtype=torch.float32, device=self.device)
         )
-        grid = height // 16, width // 16
+        grid = asked.height // 16, asked.width // 16
         return self.network.prepare(conditioning.text, conditioning.pooled, times, grid, told, mask=conditioning.mask)
 
     def step(
@@ -147,13 +145,13 @@ class FluxInference(DiffusionInference):
 
     def condition(self, image: Tensor | None, mask: Tensor | None, control: Tensor | None) -> Tensor | None:
         """Fill: the picture without what shall be painted, and the mask; Canny and Depth: the control picture's latents."""
-        if self.variant == "fill":
+        if self.inpaints:
             if image is None or mask is None:
                 raise ConfigError("Flux Fill needs an image and a mask (white is painted)")
             hard = (mask > 0.5).float()
             latents = self.encode_vae(image * (1 - hard))
             return fill_condition(latents, hard.to(latents.device))
-        if self.variant in ("canny", "depth"):
+        if "control" in self.takes:
             if control is None:
                 raise ConfigError(f"Flux {self.variant.title()} needs a control picture")
             return patchify(self.encode_vae(control))

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from eridiff.errors import CheckpointError, ConfigError
 from eridiff.inference import DiffusionInference, Prompt
-from eridiff.inference.settings import Text
+from eridiff.request import Text
 from eridiff.text import Conditioning
 from eridiff.training.fingerprint import digest
 from eridiff.weights.locate import TEXT_ENCODERS

@@ -7,7 +7,7 @@ import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,8 @@ from eridiff.errors import ConfigError, TrainingError
 from eridiff.images import save_png, slug
 from eridiff.inference import DiffusionInference, Prompt, Step
 from eridiff.inference.handed_in import check_dtypes, check_inference
-from eridiff.inference.section import fitted, picture_paths, picture_requests, told_sizes
-from eridiff.inference.settings import plain
+from eridiff.inference.section import requests_of
+from eridiff.request import plain
 from eridiff.training.adopt import Adopted
 from eridiff.training.cached import handed_in_prompts
 from eridiff.training.distributed import collected, ranks, sharded
@@ -99,14 +99,11 @@ class Sampler:
         if autocast is None:
             check_dtypes(inference)
         config = sample if isinstance(sample, RunConfig) else parse_config({"sample": plain(dict(sample))})
-        if not config.sample.prompts:
+        if not config.sample.entries:
             raise ConfigError("sample: no prompts are given")
         training = config.training
-        foreign = [name for name in told_sizes(config.sample) if not hasattr(inference, name)]
-        foreign += ["hand_over"] if config.sample.hand_over is not None else []
-        foreign += ["lora"] if config.sample.lora else []
-        if foreign:
-            raise ConfigError(f"sample: {foreign[0]} has no meaning for {type(inference).__name__} in training")
+        if config.sample.lora:
+            raise ConfigError(f"sample: lora has no meaning for {type(inference).__name__} in training")
         self.inference, self.optimizer, self.ema = inference, optimizer, ema
         self.modules, self.autocast, self.callbacks = dict(modules or {}), autocast, list(callbacks)
         if adopted is None:
@@ -116,7 +113,7 @@ class Sampler:
             self.modules["adopted"] = adopted.foreign
             adopted.release()
         self.verify, self.raise_errors, self.text_in_training = verify, raise_errors, text_in_training
-        self.out, self.told = Path(config.sample.out), told_sizes(config.sample)
+        self.out = Path(config.sample.out)
         self.on_demand = os.fspath(self.out / "now" if on_demand is None else on_demand)
         self.every, self.max_seconds, self.at_end = training.sample_every, training.max_seconds, training.at_end
         self.first = self.first_step(self.every, training.start_step, training.skip_first)
@@ -133,11 +130,10 @@ class Sampler:
             self.weights["ema"] = lambda: averaged_weights(self._trained(), averages())
             places_of(self._trained(), averages())  # names and shapes are checked before training begins
         drawer = self._drawer()
-        self.entries, notices = fitted(drawer, config.sample, drawer.multiple)
-        for notice in notices:
+        self.requests, notices = requests_of(config.sample, drawer)
+        for notice in (*config.notices, *notices):
             log.info("%s", notice)
-        self.requests = picture_requests(drawer, self.entries)
-        inference.check_words([request["prompt"] for request in self.requests])
+        inference.check_words([request.prompt for request in self.requests])  # type: ignore[misc]  # each has one
         self.prompts: list[Prompt] = []
         self._handed_in = conditioning is not None
         if conditioning is not None:
@@ -149,7 +145,7 @@ class Sampler:
 
     def _encoded(self, encode: Callable[..., Prompt]) -> list[Prompt]:
         """Every prompt with what it is steered away from, alone, as `generate` would."""
-        return [on_cpu(encode(r["prompt"], r["negative"], r["cfg_scale"])) for r in self.requests]
+        return [on_cpu(encode(r.prompt, r.negative, r.cfg_scale)) for r in self.requests]
 
     @staticmethod
     def first_step(every: int, start: int, skip_first: bool) -> int:
@@ -227,10 +223,8 @@ class Sampler:
         return samples
 
     def _drawer(self) -> DiffusionInference:
-        """The inference with its modules out of their wrappers, told what the section says of the picture."""
+        """The inference with its modules out of their wrappers."""
         drawer = copy.copy(self.inference)
-        for name, value in self.told.items():
-            setattr(drawer, name, value)
         drawer.adopted = tuple(one for one in drawer.adopted if one is not self.adopted)  # which is refreshed here
         drawer.network, drawer.autoencoder = unwrapped(drawer.network), unwrapped(drawer.autoencoder)
         return drawer
@@ -270,7 +264,10 @@ class Sampler:
                     if self.adopted is not None:  # each kind has tensors and adapters of its own
                         self.adopted.refresh()
                     prompts = self._encoded(drawer.encode_prompt) if self.text_in_training else self.prompts
-                    told = [{**self.requests[i], "conditioning": prompts[i], "callback": in_time} for i in own]
+                    told = [
+                        {"prompt": replace(self.requests[i], prompt="", negative=None), "conditioning": prompts[i], "callback": in_time}
+                        for i in own
+                    ]  # fmt: skip
                     for i, result in zip(own, drawer.generate_each(told), strict=True):
                         if rank == 0 or not together:
                             self._keep(samples, i, name, result.images[0], result.settings[0], entries)
@@ -292,8 +289,8 @@ class Sampler:
         entries: dict[str, Entry],
     ) -> None:  # fmt: skip
         """A picture's PNG, with its step and its drift."""
-        suffix = "" if weights == LIVE else f"-{weights}"
-        name = f"step-{samples.step:08d}-{i:02d}-{slug(drawn['prompt'])}{suffix}.png"
+        suffix, request = "" if weights == LIVE else f"-{weights}", self.requests[i]
+        name = f"step-{samples.step:08d}-{i:02d}-{slug(request.prompt)}{suffix}.png"
         training: dict[str, Any] = {"step": samples.step, "weights": weights}
         if self.autocast is not None:
             training["autocast"] = str(self.autocast).removeprefix("torch.")
@@ -301,7 +298,8 @@ class Sampler:
             training["conditioning"] = "the trainer's"
         # the conditioning is the prompt's own, so the prompt is all that is needed to draw it again
         handed_in = [thing for thing in drawn["handed_in"] if thing != "conditioning"]
-        settings = {**drawn, **picture_paths(self.entries[i]), "handed_in": handed_in, "training": training}
+        asked = {"prompt": request.prompt, "negative": request.negative}
+        settings = {**drawn, **asked, "handed_in": handed_in, "training": training}
         training["drift"] = drift_of(image, Entry(name, settings), entries, self.out)
         path = save_png(image, self.out / name, settings)
         entries[name] = Entry(name, settings)
