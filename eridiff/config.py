@@ -72,7 +72,19 @@ class RunConfig:
     sample: SampleSettings = field(default_factory=SampleSettings)
     first_sample: SampleSettings | None = None  # in place of `sample` the first time that a training run draws
     training: TrainingSchedule = field(default_factory=TrainingSchedule)
-    notices: tuple[str, ...] = ()
+    unused: dict[str, str] = field(default_factory=dict)  # keys without effect, with the reason
+    told: tuple[str, ...] = ()  # what else the reader of the file should know
+
+    @property
+    def notices(self) -> tuple[str, ...]:
+        """What `eridiff sample` says of the file."""
+        return (*_listed(self.unused), *self.told)
+
+    @property
+    def notices_in_training(self) -> tuple[str, ...]:
+        """What the `Sampler` says of it: keys for training are the trainer's own."""
+        kept = {key: reason for key, reason in self.unused.items() if reason != FOR_TRAINING}
+        return (*_listed(kept), *self.told)
 
 
 KEYS: dict[str, type] = {  # of the section alone, and their types
@@ -82,8 +94,9 @@ SCHEDULE_KEYS = {  # key of the section -> field of TrainingSchedule
     "sample_every": "sample_every", "sample_start_step": "start_step", "skip_first_sample": "skip_first",
     "sample_at_end": "at_end", "sample_max_seconds": "max_seconds",
 }  # fmt: skip
+FOR_TRAINING = "it is for training"
 NO_EFFECT = {  # known words of training configurations
-    **dict.fromkeys(SCHEDULE_KEYS, "it is for training"),
+    **dict.fromkeys(SCHEDULE_KEYS, FOR_TRAINING),
     "format": "pictures are PNG",
     **dict.fromkeys(
         ["adapter_conditioning_scale", "ctrl_img", "ctrl_idx", "ctrl_img_1", "ctrl_img_2", "ctrl_img_3"],
@@ -133,11 +146,11 @@ def parse_config(document: Any, without_effect: Mapping[str, str] | None = None)
     options = {n: scalar(n, document[n], kind) for n, kind in MODEL_OPTIONS.items() if document.get(n) is not None}
     first = document.get("first_sample")
     if first is not None:
-        unused["first_sample"] = NO_EFFECT["sample_every"]
+        unused["first_sample"] = FOR_TRAINING
     return RunConfig(
         model=model, options=options, sample=sample, training=_training(section),
         first_sample=None if first is None else _sample(_mapping("first_sample", first), {}, []),
-        notices=(*_listed(unused), *dict.fromkeys(notices)), **texts,
+        unused=unused, told=tuple(dict.fromkeys(notices)), **texts,
     )  # fmt: skip
 
 

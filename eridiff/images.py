@@ -118,7 +118,7 @@ SCHEDULE_NAMES = {"karras": "Karras", "exponential": "Exponential"}
 
 def parameters_text(settings: Mapping[str, Any]) -> str:
     """The settings as A1111's "parameters" text: prompt, negative prompt, one line of pairs."""
-    prompt, negative = (first_text(settings.get(key) or "").strip() for key in ("prompt", "negative_prompt"))
+    prompt, negative = (first_text(settings.get(key) or "").strip() for key in ("prompt", "negative"))
     pairs = {
         "Steps": settings["steps"],
         "Sampler": SAMPLER_NAMES.get(settings["sampler"], settings["sampler"]),

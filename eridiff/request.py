@@ -39,6 +39,7 @@ class Kind:
 
     read: Callable[[str, Any], Any]  # (name for messages, value in a file) -> the field's value; raises ConfigError
     flag: Mapping[str, Any]  # how argparse takes it
+    example: str  # as YAML
     write: Callable[[Any], Any] = lambda value: value  # the field's value -> JSON
 
 
@@ -88,41 +89,47 @@ def _skip_layers(name: str, value: Any) -> Any:
     return SkipLayers(tuple(blocks), **{k: scalar(f"skip_layers: {k}", v, float) for k, v in numbers.items()})
 
 
-def _file(name: str, value: Any) -> Any:
-    return scalar(name, value, str)
-
-
 def _path(value: Any) -> str | None:
     return os.fspath(value) if is_file(value) else None
 
 
-def _plain_kind(kind: type, **flag: Any) -> Kind:
-    return Kind(lambda name, value: scalar(name, value, kind), {"type": kind, **flag})
+def _reads(kind: type) -> Callable[[str, Any], Any]:
+    return lambda name, value: scalar(name, value, kind)
 
 
-TEXT, WHOLE, NUMBER = _plain_kind(str, metavar="TEXT"), _plain_kind(int, metavar="N"), _plain_kind(float, metavar="X")
-SWITCH = Kind(_skip_layers, {"action": "store_true"}, lambda v: asdict(v) if isinstance(v, SkipLayers) else v or None)
-NAME = Kind(_schedule, {"metavar": "NAME"}, lambda v: v.tolist() if isinstance(v, Tensor) else v)
-SIZE = Kind(size_of, {"metavar": "WxH"}, lambda value: value and f"{value[1]}x{value[0]}")
-CORNER = Kind(_pair(int, "two numbers, top and left", "[0, 64]"), {"type": int, "nargs": 2, "metavar": ("TOP", "LEFT")}, lambda v: v and list(v))  # fmt: skip
-SHARES = Kind(_pair(float, "two rising shares of the steps", "[0, 0.8]"), {"type": float, "nargs": 2, "metavar": ("START", "END")}, list)  # fmt: skip
-FILE = Kind(_file, {"metavar": "FILE"}, _path)
+TEXT = Kind(_reads(str), {"metavar": "TEXT"}, "blurry")
+WHOLE = Kind(_reads(int), {"type": int, "metavar": "N"}, "64")
+NUMBER = Kind(_reads(float), {"type": float, "metavar": "X"}, "0.5")
+METHOD = Kind(_reads(str), {"choices": SAMPLERS}, "heun")
+SWITCH = Kind(
+    _skip_layers, {"action": "store_true"}, "true", lambda v: asdict(v) if isinstance(v, SkipLayers) else v or None
+)
+NAME = Kind(_schedule, {"metavar": "NAME"}, "karras", lambda v: v.tolist() if isinstance(v, Tensor) else v)
+SIZE = Kind(size_of, {"metavar": "WxH"}, "1024x768", lambda value: value and f"{value[1]}x{value[0]}")
+CORNER = Kind(
+    _pair(int, "two numbers, top and left", "[0, 64]"), {"type": int, "nargs": 2, "metavar": ("TOP", "LEFT")}, "[0, 64]",
+    lambda v: v and list(v),
+)  # fmt: skip
+SHARES = Kind(
+    _pair(float, "two rising shares of the steps", "[0, 0.8]"), {"type": float, "nargs": 2, "metavar": ("START", "END")},
+    "[0.0, 0.8]", list,
+)  # fmt: skip
+FILE = Kind(_reads(str), {"metavar": "FILE"}, "in.png", _path)
 
 
 def option(
     default: Any, kind: Kind, help: str, *, low: float | None = None, high: float | None = None,
-    words: Sequence[str] = (), flags: Sequence[str] = (), each: bool = False, effect: Any = None, python: bool = False,
+    words: Sequence[str] = (), flags: Sequence[str] = (), effect: Any = None, python: bool = False,
 ) -> Any:  # fmt: skip
     """A field of `Request`.
 
     - low, high: what numbers must lie between.
     - words: other tools' names for the key of a file.
     - flags: shorter names on the command line.
-    - each: whether an entry of `samples` may have its own.
     - effect: a function of request and model: why the value has no effect, or None where it has one.
     - python: whether only a program can give it, because it goes with tensors.
     """
-    told = {"kind": kind, "help": help, "low": low, "high": high, "words": words, "flags": flags, "each": each}
+    told = {"kind": kind, "help": help, "low": low, "high": high, "words": words, "flags": flags}
     return field(default=default, metadata={**told, "effect": effect, "python": python})
 
 
@@ -156,6 +163,10 @@ def _taken(name: str) -> Callable[["Request", Any], str | None]:
     return effect
 
 
+def _followed(request: "Request", model: Any) -> str | None:
+    return None if "control" in model.takes else f"on {model.variant}: Flux Canny and Depth follow a control image"
+
+
 def _handed_over(request: "Request", model: Any) -> str | None:
     return None if getattr(model, "refiner", None) is not None else "without a refiner"
 
@@ -179,75 +190,69 @@ class Request:
 
     prompt: Text | Sequence[Text] = option("", TEXT, "may be given several times", words=("prompts",))
     negative: Text | Sequence[Text] | None = option(
-        None, TEXT, "what to steer away from", words=("negative_prompt", "neg"), each=True, effect=_guided
+        None, TEXT, "what to steer away from", words=("negative_prompt", "neg"), effect=_guided
     )
-    width: int | None = option(None, WHOLE, "in pixels, a multiple of 16", low=8, each=True)
-    height: int | None = option(None, WHOLE, "in pixels, a multiple of 16", low=8, each=True)
+    width: int | None = option(None, WHOLE, "in pixels, a multiple of 16", low=8)
+    height: int | None = option(None, WHOLE, "in pixels, a multiple of 16", low=8)
     steps: int | None = option(
-        None, WHOLE, "how often the network is asked", low=1, words=("sample_steps",), each=True, effect=_counted
+        None, WHOLE, "how often the network is asked", low=1, words=("sample_steps",), effect=_counted
     )
-    seed: int | Sequence[int] | None = option(None, WHOLE, "of the noise; 42 when not said", each=True)
-    sampler: str | None = option(None, TEXT, "how to move from one noise level to the next", each=True)
-    schedule: Table | None = option(
-        None, NAME, "SD 3: original, script, diffusers, candle; SDXL: leading, karras, ...", each=True
-    )
+    seed: int | Sequence[int] | None = option(None, WHOLE, "of the noise; 42 when not said")
+    sampler: str | None = option(None, METHOD, "how to move from one noise level to the next")
+    schedule: Table | None = option(None, NAME, "SD 3: original, script, diffusers, candle; SDXL: leading, karras, ...")
     shift: float | None = option(
-        None, NUMBER, "of SD 3's schedule; 3 when not said", low=0.01, high=100, each=True, effect=_shifted
+        None, NUMBER, "of SD 3's schedule; 3 when not said", low=0.01, high=100, effect=_shifted
     )
     guidance_scale: float | None = option(
         None, NUMBER, "what the guidance embedding is told (Flux dev: 3.5)", low=0, high=1000, flags=("guidance",),
-        each=True, effect=_embedded,
+        effect=_embedded,
     )  # fmt: skip
     cfg_scale: float | None = option(
         None, NUMBER, "classifier-free guidance; asks the network twice a step", low=0, high=1000,
-        words=("true_cfg_scale",), flags=("cfg",), each=True,
+        words=("true_cfg_scale",), flags=("cfg",),
     )  # fmt: skip
     cfg_rescale: float = option(
         0.0, NUMBER, "share of the deviation that is put back after guidance", low=0, high=1,
-        words=("guidance_rescale",), each=True, effect=_guided,
+        words=("guidance_rescale",), effect=_guided,
     )  # fmt: skip
     cfg_interval: tuple[float, float] = option(
-        (0.0, 1.0), SHARES, "shares of the steps between which there is guidance", each=True, effect=_guided
+        (0.0, 1.0), SHARES, "shares of the steps between which there is guidance", effect=_guided
     )
     skip_layers: bool | SkipLayers = option(
-        False, SWITCH, "sd3.5-medium's published guidance by skipped layers", each=True, effect=_taken("skip_layers")
+        False, SWITCH, "sd3.5-medium's published guidance by skipped layers", effect=_taken("skip_layers")
     )
     part: tuple[float, float] = option(
         (0.0, 1.0), SHARES, "shares of the run; latents of the first part are the noise of the second", python=True
     )
     hand_over: float | None = option(
         None, NUMBER, "share of the run after which the refiner goes on (0.8)", low=0, high=1,
-        words=("refiner_start_at",), each=True, effect=_handed_over,
+        words=("refiner_start_at",), effect=_handed_over,
     )  # fmt: skip
     original_size: tuple[int, int] | None = option(
-        None, SIZE, "SDXL is told that the image had it before it was scaled and cropped", low=1, each=True,
+        None, SIZE, "SDXL is told that the image had it before it was scaled and cropped", low=1,
         effect=_taken("original_size"),
     )  # fmt: skip
-    crop: tuple[int, int] | None = option(
-        None, CORNER, "and what was cut away (0 0)", low=0, each=True, effect=_taken("crop")
-    )
+    crop: tuple[int, int] | None = option(None, CORNER, "and what was cut away (0 0)", low=0, effect=_taken("crop"))
     target_size: tuple[int, int] | None = option(
-        None, SIZE, "and what it should have; the image's size when not said", low=1, each=True,
+        None, SIZE, "and what it should have; the image's size when not said", low=1,
         effect=_taken("target_size"),
     )  # fmt: skip
     aesthetic_score: float | None = option(
-        None, NUMBER, "SDXL's refiner is told (6)", low=0, high=10, each=True, effect=_taken("aesthetic_score")
+        None, NUMBER, "SDXL's refiner is told (6)", low=0, high=10, effect=_taken("aesthetic_score")
     )
     negative_aesthetic_score: float | None = option(
-        None, NUMBER, "the same of the negative prompt (2.5)", low=0, high=10, each=True,
+        None, NUMBER, "the same of the negative prompt (2.5)", low=0, high=10,
         effect=_taken("aesthetic_score"),
     )  # fmt: skip
-    image: Picture | None = option(None, FILE, "begin from this image", each=True)
+    image: Picture | None = option(None, FILE, "begin from this image")
     strength: float | None = option(
-        None, NUMBER, "0 keeps the image, 1 keeps nothing of it (0.75)", low=0, high=1, each=True, effect=_begun
+        None, NUMBER, "0 keeps the image, 1 keeps nothing of it (0.75)", low=0, high=1, effect=_begun
     )
-    mask: Picture | None = option(None, FILE, "paint only where it is white", each=True, effect=_begun)
-    control: Picture | None = option(
-        None, FILE, "the image that Canny or Depth follows", each=True, effect=_taken("control")
-    )
+    mask: Picture | None = option(None, FILE, "paint only where it is white", effect=_begun)
+    control: Picture | None = option(None, FILE, "the image that Canny or Depth follows", effect=_followed)
     lora_scale: float | None = option(
         None, NUMBER, "weight of the LoRAs without a scale of their own (1)", low=-1000, high=1000,
-        words=("network_multiplier",), each=True, effect=_weighed,
+        words=("network_multiplier",), effect=_weighed,
     )  # fmt: skip
 
     @classmethod
@@ -309,9 +314,9 @@ class Request:
         handed in. Raises ConfigError for what is impossible, and for a value without effect on this model.
         """
         asked = replace(self, **{name: plain(getattr(self, name)) for name in FIELDS})
+        asked.check()
         for name, reason in asked.without_effect(model).items():
             raise ConfigError(f"{name} has no effect {reason}")
-        asked.check()
         prompts, seeds = matched(asked, rows)
         opened = {name: _opened(getattr(asked, name)) for name in ("image", "mask", "control")}
         given = next((opened[name] for name in ("image", "control") if opened[name] is not None), None)

@@ -332,5 +332,5 @@ def test_a_sampler_draws_what_a_trainer_of_diffusers_classes_trains(tmp_path: Pa
     assert held == sum(p.numel() for p in adopted.network.parameters() if not p.is_meta)
     again = adopt(foreign, allow_copies=True).network
     plain = FluxInference(again, model.autoencoder, device="cpu", progress=False)
-    drawn = plain.generate("a swan", conditioning=told, steps=2, width=32, height=32, seed=1)
+    drawn = plain.generate(conditioning=told, steps=2, width=32, height=32, seed=1)
     assert drawn.images[0].tobytes() == pictures[1]

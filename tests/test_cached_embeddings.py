@@ -90,8 +90,8 @@ def test_every_layout_gives_the_images_of_the_embeddings_themselves(family: str,
         assert all(same(f, Prompt(e)) for f, e in zip(found, (swan, fox), strict=True)), name
     drawn = sampler.sample(3)
     expected = [
-        model.generate(text, conditioning=Prompt(told), seed=1, steps=2, width=64, height=64, cfg_scale=1.0).images[0]
-        for text, told in (("a swan", swan), ("a fox", fox))
+        model.generate(conditioning=Prompt(told), seed=1, steps=2, width=64, height=64, cfg_scale=1.0).images[0]
+        for told in (swan, fox)
     ]
     assert [image.tobytes() for image in drawn.images] == [image.tobytes() for image in expected]
 

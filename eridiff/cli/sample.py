@@ -21,7 +21,6 @@ from eridiff.inference.words import read_words
 from eridiff.lora.ledger import counted
 from eridiff.request import FIELDS, Request, size_of
 from eridiff.run_files import load_config
-from eridiff.schedulers.samplers import SAMPLERS
 from eridiff.training.distributed import agreed, launched, ranks, spread
 from eridiff.weights.locate import DENOISERS, PART_NAMES, locate
 
@@ -113,8 +112,7 @@ def _add_request(group: Any) -> None:
         if name == "prompt" or told.metadata["python"]:
             continue
         flags = [f"--{flag.replace('_', '-')}" for flag in (*told.metadata["flags"], name)]
-        how = {"choices": SAMPLERS} if name == "sampler" else told.metadata["kind"].flag
-        group.add_argument(*flags, dest=name, default=None, help=told.metadata["help"], **how)
+        group.add_argument(*flags, dest=name, default=None, help=told.metadata["help"], **told.metadata["kind"].flag)
 
 
 def _asked(options: argparse.Namespace) -> Words:
@@ -234,7 +232,7 @@ def _merged(config: RunConfig, options: argparse.Namespace, asked: Words) -> Run
             raise ConfigError("--prompt and --prompts-file both say what to generate; keep one")
         read = load_config(options.prompts_file)
         sample = replace(sample, entries=read.sample.entries, lenient=True)
-        config = replace(config, notices=(*config.notices, *read.notices))
+        config = replace(config, unused=config.unused | read.unused, told=(*config.told, *read.told))
     if options.prompt:
         sample = replace(sample, entries=tuple({"prompt": prompt} for prompt in options.prompt))
     sample = sample.over(asked)

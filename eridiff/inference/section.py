@@ -21,7 +21,8 @@ def requests_of(
     found, notices = [], []
     for words in settings.each():
         request, told = _request(words, model, settings.lenient, explicit)
-        request.checked(model)
+        asked = request.checked(model)
+        model.schedule(asked.steps, asked.width, asked.height, asked.schedule, asked.shift)  # which may not be there
         found.append(request)
         notices += told
     return found, list(dict.fromkeys(notices))

@@ -22,7 +22,7 @@ from eridiff.images import save_png, slug
 from eridiff.inference import DiffusionInference, Prompt, Step
 from eridiff.inference.handed_in import check_dtypes, check_inference
 from eridiff.inference.section import requests_of
-from eridiff.request import plain
+from eridiff.request import Request, plain
 from eridiff.training.adopt import Adopted
 from eridiff.training.cached import handed_in_prompts
 from eridiff.training.distributed import collected, ranks, sharded
@@ -131,21 +131,34 @@ class Sampler:
             places_of(self._trained(), averages())  # names and shapes are checked before training begins
         drawer = self._drawer()
         self.requests, notices = requests_of(config.sample, drawer)
-        for notice in (*config.notices, *notices):
-            log.info("%s", notice)
-        inference.check_words([request.prompt for request in self.requests])  # type: ignore[misc]  # each has one
         self.prompts: list[Prompt] = []
+        self._first = None  # requests and prompts of the first time alone
+        first: list[Request] = []
+        if config.first_sample is not None:
+            first, more = requests_of(config.first_sample, drawer)
+            notices += more
+        if config.sample.use_lora is not None:
+            notices.append("use_lora has no effect in training: the weights are drawn with as they are")
+        for notice in dict.fromkeys((*config.notices_in_training, *notices)):
+            log.warning("%s", notice)
+        every = [*self.requests, *first]
+        inference.check_words([request.prompt for request in every])  # type: ignore[misc]  # each has one
         self._handed_in = conditioning is not None
+        prompts: list[Prompt] = []
         if conditioning is not None:
-            self.prompts = [on_cpu(p) for p in handed_in_prompts(drawer, conditioning, self.requests)]
+            prompts = [on_cpu(p) for p in handed_in_prompts(drawer, conditioning, every)]
         elif not text_in_training:
             with undisturbed(self._modules(), device=inference.device):
                 cache = None if embeddings is None else EmbeddingCache(self._drawer(), embeddings)
-                self.prompts = self._encoded(inference.encode_prompt if cache is None else cache.encode)
+                prompts = self._encoded(inference.encode_prompt if cache is None else cache.encode, every)
+        self.prompts = prompts[: len(self.requests)]
+        if first:
+            self._first = first, prompts[len(self.requests) :]
 
-    def _encoded(self, encode: Callable[..., Prompt]) -> list[Prompt]:
+    @staticmethod
+    def _encoded(encode: Callable[..., Prompt], requests: Sequence[Request]) -> list[Prompt]:
         """Every prompt with what it is steered away from, alone, as `generate` would."""
-        return [on_cpu(encode(r.prompt, r.negative, r.cfg_scale)) for r in self.requests]
+        return [on_cpu(encode(r.prompt, r.negative, r.cfg_scale)) for r in requests]
 
     @staticmethod
     def first_step(every: int, start: int, skip_first: bool) -> int:
@@ -249,6 +262,8 @@ class Sampler:
         Of several processes each draws its share of the prompts, and the first has all; a sharded network they ask together.
         """
         drawer = self._drawer()
+        requests, encoded = (self.requests, self.prompts) if self._first is None else self._first
+        self._first = None
         entries = read_entries(self.out) if self._entries is None else self._entries
         self._entries = entries
 
@@ -257,20 +272,20 @@ class Sampler:
                 raise _TimedOut
 
         (rank, size), together = ranks(), sharded(drawer.network)
-        own = [i for i in range(len(self.requests)) if together or i % size == rank]
+        own = [i for i in range(len(requests)) if together or i % size == rank]
         try:
             for name, enter in self.weights.items():
                 with enter():
                     if self.adopted is not None:  # each kind has tensors and adapters of its own
                         self.adopted.refresh()
-                    prompts = self._encoded(drawer.encode_prompt) if self.text_in_training else self.prompts
+                    prompts = self._encoded(drawer.encode_prompt, requests) if self.text_in_training else encoded
                     told = [
-                        {"prompt": replace(self.requests[i], prompt="", negative=None), "conditioning": prompts[i], "callback": in_time}
+                        {"prompt": replace(requests[i], prompt="", negative=None), "conditioning": prompts[i], "callback": in_time}
                         for i in own
                     ]  # fmt: skip
                     for i, result in zip(own, drawer.generate_each(told), strict=True):
                         if rank == 0 or not together:
-                            self._keep(samples, i, name, result.images[0], result.settings[0], entries)
+                            self._keep(samples, i, requests[i], name, result.images[0], result.settings[0], entries)
         finally:
             if self.adopted is not None:
                 self.adopted.release()
@@ -285,13 +300,13 @@ class Sampler:
                 write_page(self.out, entries)
 
     def _keep(
-        self, samples: Samples, i: int, weights: str, image: Image.Image, drawn: Mapping[str, Any],
+        self, samples: Samples, i: int, request: Request, weights: str, image: Image.Image, drawn: Mapping[str, Any],
         entries: dict[str, Entry],
     ) -> None:  # fmt: skip
         """A picture's PNG, with its step and its drift."""
-        suffix, request = "" if weights == LIVE else f"-{weights}", self.requests[i]
+        suffix = "" if weights == LIVE else f"-{weights}"
         name = f"step-{samples.step:08d}-{i:02d}-{slug(request.prompt)}{suffix}.png"
-        training: dict[str, Any] = {"step": samples.step, "weights": weights}
+        training: dict[str, Any] = {"step": samples.step, "weights": weights, "entry": i}
         if self.autocast is not None:
             training["autocast"] = str(self.autocast).removeprefix("torch.")
         if self._handed_in:
