@@ -99,8 +99,8 @@ NO_EFFECT = {  # known words of training configurations
     **dict.fromkeys(SCHEDULE_KEYS, FOR_TRAINING),
     "format": "pictures are PNG",
     **dict.fromkeys(
-        ["adapter_conditioning_scale", "ctrl_img", "ctrl_idx", "ctrl_img_1", "ctrl_img_2", "ctrl_img_3"],
-        "there are no adapters",
+        ["adapter_conditioning_scale", "ctrl_idx", "ctrl_img_1", "ctrl_img_2", "ctrl_img_3"],
+        "there are no adapters, and of several images Kontext takes a list, references",
     ),
     **dict.fromkeys(["extra_values", "do_cfg_norm"], "no model here takes them"),
     **dict.fromkeys(["num_frames", "fps"], "pictures do not move"),

@@ -89,6 +89,15 @@ def _skip_layers(name: str, value: Any) -> Any:
     return SkipLayers(tuple(blocks), **{k: scalar(f"skip_layers: {k}", v, float) for k, v in numbers.items()})
 
 
+def _files(name: str, value: Any) -> Any:
+    return tuple(scalar(name, file, str) for file in (value if isinstance(value, list | tuple) else [value]))
+
+
+def listed_pictures(value: Any) -> list[Any]:
+    """A picture, or several, as a list."""
+    return list(value) if isinstance(value, list | tuple) else [value]
+
+
 def _path(value: Any) -> str | None:
     return os.fspath(value) if is_file(value) else None
 
@@ -115,6 +124,7 @@ SHARES = Kind(
     "[0.0, 0.8]", list,
 )  # fmt: skip
 FILE = Kind(_reads(str), {"metavar": "FILE"}, "in.png", _path)
+FILES = Kind(_files, {"metavar": "FILE", "action": "append"}, "[in.png, other.png]", lambda v: None if v is None else [_path(p) for p in listed_pictures(v)])  # fmt: skip
 
 
 def option(
@@ -165,6 +175,16 @@ def _taken(name: str) -> Callable[["Request", Any], str | None]:
 
 def _followed(request: "Request", model: Any) -> str | None:
     return None if "control" in model.takes else f"on {model.variant}: Flux Canny and Depth follow a control image"
+
+
+def _referred(request: "Request", model: Any) -> str | None:
+    return None if "references" in model.takes else f"on {model.variant}: Flux Kontext edits references"
+
+
+def _edited(request: "Request", model: Any) -> str | None:
+    if "references" not in model.takes or request.strength is not None:
+        return None
+    return "on kontext without a strength: what it edits are references"
 
 
 def _handed_over(request: "Request", model: Any) -> str | None:
@@ -244,12 +264,16 @@ class Request:
         None, NUMBER, "the same of the negative prompt (2.5)", low=0, high=10,
         effect=_taken("aesthetic_score"),
     )  # fmt: skip
-    image: Picture | None = option(None, FILE, "begin from this image")
+    image: Picture | None = option(None, FILE, "begin from this image", effect=_edited)
     strength: float | None = option(
         None, NUMBER, "0 keeps the image, 1 keeps nothing of it (0.75)", low=0, high=1, effect=_begun
     )
     mask: Picture | None = option(None, FILE, "paint only where it is white", effect=_begun)
     control: Picture | None = option(None, FILE, "the image that Canny or Depth follows", effect=_followed)
+    references: Picture | Sequence[Picture] | None = option(
+        None, FILES, "an image that Kontext edits; may be given several times", words=("ctrl_img",),
+        flags=("reference",), effect=_referred,
+    )  # fmt: skip
     lora_scale: float | None = option(
         None, NUMBER, "weight of the LoRAs without a scale of their own (1)", low=-1000, high=1000,
         words=("network_multiplier",), effect=_weighed,
@@ -296,7 +320,7 @@ class Request:
     def says(self, name: str) -> bool:
         """Whether a field is set to something that is not its default."""
         value, default = getattr(self, name), FIELDS[name].default
-        return value is not default and not (isinstance(value, str | int | float | tuple) and value in (default, ""))
+        return value is not default and not (isinstance(value, str | int | float | tuple) and value in ("", default))
 
     def without_effect(self, model: Any) -> dict[str, str]:
         """Of the fields that are set, those that would change nothing on the way that this model takes, and why."""
@@ -318,8 +342,11 @@ class Request:
         for name, reason in asked.without_effect(model).items():
             raise ConfigError(f"{name} has no effect {reason}")
         prompts, seeds = matched(asked, rows)
-        opened = {name: _opened(getattr(asked, name)) for name in ("image", "mask", "control")}
-        given = next((opened[name] for name in ("image", "control") if opened[name] is not None), None)
+        opened: dict[str, Any] = {name: _opened(getattr(asked, name)) for name in ("image", "mask", "control")}
+        if asked.references is not None:
+            opened["references"] = model.referred([_opened(p) for p in listed_pictures(asked.references)])
+        begun = [opened[name] for name in ("image", "control") if opened[name] is not None]
+        given = next(iter([*begun, *opened.get("references", ())]), None)
         width, height = settle_size(asked.width, asked.height, given, model.defaults(), model.multiple)
         sampler = model.sampling.sampler if asked.sampler is None else asked.sampler
         schedule = model.table_of(sampler) if asked.schedule is None else asked.schedule

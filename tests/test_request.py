@@ -54,7 +54,10 @@ def test_a_field_is_the_same_at_every_door(name: str, tmp_path: Path) -> None:
         found[f"kohya {key}"] = said(load_config(tmp_path / "prompts.json"))
     values = example(name) if isinstance(example(name), list) else [example(name)]
     for flag in (*told["flags"], name):
-        line = ["sample", f"--{flag.replace('_', '-')}", *(str(v) for v in values if v is not True)]
+        flag_ = f"--{flag.replace('_', '-')}"
+        line = ["sample", flag_, *(str(v) for v in values if v is not True)]
+        if told["kind"].flag.get("action") == "append":
+            line = ["sample", *(word for v in values for word in (flag_, v))]
         found[f"flag {flag}"] = early(_asked(_parser().parse_args(line)))
     found["PNG"] = Request.from_json(json.loads(json.dumps(Request.of({name: expected}).to_json())))
     assert {door: getattr(request, name) for door, request in found.items()} == dict.fromkeys(found, expected)
@@ -116,6 +119,8 @@ IDLE: list[tuple[str, str, dict[str, Any], str]] = [  # field, family, settings,
     ("strength", "flux", {"strength": 0.5}, "without the image that it is for"),
     ("mask", "flux", {"mask": PICTURE.convert("L")}, "without the image that it is for"),
     ("control", "mmdit", {"control": PICTURE}, "Flux Canny and Depth follow a control image"),
+    ("references", "flux", {"references": [PICTURE]}, "Flux Kontext edits references"),
+    ("image", "kontext", {"image": PICTURE}, "without a strength: what it edits are references"),
     ("lora_scale", "flux", {"lora_scale": 0.5}, "without a LoRA that has no scale of its own"),
 ]  # fmt: skip
 
@@ -124,8 +129,11 @@ IDLE: list[tuple[str, str, dict[str, Any], str]] = [  # field, family, settings,
 def test_a_setting_without_effect_is_an_error_that_says_why(
     name: str, family: str, settings: dict[str, Any], why: str
 ) -> None:
+    model = families.inference("flux" if family == "kontext" else family)
+    if family == "kontext":
+        model.set_variant("kontext")
     with pytest.raises(ConfigError, match=f"^{name} has no effect .*{why}"):
-        families.inference(family).generate("a", width=32, height=32, **settings)
+        model.generate("a", width=32, height=32, **settings)
 
 
 def test_every_field_with_a_condition_is_tried_where_it_has_no_effect() -> None:

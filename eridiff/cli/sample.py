@@ -163,6 +163,9 @@ def _sample(options: argparse.Namespace) -> int:
             raise ConfigError("a refiner works with an SDXL base alone")
         model = model.with_refiner(load(config.refiner, **common))  # type: ignore[arg-type]
     _apply_loras(model, settings, say)
+    if config.model is not None:
+        dtype = str(next(model.network.parameters()).dtype).removeprefix("torch.")
+        say(f"eridiff: {model.variant} ({model.why}), {dtype} on {model.device}")
     explicit = {"cfg_scale" if word == "true_cfg_scale" else word for word in asked}
     requests, notices = requests_of(settings, model, explicit)
     for notice in notices:

@@ -48,7 +48,7 @@ from eridiff.memory.stages import Stages, on_device, together
 from eridiff.memory.strips import decode_in_strips, encode_in_strips
 from eridiff.models.autoencoder import Autoencoder
 from eridiff.precision import outside_autocast
-from eridiff.request import FIELDS, Checked, Request, Table, Text, is_file, known_names, listed
+from eridiff.request import FIELDS, Checked, Request, Table, Text, is_file, known_names, listed, listed_pictures
 from eridiff.schedulers import Schedule
 from eridiff.schedulers.flow_match import flow_schedule
 from eridiff.schedulers.guidance import Guidance, guided
@@ -114,6 +114,7 @@ class DiffusionInference(ABC):
     network: Any
     autoencoder: Autoencoder
     sampling: Any  # the variant's Defaults
+    why: str = ""  # it is this variant
     words: Words | None = None  # that the model knows, if its file lists them; set None to end the check of prompts
 
     def __init__(self, network: nn.Module | None, autoencoder: Autoencoder | None, **options: Unpack[Options]) -> None:
@@ -232,9 +233,15 @@ class DiffusionInference(ABC):
     ) -> Tensor:
         """The network's raw output, float32: latents `[B, C, H / 8, W / 8]` -> the same shape."""
 
-    def condition(self, image: Tensor | None, mask: Tensor | None, control: Tensor | None) -> Tensor | None:
+    def condition(
+        self, image: Tensor | None, mask: Tensor | None, control: Tensor | None, references: Sequence[Tensor]
+    ) -> Tensor | None:
         """What the network takes beside the latents, from images and a mask; None for most."""
         return None
+
+    def referred(self, references: Sequence[Any]) -> list[Tensor]:
+        """References `[1, 3, H, W]` in [-1, 1], of the sizes that the network was trained with."""
+        return []
 
     def load_model(self, model: Model | Parts) -> Self:
         """Fill the network, the autoencoder, the text encoders and their tokenizers; every key is accounted for.
@@ -263,6 +270,7 @@ class DiffusionInference(ABC):
 
         Any variant that takes the same inputs may be asked for, as weights may be trained for another way of sampling.
         """
+        self.why = "as asked"
         if self.asked_variant is not None:
             same = self.variants_of_inputs(config)
             if self.asked_variant not in same:
@@ -271,9 +279,10 @@ class DiffusionInference(ABC):
         possible = self.possible_variants(config)
         words = set(re.split(r"[^a-z0-9]+", name.lower()))
         by_name = [v for v in possible if v.rsplit("-", 1)[-1] in words]
+        self.why = "by its sizes"
         if len(possible) > 1:
-            why = f"as '{name}' says" if by_name else f"as '{name}' names none of them"
-            log.info("%s have the same sizes: %s, %s", " and ".join(possible), (by_name[::-1] or possible)[0], why)
+            found = f"by the name '{name}'" if by_name else "as its name says no other"
+            self.why = f"{found}; {', '.join(possible)} have the same sizes"
         return (by_name[::-1] or possible)[0]
 
     def set_variant(self, variant: str) -> None:
@@ -297,6 +306,7 @@ class DiffusionInference(ABC):
         self.variant = self.choose_variant(self.network.config, name)
         self.sampling = self.variants[self.variant]
         self.words = None
+        log.info("the network is used as %s (%s)", self.variant, self.why)
 
     def defaults(self) -> Mapping[str, Any]:
         """width, height, steps and whatever else `generate` takes when it is not said."""
@@ -550,9 +560,9 @@ class DiffusionInference(ABC):
             if rows is not None and len(rows) not in (1, count):
                 raise ConfigError(f"{len(rows)} rows of {name} for {count} prompts and seeds: give as many")
         conditioning = yield from self._conditioned(asked, given.conditioning)
-        if image is not None or control is not None:
+        if image is not None or control is not None or asked.references:
             yield self.autoencoder
-        condition = self.condition(image, mask, control)
+        condition = self.condition(image, mask, control, asked.references or ())
         untouched = image is None or (self.inpaints and asked.strength == 1)  # it begins from noise alone
         start = None if untouched or image is None else self.encode_vae(image)
         noise = self._noise(asked, given.noise)
@@ -604,8 +614,11 @@ class DiffusionInference(ABC):
 
     def _record(self, request: Request, asked: Checked, given: HandedIn) -> list[dict[str, Any]]:
         """For each image all that is needed to generate it again, as a PNG holds it."""
-        pictures = {name: getattr(request, name) for name in ("image", "mask", "control")}
-        handed_in = [name for name, picture in pictures.items() if picture is not None and not is_file(picture)]
+        pictures = {name: getattr(request, name) for name in ("image", "mask", "control", "references")}
+        handed_in = [
+            name for name, picture in pictures.items()
+            if picture is not None and not all(map(is_file, listed_pictures(picture)))
+        ]  # fmt: skip
         handed_in += [name for name in ("noise", "conditioning") if getattr(given, name) is not None]
         prompts, seeds = asked.prompt, asked.seed
         negatives = asked.negative or [None]

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from eridiff.errors import ConfigError
+from eridiff.images import to_tensor
 from eridiff.inference.base import DiffusionInference
 from eridiff.inference.handed_in import check_encoders
 from eridiff.inference.latents import dtype_of, finite_features
@@ -16,12 +17,16 @@ from eridiff.inference.options import Options
 from eridiff.inference.settings import Defaults, spoken
 from eridiff.memory.stages import Stages
 from eridiff.models.autoencoder import Autoencoder
-from eridiff.models.flux import Flux, FluxConfig, FluxRun, fill_condition, patchify, unpatchify
-from eridiff.request import Checked, Text
+from eridiff.models.flux import Flux, FluxConfig, FluxRun, fill_condition, patchify, position_ids, unpatchify
+from eridiff.request import Checked, Text, check_side
 from eridiff.schedulers import Schedule
 from eridiff.schedulers.flow_match import flux_schedule
 from eridiff.text import Conditioning
 from eridiff.text.encoders import ClipEncoder, T5Encoder
+
+# width and height that Kontext was trained with (black-forest-labs/flux, src/flux/util.py)
+WIDE = [(1568, 672), (1504, 688), (1456, 720), (1392, 752), (1328, 800), (1248, 832), (1184, 880), (1104, 944)]
+KONTEXT_SIZES = [*WIDE, (1024, 1024), *((height, width) for width, height in WIDE)]
 
 
 @dataclass(frozen=True)
@@ -45,6 +50,7 @@ class FluxInference(DiffusionInference):
         "fill": FluxDefaults(steps=50, guidance_scale=30.0),
         "canny": FluxDefaults(steps=50, guidance_scale=30.0),
         "depth": FluxDefaults(steps=50, guidance_scale=10.0),
+        "kontext": FluxDefaults(guidance_scale=2.5),
     }
     network: Flux
 
@@ -72,7 +78,8 @@ class FluxInference(DiffusionInference):
 
     @property
     def takes(self) -> Collection[str]:  # type: ignore[override]
-        return ("control",) if "canny" in self.variants_of_inputs(self.network.config) else ()
+        follows = "canny" in self.variants_of_inputs(self.network.config)
+        return ("control",) if follows else ("references",) if self.variant == "kontext" else ()
 
     @property
     def inpaints(self) -> bool:  # type: ignore[override]
@@ -81,12 +88,12 @@ class FluxInference(DiffusionInference):
     @staticmethod
     def variants_of_inputs(config: FluxConfig) -> list[str]:
         found = {6: ["fill"], 2: ["canny", "depth"]}
-        return found.get(config.in_channels // config.out_channels, ["dev", "schnell"])
+        return found.get(config.in_channels // config.out_channels, ["dev", "kontext", "schnell"])
 
     @staticmethod
     def possible_variants(config: FluxConfig) -> list[str]:
         found = FluxInference.variants_of_inputs(config)
-        return ["dev" if config.guidance else "schnell"] if "dev" in found else found
+        return found if "dev" not in found else ["dev", "kontext"] if config.guidance else ["schnell"]
 
     @staticmethod
     def channels_drawn(config: FluxConfig) -> int:
@@ -131,20 +138,45 @@ class FluxInference(DiffusionInference):
         told = (
             None if scale is None else torch.full((len(conditioning),), scale, dtype=torch.float32, device=self.device)
         )
-        grid = asked.height // 16, asked.width // 16
-        return self.network.prepare(conditioning.text, conditioning.pooled, times, grid, told, mask=conditioning.mask)
+        grids = [(asked.height // 16, asked.width // 16)]
+        grids += [(picture.shape[2] // 16, picture.shape[3] // 16) for picture in asked.references or ()]
+        ids = torch.cat([position_ids(grid, index) for index, grid in enumerate(grids)]) if asked.references else None
+        return self.network.prepare(
+            conditioning.text, conditioning.pooled, times, grids[0], told, ids=ids, mask=conditioning.mask
+        )
 
     def step(
         self, latents: Tensor, run: FluxRun, i: int, skip_blocks: Collection[int] = (), condition: Tensor | None = None
     ) -> Tensor:
         tokens = patchify(latents)
-        if condition is not None:
-            tokens = torch.cat([tokens, condition.repeat(len(tokens) // len(condition), 1, 1)], dim=-1)
-        velocity = self.network.step(tokens.to(dtype_of(self.network)), run, i)
+        count = tokens.shape[1]
+        if condition is not None:  # channels beside each token, or further tokens
+            further = "references" in self.takes
+            tokens = torch.cat([tokens, condition.repeat(len(tokens) // len(condition), 1, 1)], dim=1 if further else 2)
+        velocity = self.network.step(tokens.to(dtype_of(self.network)), run, i)[:, :count]
         return unpatchify(velocity.float(), (latents.shape[2] // 2, latents.shape[3] // 2))
 
-    def condition(self, image: Tensor | None, mask: Tensor | None, control: Tensor | None) -> Tensor | None:
-        """Fill: the picture without what shall be painted, and the mask; Canny and Depth: the control picture's latents."""
+    def referred(self, references: Sequence[Any]) -> list[Tensor]:
+        """Images resized to the nearest of Kontext's sizes by their aspect; tensors as they are."""
+        found = []
+        for picture in references:
+            size = (picture.shape[-1], picture.shape[-2]) if isinstance(picture, Tensor) else picture.size
+            nearest = min(KONTEXT_SIZES, key=lambda s: (abs(size[0] / size[1] - s[0] / s[1]), s))
+            width, height = size if isinstance(picture, Tensor) else nearest
+            check_side("width of a reference", width, 16)
+            check_side("height of a reference", height, 16)
+            found.append(to_tensor(picture, width, height))
+        return found
+
+    def condition(
+        self, image: Tensor | None, mask: Tensor | None, control: Tensor | None, references: Sequence[Tensor]
+    ) -> Tensor | None:
+        """Fill: the image without what shall be painted, and the mask; Canny and Depth: the control image's latents.
+
+        Kontext: the tokens of its references, `[B, M, 64]`, behind each other.
+        """
+        if references:
+            return torch.cat([patchify(self.encode_vae(picture)) for picture in references], dim=1)
         if self.inpaints:
             if image is None or mask is None:
                 raise ConfigError("Flux Fill needs an image and a mask (white is painted)")
@@ -155,4 +187,4 @@ class FluxInference(DiffusionInference):
             if control is None:
                 raise ConfigError(f"Flux {self.variant.title()} needs a control picture")
             return patchify(self.encode_vae(control))
-        return super().condition(image, mask, control)
+        return None

@@ -4,8 +4,10 @@ Nothing of diffusers is imported: a pipeline is whatever has its attributes.
 """
 
 import logging
+import re
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -55,15 +57,20 @@ def from_diffusers(kind: type[Drawer], pipeline: Any, given: Mapping[str, Any], 
     drawer = kind(None, None, **options)
     _set_statistics(kind, adopted[1])
     drawer.autoencoder = adopted[1].network  # type: ignore[assignment]
-    drawer.set_network(
-        adopted[0].network, str(said.get("_name_or_path") or _config(adopted[0].foreign).get("_name_or_path") or "")
-    )
+    drawer.set_network(adopted[0].network, _name(pipeline, said, _config(adopted[0].foreign)))
     drawer.follow(said, options)
     _set_encoders(drawer, held)
     drawer.adopted = adopted
     for one in adopted:
         one.release()  # the copies are made for an image, and given back after it
     return drawer
+
+
+def _name(pipeline: Any, *configs: Mapping[str, Any]) -> str:
+    """What a variant is told by: where the modules came from, by its last component, and the pipeline's class."""
+    source = next((str(path) for config in configs if (path := config.get("_name_or_path"))), "")
+    words = re.findall("[A-Z]+[a-z0-9]*", "" if pipeline is None else type(pipeline).__name__)
+    return "-".join([Path(source).name, *words])
 
 
 def _config(module: Any) -> Mapping[str, Any]:

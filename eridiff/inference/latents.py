@@ -42,8 +42,9 @@ def noise_of_steps(seeds: Sequence[int], start: Tensor, done: int = 0) -> Draw:
     def draw() -> Tensor:
         return torch.stack([drawn(start.shape[1:], generator) for generator in generators]).to(start.device)
 
-    for _ in range(done + 1):
-        draw()
+    draw()
+    for generator in generators * done:
+        torch.empty(start.shape[1:], dtype=torch.float32, device="cpu").normal_(generator=generator)
     return draw
 
 

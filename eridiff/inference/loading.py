@@ -35,8 +35,8 @@ def fill(drawer: "DiffusionInference", parts: Parts) -> None:
     readers = {"clip": clip_tokenizer, "clip_g": clip_tokenizer, "t5": t5_tokenizer}
     tokenizers = {n: readers[n](parts.tokenizers.get("t5" if n == "t5" else "clip")) for n in text}
     own = components[drawer.family]
-    path = own.checkpoint.path  # a folder is known by the pipeline's or the hub's above it, a file by its own
-    name = str(path) if path.is_dir() else "/".join(path.parts[-2:])
+    path = own.checkpoint.path
+    name = f"{'' if path.is_dir() else path.stem} {parts.name}".strip()
     sampling = own_sampling(own, drawer.choose_variant(own.config, name), drawer.variants)
     words = read_words(own)
 

@@ -317,10 +317,12 @@ class SDXLInference(DiffusionInference):
             latents = torch.cat([latents, condition.repeat(len(latents) // len(condition), 1, 1, 1)], dim=1)
         return self.network.step(latents.to(dtype_of(self.network)), run, i).float()
 
-    def condition(self, image: Tensor | None, mask: Tensor | None, control: Tensor | None) -> Tensor | None:
+    def condition(
+        self, image: Tensor | None, mask: Tensor | None, control: Tensor | None, references: Sequence[Tensor]
+    ) -> Tensor | None:
         """The inpainting variant: the mask, and the latents of the picture without what shall be painted."""
         if not self.inpaints:
-            return super().condition(image, mask, control)
+            return None
         if image is None or mask is None:
             raise ConfigError("SDXL inpainting needs an image and a mask (white is painted)")
         hard = (mask > 0.5).float()
