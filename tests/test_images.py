@@ -44,7 +44,7 @@ def test_a1111s_reader_understands_the_text() -> None:
     assert (
         pairs["Seed"] == "42"
         and pairs["Size"] == "64x48"
-        and pairs["Model"] == "a, b: c.safetensors"
+        and pairs["Model"] == "a, b: c"
         and pairs["RNG"] == "CPU"
     )
     assert "Denoising strength" not in pairs

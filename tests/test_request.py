@@ -11,12 +11,14 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import eridiff
-from eridiff.cli import _parser
+from eridiff.cli import _parser, main
 from eridiff.cli.sample import _asked
 from eridiff.config import SAID, parse_config
 from eridiff.errors import ConfigError
+from eridiff.files import tensors_hash
 from eridiff.images import read_image
 from eridiff.inference.section import early
+from eridiff.lora.save import save_lora
 from eridiff.request import FIELDS, GUIDANCE, WORDS, Request, merged
 from eridiff.run_files import load_config
 from eridiff.schedulers.guidance import SkipLayers
@@ -181,6 +183,42 @@ def test_files_are_recorded_and_images_are_not(tmp_path: Path) -> None:
     assert (by_path.settings[0]["handed_in"], by_hand.settings[0]["handed_in"]) == (
         ["conditioning"], ["image", "conditioning"],
     )  # fmt: skip
+
+
+def test_a_png_names_no_folder_and_can_be_moved_with_its_files(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A1111's text has names alone; the JSON has paths as seen from the PNG, and hashes of what was read."""
+    home = tmp_path / "home"
+    model = eridiff.load(tiny.write_model(home / "model"), device="cpu", progress=False)
+    lora = save_lora(some_lora(model.network), home / "style.safetensors", model.network, format="kohya")
+    PICTURE.save(home / "in.png")
+    asked = [
+        "--prompt",
+        "a swan",
+        "--steps",
+        "1",
+        "--size",
+        "32x32",
+        "--image",
+        str(home / "in.png"),
+        "--strength",
+        "0.5",
+    ]
+    line = [*asked, "--model", str(home / "model"), "--lora", str(lora), "--lora-scale", "0.5", "--device", "cpu"]
+    assert main(["sample", *line, "--out", str(home / "out" / "a.png")]) == 0
+    text = Image.open(home / "out" / "a.png").text  # type: ignore[attr-defined]
+    assert text["parameters"].startswith("a swan <lora:style:0.5>\n")
+    assert f"Lora hashes: style: {tensors_hash(lora)}" in text["parameters"].replace('"', "")
+    assert str(tmp_path) not in text["parameters"] + text["eridiff"]
+    home.rename(tmp_path / "elsewhere")
+    moved = tmp_path / "elsewhere" / "out" / "a.png"
+    assert main(["resample", str(moved)]) == 0
+    assert "the same image, bit by bit" in capsys.readouterr().out
+    Image.new("RGB", (32, 32), "red").save(tmp_path / "elsewhere" / "in.png")
+    assert main(["resample", str(moved)]) == 0
+    said = capsys.readouterr().out
+    assert "another image (then image with other content)" in said
 
 
 def test_older_pngs_are_read_too() -> None:

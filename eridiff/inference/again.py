@@ -5,13 +5,14 @@ import os
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
 
 import eridiff
 from eridiff.errors import ConfigError
-from eridiff.images import METADATA_KEY, read_image
+from eridiff.images import METADATA_KEY, read_image, with_paths
 from eridiff.inference.base import DiffusionInference
 from eridiff.inference.flux import FluxInference
 from eridiff.inference.result import Result
@@ -33,7 +34,13 @@ def read_settings(path: str | os.PathLike[str]) -> dict[str, Any]:
         settings = None
     if not isinstance(settings, dict) or "steps" not in settings:
         raise ConfigError(f"'{path}' does not say how it was drawn; eridiff's own PNGs do, unless they were edited")
-    return settings
+    folder = Path(path).parent
+
+    def found(file: str) -> str:  # older PNGs have paths as they were typed
+        beside = os.path.normpath(folder / file)
+        return beside if os.path.exists(beside) or not os.path.exists(file) else file
+
+    return with_paths(settings, found)
 
 
 def load_again(
@@ -119,6 +126,10 @@ def generate_again(inference: DiffusionInference, settings: Mapping[str, Any], *
 def circumstances(settings: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """In words, what is not as it was when the picture was drawn."""
     found = [f"{n} {settings[n]}, now {now[n]}" for n in CIRCUMSTANCES if n in settings and settings[n] != now[n]]
+    hashes = settings.get("hashes") or {}
+    found += [
+        f"{name} with other content" for name, was in hashes.items() if (now.get("hashes") or {}).get(name) != was
+    ]
     if (settings.get("training") or {}).get("conditioning"):
         found.append("embeddings that the trainer handed in, now encoded")
     batch = settings.get("batch", 1)

@@ -21,6 +21,7 @@ from typing_extensions import Self, Unpack
 
 from eridiff.blocks import evaluation, unwrapped
 from eridiff.errors import ConfigError
+from eridiff.files import content_hash
 from eridiff.images import to_images, to_tensor
 from eridiff.inference.handed_in import check_autoencoder, check_dtypes, check_family, from_diffusers
 from eridiff.inference.latents import (  # fmt: skip
@@ -625,6 +626,10 @@ class DiffusionInference(ABC):
         rest = {
             **provenance(self), "batch": len(seeds), "loras": [handle.record() for handle in self.loras] or None,
             "handed_in": handed_in,
+            "hashes": {
+                name: [content_hash(file) for file in listed_pictures(picture)] for name, picture in pictures.items()
+                if picture is not None and name not in handed_in
+            },
         }  # fmt: skip
         rows = [
             replace(asked, prompt=p, seed=s, negative=negatives[i % len(negatives)], **pictures)

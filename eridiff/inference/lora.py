@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from eridiff.errors import LoraError
+from eridiff.files import tensors_hash
 from eridiff.lora.attach import LoraSet, Scale, attach_lora, matches
 from eridiff.lora.ledger import Row
 from eridiff.lora.load import PARTS, Lora, load_lora
@@ -25,6 +26,7 @@ class LoraHandle:
         self._drawer, self.path, self.sets = drawer, lora.path, sets
         self.ledger: tuple[Row, ...] = lora.ledger
         self.scale: Scale | Mapping[str, Scale] | None = None  # None: each request's `lora_scale`
+        self._hash: str | None = None
         self._weight: Scale | Mapping[str, Scale] = 1.0
         self._variant: tuple[Any, Any] | None = None  # what the inference was before this LoRA widened the network
 
@@ -67,7 +69,9 @@ class LoraHandle:
         """For a picture's settings."""
         scale = self._weight
         told = {p: _plain(s) for p, s in scale.items()} if isinstance(scale, Mapping) else _plain(scale)
-        return {"file": str(self.path) if self.path else None, "scale": told}
+        if self._hash is None and self.path is not None and os.path.isfile(self.path):
+            self._hash = tensors_hash(self.path)
+        return {"file": str(self.path) if self.path else None, "scale": told, "hash": self._hash}
 
     def __enter__(self) -> "LoraHandle":
         return self
