@@ -41,12 +41,7 @@ def a1111(text: str) -> tuple[str, str, dict[str, str]]:
 def test_a1111s_reader_understands_the_text() -> None:
     prompt, negative, pairs = a1111(parameters_text(SETTINGS))
     assert (prompt, negative) == (SETTINGS["prompt"], SETTINGS["negative"])
-    assert (
-        pairs["Seed"] == "42"
-        and pairs["Size"] == "64x48"
-        and pairs["Model"] == "a, b: c"
-        and pairs["RNG"] == "CPU"
-    )
+    assert pairs["Seed"] == "42" and pairs["Size"] == "64x48" and pairs["Model"] == "a, b: c" and pairs["RNG"] == "CPU"
     assert "Denoising strength" not in pairs
 
 

@@ -193,7 +193,10 @@ def test_a_png_names_no_folder_and_can_be_moved_with_its_files(
     model = eridiff.load(tiny.write_model(home / "model"), device="cpu", progress=False)
     lora = save_lora(some_lora(model.network), home / "style.safetensors", model.network, format="kohya")
     PICTURE.save(home / "in.png")
-    asked = [*"--prompt swan --steps 2 --size 32x32 --strength 0.5 --image".split(), str(home / "in.png")]
+    asked = [
+        *["--prompt", "swan", "--steps", "2", "--size", "32x32", "--strength", "0.5", "--image"],
+        str(home / "in.png"),
+    ]
     line = [*asked, "--model", str(home / "model"), "--lora", str(lora), "--lora-scale", "0.5", "--device", "cpu"]
     assert main(["sample", *line, "--out", str(home / "out" / "a.png")]) == 0
     text = Image.open(home / "out" / "a.png").text  # type: ignore[attr-defined]

@@ -14,7 +14,6 @@ import eridiff
 from eridiff.errors import ConfigError
 from eridiff.images import METADATA_KEY, read_image, with_paths
 from eridiff.inference.base import DiffusionInference
-from eridiff.inference.flux import FluxInference
 from eridiff.inference.result import Result
 from eridiff.request import FIELDS, Request
 from eridiff.weights.locate import Model
@@ -79,9 +78,7 @@ def load_again(
         settings["variant"]
     )  # of the network as its LoRAs have left it: a control LoRA changes its input
     sampling = settings.get("sampling") or {}  # a checkpoint of a training run may not say it again
-    loaded.sampling = replace(loaded.sampling, **sampling)
-    if isinstance(loaded, FluxInference) and loaded.t5 is not None:
-        loaded.t5.length = loaded.sampling.text_length
+    loaded.sample_as(loaded.variant, replace(loaded.sampling, **sampling))
     if settings.get("refiner"):
         dtype = getattr(torch, settings["dtype"])
         refiner = eridiff.load(settings["refiner"], device=loaded.device, dtype=dtype, progress=loaded.progress)

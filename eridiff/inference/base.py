@@ -290,10 +290,14 @@ class DiffusionInference(ABC):
         """Sample with the defaults of this published variant. Raises ConfigError for one that takes other inputs."""
         asked, self.asked_variant = self.asked_variant, variant
         try:
-            self.variant = self.choose_variant(self.network.config, "")
+            self.sample_as(self.choose_variant(self.network.config, ""))
         finally:
             self.asked_variant = asked
-        self.sampling = self.variants[self.variant]
+
+    def sample_as(self, variant: str, sampling: Any = None) -> None:
+        """Take a variant, and its defaults or others in their place."""
+        self.variant = variant
+        self.sampling = self.variants[variant] if sampling is None else sampling
 
     def set_network(self, network: nn.Module, name: str = "") -> None:
         """Take a network, out of the wrappers of a trainer, and its variant's defaults."""
@@ -304,8 +308,7 @@ class DiffusionInference(ABC):
         own, asked = device_of(self.network), self.asked_device
         if asked is not None and not self.offload and not same_device(own, asked):
             raise ConfigError(f"the network is on {own}, not on {asked}: move it there, or give no device")
-        self.variant = self.choose_variant(self.network.config, name)
-        self.sampling = self.variants[self.variant]
+        self.sample_as(self.choose_variant(self.network.config, name))
         self.words = None
         log.info("the network is used as %s (%s)", self.variant, self.why)
 

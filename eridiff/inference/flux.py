@@ -108,6 +108,13 @@ class FluxInference(DiffusionInference):
     def text_widths(configs: Mapping[str, Mapping[str, Any]]) -> tuple[int, int]:
         return configs["t5"]["d_model"], configs["clip"]["hidden_size"]
 
+    def sample_as(self, variant: str, sampling: Any = None) -> None:
+        """As DiffusionInference.sample_as; T5 gives as many tokens, unless it was handed in with another number."""
+        before, t5 = getattr(self, "sampling", None), getattr(self, "t5", None)
+        super().sample_as(variant, sampling)
+        if t5 is not None and before is not None and t5.length == before.text_length:
+            t5.length = self.sampling.text_length
+
     def set_encoders(self, modules: Mapping[str, nn.Module], tokenizers: Mapping[str, Any]) -> None:
         self.clip = ClipEncoder(modules["clip"], tokenizers["clip"])
         self.t5 = T5Encoder(modules["t5"], tokenizers["t5"], self.sampling.text_length)

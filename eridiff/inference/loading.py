@@ -53,7 +53,8 @@ def fill(drawer: "DiffusionInference", parts: Parts) -> None:
     drawer.autoencoder = build(components["vae"], **options("vae"))  # type: ignore[assignment]
     install_slots(network)  # so that a LoRA may come after compiling
     drawer.set_network(network, name)
-    drawer.sampling, drawer.words = sampling, words
+    drawer.sample_as(drawer.variant, sampling)
+    drawer.words = words
     drawer.set_encoders({n: build_encoder(components[n], **options(n)) for n in text}, tokenizers)
     drawer.source = {"model": str(path), "parts": _places(parts)}
 

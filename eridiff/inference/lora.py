@@ -61,7 +61,7 @@ class LoraHandle:
         if self in drawer.loras:
             drawer.loras.remove(self)
             if self._variant is not None and drawer.network.config != config:
-                drawer.variant, drawer.sampling = self._variant
+                drawer.sample_as(*self._variant)
             for other in drawer.loras:  # another control LoRA keeps the network wide, and will bring it back
                 other._variant = other._variant or (self._variant if drawer.network.config == config else None)
 
@@ -98,7 +98,9 @@ def apply(
         for network in lora.networks:
             sets.append(attach_lora(modules[network], lora.of(network), dora=dora))
         handle = LoraHandle(drawer, lora, tuple(sets))
-        if scale is not None:
+        if scale is None:
+            handle.weigh(1.0)
+        else:
             handle.set_scale(scale)
     except LoraError:
         for attached in sets:
