@@ -23,7 +23,7 @@ from eridiff.blocks import evaluation, unwrapped
 from eridiff.errors import ConfigError
 from eridiff.files import content_hash
 from eridiff.images import to_images, to_tensor
-from eridiff.inference.handed_in import check_autoencoder, check_dtypes, check_family, from_diffusers
+from eridiff.inference.handed_in import check_autoencoder, check_dtypes, check_family, check_sharding, from_diffusers
 from eridiff.inference.latents import (  # fmt: skip
     LATENT_SCALE,
     device_of,
@@ -302,6 +302,7 @@ class DiffusionInference(ABC):
     def set_network(self, network: nn.Module, name: str = "") -> None:
         """Take a network, out of the wrappers of a trainer, and its variant's defaults."""
         check_family(type(self), network)
+        check_sharding(network)
         self.network = unwrapped(network)
         if hasattr(self, "autoencoder"):
             check_latents(type(self), self.network.config, self.autoencoder.config)

@@ -133,6 +133,18 @@ def check_family(kind: "type[DiffusionInference]", module: Any, foreign: bool = 
         raise ConfigError(_refusal(kind, "network", wanted, module))
 
 
+def check_sharding(network: nn.Module) -> None:
+    """Raises ConfigError for a network that others have sharded in a way in which it cannot be asked step by step."""
+    own = isinstance(network, tuple(NETWORKS.values()))
+    if any(type(module).__name__ == "FullyShardedDataParallel" for module in network.modules()):
+        how = "FSDP1 (FullyShardedDataParallel)"
+    elif own and "prepare" not in vars(network) and any(hasattr(p, "device_mesh") for p in network.parameters()):
+        how = "fully_shard alone, which gathers for `forward` and not for `prepare` and `step`"
+    else:
+        return
+    raise ConfigError(f"the network is sharded by {how}: shard it by eridiff.training.distributed.shard(network)")
+
+
 def check_inference(given: Any) -> None:
     """ConfigError unless what a `Sampler` is given is an inference."""
     from eridiff.inference.base import DiffusionInference

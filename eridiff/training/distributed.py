@@ -100,6 +100,15 @@ def sharded(module: nn.Module) -> bool:
     return any(hasattr(parameter, "device_mesh") for parameter in module.parameters())
 
 
+def everyones(value: Value) -> list[Value]:
+    """Every rank's value, in their order, on every rank."""
+    if not _several():
+        return [value]
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, value)
+    return gathered
+
+
 def agreed(value: Value) -> Value:
     """Rank 0's value, on every rank."""
     if not _several():

@@ -19,13 +19,13 @@ from eridiff.blocks import unwrapped
 from eridiff.config import RunConfig, parse_config
 from eridiff.errors import ConfigError, TrainingError
 from eridiff.images import save_png, slug
-from eridiff.inference import DiffusionInference, Prompt, Step
-from eridiff.inference.handed_in import check_dtypes, check_inference
+from eridiff.inference import DiffusionInference, Prompt, Result, Step
+from eridiff.inference.handed_in import check_dtypes, check_inference, check_sharding
 from eridiff.inference.section import requests_of
 from eridiff.request import Request, plain
 from eridiff.training.adopt import Adopted
 from eridiff.training.cached import handed_in_prompts
-from eridiff.training.distributed import collected, ranks, sharded
+from eridiff.training.distributed import agreed, collected, everyones, ranks, sharded
 from eridiff.training.embeddings import EmbeddingCache, on_cpu
 from eridiff.training.fingerprint import changed, fingerprint
 from eridiff.training.record import Entry, drift_of, read_entries, write_page
@@ -38,6 +38,13 @@ LIVE = "live"  # the weights as they are in training
 
 class _TimedOut(Exception):
     """Ends a picture between two steps."""
+
+
+def _reason(failure: Exception, max_seconds: float | None) -> str:
+    """What a failure says of itself."""
+    if isinstance(failure, _TimedOut):
+        return f"sample_max_seconds {max_seconds:g} had passed"
+    return f"{type(failure).__name__}: {failure}"
 
 
 @dataclass
@@ -94,6 +101,7 @@ class Sampler:
         with raise_errors. Raises ConfigError for settings that cannot be.
         """
         check_inference(inference)
+        check_sharding(inference.network)
         if conditioning is not None and (embeddings is not None or text_in_training):
             raise ConfigError("conditioning replaces the text encoders: leave out embeddings and text_in_training")
         if autocast is None:
@@ -215,14 +223,14 @@ class Sampler:
                 for callback in self.callbacks:
                     callback(samples)
         except _TimedOut:
-            samples.failure = f"sample_max_seconds {self.max_seconds:g} had passed"
+            samples.failure = _reason(_TimedOut(), self.max_seconds)
             log.warning("sampling at step %d stopped: %s; training goes on", step, samples.failure)
             if self.raise_errors:
                 raise TrainingError(f"sampling at step {step} stopped: {samples.failure}") from None
         except Exception as error:
             if self.raise_errors:
                 raise
-            samples.failure = f"{type(error).__name__}: {error}"
+            samples.failure = _reason(error, self.max_seconds)
             log.warning("sampling at step %d failed, training goes on", step, exc_info=True)
             traceback.clear_frames(error.__traceback__)  # they hold tensors
         finally:
@@ -234,6 +242,22 @@ class Sampler:
             more = f" and {len(found) - 1} more" if len(found) > 1 else ""
             raise TrainingError(f"sampling at step {step} changed the {found[0]}{more}: {', '.join(found[:8])}")
         return samples
+
+    def draw(self, requests: Sequence[Request | Mapping[str, Any]]) -> list[Result]:
+        """Generate these images now, with the live weights; the run is afterwards as it was, and nothing is written.
+
+        - requests: each a `Request`, or the arguments of `generate`. Texts need the text encoders.
+
+        Raises what `generate` raises. Of several processes each has its own; a sharded network they ask together.
+        """
+        with undisturbed(self._modules(), self.optimizer, autocast=self.autocast, device=self.inference.device):
+            try:
+                if self.adopted is not None:
+                    self.adopted.refresh()
+                return list(self._drawer().generate_each(requests))
+            finally:
+                if self.adopted is not None:
+                    self.adopted.release()
 
     def _drawer(self) -> DiffusionInference:
         """The inference with its modules out of their wrappers."""
@@ -259,7 +283,9 @@ class Sampler:
     def _draw(self, samples: Samples, start: float) -> None:
         """Every picture by every kind of weights, one at a time; PNGs, then the page.
 
-        Of several processes each draws its share of the prompts, and the first has all; a sharded network they ask together.
+        Of several processes each draws its share of the prompts, and the first has all; a sharded network they ask together,
+        by the first one's clock, and files are written when none of them needs another any more. What fails on one rank is
+        raised on all.
         """
         drawer = self._drawer()
         requests, encoded = (self.requests, self.prompts) if self._first is None else self._first
@@ -267,12 +293,22 @@ class Sampler:
         entries = read_entries(self.out) if self._entries is None else self._entries
         self._entries = entries
 
+        (rank, size), together = ranks(), sharded(drawer.network)
+
         def in_time(step: Step | None = None) -> None:
-            if self.max_seconds is not None and time.monotonic() - start > self.max_seconds:
+            late = self.max_seconds is not None and time.monotonic() - start > self.max_seconds
+            if self.max_seconds is not None and (agreed(late) if together else late):
                 raise _TimedOut
 
-        (rank, size), together = ranks(), sharded(drawer.network)
         own = [i for i in range(len(requests)) if together or i % size == rank]
+        kept: list[tuple[int, str, Result]] = []  # not yet written
+        failure: Exception | None = None
+
+        def write() -> None:
+            while kept:
+                i, name, result = kept.pop(0)
+                self._keep(samples, i, requests[i], name, result.images[0], result.settings[0], entries)
+
         try:
             for name, enter in self.weights.items():
                 with enter():
@@ -284,20 +320,38 @@ class Sampler:
                         for i in own
                     ]  # fmt: skip
                     for i, result in zip(own, drawer.generate_each(told), strict=True):
-                        if rank == 0 or not together:
-                            self._keep(samples, i, requests[i], name, result.images[0], result.settings[0], entries)
+                        kept.append((i, name, result))
+                        if not together:
+                            write()
+        except _TimedOut as error:
+            failure = error
+        except Exception as error:
+            if together:  # the others fail alike, or wait where nothing helps: nothing collective from here on
+                raise
+            failure = error
         finally:
             if self.adopted is not None:
                 self.adopted.release()
-            for other in collected(samples)[1:]:
-                samples.paths += other.paths
-                samples.images += other.images
-                samples.settings += other.settings
-                entries |= {
-                    path.name: Entry(path.name, said) for path, said in zip(other.paths, other.settings, strict=True)
-                }
-            if samples.paths and rank == 0:
-                write_page(self.out, entries)
+        try:
+            if rank == 0 or not together:
+                write()
+        except Exception as error:
+            failure = error
+        said = everyones(None if failure is None else _reason(failure, self.max_seconds))
+        for other in [] if together else collected(samples)[1:]:
+            samples.paths += other.paths
+            samples.images += other.images
+            samples.settings += other.settings
+            entries |= {
+                path.name: Entry(path.name, told) for path, told in zip(other.paths, other.settings, strict=True)
+            }
+        if samples.paths and rank == 0:
+            write_page(self.out, entries)
+        if failure is not None:
+            raise failure
+        elsewhere = next((f"rank {r}: {reason}" for r, reason in enumerate(said) if reason is not None), None)
+        if elsewhere is not None:
+            raise TrainingError(elsewhere)
 
     def _keep(
         self, samples: Samples, i: int, request: Request, weights: str, image: Image.Image, drawn: Mapping[str, Any],
