@@ -12,7 +12,8 @@ from torch import nn
 
 from eridiff.cli import main, sample
 from eridiff.errors import ConfigError
-from eridiff.training.distributed import agreed, shard, spread
+from eridiff.ranks import agreed, spread
+from eridiff.training.distributed import shard
 from tests.families import FAMILIES
 
 ROOT = Path(__file__).parents[1]

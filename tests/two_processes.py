@@ -15,9 +15,10 @@ from torch.distributed.tensor import DTensor
 
 from eridiff import FluxInference, Prompt
 from eridiff.errors import ConfigError, EridiffError
+from eridiff.ranks import agreed, launched, spread
 from eridiff.schedulers.guidance import SkipLayers
 from eridiff.training import Sampler
-from eridiff.training.distributed import agreed, launched, shard, spread
+from eridiff.training.distributed import shard
 from eridiff.training.objective import discrete_levels, flow_levels, noised, squared_error, target
 from tests.families import FAMILIES, conditioning, inference, inputs, packed, rows
 from tests.test_undisturbed import ScheduleFree

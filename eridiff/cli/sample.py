@@ -19,9 +19,9 @@ from eridiff.inference.sdxl import PREDICTIONS
 from eridiff.inference.section import early, requests_of
 from eridiff.inference.words import read_words
 from eridiff.lora.ledger import counted
+from eridiff.ranks import agreed, launched, ranks, spread
 from eridiff.request import FIELDS, Request, size_of
 from eridiff.run_files import load_config
-from eridiff.training.distributed import agreed, launched, ranks, spread
 from eridiff.weights.locate import DENOISERS, PART_NAMES, locate
 
 BUILT_IN_PROMPTS = (

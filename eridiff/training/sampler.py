@@ -22,10 +22,11 @@ from eridiff.images import save_png, slug
 from eridiff.inference import DiffusionInference, Prompt, Result, Step
 from eridiff.inference.handed_in import check_dtypes, check_inference, check_sharding
 from eridiff.inference.section import requests_of
+from eridiff.ranks import agreed, collected, everyones, ranks
 from eridiff.request import Request, plain
 from eridiff.training.adopt import Adopted
 from eridiff.training.cached import handed_in_prompts
-from eridiff.training.distributed import agreed, collected, everyones, ranks, sharded
+from eridiff.training.distributed import sharded
 from eridiff.training.embeddings import EmbeddingCache, on_cpu
 from eridiff.training.fingerprint import changed, fingerprint
 from eridiff.training.record import Entry, drift_of, read_entries, write_page
