@@ -290,16 +290,18 @@ class Request:
 
         - multiple: of which the sides must be; None leaves them to the model.
         """
-        if self.steps is not None and self.steps < 1:
-            raise ConfigError(f"a run needs at least one step, not {self.steps}")
         for name, told in FIELDS.items():
             value, low, high = getattr(self, name), told.metadata["low"], told.metadata["high"]
             if value is None or low is None:
                 continue
+            if told.metadata["kind"] in (WHOLE, NUMBER):
+                scalar(name, value, int if told.metadata["kind"] is WHOLE else float)
+            if name == "steps" and value < 1:
+                raise ConfigError(f"a run needs at least one step, not {value}")
             if told.metadata["kind"] in (SIZE, CORNER):
                 if len(value) != 2 or any(type(n) is not int or n < low for n in value):
                     raise ConfigError(f"{name} must be two whole numbers of pixels, at least {low}, not {value}")
-            elif high is not None and (isinstance(value, bool) or not low <= value <= high):
+            elif high is not None and not low <= value <= high:
                 raise ConfigError(f"{name} must be between {low} and {high}, not {value}")
         for name, what in (("cfg_interval", "shares of the steps"), ("part", "shares of the run")):
             pair = getattr(self, name)

@@ -70,6 +70,21 @@ def test_names_of_settings_are_checked_in_python_with_the_nearest() -> None:
         families.inference("flux").generate("a", widht=3)
 
 
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"steps": "4"}, "steps must be a whole number, not '4'"), ({"width": 64.0}, "width must be a whole number, not 64.0"),
+        ({"cfg_scale": "high"}, "cfg_scale must be a number, not 'high'"), ({"shift": True}, "shift must be a number, not True"),
+        ({"steps": 0}, "a run needs at least one step, not 0"), ({"seed": "x"}, "the seed must be a whole number"),
+        ({"strength": -0.1}, "strength must be between 0 and 1, not -0.1"), ({"hand_over": 1.0}, "hand_over must be between 0 and 1"),
+        ({"crop": (1, 2, 3)}, "crop must be two whole numbers"), ({"part": (0.5, 0.5)}, "part must be two rising shares"),
+    ],
+)  # fmt: skip
+def test_an_impossible_value_is_one_sentence(settings: dict[str, Any], says: str) -> None:
+    with pytest.raises(ConfigError, match=f"^{says}"):
+        Request(**settings).check()
+
+
 # merging --------------------------------------------------------------------------------------------------------------
 
 LAYERS = st.lists(

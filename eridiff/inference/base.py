@@ -568,8 +568,9 @@ class DiffusionInference(ABC):
         if image is not None or control is not None or asked.references:
             yield self.autoencoder
         condition = self.condition(image, mask, control, asked.references or ())
-        untouched = image is None or (self.inpaints and asked.strength == 1)  # it begins from noise alone
-        start = None if untouched or image is None else self.encode_vae(image)
+        start = None  # a network that is told the image begins from noise alone, if nothing of the image shall stay
+        if image is not None and not (self.inpaints and asked.strength == 1):
+            start = self.encode_vae(image)
         noise = self._noise(asked, given.noise)
         blended = None if start is None or mask is None or self.inpaints else latent_mask(mask)
         latents = yield from self._denoised(
