@@ -1,12 +1,14 @@
-"""Write the tables of docs/configuration.md that follow from the code: `python docs/tables.py`; a test runs it.
+"""Write the tables of docs/configuration.md that follow from the code, and docs/cli.md: `python docs/tables.py`; a test runs it.
 
 A table stands between `<!-- NAME -->` and `<!-- end -->`.
 """
 
+import argparse
 import re
 from collections.abc import Iterator
 from pathlib import Path
 
+from eridiff.cli import _parser
 from eridiff.config import KEYS, NO_EFFECT, SAID
 from eridiff.prompt_files import FLAGS, KOHYA_KEYS
 from eridiff.request import FIELDS, WORDS
@@ -76,5 +78,37 @@ def written(text: str) -> str:
     return text
 
 
+def command_line() -> str:
+    """docs/cli.md: every command with its arguments, from the parser."""
+    parts = ["# Command line", "Every command takes `--help`. An error is one line on stderr, with exit status 2."]
+
+    def page(parser: argparse.ArgumentParser) -> None:
+        nested = next((a for a in parser._actions if isinstance(a, argparse._SubParsersAction)), None)
+        if nested is not None:
+            for each in nested.choices.values():
+                page(each)
+            return
+        parts.append(f"## {parser.prog}")
+        parts.append(parser.description or "")
+        for group in parser._action_groups:
+            rows = [a for a in group._group_actions if a.help != argparse.SUPPRESS and a.dest != "help"]
+            if rows:
+                parts.append(table(f"| {group.title} | |", (f"| {_usage(a)} | {a.help or ''} |" for a in rows)))
+
+    page(_parser())
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _usage(action: argparse.Action) -> str:
+    metavar = action.metavar or ("{" + ", ".join(map(str, action.choices)) + "}" if action.choices else "")
+    value = " ".join(metavar) if isinstance(metavar, tuple) else metavar
+    names = ", ".join(f"`{name}`" for name in action.option_strings)
+    taken = f" `{value}`".replace("|", "\\|") if value and action.nargs != 0 else ""
+    return f"{names}{taken}".strip()
+
+
+COMMANDS = DOCUMENT.with_name("cli.md")
+
 if __name__ == "__main__":
+    COMMANDS.write_text(command_line())
     DOCUMENT.write_text(written(DOCUMENT.read_text()))

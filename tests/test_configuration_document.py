@@ -206,6 +206,7 @@ def test_the_documents_example_is_read(tmp_path: Path) -> None:
 def test_the_tables_of_what_can_be_asked_are_made_from_the_code() -> None:
     """`python docs/tables.py` writes them."""
     assert tables.written(DOCUMENT) == DOCUMENT
+    assert tables.COMMANDS.read_text() == tables.command_line()
 
 
 def test_every_key_that_the_parser_knows_stands_in_the_document_and_no_other() -> None:
