@@ -75,7 +75,11 @@ def test_bare_weights_that_are_one_matrix_here_have_to_be_copied() -> None:
         ConfigError, match="'transformer_blocks.0.attn.to_q' has weights but no forward .* allow_copies=True"
     ):
         adopt(foreign)
-    assert adopt(foreign, allow_copies=True).copied_bytes > 0
+    adopted = adopt(foreign, allow_copies=True)
+    assert adopted.copied_bytes > 0
+    adopted.release()
+    with pytest.raises(ConfigError, match=r"and their copy was given back: call refresh\(\) of what adopt returned"):
+        adopted.network(*FAMILIES["flux"].inputs)
 
 
 def test_what_changes_no_value_is_let_be(family: Family) -> None:

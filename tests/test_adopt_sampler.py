@@ -13,12 +13,13 @@ from lycoris.modules import LoConModule
 from peft import LoraConfig, get_peft_model, inject_adapter_in_model
 from torch import Tensor, nn
 
-from eridiff import FluxInference
+from eridiff import FluxInference, SDXLInference
 from eridiff.errors import ConfigError
 from eridiff.training import Sampler, averaged_weights
 from eridiff.training.adopt import adopt
 from tests import adapters, tiny
 from tests.trainers import (
+    BOUND,
     FAMILIES,
     Family,
     drawing,
@@ -52,6 +53,25 @@ def test_the_run_does_not_notice_and_the_images_follow_it(family: Family, tmp_pa
     last = pictures(sampler, 50)
     with dropout_off(network):
         assert last == pictures(sampler, 51)
+
+
+@pytest.mark.parametrize("copies", [False, True])
+def test_the_network_of_from_diffusers_may_be_asked_at_any_time(family: Family, copies: bool) -> None:
+    """Between images too, and then it is the trainer's of that moment. Copies are made where the caller adopts with them."""
+    foreign = family.make().requires_grad_(True)
+    part = "unet" if family.inference is SDXLInference else "transformer"
+    parts: dict[str, Any] = {
+        part: adopt(foreign, allow_copies=True) if copies else foreign,
+        "vae": family.autoencoder(),
+    }
+    inference = family.inference.from_diffusers(**parts, progress=False)
+    (adopted, _), copied = inference.adopted, []
+    assert adopted.copied_bytes == 0 and family.distance(adopted) < BOUND
+    inference.generate(conditioning=family.prompt, width=64, height=64, steps=1, seed=1, cfg_scale=1,
+                       callback=lambda _: copied.append(adopted.copied_bytes))  # fmt: skip
+    assert (copied[0] > 0) == (copies and part == "transformer")
+    train(family, foreign, foreign.parameters())
+    assert adopted.copied_bytes == 0 and family.distance(adopted) < BOUND
 
 
 def test_an_adopted_autoencoder_is_drawn_with(tmp_path: Path) -> None:

@@ -116,8 +116,8 @@ class DiffusionInference(ABC):
         """Draw with the modules of a trainer: those of a diffusers pipeline, or single ones by diffusers' names.
 
         The network and the autoencoder are adopted (`eridiff.training.adopt`): of diffusers' classes or under the
-        originals' names, wrapped or not, they share their parameters, and what must be copied is copied for each image
-        and given back after it. Text encoders and tokenizers are those of transformers, slow or fast; without encoders
+        originals' names, wrapped or not, they share their parameters and nothing is copied; what `adopt` returned is
+        taken as it is. Text encoders and tokenizers are those of transformers, slow or fast; without encoders
         conditioning is handed in. What the configurations of the modules, the scheduler and the pipeline say is
         followed; options are those of the constructor. Raises CheckpointError for a module that is not known, ConfigError
         for one that is missing or of another family.

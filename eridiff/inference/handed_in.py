@@ -34,7 +34,7 @@ Drawer = TypeVar("Drawer", bound="DiffusionInference")
 def from_diffusers(kind: type[Drawer], pipeline: Any, given: Mapping[str, Any], options: dict[str, Any]) -> Drawer:
     """An inference with a trainer's own modules; `given` are parts by diffusers' names, which win over the pipeline's."""
     # not at the top: training is made of inferences, so this import goes the other way round
-    from eridiff.training.adopt import adopt
+    from eridiff.training.adopt import Adopted, adopt
 
     call = f"{kind.__name__}.from_diffusers"
     if isinstance(pipeline, nn.Module):
@@ -50,7 +50,7 @@ def from_diffusers(kind: type[Drawer], pipeline: Any, given: Mapping[str, Any], 
         raise ConfigError(f"no {' and no '.join(lacking)} {source}: {call}(pipe) or {call}(transformer=..., vae=...)")
     check_family(kind, network, foreign=True)
 
-    adopted = tuple(adopt(module, allow_copies=True) for module in (network, held["vae"]))
+    adopted = tuple(m if isinstance(m, Adopted) else adopt(m) for m in (network, held["vae"]))
     said = {**_config(pipeline), **_config(held["scheduler"])}
     drawer = kind(None, None, **options)
     _set_statistics(kind, adopted[1])
@@ -62,7 +62,7 @@ def from_diffusers(kind: type[Drawer], pipeline: Any, given: Mapping[str, Any], 
     _set_encoders(drawer, held)
     drawer.adopted = adopted
     for one in adopted:
-        one.release()  # the copies are made for an image, and given back after it
+        one.release()  # copies that the caller wants are made for an image, and given back after it
     return drawer
 
 

@@ -32,8 +32,8 @@ class Adopted:
 
     What ours keeps in one matrix and the trainer in several is called too, or copied with `copies`. `refresh` looks anew at
     what acts, follows tensors that were moved or exchanged, and makes the copies; call it before images are drawn (`Sampler`
-    does, for each kind of weights). `release` gives the copies' memory back; a network that was released cannot draw with
-    old copies.
+    does, for each kind of weights). `release` gives the copies' memory back; a network that was released calls the trainer's
+    layers in their place, so that it never draws with old copies.
     """
 
     def __init__(self, foreign: nn.Module, network: nn.Module, entries: list[Entry], copies: bool = False) -> None:
@@ -43,14 +43,14 @@ class Adopted:
         for entry in entries:
             self._layers.setdefault(entry.native.rpartition(".")[0], []).append(entry)
         self.copied_bytes = 0  # of all copies together, held between `refresh` and `release`
-        self.refresh()
+        self._follow(copy=copies)
 
     def refresh(self) -> None:
         """Follow the trainer's module as it is now; make what must be copied anew.
 
         Raises ConfigError for what acts on it and cannot be followed.
         """
-        self._follow(copy=True)
+        self._follow(copy=self.copies)
 
     def release(self) -> None:
         """Give the copies' memory back; `refresh` makes them again."""
@@ -70,11 +70,11 @@ class Adopted:
             owner: Any = self.network.get_submodule(path)
             theirs = [(name, whole[name]) for name in paths[path] if name in whole]
             fused = any(entry.operation in COPIED for entry in entries)
-            called = not all(reads(layer) for _, layer in theirs) or (fused and not self.copies)
+            called = not all(reads(layer) for _, layer in theirs) or (fused and not copy)
             vars(owner).pop("forward", None)
             if called:
                 weight = next((entry for entry in entries if entry.native.endswith(".weight")), entries[0])
-                owner.forward = calling(weight, theirs)
+                owner.forward = calling(weight, theirs, self.copies)
             for entry in entries:
                 gone = next((name for name in entry.foreign if name not in tensors), None)
                 if gone is not None:
@@ -82,9 +82,9 @@ class Adopted:
                         f"'{gone}' is no longer in this {type(self.foreign).__name__}, which was adopted with it"
                     )
                 sources = [tensors[name] for name in entry.foreign]
-                _put(owner, entry, self._placed(entry, owner, sources, called, copy))
+                _put(owner, entry, self._placed(entry, owner, sources, called))
 
-    def _placed(self, entry: Entry, owner: nn.Module, sources: list[Tensor], called: bool, copy: bool) -> Tensor:
+    def _placed(self, entry: Entry, owner: nn.Module, sources: list[Tensor], called: bool) -> Tensor:
         """What a tensor of ours is: theirs, a view of theirs, a copy, or nothing but a shape."""
         shape, first = self._shapes[entry.native], sources[0]
         if called:
@@ -96,8 +96,6 @@ class Adopted:
             return first if first.shape == shape else first.view(shape)
         self.copied_bytes += sum(source.nbytes for source in sources)
         held = getattr(owner, entry.native.rpartition(".")[2])
-        if not copy:
-            return held.detach().to("meta")
         if type(held.data) is Tensor and held.device == first.device and held.dtype == first.dtype:
             return held.copy_(entry.read(sources, shape))
         return entry.read(sources, shape)
