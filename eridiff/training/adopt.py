@@ -43,7 +43,7 @@ class Adopted:
         for entry in entries:
             self._layers.setdefault(entry.native.rpartition(".")[0], []).append(entry)
         self.copied_bytes = 0  # of all copies together, held between `refresh` and `release`
-        self._follow(copy=copies)
+        self.refresh()
 
     def refresh(self) -> None:
         """Follow the trainer's module as it is now; make what must be copied anew.
