@@ -193,7 +193,7 @@ def spoilt(tensor: Tensor) -> dict[str, Any]:
     """Shapes and values that cannot be drawn with."""
     found = {
         "wider": torch.cat([tensor, tensor[..., :1]], dim=-1), "two rows": torch.cat([tensor, tensor]), "none": tensor[:0],
-        "not a number": tensor.clone(), "infinite": tensor / 0, "integers": tensor.long(), "one more dimension": tensor[None],
+        "not a number": tensor.clone(), "infinite": tensor / 0, "integers": tensor.long(), "one more dimension": tensor[..., None],
     }  # fmt: skip
     found["not a number"].view(-1)[-1] = torch.nan
     return found
