@@ -22,7 +22,7 @@ from typing_extensions import Self, Unpack
 from eridiff.blocks import evaluation, unwrapped
 from eridiff.errors import ConfigError
 from eridiff.images import to_images, to_tensor, upright
-from eridiff.inference.handed_in import check_autoencoder, check_dtypes, check_family, from_diffusers
+from eridiff.inference.handed_in import check_dtypes, check_family, from_diffusers, own_autoencoder
 from eridiff.inference.latents import (  # fmt: skip
     LATENT_SCALE,
     device_of,
@@ -102,8 +102,7 @@ class DiffusionInference(ABC):
         self.adopted: tuple[Any, ...] = ()  # `eridiff.training.adopt.Adopted` of the network and the autoencoder
         self._staged: nn.Module | None = None  # the component that is in use
         if autoencoder is not None:
-            check_autoencoder(type(self), autoencoder)
-            self.autoencoder = unwrapped(autoencoder)
+            self.autoencoder = own_autoencoder(type(self), autoencoder)
         if network is not None:
             self.set_network(network)
 

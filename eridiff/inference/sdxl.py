@@ -132,6 +132,11 @@ class SDXLInference(DiffusionInference):
 
     @staticmethod
     def possible_variants(config: UNetConfig) -> list[str]:
+        if config.vector_width <= 5 * SIZES:
+            raise ConfigError(
+                f"the UNet is told {config.vector_width} features beside the text, which have no room for a pooled vector and the "
+                f"numbers of an image's size, {SIZES} features each: it is of another kind than SDXL"
+            )
         if config.in_channels == 9:
             return ["inpaint"]
         if _is_refiner(config):

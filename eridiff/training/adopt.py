@@ -23,6 +23,7 @@ from eridiff.weights.header import Checkpoint, TensorEntry
 from eridiff.weights.keymap import Entry, without_wrappers
 from eridiff.weights.load import NETWORKS, plan
 
+STATISTICS = {"scaling": "scale", "shift": "shift"}  # of latents: diffusers' settings, the original's attributes
 COPIED = ("rows", "swap_halves", "transpose")  # the other operations of a key map rename, or view
 
 
@@ -122,10 +123,13 @@ def adopt(module: nn.Module, *, allow_copies: bool = False) -> Adopted:
             f"'{inside}' is inside a wrapper that is not torch's own and may do more than call what it holds; take it off"
         )
     entries = {n: TensorEntry(t.dtype, tuple(t.shape), Path(), 0, 0) for n, t in tensors.items()}
-    settings = json.loads(
-        json.dumps(dict(config) if isinstance(config, Mapping) else {}, default=str)
-    )  # as in its file
-    component = component_of(Checkpoint(Path(what), entries, {}, settings), *NETWORKS)
+    statistics = {f"{n}_factor": vars(foreign).get(f"{own}_factor") for n, own in STATISTICS.items()}
+    said = {name: value for name, value in statistics.items() if isinstance(value, int | float)}
+    said |= config if isinstance(config, Mapping) else {}
+    settings = json.loads(json.dumps(said, default=str))  # as in its file
+    component = component_of(Checkpoint(Path(what), entries, {}, settings, module=True), *NETWORKS)
+    if component.prefix:
+        raise ConfigError(f"the network is inside this {what}, and not all of it: adopt its '{component.prefix[:-1]}'")
     with torch.device("meta"):
         network = NETWORKS[component.network](component.config).eval()
     planned = plan(component, {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()})
