@@ -1,6 +1,6 @@
 """Ours beside diffusers' classes in training: the same parameters, followed through steps, adapters and moves."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,13 +9,15 @@ import torch
 from diffusers.models.transformers import transformer_flux
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
+from torch import distributed as dist
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 
 from eridiff import FluxInference, Prompt
 from eridiff.errors import CheckpointError, ConfigError
 from eridiff.models.flux import FluxConfig, position_ids
 from eridiff.text import Conditioning
 from eridiff.trace.record import relative_l2
-from eridiff.training import Sampler
+from eridiff.training import Sampler, shard
 from eridiff.training.adopt import COPIED, Adopted, adopt
 from eridiff.training.live import Elsewhere
 from eridiff.weights.keymap import key_map
@@ -237,18 +239,43 @@ def test_loras_of_peft_in_training_are_followed(name: str, wrapper: bool, monkey
         assert distance(adopted, case) < 1e-9 and relative_l2(ask_ours(adopted.network), with_lora) > 1e-4
 
 
-def test_parameters_that_are_sharded_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    from torch import distributed as dist
-    from torch.distributed.fsdp import fully_shard
-
-    foreign = unet_case(monkeypatch)[0]
+@pytest.fixture
+def alone() -> Iterator[None]:
+    """A group of one process."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    try:
-        fully_shard(foreign)
-        with pytest.raises(ConfigError, match="UNet2DConditionModel are sharded"):
-            adopt(foreign)
-    finally:
-        dist.destroy_process_group()
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("alone")
+def test_parameters_that_are_sharded_are_refused_whenever_that_was_done(case: Case) -> None:
+    """Before the adoption, after it by the trainer (accelerate's prepare), and of ours, which has the trainer's parameters."""
+    foreign = case[0]
+    adopted, name = adopt(foreign), type(foreign).__name__
+    with pytest.raises(
+        ConfigError, match=f"was adopted and has the parameters of the trainer's {name}, so it cannot be sh"
+    ):
+        shard(adopted.network)
+    assert distance(adopted, case) < 1e-9
+    fully_shard(foreign)
+    for ask in (lambda: adopt(foreign), adopted.refresh, adopted.release):
+        with pytest.raises(
+            ConfigError, match=f"this FSDP{name} are sharded, .* train eridiff's own network by `shard`"
+        ):
+            ask()
+
+
+def test_fsdp1_and_zero_3_are_refused_too(case: Case) -> None:
+    """Neither runs on a CPU, so these are their traces alone: the wrapper, and what marks a parameter."""
+    wrapper: Any = FullyShardedDataParallel.__new__(FullyShardedDataParallel)
+    nn.Module.__init__(wrapper)
+    wrapper._modules["_fsdp_wrapped_module"] = case[0]
+    with pytest.raises(ConfigError, match="are sharded"):
+        adopt(wrapper)
+    adopted = adopt(case[0])
+    next(case[0].parameters()).ds_id = 0
+    with pytest.raises(ConfigError, match="are sharded"):
+        adopted.refresh()
 
 
 def test_what_is_no_network_that_is_known_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

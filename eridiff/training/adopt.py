@@ -44,6 +44,8 @@ class Adopted:
         for entry in entries:
             self._layers.setdefault(entry.native.rpartition(".")[0], []).append(entry)
         self.copied_bytes = 0  # of all copies together, held between `refresh` and `release`
+        if entries:
+            network.adopted_from = type(foreign).__name__  # type: ignore[assignment]  # `shard` refuses it
         self.refresh()
 
     def refresh(self) -> None:
@@ -59,6 +61,7 @@ class Adopted:
 
     @torch.no_grad()
     def _follow(self, copy: bool) -> None:
+        _check_whole(self.foreign, self.foreign)
         whole, tensors = dict(layers(self.foreign)), named_tensors(self.foreign)
         paths = {
             path: list(dict.fromkeys(n.rpartition(".")[0] for e in es for n in e.foreign))
@@ -112,11 +115,10 @@ def adopt(module: nn.Module, *, allow_copies: bool = False) -> Adopted:
     what acts on the module and cannot be followed.
     """
     foreign = without_peft(module)
+    _check_whole(module, foreign)
     if isinstance(foreign, Flux | MMDiT | UNet | Autoencoder):
         return Adopted(foreign, foreign, [])
     what, tensors, config = type(foreign).__name__, named_tensors(foreign), getattr(foreign, "config", {})
-    if any(hasattr(tensor, "device_mesh") for tensor in foreign.parameters()):
-        raise ConfigError(f"the parameters of this {what} are sharded, so ours cannot share them; shard ours instead")
     inside = next((name for name in tensors if without_wrappers(name) != name), None)
     if inside is not None:
         raise ConfigError(
@@ -134,6 +136,16 @@ def adopt(module: nn.Module, *, allow_copies: bool = False) -> Adopted:
         network = NETWORKS[component.network](component.config).eval()
     planned = plan(component, {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()})
     return Adopted(foreign, network, planned, allow_copies)
+
+
+def _check_whole(module: nn.Module, foreign: nn.Module) -> None:
+    """ConfigError for parameters of which each process has a part: of FSDP2 (by their mesh), FSDP1 and DeepSpeed's ZeRO-3."""
+    parted = any(hasattr(p, "device_mesh") or hasattr(p, "ds_id") for p in foreign.parameters())
+    if parted or any(type(inner).__name__ == "FullyShardedDataParallel" for inner in module.modules()):
+        raise ConfigError(
+            f"the parameters of this {type(foreign).__name__} are sharded, so ours cannot share them: train eridiff's own network by "
+            "`shard`, or draw with a module that is not sharded"
+        )
 
 
 def _put(owner: nn.Module, entry: Entry, value: Tensor) -> None:
