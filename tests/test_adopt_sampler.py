@@ -10,7 +10,7 @@ import torch
 from diffusers import AutoencoderKL
 from diffusers.training_utils import EMAModel
 from lycoris.modules import LoConModule
-from peft import LoraConfig, get_peft_model, inject_adapter_in_model
+from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 from eridiff import FluxInference, SDXLInference
@@ -228,27 +228,3 @@ def test_adapters_on_text_encoders_act_and_follow_the_kind_of_weights(tmp_path: 
         for p in network.parameters():
             p.data.mul_(2)
     assert pictures(sampler, 2) != [live, without] and pictures(sampler, 3)[1] == without
-
-
-def peft_adapters(module: nn.Module, targets: list[str]) -> nn.Module:
-    inject_adapter_in_model(LoraConfig(r=2, target_modules=targets, lora_dropout=0.5, init_lora_weights=False), module)
-    return nn.ModuleList(m for m in module.modules() if hasattr(m, "lora_A"))
-
-
-@pytest.mark.parametrize("way", ["peft", *(way for way in adapters.WAYS if way != "pre-hook")])
-def test_every_adapter_on_text_encoders_acts_through_the_encoders(way: str, tmp_path: Path) -> None:
-    model = tiny.load(FluxInference, tiny.write_model(tmp_path / "model"))
-    section = {"prompts": ["a swan on mars"], "sample_steps": 1, "seed": 5, "out": str(tmp_path / "samples")}
-    put_on = peft_adapters if way == "peft" else adapters.WAYS[way]
-    plain = pictures(Sampler(model, section), 0)
-    networks = [
-        put_on(encoder.module, targets).train()
-        for encoder, targets in ((model.clip, ["q_proj", "fc1"]), (model.t5, ["SelfAttention.q", "wo"]))
-    ]
-    sampler = Sampler(model, section, text_in_training=True, verify=True, raise_errors=True)
-    live = pictures(sampler, 1)
-    with dropout_off(*networks, model.clip.module, model.t5.module):
-        assert model.generate("a swan on mars", steps=1, seed=5).images[0].tobytes() == live[0] != plain[0]
-    for p in networks[0].parameters():
-        p.data.mul_(2)
-    assert pictures(sampler, 2) != live
