@@ -1,7 +1,7 @@
 """A Sampler draws with a trainer's network, its adapters, averages and text encoders, and the run does not notice."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -152,6 +152,23 @@ def test_an_adapters_averages_and_the_base_are_drawn_beside_it(family: Family, t
         for p in network.parameters():
             p.mul_(0.5)
     assert pictures(drawing(family, adopt(foreign), tmp_path), 2)[0] == averaged
+
+
+def test_other_weights_must_be_functions_that_give_context_managers(tmp_path: Path) -> None:
+    """One that is made at once can be entered once only; a switch puts nothing back."""
+    family = FAMILIES["flux"]
+    adopted = adopt(family.make())
+    for wrong in (nullcontext(), contextmanager(lambda: iter([None]))(), "base", None):
+        with pytest.raises(
+            ConfigError, match=r"weights\['base'\] must be a function that gives a context manager, .* lambda: "
+        ):
+            drawing(family, adopted, tmp_path, weights={"base": wrong})
+    sampler = drawing(family, adopted, tmp_path, weights={"base": lambda: None})
+    with pytest.raises(
+        ConfigError, match=r"weights\['base'\] gave no context manager but None, so nothing would be put back"
+    ):
+        sampler.sample(0)
+    assert len(pictures(drawing(family, adopted, tmp_path, weights={"base": nullcontext}), 1)) == 2
 
 
 def recipes() -> dict[str, Any]:
