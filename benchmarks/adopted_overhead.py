@@ -2,9 +2,10 @@
 
 One process, one Flux of diffusers' class of moderate width with random weights in float32, the same inputs; the ways take
 turns, and a round's times are told relative to our own network with the same weights in that round. Called: what is one
-matrix here and several there is called in its parts; copied: it is joined into copies. The ways with a LoRA (rank 16 on every
-linear layer of the blocks, by replaced forwards) are told relative to ours with a LoRA of ours beside it. Prints medians and
-quartiles, what `refresh` takes, and writes `benchmarks/results/adopted_overhead.json`.
+matrix here and several there is called in its parts, as `from_diffusers` and `adopt` do; copied: it is joined into copies. The
+ways with a LoRA (rank 16 on every linear layer of the blocks, by replaced forwards) are told relative to ours with a LoRA of
+ours beside it. Prints medians and quartiles, what `refresh` takes, what both ways copy of a FLUX.1-dev in bfloat16 (on the meta
+device), and writes `benchmarks/results/adopted_overhead.json`.
 """
 
 import statistics
@@ -48,6 +49,18 @@ def ours(hidden: int) -> Flux:
     return own.eval().requires_grad_(False)
 
 
+def gib_of_dev() -> dict[str, float]:
+    """Of a FLUX.1-dev in bfloat16: its parameters, and what is copied for an image."""
+    with torch.device("meta"):
+        dev: Any = FluxTransformer2DModel(guidance_embeds=True).bfloat16()
+    sizes = {
+        "parameters": sum(p.nbytes for p in dev.parameters()),
+        "copied": adopt(dev, allow_copies=True).copied_bytes,
+        "called": adopt(dev).copied_bytes,
+    }
+    return {name: size / 2**30 for name, size in sizes.items()}
+
+
 @torch.no_grad()
 def main() -> None:
     options = arguments(rounds=15)
@@ -67,7 +80,9 @@ def main() -> None:
     print_ratios(rounds, {name: base for name, (_, base) in networks.items()})
     refreshed = statistics.median(seconds(called.refresh) for _ in range(options.rounds))
     print(f"\nrefresh without copies: {refreshed:.4f} seconds")
-    write("adopted_overhead", options, refresh=refreshed, rounds=rounds)
+    dev = gib_of_dev()
+    print(f"FLUX.1-dev in bfloat16: {', '.join(f'{name} {size:.1f} GiB' for name, size in dev.items())}")
+    write("adopted_overhead", options, refresh=refreshed, gib_of_dev=dev, rounds=rounds)
 
 
 if __name__ == "__main__":

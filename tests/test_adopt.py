@@ -1,6 +1,6 @@
 """Ours beside diffusers' classes in training: the same parameters, followed through steps, adapters and moves."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,14 +9,17 @@ import torch
 from diffusers.models.transformers import transformer_flux
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
+from torch import distributed as dist
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 
 from eridiff import FluxInference, Prompt
 from eridiff.errors import CheckpointError, ConfigError
 from eridiff.models.flux import FluxConfig, position_ids
 from eridiff.text import Conditioning
 from eridiff.trace.record import relative_l2
-from eridiff.training import Sampler
+from eridiff.training import Sampler, shard
 from eridiff.training.adopt import COPIED, Adopted, adopt
+from eridiff.training.live import Elsewhere
 from eridiff.weights.keymap import key_map
 from tests import tiny
 from tests.golden.case import Float32Sinusoid, float32_sinusoid
@@ -178,11 +181,11 @@ def test_copies_are_made_in_place_and_can_be_given_back(monkeypatch: pytest.Monk
     adopted.refresh()
     assert fused.weight.data_ptr() == place and distance(adopted, case) < 1e-9
     adopted.release()
-    assert fused.weight.is_meta and not adopted.network.final.linear.weight.is_meta  # type: ignore[union-attr]
-    with pytest.raises(RuntimeError, match="meta"):
-        distance(adopted, case)
+    assert adopted.copied_bytes == 0 and {type(p.data) for p in fused.parameters()} == {Elsewhere}
+    train(case[0], case[1])
+    assert distance(adopted, case) < 1e-9  # by the trainer's own layers, so it is never old
     adopted.refresh()
-    assert distance(adopted, case) < 1e-9 and not fused.weight.requires_grad
+    assert distance(adopted, case) < 1e-9 and not fused.weight.requires_grad and type(fused.weight.data) is Tensor
 
 
 def test_the_trainers_flags_gradients_and_modes_are_left_alone(case: Case) -> None:
@@ -236,18 +239,43 @@ def test_loras_of_peft_in_training_are_followed(name: str, wrapper: bool, monkey
         assert distance(adopted, case) < 1e-9 and relative_l2(ask_ours(adopted.network), with_lora) > 1e-4
 
 
-def test_parameters_that_are_sharded_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    from torch import distributed as dist
-    from torch.distributed.fsdp import fully_shard
-
-    foreign = unet_case(monkeypatch)[0]
+@pytest.fixture
+def alone() -> Iterator[None]:
+    """A group of one process."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    try:
-        fully_shard(foreign)
-        with pytest.raises(ConfigError, match="UNet2DConditionModel are sharded"):
-            adopt(foreign)
-    finally:
-        dist.destroy_process_group()
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("alone")
+def test_parameters_that_are_sharded_are_refused_whenever_that_was_done(case: Case) -> None:
+    """Before the adoption, after it by the trainer (accelerate's prepare), and of ours, which has the trainer's parameters."""
+    foreign = case[0]
+    adopted, name = adopt(foreign), type(foreign).__name__
+    with pytest.raises(
+        ConfigError, match=f"was adopted and has the parameters of the trainer's {name}, so it cannot be sh"
+    ):
+        shard(adopted.network)
+    assert distance(adopted, case) < 1e-9
+    fully_shard(foreign)
+    for ask in (lambda: adopt(foreign), adopted.refresh, adopted.release):
+        with pytest.raises(
+            ConfigError, match=f"this FSDP{name} are sharded, .* train eridiff's own network by `shard`"
+        ):
+            ask()
+
+
+def test_fsdp1_and_zero_3_are_refused_too(case: Case) -> None:
+    """Neither runs on a CPU, so these are their traces alone: the wrapper, and what marks a parameter."""
+    wrapper: Any = FullyShardedDataParallel.__new__(FullyShardedDataParallel)
+    nn.Module.__init__(wrapper)
+    wrapper._modules["_fsdp_wrapped_module"] = case[0]
+    with pytest.raises(ConfigError, match="are sharded"):
+        adopt(wrapper)
+    adopted = adopt(case[0])
+    next(case[0].parameters()).ds_id = 0
+    with pytest.raises(ConfigError, match="are sharded"):
+        adopted.refresh()
 
 
 def test_what_is_no_network_that_is_known_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -321,15 +349,14 @@ def test_a_sampler_draws_what_a_trainer_of_diffusers_classes_trains(tmp_path: Pa
     section = {"prompts": ["a swan"], "sample_steps": 2, "width": 32, "height": 32, "seed": 1, "out": str(tmp_path)}
     optimizer = torch.optim.SGD(foreign.parameters(), lr=0.05)
     sampler = Sampler(model, section, adopted=adopted, optimizer=optimizer, verify=True, raise_errors=True)
-    held = sum(p.numel() for p in adopted.network.parameters() if not p.is_meta)
-    assert held < 0.8 * sum(p.numel() for p in adopted.network.parameters())
+    assert adopted.copied_bytes == 0
     pictures = [sampler.sample(0).images[0].tobytes()]
     for p in foreign.parameters():
         p.grad = torch.ones_like(p)
     optimizer.step()
     pictures.append(sampler.sample(1).images[0].tobytes())
     assert pictures[0] != pictures[1] and foreign.training
-    assert held == sum(p.numel() for p in adopted.network.parameters() if not p.is_meta)
+    assert adopted.copied_bytes == 0
     again = adopt(foreign, allow_copies=True).network
     plain = FluxInference(again, model.autoencoder, device="cpu", progress=False)
     drawn = plain.generate(conditioning=told, steps=2, width=32, height=32, seed=1)

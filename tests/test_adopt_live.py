@@ -4,6 +4,7 @@ Everywhere the trainer's own forward of diffusers' classes is the measure, in fl
 training went on.
 """
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,14 +18,18 @@ from torch import Tensor, nn
 
 from eridiff import SDXLInference, load_lora
 from eridiff.lora import attach_lora
-from eridiff.models.flux import Flux, FluxConfig
+from eridiff.models.autoencoder import AutoencoderConfig
+from eridiff.models.flux import FluxConfig
+from eridiff.models.mmdit import MMDiTConfig
 from eridiff.trace.record import relative_l2
 from eridiff.training.adopt import adopt
 from eridiff.training.live import reads
 from eridiff.training.restore import members
+from eridiff.weights.detect import sizes_of
 from eridiff.weights.keymap import key_map
 from tests import adapters, tiny
 from tests.test_diffusers import reference_autoencoder
+from tests.test_handing_in import under_the_originals_names as bare_tensors
 from tests.trainers import BOUND, FAMILIES, Family, differs_from_file, dropout_off, rows, train
 
 
@@ -154,23 +159,28 @@ def test_layers_of_one_matrix_of_ours_may_differ(family: Family) -> None:
 class OriginalNorm(nn.Module):
     """As in the original's code: what a trainer wrote itself is called, for nobody knows what its class does."""
 
-    def __init__(self, scale: Tensor) -> None:
+    def __init__(self, name: str, scale: Tensor) -> None:
         super().__init__()
-        self.scale = nn.Parameter(scale)
+        self.name = name
+        self.register_parameter(name, nn.Parameter(scale))
 
     def forward(self, x: Tensor) -> Tensor:
-        return x * torch.rsqrt(x.square().mean(dim=-1, keepdim=True) + 1e-6) * self.scale
+        return x * torch.rsqrt(x.square().mean(dim=-1, keepdim=True) + 1e-6) * self._parameters[self.name]
 
 
-def under_the_originals_names(own: Flux) -> nn.Module:
-    """A Flux of a trainer's own classes, as kohya's scripts have; its layers alone, since its forward is not asked."""
-    tensors = key_map("flux").layouts["original"].to_foreign(own.state_dict(), {})
+def under_the_originals_names(own: Any, network: str) -> nn.Module:
+    """A Flux or an SD 3 of a trainer's own classes, as kohya's scripts have; its layers alone, since its forward is not asked."""
+    tensors = key_map(network).layouts["original"].to_foreign(own.state_dict(), sizes_of(own.config))
     whole = nn.Module()
     for name in [name for name in tensors if not name.endswith(".bias")]:
         path, _, last = name.rpartition(".")
-        layer: Any = OriginalNorm(tensors[name])
-        if last == "weight":
-            layer = nn.Linear(*tensors[name].shape[::-1])
+        if not path:  # SD 3's table of positions
+            whole.register_buffer(name, tensors[name])
+            continue
+        shape = tensors[name].shape
+        layer: Any = OriginalNorm(last, tensors[name])
+        if last == "weight" and len(shape) > 1:
+            layer = nn.Conv2d(shape[1], shape[0], shape[2:], shape[2:]) if len(shape) == 4 else nn.Linear(*shape[::-1])
             layer.load_state_dict({part: tensors[f"{path}.{part}"] for part in ("weight", "bias")})
         *owners, short = path.split(".")
         owner = whole
@@ -182,17 +192,35 @@ def under_the_originals_names(own: Flux) -> nn.Module:
     return whole
 
 
-def test_kohyas_adapters_on_its_own_flux_act_as_their_file_does(tmp_path: Path) -> None:
-    family, own = FAMILIES["flux"], tiny.flux(FluxConfig(64, 64, 8, 12, 128, 1, 4.0, 1, 1))
-    foreign = under_the_originals_names(own)
-    network = adapters.kohya(foreign, ["img_attn.qkv", "linear1", "mod.lin", "adaLN_modulation.1"], dropout=0.3).eval()
-    adopted = adopt(foreign)
-    file = network.save(tmp_path / "lora.safetensors", adapters.renamed("lora_unet_"))
+ORIGINALS: dict[str, tuple[Callable[[], Any], str, list[str]]] = {  # kohya's own classes
+    "flux": (lambda: tiny.flux(FluxConfig(64, 64, 8, 12, 128, 1, 4.0, 1, 1)), "flux", ["img_attn.qkv", "linear1", "mod.lin", "adaLN_modulation.1"]),
+    "sd3": (
+        lambda: tiny.mmdit(MMDiTConfig(16, 16, 8, 12, 128, 2, 2.0, depth=2, table_side=6, dual_blocks=(0,))), "mmdit",
+        ["attn.qkv", "attn2.proj", "mlp.fc1", "adaLN_modulation.1", "context_embedder", "x_embedder.proj"],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ORIGINALS)
+def test_kohyas_adapters_on_its_own_networks_act_as_their_file_does(name: str, tmp_path: Path) -> None:
+    make, network, targets = ORIGINALS[name]
+    family, own = FAMILIES[name], make()
+    foreign = under_the_originals_names(own, network)
+    vae = bare_tensors(tiny.autoencoder(), "vae")  # the statistics stand in no tensor
+    inference = family.inference.from_diffusers(transformer=foreign, vae=vae, progress=False)
+    adopted = inference.adopted[0]
     with torch.no_grad():
-        plain, found = own(*family.inputs), adopted.network(*family.inputs)
+        plain = own(*family.inputs)
+        assert relative_l2(adopted.network(*family.inputs), plain) < BOUND
+        loras = adapters.kohya(foreign, targets, dropout=0.3).eval()
+        adopted.refresh()
+        file = loras.save(tmp_path / "lora.safetensors", adapters.renamed("lora_unet_"))
+        found = adopted.network(*family.inputs)
         attach_lora(own, load_lora(file, own))
         assert relative_l2(found, own(*family.inputs)) < BOUND < 1e-2 < relative_l2(found, plain)
-    assert len(network.loras) == 5 and adopted.copied_bytes == 0
+    assert len(loras.loras) >= 5 and adopted.copied_bytes == 0
+    usual = AutoencoderConfig.preset(name)
+    assert (inference.autoencoder.config.scale, inference.autoencoder.config.shift) == (usual.scale, usual.shift)
 
 
 def test_two_adapters_on_a_layer_and_their_strength_act(family: Family) -> None:

@@ -1,5 +1,6 @@
 """What cannot be followed on a trainer's network is named; what changes no value is let be."""
 
+import re
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -7,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import SD3Transformer2DModel
 from lycoris.modules import LokrModule
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -14,13 +16,15 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 
 from eridiff import load_lora
 from eridiff.blocks import checkpoint_blocks
-from eridiff.errors import ConfigError
+from eridiff.errors import ConfigError, EridiffError
 from eridiff.lora import attach_lora, inject_lora
+from eridiff.models.flux import FluxConfig
 from eridiff.trace.record import relative_l2
 from eridiff.training import Sampler, averaged_weights
 from eridiff.training.adopt import adopt
 from eridiff.training.live import Elsewhere, wrapped
-from tests import adapters, families
+from tests import adapters, families, tiny
+from tests.test_handing_in import under_the_originals_names
 from tests.trainers import BOUND, FAMILIES, Family, small_unet, small_vae
 
 
@@ -75,13 +79,18 @@ def test_bare_weights_that_are_one_matrix_here_have_to_be_copied() -> None:
         ConfigError, match="'transformer_blocks.0.attn.to_q' has weights but no forward .* allow_copies=True"
     ):
         adopt(foreign)
-    assert adopt(foreign, allow_copies=True).copied_bytes > 0
+    adopted = adopt(foreign, allow_copies=True)
+    assert adopted.copied_bytes > 0
+    adopted.release()
+    with pytest.raises(ConfigError, match=r"and their copy was given back: call refresh\(\) of what adopt returned"):
+        adopted.network(*FAMILIES["flux"].inputs)
 
 
 def test_what_changes_no_value_is_let_be(family: Family) -> None:
     """accelerate's mixed precision and placement, gradient checkpointing, compilation."""
     from accelerate import Accelerator
     from accelerate.hooks import CpuOffload, add_hook_to_module
+    from accelerate.state import AcceleratorState
 
     foreign = family.make()
     foreign.enable_gradient_checkpointing()
@@ -93,6 +102,7 @@ def test_what_changes_no_value_is_let_be(family: Family) -> None:
     del block.forward
     block.compile()
     add_hook_to_module(block, CpuOffload("cpu"))
+    AcceleratorState._reset_state(True)
     prepared = Accelerator(mixed_precision="bf16", cpu=True).prepare(foreign)
     assert "forward" in vars(foreign) and "forward" in vars(block)
     with torch.no_grad():
@@ -249,6 +259,75 @@ def test_settings_that_leave_no_trace_in_shapes_are_compared(make: Any, says: st
     """They change the trainer's numbers, and the networks here have one value of each."""
     with pytest.raises(ConfigError, match=says):
         adopt(make())
+
+
+def stating(module: Any, **config: Any) -> Any:
+    """With a configuration that says something else than its tensors."""
+    module.register_to_config(**config)
+    return module
+
+
+def without_bias(module: Any) -> Any:
+    module.transformer_blocks[0].attn.to_q.register_parameter("bias", None)
+    return module
+
+
+def inside(prefix: str, module: nn.Module) -> nn.Module:
+    """As a checkpoint of a whole model has it, with another tensor beside it."""
+    whole = nn.Module()
+    owner = whole
+    for part in prefix.split("."):
+        owner.add_module(part, nn.Module())
+        owner = owner.get_submodule(part)
+    for name, child in module.named_children():
+        owner.add_module(name, child)
+    whole.add_module("other", nn.Linear(2, 2))
+    return whole
+
+
+FLUX = FAMILIES["flux"].make
+MODULES: dict[str, tuple[Callable[[], Any], str]] = {
+    "sizes of heads": (lambda: stating(FLUX(), axes_dims_rope=(4, 6)), r"'FluxTransformer2DModel': its configuration says axes_dims_rope \[4, 6\], three even"),
+    "no sizes of heads": (lambda: stating(FLUX(), axes_dims_rope=None), "heads of 16 features are in no published Flux; give axes_dims_rope in its configuration"),
+    "depth": (lambda: stating(FLUX(), num_layers=3), r"'FluxTransformer2DModel': its configuration says num_layers 3, the tensors say \d$"),
+    "heads": (lambda: stating(small_unet(), attention_head_dim=(3, 3, 3)), r"'UNet2DConditionModel': its configuration says \[3, 3, 3\] heads"),
+    "heads that are no numbers": (lambda: stating(small_unet(), attention_head_dim="many"), "'UNet2DConditionModel': its configuration says the heads 'many', not their numbers"),
+    "depths": (lambda: stating(small_unet(), transformer_layers_per_block=(2, 2, 2)), "its configuration says transformer_layers_per_block"),
+    "scale": (lambda: stating(small_vae(), scaling_factor="large"), "'AutoencoderKL': its configuration says scaling_factor 'large', not a number"),
+    "positions": (lambda: oblong(FAMILIES["sd3"].make()), r"'SD3Transformer2DModel': its table of \d+ positions is no square$"),
+    "a lost bias": (lambda: without_bias(FLUX()), "'FluxTransformer2DModel': 1 tensors are missing, the first is 'transformer_blocks.0.attn.to_q.bias'"),
+    "a part of another module": (lambda: inside("model.diffusion_model", original_flux()), "the network is inside this Module, and not all of it: adopt its 'model.diffusion_model'$"),
+    "a text encoder": (tiny.clip_module, "'CLIPTextModelWithProjection' holds a CLIP text encoder, not a Flux or .* or an autoencoder$"),
+}  # fmt: skip
+
+
+def original_flux() -> nn.Module:
+    return under_the_originals_names(tiny.flux(FluxConfig(64, 64, 8, 12, 128, 1, 4.0, 1, 1)), "flux")
+
+
+def oblong(module: Any) -> Any:
+    module.pos_embed.pos_embed = module.pos_embed.pos_embed[:, :-1]
+    return module
+
+
+@pytest.mark.parametrize("fault", MODULES)
+def test_a_module_that_is_refused_is_not_spoken_of_as_a_file(fault: str) -> None:
+    make, says = MODULES[fault]
+    with pytest.raises(EridiffError, match=says) as error:
+        adopt(make())
+    assert not re.search(r"file|download|json|metadata|allow_unknown|option|two models", str(error.value))
+
+
+@pytest.mark.parametrize(("heads", "width"), [(3, 64), (3, 48), (4, 32), (5, 16)])
+def test_an_sd3_without_a_norm_has_the_heads_of_its_configuration(heads: int, width: int) -> None:
+    """Their number leaves no trace in shapes there."""
+    family, hidden = FAMILIES["sd3"], heads * width
+    foreign: Any = SD3Transformer2DModel(
+        sample_size=8, num_layers=2, attention_head_dim=width, num_attention_heads=heads, joint_attention_dim=12,
+        caption_projection_dim=hidden, pooled_projection_dim=8, pos_embed_max_size=6, out_channels=16,
+    )  # fmt: skip
+    adopted = adopt(tiny.scaled(foreign))
+    assert adopted.network.config.heads == heads and family.distance(adopted) < BOUND  # type: ignore[union-attr]
 
 
 def test_the_network_in_training_is_not_its_own_average(tmp_path: Path) -> None:

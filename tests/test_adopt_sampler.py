@@ -1,7 +1,7 @@
 """A Sampler draws with a trainer's network, its adapters, averages and text encoders, and the run does not notice."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -10,15 +10,16 @@ import torch
 from diffusers import AutoencoderKL
 from diffusers.training_utils import EMAModel
 from lycoris.modules import LoConModule
-from peft import LoraConfig, get_peft_model, inject_adapter_in_model
+from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
-from eridiff import FluxInference
+from eridiff import FluxInference, SDXLInference
 from eridiff.errors import ConfigError
 from eridiff.training import Sampler, averaged_weights
 from eridiff.training.adopt import adopt
 from tests import adapters, tiny
 from tests.trainers import (
+    BOUND,
     FAMILIES,
     Family,
     drawing,
@@ -52,6 +53,25 @@ def test_the_run_does_not_notice_and_the_images_follow_it(family: Family, tmp_pa
     last = pictures(sampler, 50)
     with dropout_off(network):
         assert last == pictures(sampler, 51)
+
+
+@pytest.mark.parametrize("copies", [False, True])
+def test_the_network_of_from_diffusers_may_be_asked_at_any_time(family: Family, copies: bool) -> None:
+    """Between images too, and then it is the trainer's of that moment. Copies are made where the caller adopts with them."""
+    foreign = family.make().requires_grad_(True)
+    part = "unet" if family.inference is SDXLInference else "transformer"
+    parts: dict[str, Any] = {
+        part: adopt(foreign, allow_copies=True) if copies else foreign,
+        "vae": family.autoencoder(),
+    }
+    inference = family.inference.from_diffusers(**parts, progress=False)
+    (adopted, _), copied = inference.adopted, []
+    assert adopted.copied_bytes == 0 and family.distance(adopted) < BOUND
+    inference.generate(conditioning=family.prompt, width=64, height=64, steps=1, seed=1, cfg_scale=1,
+                       callback=lambda _: copied.append(adopted.copied_bytes))  # fmt: skip
+    assert (copied[0] > 0) == (copies and part == "transformer")
+    train(family, foreign, foreign.parameters())
+    assert adopted.copied_bytes == 0 and family.distance(adopted) < BOUND
 
 
 def test_an_adopted_autoencoder_is_drawn_with(tmp_path: Path) -> None:
@@ -134,6 +154,23 @@ def test_an_adapters_averages_and_the_base_are_drawn_beside_it(family: Family, t
     assert pictures(drawing(family, adopt(foreign), tmp_path), 2)[0] == averaged
 
 
+def test_other_weights_must_be_functions_that_give_context_managers(tmp_path: Path) -> None:
+    """One that is made at once can be entered once only; a switch puts nothing back."""
+    family = FAMILIES["flux"]
+    adopted = adopt(family.make())
+    for wrong in (nullcontext(), contextmanager(lambda: iter([None]))(), "base", None):
+        with pytest.raises(
+            ConfigError, match=r"weights\['base'\] must be a function that gives a context manager, .* lambda: "
+        ):
+            drawing(family, adopted, tmp_path, weights={"base": wrong})
+    sampler = drawing(family, adopted, tmp_path, weights={"base": lambda: None})
+    with pytest.raises(
+        ConfigError, match=r"weights\['base'\] gave no context manager but None, so nothing would be put back"
+    ):
+        sampler.sample(0)
+    assert len(pictures(drawing(family, adopted, tmp_path, weights={"base": nullcontext}), 1)) == 2
+
+
 def recipes() -> dict[str, Any]:
     """The functions of docs/training.md that switch an adapter off."""
     text = (Path(__file__).parents[1] / "docs" / "training.md").read_text(encoding="utf-8")
@@ -208,27 +245,3 @@ def test_adapters_on_text_encoders_act_and_follow_the_kind_of_weights(tmp_path: 
         for p in network.parameters():
             p.data.mul_(2)
     assert pictures(sampler, 2) != [live, without] and pictures(sampler, 3)[1] == without
-
-
-def peft_adapters(module: nn.Module, targets: list[str]) -> nn.Module:
-    inject_adapter_in_model(LoraConfig(r=2, target_modules=targets, lora_dropout=0.5, init_lora_weights=False), module)
-    return nn.ModuleList(m for m in module.modules() if hasattr(m, "lora_A"))
-
-
-@pytest.mark.parametrize("way", ["peft", *(way for way in adapters.WAYS if way != "pre-hook")])
-def test_every_adapter_on_text_encoders_acts_through_the_encoders(way: str, tmp_path: Path) -> None:
-    model = tiny.load(FluxInference, tiny.write_model(tmp_path / "model"))
-    section = {"prompts": ["a swan on mars"], "sample_steps": 1, "seed": 5, "out": str(tmp_path / "samples")}
-    put_on = peft_adapters if way == "peft" else adapters.WAYS[way]
-    plain = pictures(Sampler(model, section), 0)
-    networks = [
-        put_on(encoder.module, targets).train()
-        for encoder, targets in ((model.clip, ["q_proj", "fc1"]), (model.t5, ["SelfAttention.q", "wo"]))
-    ]
-    sampler = Sampler(model, section, text_in_training=True, verify=True, raise_errors=True)
-    live = pictures(sampler, 1)
-    with dropout_off(*networks, model.clip.module, model.t5.module):
-        assert model.generate("a swan on mars", steps=1, seed=5).images[0].tobytes() == live[0] != plain[0]
-    for p in networks[0].parameters():
-        p.data.mul_(2)
-    assert pictures(sampler, 2) != live

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 import eridiff
 from eridiff import Autoencoder, AutoencoderConfig, load_network, save_network
@@ -17,11 +18,14 @@ from eridiff.errors import ConfigError, EridiffError, quoted
 from eridiff.inspect import inspect
 from eridiff.models.unet import UNetConfig
 from eridiff.text.tokenizers import clip_tokenizer, published_clip_tokenizer
+from eridiff.trace.record import relative_l2
+from eridiff.training import adopt
 from eridiff.weights.header import open_checkpoint
 from eridiff.weights.locate import locate
 from tests import tiny
 from tests.manifest import read_manifest
 from tests.sparse import sparse_manifest, write_sparse
+from tests.test_handing_in import under_the_originals_names
 
 SD3_VAE = {"scaling_factor": 1.5305, "shift_factor": 0.0609, "latent_channels": 16, "block_out_channels": [32, 32]}
 
@@ -68,6 +72,37 @@ def test_a_bare_autoencoder_takes_the_statistics_of_its_family_or_says_which_wer
     told = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING and r.name.startswith("eridiff")]
     assert len(told) == (family is None)
     assert family or re.search(r"Flux's are taken, scale 0.3611 and shift 0.1159; family='sd3'", told[0])
+
+
+def test_a_bare_autoencoder_decodes_with_the_statistics_of_the_family_that_it_is_handed_to(tmp_path: Path) -> None:
+    """Where nothing states its own: neither its file, nor a config.json, nor the caller. Its decoder is the same."""
+    path = bare_autoencoder(tmp_path / "ae.safetensors")
+    latents = torch.randn(1, 16, 4, 4)
+    families: list[tuple[Any, Any, str]] = [
+        (eridiff.SD35Inference, tiny.mmdit(), "sd3"),
+        (eridiff.FluxInference, tiny.flux(), "flux"),
+    ]
+    for kind, network, family in families:
+        found: Any = load_network(path, progress=False)
+        again: Any = load_network(save_network(found, tmp_path / "again.safetensors"), progress=False)
+        for bare in (found, again, adopt(under_the_originals_names(found, "vae")).network):
+            drawer = kind(network, nn.DataParallel(bare), progress=False)
+            usual = AutoencoderConfig.preset(family)
+            assert drawer.autoencoder is bare
+            expected = bare.decoder(latents / usual.scale + usual.shift).clamp(-1, 1)
+            assert relative_l2(drawer.decode_vae(latents), expected) < 1e-6
+
+
+def test_an_autoencoder_that_states_its_statistics_keeps_them_in_every_family(tmp_path: Path) -> None:
+    called = Autoencoder(AutoencoderConfig(32, (1, 1), 1, scale=0.5, shift=0.25))
+    saved = load_network(save_network(called, tmp_path / "own.safetensors"), progress=False)
+    older = tmp_path / "older.safetensors"  # as it was written before files said whether they state them
+    told = json.dumps({"vae": {"scale": 0.5, "shift": 0.25}})
+    save_file(load_file(tmp_path / "own.safetensors"), older, metadata={"eridiff.config": told})
+    chosen = load_network(bare_autoencoder(tmp_path / "ae.safetensors"), family="flux", progress=False)
+    for given, scale in ((called, 0.5), (saved, 0.5), (load_network(older, progress=False), 0.5), (chosen, 0.3611)):
+        drawer = eridiff.SD35Inference(tiny.mmdit(), given, progress=False)  # type: ignore[arg-type]
+        assert drawer.autoencoder.config.scale == scale
 
 
 def test_a_family_that_is_none_and_one_with_other_latents(tmp_path: Path) -> None:

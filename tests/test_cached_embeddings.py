@@ -1,5 +1,8 @@
 """Embeddings that trainers cache, handed to a Sampler by prompt: every layout gives what a Prompt gives."""
 
+from dataclasses import replace
+from itertools import permutations
+from math import factorial
 from pathlib import Path
 from typing import Any
 
@@ -8,16 +11,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from eridiff import Prompt
+from eridiff import Prompt, SDXLInference
 from eridiff.errors import ConfigError
 from eridiff.inference.again import circumstances, read_settings
 from eridiff.text import Conditioning
 from eridiff.training import Sampler
+from eridiff.training.cached import handed_in_prompts
+from tests import tiny
 from tests.families import FAMILIES, inference, rows
 
 SECTION = {"prompts": ["a swan", "a fox"], "sample_steps": 2, "width": 64, "height": 64, "seed": 1}
 WIDTHS = {"flux": (12, 8), "mmdit": (20, 16), "unet": (16, 8)}  # of the tiny networks' text and pooled vector
-CLIPS = {"mmdit": 7, "unet": 10}  # of the text's width, both CLIPs together in SD 3 and CLIP-L alone in SDXL
+CLIPS = {"mmdit": 16, "unet": 8}  # of the text's width, both CLIPs together in SD 3 and CLIP-L alone in SDXL
 
 
 class PromptEmbeds:
@@ -38,7 +43,8 @@ def embeddings(family: str, seed: int) -> Conditioning:
 
 def layouts(family: str, of: Conditioning) -> dict[str, Any]:
     """The same embeddings as trainers keep them."""
-    text, pooled, mask = of.text, of.pooled, torch.ones(1, 6, dtype=torch.int64)
+    text, pooled = of.text, of.pooled
+    mask = torch.ones(1, text.shape[1] - (77 if family == "mmdit" else 0), dtype=torch.int64)  # of T5's tokens
     found: dict[str, Any] = {
         "a Prompt": Prompt(of), "a Conditioning": of, "diffusers' scripts": (text, pooled),
         "by diffusers' names": {"prompt_embeds": text, "pooled_prompt_embeds": pooled},
@@ -154,7 +160,7 @@ def test_an_sd3_that_kohya_trains_without_t5_has_77_rows_of_zeros_in_its_place(t
         embeddings("mmdit", 1),
         {**SECTION, "prompts": ["a swan"], "true_cfg_scale": 1.0, "out": str(tmp_path)},
     )
-    value = {"lg_out": swan.text[:, :77, :7], "t5_out": None, "lg_pooled": swan.pooled}
+    value = {"lg_out": swan.text[:, :77, :16], "t5_out": None, "lg_pooled": swan.pooled}
     told = Sampler(inference("mmdit"), section, conditioning={"a swan": value}).prompts[0].positive
     assert (
         torch.equal(told.text[:, :77], swan.text[:, :77]) and told.text.shape[1] == 154 and not told.text[:, 77:].any()
@@ -168,12 +174,108 @@ def test_an_sd3_that_kohya_trains_without_t5_has_77_rows_of_zeros_in_its_place(t
         ({"a swan": "text"}, r"'a swan' \(str\) are in no layout that is known: give prompt_embeds and pooled"),
         ({"a swan": {"embeds": torch.ones(1, 5, 12)}}, r"'a swan' \(embeds\) are in no layout"),
         ({"a swan": [torch.ones(1, 5, 12)]}, r"'a swan' \(list of 1\) are in no layout"),
-        ({"a swan": (torch.ones(1, 5, 13), torch.ones(1, 8))}, "13 features a token and 8 pooled, and the network takes 12 and 8"),
+        ({"a swan": {"conditional": "text", "unconditional": None}}, r"'a swan' \(str\) are in no layout"),
+        ({"a swan": Conditioning(torch.ones(1, 5, 12), None)}, r"'a swan' \(text, pooled, mask\) are in no layout"),
+        (
+            {"a swan": (torch.ones(1, 5, 13), torch.ones(1, 8))},
+            r"^prompt_embeds of 'a swan' is \[1, 5, 13\], and this network takes \[1, T, 12\]; "
+            "a list of 2 holds prompt_embeds, pooled_prompt_embeds in this order$",
+        ),
+        ({"a swan": {"prompt_embeds": "text", "pooled_prompt_embeds": 1}}, "prompt_embeds of 'a swan' is of class str, and a tensor is needed"),
     ],
 )  # fmt: skip
 def test_what_is_missing_or_cannot_be_read_is_named(table: Any, says: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=says):
         Sampler(inference("flux"), {**SECTION, "out": str(tmp_path)}, conditioning=table)
+
+
+def spoilt(tensor: Tensor) -> dict[str, Any]:
+    """Shapes and values that cannot be drawn with."""
+    found = {
+        "wider": torch.cat([tensor, tensor[..., :1]], dim=-1), "two rows": torch.cat([tensor, tensor]), "none": tensor[:0],
+        "not a number": tensor.clone(), "infinite": tensor / 0, "integers": tensor.long(), "one more dimension": tensor[..., None],
+    }  # fmt: skip
+    found["not a number"].view(-1)[-1] = torch.nan
+    return found
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_tensor_that_cannot_be_drawn_with_is_named_when_the_sampler_is_made(family: str) -> None:
+    model, of = inference(family), embeddings(family, 1)
+    makers: dict[str, Any] = {
+        "ai-toolkit's": lambda **told: PromptEmbeds(*told.values()),
+        "a Conditioning": Conditioning,
+    }
+    held = layouts(family, of)
+    held["ai-toolkit's"], held["a Conditioning"] = vars(PromptEmbeds(of.text, of.pooled)), vars(of)
+    tried = 0
+    for layout in ("by diffusers' names", "kohya's file", *makers):
+        parts = held[layout]
+        for name in [n for n, t in parts.items() if t is not None and "mask" not in n and "ids" not in n]:
+            for fault, wrong in spoilt(torch.as_tensor(parts[name]).reshape(1, *parts[name].shape[-2:])).items():
+                given = makers.get(layout, dict)(**{**parts, name: wrong})
+                says = rf"^{name} of 'a swan' (is|has) .*(takes|needed|infinite)"
+                with pytest.raises(ConfigError, match=says) as error:
+                    handed_in_prompts(model, {"a swan": given}, REQUESTS)
+                assert fault not in ("wider", "two rows") or str(list(wrong.shape)) in str(error.value)
+                tried += 1
+    assert tried >= 7 * 2 * 4
+
+
+REQUESTS = [{"prompt": "a swan", "negative": None, "cfg_scale": 1}]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_list_of_kohyas_in_another_order_is_refused_with_the_right_one_wherever_shapes_tell(family: str) -> None:
+    model, of = inference(family), embeddings(family, 1)
+    if family == "unet":  # CLIP-L is narrower than CLIP-G, as in the published one
+        network = tiny.unet(replace(tiny.UNET, text_width=12))
+        model = SDXLInference(network, model.autoencoder, device="cpu", progress=False)
+        kohya, told = [of.text[..., :4], of.text[..., 4:12], of.pooled], "hidden_state1, hidden_state2, pool2"
+    else:
+        kohya, told = layouts(family, of)["kohya's list"], "l_pooled, t5_out, txt_ids, t5_attn_mask"
+    if family == "mmdit":
+        kohya[3:5] = torch.ones(1, 77), torch.ones(1, 77)
+        told = "lg_out, t5_out, lg_pooled, clip_l_attn_mask, clip_g_attn_mask, t5_attn_mask"
+    refused = 0
+    for order in permutations(range(len(kohya))):
+        given = [kohya[i] for i in order]
+        if [t.shape for t in given] == [t.shape for t in kohya]:
+            handed_in_prompts(model, {"a swan": given}, REQUESTS)
+            continue
+        with pytest.raises(ConfigError, match=f"; a list of {len(kohya)} holds {told} in this order$"):
+            handed_in_prompts(model, {"a swan": given}, REQUESTS)
+        refused += 1
+    assert refused == factorial(len(kohya)) - (2 if family == "mmdit" else 1)  # both CLIPs' masks are alike
+    pair = (of.pooled, of.text[..., : model.network.config.text_width])
+    with pytest.raises(ConfigError, match="; a list of 2 holds prompt_embeds, pooled_prompt_embeds in this order"):
+        handed_in_prompts(model, {"a swan": pair}, REQUESTS)
+
+
+@pytest.mark.parametrize("family", ["flux", "mmdit"])
+def test_masks_that_do_not_fit_are_named(family: str) -> None:
+    """Also where they are not used, as they tell that something is mixed up."""
+    value = layouts(family, embeddings(family, 1))["kohya's file"]
+    length = len(value["t5_attn_mask"])
+    for mask, says in (
+        (np.ones(length + 1), f"T5's padding of 'a swan' is of {length + 1} tokens and T5's text of {length}"),
+        (np.full(length, -10000.0), r"t5_attn_mask of 'a swan' has values other than 0 \(hidden\) and 1 \(seen\)"),
+    ):
+        with pytest.raises(ConfigError, match=says):
+            handed_in_prompts(inference(family), {"a swan": {**value, "t5_attn_mask": mask}}, REQUESTS)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_negative_prompt_of_another_number_of_tokens_is_named(family: str) -> None:
+    model, swan, short = inference(family), embeddings(family, 1), embeddings(family, 2)
+    short = Conditioning(short.text[:, :50], short.pooled)
+    asked = {"prompt": "a swan", "negative": "blurry", "cfg_scale": 4.0}
+    says = "the prompt has 83 rows of text and the negative one 50"
+    with pytest.raises(ConfigError, match=f"conditioning of 'a swan' and 'blurry': {says}"):
+        handed_in_prompts(model, {"a swan": swan, "blurry": short}, [asked])
+    with pytest.raises(ConfigError, match=f"conditioning of 'a swan': {says}"):
+        handed_in_prompts(model, {"a swan": Prompt(swan, short)}, [asked])
+    assert len(handed_in_prompts(model, {"a swan": Prompt(swan, short)}, REQUESTS)) == 1
 
 
 def test_a_list_is_in_the_order_of_the_prompts(tmp_path: Path) -> None:

@@ -356,8 +356,14 @@ def test_a_config_that_contradicts_the_shapes_is_refused(tmp_path: Path) -> None
     [
         ({"num_layers": 3}, "config.json says num_layers 3, the tensors say 2"),
         ({"guidance_embeds": False}, "says guidance_embeds False, the tensors say True"),
-        ({"axes_dims_rope": ["4", 6, 6]}, r"says axes_dims_rope \['4', 6, 6\], three sizes are needed"),
-        ({"axes_dims_rope": [4, 4, 4]}, "must be the sum of rope_axes"),
+        (
+            {"axes_dims_rope": ["4", 6, 6]},
+            r"says axes_dims_rope \['4', 6, 6\], three even sizes are needed that add up to the",
+        ),
+        (
+            {"axes_dims_rope": [4, 4, 4]},
+            r"\[4, 4, 4\], three even sizes are needed that add up to the 16 features of a head",
+        ),
     ],
 )
 def test_a_config_json_that_contradicts_the_tensors_is_refused(

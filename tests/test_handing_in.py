@@ -6,6 +6,7 @@ Nothing here needs diffusers, so that `make oldest` runs it.
 import json
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -138,10 +139,12 @@ class Pipeline:
 
 def under_the_originals_names(module: nn.Module, network: str) -> nn.Module:
     """As trainers hold a network that took the original's code: parameters under its names, and no configuration."""
+    from eridiff.weights.detect import sizes_of
     from eridiff.weights.keymap import key_map
 
     theirs = nn.Module()
-    for name, tensor in key_map(network).layouts["original"].to_foreign(module.state_dict(), {}).items():
+    tensors = key_map(network).layouts["original"].to_foreign(module.state_dict(), sizes_of(module.config))
+    for name, tensor in tensors.items():
         *path, last = name.split(".")
         owner = theirs
         for part in path:
@@ -219,6 +222,24 @@ ATTEMPTS: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: eridiff.FluxInference.from_diffusers(FOREIGN),
         r"takes a pipeline, or its parts by name: FluxInference.from_diffusers\(transformer=..., vae=...\)",
     ),
+    "an autoencoder as the network": (
+        lambda: eridiff.FluxInference.from_diffusers(transformer=FOREIGN_VAE, vae=FOREIGN_VAE),
+        "FluxInference.from_diffusers takes a network and an autoencoder as vae, and was given Autoencoder and Autoencoder",
+    ),
+    "a network as the autoencoder": (
+        lambda: eridiff.FluxInference.from_diffusers(transformer=FOREIGN, vae=FOREIGN),
+        "takes a network and an autoencoder as vae, and was given Flux and Flux",
+    ),
+    "no tokenizer of T5": (
+        lambda: eridiff.FluxInference.from_diffusers(
+            transformer=FOREIGN, vae=FOREIGN_VAE, text_encoder=tiny.clip_module(49408), text_encoder_2=tiny.t5_module()
+        ),
+        "no tokenizer of T5 was handed in and the hub's cache has none: give tokenizer_2",
+    ),
+    "a UNet that is not told sizes": (
+        lambda: eridiff.SDXLInference(tiny.unet(replace(tiny.UNET, vector_width=776))),
+        "the UNet is told 776 features beside the text, which have no room for a pooled vector and the numbers of an image's size",
+    ),
     "no autoencoder": (
         lambda: eridiff.FluxInference.from_diffusers(transformer=FOREIGN),
         r"no vae was given: FluxInference.from_diffusers\(pipe\) or",
@@ -266,6 +287,17 @@ def test_a_natural_attempt_that_is_wrong_ends_in_a_sentence_that_names_the_right
     with pytest.raises(ConfigError, match=says) as error:
         call()
     assert "\n" not in str(error.value)
+
+
+def test_a_size_embedding_that_is_not_the_published_one_trains_and_is_not_drawn_with() -> None:
+    """The same vector has room for another pooled one."""
+    unet = under_the_originals_names(tiny.unet(), "unet")
+    unet.config = {"addition_time_embed_dim": 128}  # type: ignore[assignment]
+    adopted, vae = adopt(unet), tiny.autoencoder(tiny.SDXL_AUTOENCODER)
+    with pytest.raises(
+        ConfigError, match="^'Module': addition_time_embed_dim is 128, and an SDXL here computes with 256 alone"
+    ):
+        eridiff.SDXLInference.from_diffusers(unet=adopted, vae=vae)
 
 
 def test_matrices_of_two_dtypes_are_refused_where_no_autocast_joins_them(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from eridiff.blocks import evaluation, unwrapped
 from eridiff.errors import ConfigError
 from eridiff.files import content_hash
 from eridiff.images import to_images, to_tensor
-from eridiff.inference.handed_in import check_autoencoder, check_dtypes, check_family, check_sharding, from_diffusers
+from eridiff.inference.handed_in import check_dtypes, check_family, check_sharding, from_diffusers, own_autoencoder
 from eridiff.inference.latents import (  # fmt: skip
     LATENT_SCALE,
     device_of,
@@ -140,8 +140,7 @@ class DiffusionInference(ABC):
         self.adopted: tuple[Any, ...] = ()  # `eridiff.training.adopt.Adopted` of the network and the autoencoder
         self._staged: nn.Module | None = None  # the component that is in use
         if autoencoder is not None:
-            check_autoencoder(type(self), autoencoder)
-            self.autoencoder = unwrapped(autoencoder)
+            self.autoencoder = own_autoencoder(type(self), autoencoder)
         if network is not None:
             self.set_network(network)
 
@@ -154,8 +153,8 @@ class DiffusionInference(ABC):
         """Draw with the modules of a trainer: those of a diffusers pipeline, or single ones by diffusers' names.
 
         The network and the autoencoder are adopted (`eridiff.training.adopt`): of diffusers' classes or under the
-        originals' names, wrapped or not, they share their parameters, and what must be copied is copied for each image
-        and given back after it. Text encoders and tokenizers are those of transformers, slow or fast; without encoders
+        originals' names, wrapped or not, they share their parameters and nothing is copied; what `adopt` returned is
+        taken as it is. Text encoders and tokenizers are those of transformers, slow or fast; without encoders
         conditioning is handed in. What the configurations of the modules, the scheduler and the pipeline say is
         followed; options are those of the constructor. Raises CheckpointError for a module that is not known, ConfigError
         for one that is missing or of another family.

@@ -6,7 +6,6 @@ Nothing of diffusers is imported: a pipeline is whatever has its attributes.
 import logging
 import re
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -14,12 +13,13 @@ import torch
 from torch import nn
 
 from eridiff.blocks import unwrapped, without_peft
-from eridiff.errors import ConfigError
+from eridiff.errors import CheckpointError, ConfigError
 from eridiff.inference.loading import check_widths
 from eridiff.inference.options import Options, check_names
-from eridiff.models.autoencoder import Autoencoder, AutoencoderConfig
+from eridiff.models.autoencoder import Autoencoder
 from eridiff.text.encoders import ClipEncoder, T5Encoder
 from eridiff.text.tokenizers import clip_tokenizer, t5_tokenizer
+from eridiff.weights.configs import DRAWN, check_fixed
 from eridiff.weights.load import NETWORKS
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ Drawer = TypeVar("Drawer", bound="DiffusionInference")
 def from_diffusers(kind: type[Drawer], pipeline: Any, given: Mapping[str, Any], options: dict[str, Any]) -> Drawer:
     """An inference with a trainer's own modules; `given` are parts by diffusers' names, which win over the pipeline's."""
     # not at the top: training is made of inferences, so this import goes the other way round
-    from eridiff.training.adopt import adopt
+    from eridiff.training.adopt import Adopted, adopt
 
     call = f"{kind.__name__}.from_diffusers"
     if isinstance(pipeline, nn.Module):
@@ -52,17 +52,20 @@ def from_diffusers(kind: type[Drawer], pipeline: Any, given: Mapping[str, Any], 
         raise ConfigError(f"no {' and no '.join(lacking)} {source}: {call}(pipe) or {call}(transformer=..., vae=...)")
     check_family(kind, network, foreign=True)
 
-    adopted = tuple(adopt(module, allow_copies=True) for module in (network, held["vae"]))
+    adopted = tuple(m if isinstance(m, Adopted) else adopt(m) for m in (network, held["vae"]))
+    if [isinstance(one.network, Autoencoder) for one in adopted] != [False, True]:
+        both = " and ".join(type(one.network).__name__ for one in adopted)
+        raise ConfigError(f"{call} takes a network and an autoencoder as vae, and was given {both}")
+    check_fixed(kind.family, type(adopted[0].foreign).__name__, _config(adopted[0].foreign), DRAWN)
     said = {**_config(pipeline), **_config(held["scheduler"])}
     drawer = kind(None, None, **options)
-    _set_statistics(kind, adopted[1])
-    drawer.autoencoder = adopted[1].network  # type: ignore[assignment]
+    drawer.autoencoder = own_autoencoder(kind, adopted[1].network)
     drawer.set_network(adopted[0].network, _name(pipeline, said, _config(adopted[0].foreign)))
     drawer.follow(said, options)
     _set_encoders(drawer, held)
     drawer.adopted = adopted
     for one in adopted:
-        one.release()  # the copies are made for an image, and given back after it
+        one.release()  # copies that the caller wants are made for an image, and given back after it
     return drawer
 
 
@@ -76,19 +79,6 @@ def _name(pipeline: Any, *configs: Mapping[str, Any]) -> str:
 def _config(module: Any) -> Mapping[str, Any]:
     config = getattr(module, "config", None)
     return config if isinstance(config, Mapping) else {}
-
-
-def _set_statistics(kind: "type[DiffusionInference]", adopted: Any) -> None:
-    """The latents' scale and shift where the module itself says them or, under the originals' names, the family decides."""
-    foreign, network = adopted.foreign, adopted.network
-    if foreign is network or "scaling_factor" in _config(foreign):
-        return
-    scale, shift = (getattr(foreign, name, None) for name in ("scale_factor", "shift_factor"))
-    if isinstance(scale, float) and isinstance(shift, float):  # attributes of the original's class
-        network.config = replace(network.config, scale=scale, shift=shift)
-    elif kind.family == "mmdit" and network.config.latent_channels == 16:  # the same names and shapes as Flux's
-        sd3 = AutoencoderConfig.preset("sd3")
-        network.config = replace(network.config, scale=sd3.scale, shift=sd3.shift)
 
 
 def _set_encoders(drawer: "DiffusionInference", held: Mapping[str, Any]) -> None:
@@ -106,7 +96,11 @@ def _set_encoders(drawer: "DiffusionInference", held: Mapping[str, Any]) -> None
         raise ConfigError(f"{places[wrong]} must be a {kind} and is of class {type(modules[wrong]).__name__}")
     given = {name: held[place] for name, place in zip(drawer.encoders, TOKENIZERS, strict=False)}
     published = {"clip": clip_tokenizer, "clip_g": clip_tokenizer, "t5": t5_tokenizer}
-    tokenizers = {n: published[n]() if given.get(n) is None else given[n] for n in modules}
+    try:
+        tokenizers = {n: published[n]() if given.get(n) is None else given[n] for n in modules}
+    except CheckpointError:  # whose sentence is about files
+        place = TOKENIZERS[drawer.encoders.index("t5")]
+        raise ConfigError(f"no tokenizer of T5 was handed in and the hub's cache has none: give {place}") from None
     check_widths(type(drawer), drawer.network.config, {name: m.config.to_dict() for name, m in modules.items()})
     drawer.set_encoders(modules, tokenizers)
     for name in ("clip", "clip_g"):
@@ -156,10 +150,17 @@ def check_inference(given: Any) -> None:
         )
 
 
-def check_autoencoder(kind: "type[DiffusionInference]", module: Any) -> None:
-    """ConfigError unless a module is eridiff's Autoencoder."""
+def own_autoencoder(kind: "type[DiffusionInference]", module: Any) -> Autoencoder:
+    """A module that must be eridiff's Autoencoder, out of its wrappers; ConfigError for another.
+
+    Where nothing states the scale and shift of its latents, its configuration gets the family's: SD 3's autoencoder has the
+    names and shapes of Flux's.
+    """
     if not isinstance(_inner(module), Autoencoder):
         raise ConfigError(_refusal(kind, "autoencoder", Autoencoder, module))
+    own: Any = unwrapped(module)
+    own.config = own.config.of_family({"mmdit": "sd3", "unet": "sdxl"}.get(kind.family, kind.family))
+    return own
 
 
 def check_encoders(kind: "type[DiffusionInference]", **encoders: Any) -> None:

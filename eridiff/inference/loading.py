@@ -14,6 +14,7 @@ from eridiff.inference.words import read_words
 from eridiff.lora.branches import install_slots
 from eridiff.text.encoders import build_encoder
 from eridiff.text.tokenizers import clip_tokenizer, t5_tokenizer
+from eridiff.weights.configs import DRAWN, check_fixed
 from eridiff.weights.detect import DESCRIPTIONS, Component
 from eridiff.weights.load import build, default_dtype
 from eridiff.weights.locate import DENOISERS, PART_NAMES, TEXT_ENCODERS, Parts
@@ -84,6 +85,8 @@ def check_parts(drawer: "type[DiffusionInference]", components: Mapping[str, Com
             f"{' and '.join(DESCRIPTIONS[name] for name in missing)} {'is' if len(missing) == 1 else 'are'} missing: "
             f"the model holds {held}; give the rest as {', '.join(options)}"
         )
+    own = components[drawer.family].checkpoint
+    check_fixed(drawer.family, own.path, own.config, DRAWN)
     check_widths(
         drawer,
         components[drawer.family].config,

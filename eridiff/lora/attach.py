@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from eridiff.errors import LoraError
-from eridiff.lora.branches import Branch, branch_place, has_slot, install_slots
+from eridiff.lora.branches import Branch, branch_place, has_slot, install_slots, packed
 from eridiff.lora.deltas import Item, check_dora_rule, widened
 from eridiff.lora.inplace import change_in_place, check_changeable, originals, parts_of, restore
 from eridiff.lora.load import Lora
@@ -66,9 +66,15 @@ class LoraSet(nn.Module):
             else:
                 own = base.weight.dtype if base.weight.dtype.itemsize > 1 else torch.bfloat16
                 own = torch.promote_types(own, torch.float32) if trainable else own  # small steps vanish in bfloat16
-                self.branches[name] = Branch(
+                branch = Branch(
                     item, device=base.weight.device, dtype=dtype or own, trainable=trainable, dora=dora, dropout=dropout
                 )
+                if packed(base) and not branch.is_product:
+                    raise LoraError(
+                        f"{item.target} is quantised and keeps no matrix that can be read, which a {item.kind}{' with DoRA' * item.dora} "
+                        "needs: load the base unquantised"
+                    )
+                self.branches[name] = branch
         if trainable and self.patches:
             raise LoraError(f"{self.patches[0][0].target} is changed in place and cannot be trained as a branch")
         self.train(trainable)
@@ -202,8 +208,10 @@ class LoraSet(nn.Module):
         held = originals(self.network)
         enlarging = {}
         for branch in self.all_branches():  # the first layer of a control LoRA takes twice as many channels
-            name = branch.target.name
-            weight = held.get(name, branch_place(self.network, branch.target).weight.data)
+            name, place = branch.target.name, branch_place(self.network, branch.target)
+            if packed(place):  # reads as many features as it says
+                continue
+            weight = held.get(name, place.weight.data)
             if branch.columns and branch.columns > weight.shape[1] and widened(weight, branch.item) is not weight:
                 enlarging[name] = branch.item
         for name in [*parts, *enlarging]:

@@ -80,6 +80,11 @@ class Branch(nn.Module):
         return replace(self.told, tensors={name: getattr(self, name) for name in self.names})
 
     @property
+    def is_product(self) -> bool:
+        """Whether the change beside an `nn.Linear` is a product with the input alone, for which no weight of the base is read."""
+        return not self.has_lengths and (self.told.kind == "lora" or self.thin)
+
+    @property
     def scales_rows_inside(self) -> bool:
         """Whether the scale stands inside DoRA's norm, where there is only one for all rows."""
         return self.has_lengths and self.dora == "peft"
@@ -116,7 +121,7 @@ class Branch(nn.Module):
             self.weigh(self.scale)
         after = 2 if isinstance(base, nn.Conv2d) else 0  # dimensions behind the features
         parts = []
-        if not self.has_lengths and (self.told.kind == "lora" or self.thin and isinstance(base, nn.Linear)):
+        if self.is_product and (self.told.kind == "lora" or isinstance(base, nn.Linear)):
             parts.append(weighed(self._product(base, x), self.factor))
         elif self.changes_weight:
             dropping = self.training and self.dropout > 0  # then the output is not W times what the branch is given
@@ -217,6 +222,11 @@ def weighed(y: Tensor, scale: Tensor) -> Tensor:
 def wide(tensor: Tensor) -> Tensor:
     """In float32, or in float64 as it is: where the change of a weight is computed."""
     return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
+def packed(module: Any) -> bool:
+    """Whether a linear layer is quantised so that its weight has another shape, as bitsandbytes' 4 bits."""
+    return isinstance(module, nn.Linear) and module.weight.shape[0] != module.out_features
 
 
 def branch_place(network: nn.Module, target: Target) -> Any:

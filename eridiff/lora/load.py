@@ -97,7 +97,7 @@ def load_lora(
     if part is not None and part not in PARTS:
         raise LoraError(f"part must be {' or '.join(PARTS)}, not {part!r}")
     tables = {name: names_of(name, network) for name, network in given.items()}
-    states = {n: (m.state_dict() if isinstance(m, nn.Module) else m) for n, m in given.items()}
+    states = {n: (_tensors_of(m) if isinstance(m, nn.Module) else m) for n, m in given.items()}
     try:
         checkpoint, scaling = _open(path)
         lora = _Reader(checkpoint, scaling, tables, states, alpha_is_rank, measure).read(part, allow_partial)
@@ -121,6 +121,17 @@ def _open(path: str | os.PathLike[str]) -> tuple[Checkpoint, Scaling]:
     pefts = location.name in FOLDER_FILES or any(name.startswith(PEFT) for name in checkpoint.tensors)
     config = read_json_file(beside) if pefts and location.is_file() and beside.is_file() else None
     return checkpoint, Scaling.read(checkpoint.metadata, config)
+
+
+def _tensors_of(network: nn.Module) -> dict[str, Tensor]:
+    """Tensors by name; for a quantised layer, whose weight is packed or kept under other names, one of the layer's shape."""
+    found = network.state_dict()
+    for name, layer in network.named_modules():
+        if isinstance(layer, nn.Linear):
+            shape, own = (layer.out_features, layer.in_features), found.get(f"{name}.weight")
+            if own is None or own.shape != shape:
+                found[f"{name}.weight"] = torch.empty(shape, device="meta")
+    return found
 
 
 class _Reader:

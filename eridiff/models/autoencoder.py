@@ -8,7 +8,7 @@ Letters: B batch, C channels, Z latent channels; a picture is `[B, 3, H, W]` in 
 """
 
 from collections import OrderedDict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -29,10 +29,18 @@ class AutoencoderConfig:
     scale: float = 0.3611  # network latents = (encoder's mean - shift) * scale; measured on the training pictures
     shift: float = 0.1159
     quant_convolutions: bool = False
+    stated: bool = True  # False: nothing says scale and shift, so that the family which decodes with it does
 
     @property
     def levels(self) -> int:
         return len(self.channel_multipliers)
+
+    def of_family(self, name: str) -> "AutoencoderConfig":
+        """With the latents' statistics of flux, sd3 or sdxl, unless its own are stated or it has other latents."""
+        usual = PRESETS[name]
+        if self.stated or usual.latent_channels != self.latent_channels:
+            return self
+        return replace(self, scale=usual.scale, shift=usual.shift)
 
     @classmethod
     def preset(cls, name: str) -> "AutoencoderConfig":

@@ -23,6 +23,7 @@ from eridiff.weights.header import Checkpoint, TensorEntry
 from eridiff.weights.keymap import Entry, without_wrappers
 from eridiff.weights.load import NETWORKS, plan
 
+STATISTICS = {"scaling": "scale", "shift": "shift"}  # of latents: diffusers' settings, the original's attributes
 COPIED = ("rows", "swap_halves", "transpose")  # the other operations of a key map rename, or view
 
 
@@ -32,8 +33,8 @@ class Adopted:
 
     What ours keeps in one matrix and the trainer in several is called too, or copied with `copies`. `refresh` looks anew at
     what acts, follows tensors that were moved or exchanged, and makes the copies; call it before images are drawn (`Sampler`
-    does, for each kind of weights). `release` gives the copies' memory back; a network that was released cannot draw with
-    old copies.
+    does, for each kind of weights). `release` gives the copies' memory back; a network that was released calls the trainer's
+    layers in their place, so that it never draws with old copies.
     """
 
     def __init__(self, foreign: nn.Module, network: nn.Module, entries: list[Entry], copies: bool = False) -> None:
@@ -43,6 +44,8 @@ class Adopted:
         for entry in entries:
             self._layers.setdefault(entry.native.rpartition(".")[0], []).append(entry)
         self.copied_bytes = 0  # of all copies together, held between `refresh` and `release`
+        if entries:
+            network.adopted_from = type(foreign).__name__  # type: ignore[assignment]  # `shard` refuses it
         self.refresh()
 
     def refresh(self) -> None:
@@ -50,7 +53,7 @@ class Adopted:
 
         Raises ConfigError for what acts on it and cannot be followed.
         """
-        self._follow(copy=True)
+        self._follow(copy=self.copies)
 
     def release(self) -> None:
         """Give the copies' memory back; `refresh` makes them again."""
@@ -58,6 +61,7 @@ class Adopted:
 
     @torch.no_grad()
     def _follow(self, copy: bool) -> None:
+        _check_whole(self.foreign, self.foreign)
         whole, tensors = dict(layers(self.foreign)), named_tensors(self.foreign)
         paths = {
             path: list(dict.fromkeys(n.rpartition(".")[0] for e in es for n in e.foreign))
@@ -70,11 +74,11 @@ class Adopted:
             owner: Any = self.network.get_submodule(path)
             theirs = [(name, whole[name]) for name in paths[path] if name in whole]
             fused = any(entry.operation in COPIED for entry in entries)
-            called = not all(reads(layer) for _, layer in theirs) or (fused and not self.copies)
+            called = not all(reads(layer) for _, layer in theirs) or (fused and not copy)
             vars(owner).pop("forward", None)
             if called:
                 weight = next((entry for entry in entries if entry.native.endswith(".weight")), entries[0])
-                owner.forward = calling(weight, theirs)
+                owner.forward = calling(weight, theirs, self.copies)
             for entry in entries:
                 gone = next((name for name in entry.foreign if name not in tensors), None)
                 if gone is not None:
@@ -82,9 +86,9 @@ class Adopted:
                         f"'{gone}' is no longer in this {type(self.foreign).__name__}, which was adopted with it"
                     )
                 sources = [tensors[name] for name in entry.foreign]
-                _put(owner, entry, self._placed(entry, owner, sources, called, copy))
+                _put(owner, entry, self._placed(entry, owner, sources, called))
 
-    def _placed(self, entry: Entry, owner: nn.Module, sources: list[Tensor], called: bool, copy: bool) -> Tensor:
+    def _placed(self, entry: Entry, owner: nn.Module, sources: list[Tensor], called: bool) -> Tensor:
         """What a tensor of ours is: theirs, a view of theirs, a copy, or nothing but a shape."""
         shape, first = self._shapes[entry.native], sources[0]
         if called:
@@ -96,8 +100,6 @@ class Adopted:
             return first if first.shape == shape else first.view(shape)
         self.copied_bytes += sum(source.nbytes for source in sources)
         held = getattr(owner, entry.native.rpartition(".")[2])
-        if not copy:
-            return held.detach().to("meta")
         if type(held.data) is Tensor and held.device == first.device and held.dtype == first.dtype:
             return held.copy_(entry.read(sources, shape))
         return entry.read(sources, shape)
@@ -113,25 +115,37 @@ def adopt(module: nn.Module, *, allow_copies: bool = False) -> Adopted:
     what acts on the module and cannot be followed.
     """
     foreign = without_peft(module)
+    _check_whole(module, foreign)
     if isinstance(foreign, Flux | MMDiT | UNet | Autoencoder):
         return Adopted(foreign, foreign, [])
     what, tensors, config = type(foreign).__name__, named_tensors(foreign), getattr(foreign, "config", {})
-    if any(hasattr(tensor, "device_mesh") for tensor in foreign.parameters()):
-        raise ConfigError(f"the parameters of this {what} are sharded, so ours cannot share them; shard ours instead")
     inside = next((name for name in tensors if without_wrappers(name) != name), None)
     if inside is not None:
         raise ConfigError(
             f"'{inside}' is inside a wrapper that is not torch's own and may do more than call what it holds; take it off"
         )
     entries = {n: TensorEntry(t.dtype, tuple(t.shape), Path(), 0, 0) for n, t in tensors.items()}
-    settings = json.loads(
-        json.dumps(dict(config) if isinstance(config, Mapping) else {}, default=str)
-    )  # as in its file
-    component = component_of(Checkpoint(Path(what), entries, {}, settings), *NETWORKS)
+    statistics = {f"{n}_factor": vars(foreign).get(f"{own}_factor") for n, own in STATISTICS.items()}
+    said = {name: value for name, value in statistics.items() if isinstance(value, int | float)}
+    said |= config if isinstance(config, Mapping) else {}
+    settings = json.loads(json.dumps(said, default=str))  # as in its file
+    component = component_of(Checkpoint(Path(what), entries, {}, settings, module=True), *NETWORKS)
+    if component.prefix:
+        raise ConfigError(f"the network is inside this {what}, and not all of it: adopt its '{component.prefix[:-1]}'")
     with torch.device("meta"):
         network = NETWORKS[component.network](component.config).eval()
     planned = plan(component, {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()})
     return Adopted(foreign, network, planned, allow_copies)
+
+
+def _check_whole(module: nn.Module, foreign: nn.Module) -> None:
+    """ConfigError for parameters of which each process has a part: of FSDP2 (by their mesh), FSDP1 and DeepSpeed's ZeRO-3."""
+    parted = any(hasattr(p, "device_mesh") or hasattr(p, "ds_id") for p in foreign.parameters())
+    if parted or any(type(inner).__name__ == "FullyShardedDataParallel" for inner in module.modules()):
+        raise ConfigError(
+            f"the parameters of this {type(foreign).__name__} are sharded, so ours cannot share them: train eridiff's own network by "
+            "`shard`, or draw with a module that is not sharded"
+        )
 
 
 def _put(owner: nn.Module, entry: Entry, value: Tensor) -> None:

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from eridiff.errors import ConfigError
+from eridiff.errors import ConfigError, quoted
 from eridiff.inference import DiffusionInference, Prompt
 from eridiff.memory.stages import Stages
 from eridiff.request import Request
@@ -52,7 +52,7 @@ def handed_in_prompts(
         lacking = [text for text in texts if not isinstance(text, str) or text not in table]
         if lacking:
             raise _Missing(*map(repr, lacking))
-        return Conditioning.joined([table[text].positive for text in texts])
+        return _joined(texts, [table[text].positive for text in texts])
         yield  # no encoder is used
 
     reader = copy.copy(inference)
@@ -62,6 +62,8 @@ def handed_in_prompts(
     for request in requests:
         own = table.get(request.prompt) if isinstance(request.prompt, str) else None
         if own is not None and own.negative is not None and request.negative not in table:
+            if (inference.sampling.cfg_scale if request.cfg_scale is None else request.cfg_scale) != 1:
+                _joined([request.prompt], [own.positive, own.negative])
             found.append(own)
             continue
         try:
@@ -78,67 +80,98 @@ def handed_in_prompts(
 def prompt_of(inference: DiffusionInference, text: str, value: Any) -> Prompt:
     """One prompt's embeddings, whichever layout they are in; with the negative ones where the layout holds them."""
     if isinstance(value, Prompt):
-        found = value
-    elif isinstance(value, Conditioning):
-        found = Prompt(value)
-    elif isinstance(value, Mapping) and "conditional" in value:  # ai-toolkit's cache of sample prompts
-        both = [prompt_of(inference, text, value[name]).positive for name in ("conditional", "unconditional")]
-        found = Prompt(*both)
-    else:
-        named = _named(inference.family, text, value)
-        negative = {
-            name.removeprefix("negative_"): tensor for name, tensor in named.items() if name.startswith("negative_")
-        }
-        found = Prompt(
-            _conditioning(inference, text, named), _conditioning(inference, text, negative) if negative else None
-        )
-    for conditioning in (found.positive, found.negative):
-        if conditioning is None:
+        return _both(inference, text, value.positive, value.negative)
+    if isinstance(value, Mapping) and "conditional" in value:  # ai-toolkit's cache of sample prompts
+        return _both(inference, text, value["conditional"], value.get("unconditional"))
+    if isinstance(value, Conditioning):
+        told = _checked(inference, text, vars(value))
+        if not {"text", "pooled"} <= told.keys():
+            raise _unreadable(text, vars(value))
+        if (mask := told.get("mask")) is not None:
+            _check_rows(text, "mask", mask, "text", told["text"])
+        return Prompt(Conditioning(told["text"], told["pooled"], None if mask is None else mask.bool()))
+    names = LISTS[inference.family].get(len(value)) if isinstance(value, list | tuple) else None
+    if names is not None:
+        try:
+            return prompt_of(inference, text, dict(zip(names, value, strict=True)))
+        except ConfigError as error:
+            raise ConfigError(f"{error}; a list of {len(names)} holds {', '.join(names)} in this order") from None
+    if all(hasattr(value, name) for name in AI_TOOLKIT):
+        value = {name: getattr(value, name) for name in AI_TOOLKIT}
+    elif not hasattr(value, "keys"):  # a mapping, or NumPy's file of several arrays
+        raise _unreadable(text, value)
+    named = _checked(inference, text, {name: value[name] for name in value.keys()})  # noqa: SIM118
+    negative = {name.removeprefix("negative_"): t for name, t in named.items() if name.startswith("negative_")}
+    positive = _conditioning(inference, text, named, value)
+    return Prompt(positive, _conditioning(inference, text, negative, value) if negative else None)
+
+
+def _both(inference: DiffusionInference, text: str, positive: Any, negative: Any) -> Prompt:
+    other = None if negative is None else prompt_of(inference, text, negative).positive
+    return Prompt(prompt_of(inference, text, positive).positive, other)
+
+
+def _checked(inference: DiffusionInference, text: str, given: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The tensors that are known by name, with a first dimension of one prompt; ConfigError for one that cannot be drawn with.
+
+    Widths are the network's. Those of kohya's parts follow from them, as CLIP-G gives a prompt as many features as a token.
+    """
+    width, pooled = inference.told_widths(inference.network.config)
+    features: dict[str, tuple[int | None, ...]] = {  # None is any number of tokens
+        **dict.fromkeys(("prompt_embeds", "text_embeds", "t5_out", "text"), (1, None, width)),
+        **dict.fromkeys(("lg_out", "hidden_state2"), (1, None, pooled)), "hidden_state1": (1, None, width - pooled),
+        **dict.fromkeys(("pooled_prompt_embeds", "pooled_embeds", "l_pooled", "lg_pooled", "pool2", "pooled"), (1, pooled)),
+    }  # fmt: skip
+    masks = dict.fromkeys(("t5_attn_mask", "attention_mask", "mask", "clip_l_attn_mask", "clip_g_attn_mask"), (1, None))
+    shapes = {**features, **masks, **dict.fromkeys(("text_ids", "txt_ids"), (1, None, 3))}
+    found: dict[str, Tensor] = {}
+    for name, value in given.items():
+        kind = name.removeprefix("negative_")
+        if kind not in shapes or value is None:
             continue
-        given = conditioning.text.shape[-1], conditioning.pooled.shape[-1]
-        wanted = inference.told_widths(inference.network.config)
-        if given != wanted:
-            raise ConfigError(
-                f"the embeddings of {text!r} have {given[0]} features a token and {given[1]} pooled, and the network takes "
-                f"{wanted[0]} and {wanted[1]}: they belong to another model"
-            )
+        who = f"{name} of {quoted(text)}"
+        try:
+            tensor = torch.as_tensor(value)
+        except (TypeError, ValueError, RuntimeError):
+            raise ConfigError(f"{who} is of class {type(value).__name__}, and a tensor is needed") from None
+        shape = shapes[kind]
+        whole = tensor[None] if tensor.ndim == len(shape) - 1 else tensor
+        fits = whole.ndim == len(shape) and all(n in (s, None) for n, s in zip(shape, whole.shape, strict=True))
+        if not fits or not whole.numel():
+            wanted = ", ".join("T" if n is None else str(n) for n in shape)
+            raise ConfigError(f"{who} is {list(tensor.shape)}, and this network takes [{wanted}]")
+        if kind in features and not tensor.is_floating_point():
+            raise ConfigError(f"{who} is {tensor.dtype}, and floating-point numbers are needed")
+        if kind in features and not bool(torch.isfinite(tensor.float()).all()):
+            raise ConfigError(f"{who} has values that are NaN or infinite")
+        if kind in masks and not bool(((tensor == 0) | (tensor == 1)).all()):
+            raise ConfigError(f"{who} has values other than 0 (hidden) and 1 (seen)")
+        found[name] = whole
     return found
 
 
-def _named(family: str, text: str, value: Any) -> dict[str, Tensor]:
-    """Tensors with a first dimension of prompts, by the names of their layout."""
-    if all(hasattr(value, name) for name in AI_TOOLKIT):
-        value = dict(zip((*PAIR, "t5_attn_mask"), (getattr(value, name) for name in AI_TOOLKIT), strict=True))
-    elif hasattr(value, "keys"):  # a mapping, or NumPy's file of several arrays
-        value = {name: value[name] for name in value.keys()}  # noqa: SIM118
-    elif isinstance(value, list | tuple) and len(value) in LISTS[family]:
-        value = dict(zip(LISTS[family][len(value)], value, strict=True))
-    else:
-        raise _unreadable(text, value)
-    tensors = {n: torch.as_tensor(t) for n, t in value.items() if t is not None and not isinstance(t, bool | str)}
-    pooled = ("pool", "attn_mask")
-    return {n: t[None] if t.ndim == (1 if any(p in n for p in pooled) else 2) else t for n, t in tensors.items()}
-
-
-def _conditioning(inference: DiffusionInference, text: str, named: Mapping[str, Tensor]) -> Conditioning:
-    mask = named.get("t5_attn_mask")
-    if {*PAIR} <= named.keys():
-        rows, pooled = (named[name] for name in PAIR)
-    elif {"t5_out", "l_pooled"} <= named.keys():
-        rows, pooled = named["t5_out"], named["l_pooled"]
+def _conditioning(inference: DiffusionInference, text: str, named: Mapping[str, Tensor], given: Any) -> Conditioning:
+    mask, t5 = named.get("t5_attn_mask", named.get("attention_mask")), None
+    pair = next((pair for pair in (PAIR, AI_TOOLKIT[:2], ("t5_out", "l_pooled")) if {*pair} <= named.keys()), None)
+    if pair is not None:
+        rows, pooled = (named[name] for name in pair)
+        t5 = rows if inference.family == "flux" else None
     elif {"lg_out", "lg_pooled"} <= named.keys():
         width, _ = inference.told_widths(inference.network.config)
         clips, pooled = named["lg_out"], named["lg_pooled"]
-        clips = F.pad(clips, (0, width - clips.shape[-1]))
-        t5 = named.get("t5_out", clips.new_zeros(len(clips), KOHYA_T5_ROWS, width))
-        rows = torch.cat([clips, t5], dim=1)
+        clips, t5 = F.pad(clips, (0, width - clips.shape[-1])), named.get("t5_out")
+        rows = torch.cat([clips, clips.new_zeros(1, KOHYA_T5_ROWS, width) if t5 is None else t5], dim=1)
     elif {"hidden_state1", "hidden_state2", "pool2"} <= named.keys():
-        rows, pooled = torch.cat([named["hidden_state1"], named["hidden_state2"]], dim=-1), named["pool2"]
+        both, pooled = (named["hidden_state1"], named["hidden_state2"]), named["pool2"]
+        _check_rows(text, "hidden_state1", both[0], "hidden_state2", both[1])
+        rows = torch.cat(both, dim=-1)
     else:
-        raise _unreadable(text, named)
+        raise _unreadable(text, given)
+    if mask is not None and (t5 is not None or mask.shape[1] > rows.shape[1]):
+        _check_rows(text, "the mask of T5's padding", mask, "T5's text", rows if t5 is None else t5)
     hidden = getattr(inference, "t5_mask", False)
     if hidden and mask is None:
-        raise ConfigError(f"the embeddings of {text!r} have no mask of T5's padding, which t5_mask=True hides")
+        raise ConfigError(f"the embeddings of {quoted(text)} have no mask of T5's padding, which t5_mask=True hides")
     if not hidden or mask is None:
         return Conditioning(rows, pooled)
     return Conditioning(
@@ -146,9 +179,23 @@ def _conditioning(inference: DiffusionInference, text: str, named: Mapping[str, 
     )  # CLIP's are seen
 
 
+def _joined(texts: Sequence[str], parts: Sequence[Conditioning]) -> Conditioning:
+    try:
+        return Conditioning.joined(parts)
+    except ConfigError as error:
+        raise ConfigError(f"conditioning of {' and '.join(map(quoted, texts))}: {error}") from None
+
+
+def _check_rows(text: str, name: str, one: Tensor, other_name: str, other: Tensor) -> None:
+    if one.shape[1] != other.shape[1]:
+        raise ConfigError(
+            f"{name} of {quoted(text)} is of {one.shape[1]} tokens and {other_name} of {other.shape[1]}: give those of one call"
+        )
+
+
 def _unreadable(text: str, value: Any) -> ConfigError:
     held = ", ".join(map(str, value)) if hasattr(value, "keys") else type(value).__name__
     held += f" of {len(value)}" if isinstance(value, list | tuple) else ""
     return ConfigError(
-        f"the embeddings of {text!r} ({held}) are in no layout that is known: give {' and '.join(PAIR)} by name, or a Prompt"
+        f"the embeddings of {quoted(text)} ({held}) are in no layout that is known: give {' and '.join(PAIR)} by name, or a Prompt"
     )

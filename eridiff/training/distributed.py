@@ -5,6 +5,7 @@ from typing import Any, TypeVar
 from torch import nn
 
 from eridiff.blocks import repeated_blocks
+from eridiff.errors import ConfigError
 
 Network = TypeVar("Network", bound=nn.Module)
 ASKED = ("prepare", "step", "modulate", "keys_values")  # what a network and its blocks are asked beside `forward`
@@ -16,10 +17,15 @@ def shard(network: Network, **options: Any) -> Network:
     options are `fully_shard`'s (mesh, mp_policy, offload_policy). The network trains by its `forward` and draws as before,
     with every rank asking it equally often. Nothing stays gathered after a call, not even the root's parameters, which by
     default do: after a step of the optimizer a picture would be drawn with those from before. Raises ConfigError for a module
-    without repeated blocks.
+    without repeated blocks, and for one that `adopt` made.
     """
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
+    if hasattr(network, "adopted_from"):
+        raise ConfigError(
+            f"this {type(network).__name__} was adopted and has the parameters of the trainer's {network.adopted_from}, so it cannot be "
+            "sharded: train eridiff's own network by `shard`, or draw with a module that is not sharded"
+        )
     blocks = [block for block in repeated_blocks(network) if any(True for _ in block.parameters())]
     modules: list[nn.Module] = [*blocks, network]
     for module in modules:

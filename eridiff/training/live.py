@@ -187,15 +187,18 @@ def _inside(path: str, whole: Mapping[str, Any]) -> bool:
 # calling --------------------------------------------------------------------------------------------------------------
 
 
-def calling(entry: Entry, theirs: Sequence[tuple[str, nn.Module]]) -> Callable[[Tensor], Tensor]:
-    """A forward for a layer of ours that asks the trainer's layers, in our order of the outputs; `entry` is its weight's."""
+def calling(entry: Entry, theirs: Sequence[tuple[str, nn.Module]], copies: bool) -> Callable[[Tensor], Tensor]:
+    """A forward for a layer of ours that asks the trainer's layers, in our order of the outputs; `entry` is its weight's.
+
+    With `copies` it may stand in for a copy, which is made when images are drawn.
+    """
     if entry.operation not in CALLABLE:
         path, layer = theirs[0]
         raise ConfigError(
             f"'{path}' ({type(layer).__name__}) cannot be followed: its weight is stored by '{entry.operation}'"
         )
     bare = next((path for path, layer in theirs if not _has_forward(layer)), None)
-    if bare is not None:
+    if bare is not None and not copies:
         raise ConfigError(
             f"'{bare}' has weights but no forward to call; say allow_copies=True, so that they are copied"
         )
@@ -213,6 +216,10 @@ def calling(entry: Entry, theirs: Sequence[tuple[str, nn.Module]]) -> Callable[[
 
 
 def _ask(path: str, layer: nn.Module, x: Tensor) -> Tensor:
+    if not _has_forward(layer):
+        raise ConfigError(
+            f"'{path}' has weights but no forward to call, and their copy was given back: call refresh() of what adopt returned"
+        )
     try:
         found = layer(x)
     except RuntimeError as error:

@@ -130,6 +130,12 @@ class Sampler:
         self._look = 0.0  # when to look for the file on_demand
         self._entries: dict[str, Entry] | None = None  # of the folder's pictures
         self.weights: dict[str, Callable[[], AbstractContextManager[Any]]] = {LIVE: nullcontext, **(weights or {})}
+        for name, enter in self.weights.items():
+            if not callable(enter) or isinstance(enter, AbstractContextManager):
+                raise ConfigError(
+                    f"weights[{name!r}] must be a function that gives a context manager, as it is entered for each image anew: "
+                    f"lambda: ..., not what it gave, of class {type(enter).__name__}"
+                )
         if ema is not None:
             if isinstance(ema, nn.Module) and unwrapped(ema) in (unwrapped(inference.network), self._trained()):
                 raise ConfigError(
@@ -312,7 +318,12 @@ class Sampler:
 
         try:
             for name, enter in self.weights.items():
-                with enter():
+                entered = enter()
+                if not isinstance(entered, AbstractContextManager):
+                    raise ConfigError(
+                        f"weights[{name!r}] gave no context manager but {entered!r}, so nothing would be put back"
+                    )
+                with entered:
                     if self.adopted is not None:  # each kind has tensors and adapters of its own
                         self.adopted.refresh()
                     prompts = self._encoded(drawer.encode_prompt, requests) if self.text_in_training else encoded

@@ -26,10 +26,13 @@ def flux_config(shape_of: ShapeOf, checkpoint: Checkpoint) -> FluxConfig:
 
     hidden, in_channels = shape("image_in.weight")
     head = (shape_of("double_blocks.0.image.k_norm.weight") or (128,))[0]
-    axes = checkpoint.config.get("axes_dims_rope") or ((16, 56, 56) if head == 128 else (0, 0, head))
-    if not isinstance(axes, list | tuple) or not all(type(axis) is int and axis >= 0 for axis in axes):
+    usual = (16, 56, 56) if head == 128 else (0, 0, head)
+    axes = checkpoint.config.get("axes_dims_rope") or usual
+    sizes = axes if isinstance(axes, list | tuple) and all(type(n) is int and n >= 0 for n in axes) else ()
+    if axes is not usual and (len(sizes) != 3 or sum(sizes) != head or any(size % 2 for size in sizes)):
         raise ConfigError(
-            f"{quoted(checkpoint.path)}: config.json says axes_dims_rope {quoted(axes)}, three sizes are needed"
+            f"{quoted(checkpoint.path)}: {checkpoint.config_name} says axes_dims_rope {quoted(axes)}, three even sizes are needed "
+            f"that add up to the {head} features of a head"
         )
     found = FluxConfig(
         in_channels=in_channels,
@@ -69,11 +72,14 @@ def mmdit_config(shape_of: ShapeOf, checkpoint: Checkpoint) -> MMDiTConfig:
     side = math.isqrt(positions)
     if side * side != positions:
         raise CheckpointError(
-            f"{quoted(checkpoint.path)}: its table of {positions} positions is no square; download it again"
+            f"{quoted(checkpoint.path)}: its table of {positions} positions is no square{checkpoint.remedy('download it again')}"
         )
     depth = _count(shape_of, "joint_blocks.{}.image.qkv.weight", "joint_blocks.{}.text.qkv.weight")
     norm = shape_of("joint_blocks.0.text.k_norm.weight")
-    head = norm[0] if norm else 64  # 64 wide in every published one
+    told = checkpoint.config.get("attention_head_dim")  # which leaves no trace in shapes without the norm
+    head = (
+        norm[0] if norm else told if type(told) is int and told > 0 and hidden % told == 0 else 64
+    )  # as all published
     found = MMDiTConfig(
         in_channels=in_channels,
         out_channels=shape("final.linear.weight")[0] // 4,
@@ -164,13 +170,15 @@ def _head_width(checkpoint: Checkpoint, widths: list[int], depths: list[int]) ->
     stated = checkpoint.config.get("num_attention_heads") or checkpoint.config.get("attention_head_dim") or []
     heads = [stated] * len(widths) if type(stated) is int else stated
     if not isinstance(heads, list) or not all(type(count) is int and count > 0 for count in heads):
-        raise ConfigError(f"{quoted(checkpoint.path)}: config.json says the heads {quoted(stated)}, not their numbers")
+        raise ConfigError(
+            f"{quoted(checkpoint.path)}: {checkpoint.config_name} says the heads {quoted(stated)}, not their numbers"
+        )
     pairs = list(zip(widths, heads, strict=False))
     used = [pair for pair, depth in zip(pairs, depths, strict=False) if depth] or pairs[-1:]
     found = {width // count if width % count == 0 else 0 for width, count in used} or {64}
     if len(found) > 1 or 0 in found:
         raise ConfigError(
-            f"{quoted(checkpoint.path)}: config.json says {quoted(stated)} heads for the widths {widths}; a UNet here has "
+            f"{quoted(checkpoint.path)}: {checkpoint.config_name} says {quoted(stated)} heads for the widths {widths}; a UNet here has "
             "heads of one width"
         )
     return found.pop()
@@ -203,7 +211,9 @@ def autoencoder_config(shape_of: ShapeOf, checkpoint: Checkpoint) -> Autoencoder
     for key, usual in (("scaling_factor", published.scale), ("shift_factor", published.shift)):
         value = checkpoint.config.get(key)
         if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
-            raise ConfigError(f"{quoted(checkpoint.path)}: config.json says {key} {quoted(value)}, not a number")
+            raise ConfigError(
+                f"{quoted(checkpoint.path)}: {checkpoint.config_name} says {key} {quoted(value)}, not a number"
+            )
         statistics[key] = usual if value is None else float(value)
     found = AutoencoderConfig(
         channels=channels,
@@ -213,6 +223,7 @@ def autoencoder_config(shape_of: ShapeOf, checkpoint: Checkpoint) -> Autoencoder
         scale=statistics["scaling_factor"],
         shift=statistics["shift_factor"],
         quant_convolutions=shape_of("quant_conv.weight") is not None,
+        stated="scaling_factor" in checkpoint.config,
     )
     stated = {
         "in_channels": in_channels,
@@ -312,19 +323,26 @@ FIXED: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def check_fixed(network: str, checkpoint: Checkpoint) -> None:
+# the same of settings that a network may be trained with here, and that images are not drawn with
+DRAWN: dict[str, dict[str, Any]] = {"unet": {"addition_time_embed_dim": 256}}
+
+
+def check_fixed(
+    network: str, source: object, config: Mapping[str, Any], fixed: Mapping[str, Mapping[str, Any]] = FIXED
+) -> None:
     """Raises ConfigError for a setting that would change the numbers and that no published network here has."""
-    for key, value in FIXED.get(network, {}).items():
-        stated = checkpoint.config.get(key)
+    for key, value in fixed.get(network, {}).items():
+        stated = config.get(key)
         if stated is not None and stated != value:
             raise ConfigError(
-                f"{quoted(checkpoint.path)}: {key} is {quoted(stated, 60)}, and {DESCRIPTIONS[network]} here computes with "
+                f"{quoted(source)}: {key} is {quoted(stated, 60)}, and {DESCRIPTIONS[network]} here computes with "
                 f"{value!r} alone"
             )
 
 
 def _contradiction(checkpoint: Checkpoint, key: str, stated: Any, found: Any) -> None:
     raise ConfigError(
-        f"{quoted(checkpoint.path)}: config.json says {key} {stated if isinstance(stated, int | float) else quoted(stated, 60)}, "
-        f"the tensors say {found}; they are of two models"
+        f"{quoted(checkpoint.path)}: {checkpoint.config_name} says {key} "
+        f"{stated if isinstance(stated, int | float) else quoted(stated, 60)}, the tensors say {found}"
+        f"{checkpoint.remedy('they are of two models')}"
     )

@@ -14,7 +14,6 @@ from typing import Any
 import yaml
 
 from eridiff.errors import CheckpointError, ConfigError, quoted
-from eridiff.models.autoencoder import PRESETS
 from eridiff.weights import configs
 from eridiff.weights.configs import DESCRIPTIONS as DESCRIPTIONS
 from eridiff.weights.configs import ShapeOf, check_fixed
@@ -115,7 +114,9 @@ def component_of(checkpoint: Checkpoint, *networks: str, allow_unknown: bool = F
             return component
     held = ", ".join(DESCRIPTIONS[component.network] for component in found)
     wanted = " or ".join(DESCRIPTIONS[network] for network in networks)
-    raise CheckpointError(f"{quoted(checkpoint.path)} holds {held}, not {wanted}; give it under its own option")
+    raise CheckpointError(
+        f"{quoted(checkpoint.path)} holds {held}, not {wanted}{checkpoint.remedy('give it under its own option')}"
+    )
 
 
 def listing(names: Collection[str]) -> str:
@@ -153,9 +154,9 @@ def _candidates(family: str, checkpoint: Checkpoint, names: set[str]) -> list[Co
             try:
                 config = configure(shape_of, checkpoint)
             except (IndexError, ZeroDivisionError, TypeError, ValueError) as error:  # too few dimensions, or of size 0
-                what = f"{quoted(checkpoint.path)} has the names of {DESCRIPTIONS[family]} and shapes of none"
-                raise CheckpointError(f"{what} ({error}); download it again") from None
-            check_fixed(family, checkpoint)
+                what = f"{quoted(checkpoint.path)} has the names of {DESCRIPTIONS[family]} and shapes of none ({error})"
+                raise CheckpointError(what + checkpoint.remedy("download it again")) from None
+            check_fixed(family, checkpoint.path, checkpoint.config)
             network = _clip_kind(layout, prefix, config, checkpoint) if family == "clip" else family
             result.append(Component(network, layout, prefix, checkpoint, _declared(network, config, checkpoint)))
     for network, count in Counter(c.network for c in result).items():
@@ -199,6 +200,8 @@ def _declared(network: str, config: Any, checkpoint: Checkpoint) -> Any:
         return _checked(network, config, checkpoint)
     try:
         given = {key: _tuples(value) for key, value in json.loads(text).get(network, {}).items()}
+        if network == "vae" and given:
+            given = {"stated": True, **given}
         return {**config, **given} if isinstance(config, dict) else replace(config, **given)
     except (ValueError, TypeError, AttributeError) as error:
         raise ConfigError(
@@ -214,25 +217,20 @@ def _checked(network: str, config: Any, checkpoint: Checkpoint) -> Any:
     if network == "flux" and config.rope_axes[0] == 0:
         raise ConfigError(
             f"{quoted(checkpoint.path)}: heads of {sum(config.rope_axes)} features are in no published Flux; "
-            "give rope_axes in the metadata eridiff.config"
+            + (
+                "give axes_dims_rope in its configuration"
+                if checkpoint.module
+                else "give rope_axes in the metadata eridiff.config"
+            )
         )
     return config
 
 
-def statistics_are_said(component: Component) -> bool:
-    """Whether the latents' scale and shift stand in a config.json or in the file's metadata; they are in no tensor."""
-    checkpoint = component.checkpoint
-    return "scaling_factor" in checkpoint.config or '"vae"' in checkpoint.metadata.get("eridiff.config", "")
-
-
 def with_statistics(component: Component, family: str | None) -> Component:
     """An autoencoder with the latents' statistics of flux, sd3 or sdxl, unless its file says its own or has other latents."""
-    if component.network != "vae" or family is None or statistics_are_said(component):
+    if component.network != "vae" or family is None:
         return component
-    usual = PRESETS[family]
-    if usual.latent_channels != component.config.latent_channels:
-        return component
-    return replace(component, config=replace(component.config, scale=usual.scale, shift=usual.shift))
+    return replace(component, config=replace(component.config.of_family(family), stated=True))
 
 
 # what belongs to no network -------------------------------------------------------------------------------------------------
@@ -301,7 +299,7 @@ def _refusal(left: Collection[str], checkpoint: Checkpoint, found: Collection[Co
         return f"is {what}, which eridiff does not load ({quoted(context, 60)} is {list(width)} wide)."
     hint = _lacking(left) or f"the first is {quoted(ordered[0], 60)}{_misspelt(ordered)}"
     if found:
-        return f"holds {len(left)} tensors of no part of a model: {hint}; allow_unknown leaves them out."
+        return f"holds {len(left)} tensors of no part of a model: {hint}{checkpoint.remedy('allow_unknown leaves them out')}."
     return f"is no model that eridiff knows: of its {len(left)} tensors {hint}."
 
 

@@ -78,14 +78,25 @@ class Checkpoint:
     """A safetensors file or a sharded folder: headers checked, no data read yet.
 
     `metadata` of several shards is merged, the first shard by name wins. `config` is the folder's config.json, also of a file
-    given alone that its folder would be read from, and `{}` where there is none.
+    given alone that its folder would be read from, and `{}` where there is none. `module`: not a file but a module that a trainer
+    holds, `path` its class.
     """
 
     path: Path
     tensors: dict[str, TensorEntry]
     metadata: dict[str, str]
     config: dict[str, Any]
+    module: bool = False
     _handles: dict[Path, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    @property
+    def config_name(self) -> str:
+        """Where `config` stands, for messages."""
+        return "its configuration" if self.module else "config.json"
+
+    def remedy(self, text: str) -> str:
+        """What messages advise about a file, behind a semicolon; nothing of a module."""
+        return "" if self.module else f"; {text}"
 
     def read(self, name: str) -> torch.Tensor:
         """The tensor `name`, mapped from its file without a copy, in the file's dtype and shape.

@@ -18,7 +18,7 @@ from eridiff.models.flux import Flux
 from eridiff.models.mmdit import MMDiT
 from eridiff.models.unet import UNet
 from eridiff.weights.configs import DESCRIPTIONS
-from eridiff.weights.detect import Component, detect, listing, statistics_are_said, with_statistics
+from eridiff.weights.detect import Component, detect, listing, with_statistics
 from eridiff.weights.header import open_checkpoint
 from eridiff.weights.keymap import Entry
 
@@ -55,13 +55,13 @@ def load_network(
     ]
     if not components:
         raise CheckpointError(f"{quoted(path)} holds a text encoder, not a denoising network or an autoencoder")
-    if components[0].network == "vae" and family is None and not statistics_are_said(components[0]):
-        config = components[0].config
-        if config.latent_channels == 16:
-            log.warning(
-                "%s does not say its latents' statistics: Flux's are taken, scale %g and shift %g; family='sd3' takes SD 3's",
-                path, config.scale, config.shift,
-            )  # fmt: skip
+    config = components[0].config
+    if components[0].network == "vae" and family is None and not config.stated and config.latent_channels == 16:
+        log.warning(
+            "%s does not say its latents' statistics: Flux's are taken, scale %g and shift %g; family='sd3' takes SD 3's, and so "
+            "does an SD35Inference that it is handed to",
+            path, config.scale, config.shift,
+        )  # fmt: skip
     return build(components[0], dtype=dtype, device=device, progress=progress)
 
 
