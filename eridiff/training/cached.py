@@ -63,7 +63,7 @@ def handed_in_prompts(
         own = table.get(request.prompt) if isinstance(request.prompt, str) else None
         if own is not None and own.negative is not None and request.negative not in table:
             if (inference.sampling.cfg_scale if request.cfg_scale is None else request.cfg_scale) != 1:
-                _joined([request.prompt], [own.positive, own.negative])
+                _joined([str(request.prompt)], [own.positive, own.negative])
             found.append(own)
             continue
         try:
