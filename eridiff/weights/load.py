@@ -20,6 +20,7 @@ from eridiff.models.unet import UNet
 from eridiff.weights.configs import DESCRIPTIONS
 from eridiff.weights.detect import Component, detect, listing, statistics_are_said, with_statistics
 from eridiff.weights.header import open_checkpoint
+from eridiff.weights.hub import resolve
 from eridiff.weights.keymap import Entry
 
 log = logging.getLogger(__name__)
@@ -41,6 +42,7 @@ def load_network(
 ) -> nn.Module:
     """The denoising network of a checkpoint, or its autoencoder if that is all it holds.
 
+    - path: a file, the folder of one network, or the hub id of either (`org/name`, `org/name/file.safetensors`).
     - dtype: None keeps the file's; of a file with fp8 weights all become what `eridiff.load` computes in.
     - family: flux, sd3 or sdxl, whose latents' statistics an autoencoder gets if nothing beside its tensors says them: those of
       Flux and SD 3 have the same names and shapes.
@@ -50,9 +52,8 @@ def load_network(
     """
     if family is not None and family not in PRESETS:
         raise ConfigError(f"{quoted(family)} is not a family; there are {', '.join(PRESETS)}")
-    components = [
-        with_statistics(c, family) for c in detect(open_checkpoint(path), allow_unknown) if c.network in NETWORKS
-    ]
+    checkpoint = open_checkpoint(resolve(path, "part"))
+    components = [with_statistics(c, family) for c in detect(checkpoint, allow_unknown) if c.network in NETWORKS]
     if not components:
         raise CheckpointError(f"{quoted(path)} holds a text encoder, not a denoising network or an autoencoder")
     if components[0].network == "vae" and family is None and not statistics_are_said(components[0]):
