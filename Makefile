@@ -52,7 +52,7 @@ check: .venv/.dev
 oldest: .venv/.dev
 	rm -rf build/oldest && $(BIN)/pip install -q --no-deps --target build/oldest $(OLDEST) "tokenizers<0.22"
 	PYTHONPATH=build/oldest $(BIN)/python -c 'import transformers, safetensors, huggingface_hub as hub; assert (transformers.__version__, hub.__version__, safetensors.__version__) == ("4.54.1", "0.34.3", "0.4.5")'
-	PYTHONPATH=build/oldest $(BIN)/python -m pytest tests/test_text.py tests/test_golden.py tests/test_plan.py tests/test_handing_in.py tests/test_cached_embeddings.py
+	PYTHONPATH=build/oldest $(BIN)/python -m pytest tests/test_text.py tests/test_golden.py tests/test_plan.py tests/test_handing_in.py tests/test_cached_embeddings.py tests/test_hub.py
 
 # a wheel, built and used in an empty environment
 wheel: .venv/.dev

@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
-import huggingface_hub
 import pytest
-from huggingface_hub import constants
+from huggingface_hub import constants, file_download, utils
 from safetensors.torch import load_file, save
 
 import eridiff
@@ -107,17 +106,20 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     made = Hub()
     address = f"http://127.0.0.1:{made.server.server_port}"
     monkeypatch.setattr(constants, "ENDPOINT", address)
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", address + "/{repo_id}/resolve/{revision}/{filename}")
+    for module in (constants, file_download):  # the latter keeps its own until 1.0
+        template = address + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(module, "HUGGINGFACE_CO_URL_TEMPLATE", template, raising=False)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    offline(monkeypatch, False)
     monkeypatch.chdir(tmp_path)
     yield made
     made.server.shutdown()
     made.server.server_close()
 
 
-def offline(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+def offline(monkeypatch: pytest.MonkeyPatch, yes: bool = True) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", yes)
+    getattr(utils, "reset_sessions", lambda: None)()  # before 1.0 a session stays as it was made
 
 
 def pipeline(folder: Path) -> Files:
@@ -165,7 +167,7 @@ def test_what_is_cached_is_used_without_the_hub(hub: Hub, tmp_path: Path, monkey
     assert {n: c.checkpoint.path for n, c in locate("some-one/flux").components.items()} == {
         n: c.checkpoint.path for n, c in first.components.items()
     }
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    offline(monkeypatch, False)
     del hub.repositories["some-one/flux"]  # gone at the hub, and still here
     assert set(locate("some-one/flux").components) == set(first.components)
 
@@ -328,4 +330,4 @@ def test_a_mistyped_path_is_never_asked_for(hub: Hub, tmp_path: Path) -> None:
 def test_a_path_that_exists_wins(hub: Hub, tmp_path: Path) -> None:
     (tmp_path / "some-one" / "flux").mkdir(parents=True)
     assert resolve("some-one/flux") == Path("some-one/flux") and not hub.asked
-    assert huggingface_hub.constants.ENDPOINT.startswith("http://127.0.0.1")
+    assert constants.ENDPOINT.startswith("http://127.0.0.1")
