@@ -134,7 +134,7 @@ def _merge(options: argparse.Namespace) -> int:
     merged = merge_lora(state, loras)
     print(merged)
     module.load_state_dict(merged.state, assign=True)
-    print(save_network(module, options.out))  # type: ignore[arg-type]
+    print(save_network(module, options.out))
     return 0
 
 

@@ -15,7 +15,7 @@ from eridiff.lora.branches import install_slots
 from eridiff.text.encoders import build_encoder
 from eridiff.text.tokenizers import clip_tokenizer, t5_tokenizer
 from eridiff.weights.detect import DESCRIPTIONS, Component
-from eridiff.weights.load import build, default_dtype
+from eridiff.weights.load import VARIANT, build, default_dtype
 from eridiff.weights.locate import DENOISERS, PART_NAMES, TEXT_ENCODERS, Parts
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ def fill(drawer: "DiffusionInference", parts: Parts) -> None:
     tokenizers = {n: readers[n](parts.tokenizers.get("t5" if n == "t5" else "clip")) for n in text}
     own = components[drawer.family]
     path = own.checkpoint.path  # a folder is known by the pipeline's or the hub's above it, a file by its own
-    name = str(path) if path.is_dir() else "/".join(path.parts[-2:])
+    name = own.checkpoint.metadata.get(VARIANT) or (str(path) if path.is_dir() else "/".join(path.parts[-2:]))
     sampling = own_sampling(own, drawer.choose_variant(own.config, name), drawer.variants)
     words = read_words(own)
 
@@ -53,6 +53,7 @@ def fill(drawer: "DiffusionInference", parts: Parts) -> None:
     drawer.autoencoder = build(components["vae"], **options("vae"))  # type: ignore[assignment]
     install_slots(network)  # so that a LoRA may come after compiling
     drawer.set_network(network, name)
+    vars(network)["said_by_file"][VARIANT] = drawer.variant  # for `save_network`
     drawer.sampling, drawer.words = sampling, words
     drawer.set_encoders({n: build_encoder(components[n], **options(n)) for n in text}, tokenizers)
     drawer.source = {"model": str(path), "parts": _places(parts)}
