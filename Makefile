@@ -4,7 +4,7 @@ OLDEST = transformers==4.54.1 huggingface_hub==0.34.3 safetensors==0.4.5
 # versions that pass the tests; some of them need Python 3.11, so on 3.10 pip chooses
 PINS = $(shell $(PYTHON) -c 'import sys; print("-c constraints.txt" if sys.version_info >= (3, 11) else "")')
 
-.PHONY: sample test check slow test-full gpu oldest wheel
+.PHONY: sample test fuzz check slow test-full gpu oldest wheel
 
 .venv/.base:
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("eridiff needs Python 3.10 or later, and $(PYTHON) is %d.%d: run make sample PYTHON=python3.12" % sys.version_info[:2])'
@@ -29,6 +29,12 @@ sample: .venv/.base
 # one process per core, each test on one thread
 test: .venv/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadscope
+
+# N damaged files of every kind, by the seed SEED: each read or refused by one sentence
+N = 10000
+SEED = 0
+fuzz: .venv/.dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz $(N) $(SEED)
 
 # full-size and long-running tests
 slow: .venv/.dev

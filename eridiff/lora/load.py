@@ -396,8 +396,8 @@ class _Reader:
             return said[0], rank, said[1]
         if alpha is None and source.key.startswith(PEFT) and not self.alpha_is_rank:
             raise LoraError(
-                f"{source} has no alpha, which peft writes into adapter_config.json, and without it the scale is unknown: put "
-                f'that file beside this one, or write it: {{"r": {rank or 1}, "lora_alpha": ...}}; alpha_is_rank takes the scale 1'
+                f"{source} has no alpha: peft has it in adapter_config.json; put that file beside this one, or write "
+                f'{{"r": {rank or 1}, "lora_alpha": ...}}; alpha_is_rank takes the scale 1'
             )
         if rank is None:  # LyCORIS' rule for two whole factors
             return alpha, None, 1.0
