@@ -16,7 +16,7 @@ from torch import nn
 from eridiff.errors import ConfigError, quoted
 from eridiff.inference import FAMILIES
 from eridiff.lora.save import DIFFUSERS_ENCODERS
-from eridiff.text.encoders import empty_encoder
+from eridiff.text.encoders import empty, empty_encoder
 from eridiff.text.tokenizers import clip_tokenizer, t5_tokenizer
 from eridiff.weights.configs import diffusers_config
 from eridiff.weights.detect import Component
@@ -146,7 +146,7 @@ def _part(
     component: Component, to: str, dtype: torch.dtype | None, prefix: str, variant: str
 ) -> tuple[list[Stored], dict[str, str]]:
     """The tensors of one network as they will be written, and the file's metadata."""
-    module = _empty(component)
+    module = empty(component)
     native, shapes, dtypes = native_reader(component, module)
     if dtype is not None:
         parameters = {name for name, _ in module.named_parameters()}
@@ -179,13 +179,6 @@ def _part(
 
 def _sizes(component: Component) -> dict[str, Any]:
     return dict(component.config) if isinstance(component.config, Mapping) else asdict(component.config)
-
-
-def _empty(component: Component) -> nn.Module:
-    if component.network not in NETWORKS:
-        return empty_encoder(component)
-    with torch.device("meta"):
-        return NETWORKS[component.network](component.config)
 
 
 def _write_whole(parts: Parts, denoiser: str, variant: str, target: Path, dtype: torch.dtype | None) -> Path:

@@ -49,7 +49,7 @@ class Section:
         """Raises LoraError for a value that changes the meaning of the tensors and that is not followed here."""
         kind = self.said.get("peft_type", "LORA")
         if not isinstance(kind, str) or kind not in KINDS:
-            raise LoraError(f"{self.where} says {kind!r}; of peft's kinds {', '.join(KINDS)} are read")
+            raise LoraError(f"{self.where} says {kind}; of peft's kinds {', '.join(KINDS)} are read")
         for key in ("init_lora_weights", "init_weights"):
             start = self.said.get(key)
             name = start.lower() if isinstance(start, str) else start
