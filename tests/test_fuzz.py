@@ -10,10 +10,13 @@ from typing import Any
 import pytest
 
 from eridiff.errors import CheckpointError, ConfigError, EridiffError, LoraError
+from eridiff.inspect import inspect, summary
 from eridiff.lora import load_lora, save_lora
 from eridiff.lora.load import Refusal
 from eridiff.run_files import load_config
 from eridiff.text.tokenizers import clip_tokenizer
+from eridiff.weights.header import open_checkpoint
+from eridiff.weights.save import save_network, write_tensors
 from tests import tiny
 from tests.fuzz import outcome
 from tests.loras import some_lora
@@ -91,3 +94,29 @@ def test_a_tokenizers_setting_of_a_wrong_type_is_told_when_it_is_read(key: str, 
     config = json.loads((tmp_path / "t" / "tokenizer_config.json").read_text())
     (tmp_path / "t" / "tokenizer_config.json").write_text(json.dumps(config | {key: told}))
     assert outcome(lambda: clip_tokenizer(tmp_path / "t")("a fox").input_ids, tmp_path) in ("read", "refused")
+
+
+RIGHT = (("up_depths", None), ("up_depths", []), *(("scale", n) for n in (3.5, -1, 2**31, 2**64)), ("guidance", True))
+
+
+@pytest.mark.parametrize("value", ["32", None, -1, 2**31, 2**64, True, 3.5, [], [32], {"a": 1}, [["x"]]])
+@pytest.mark.parametrize(
+    ("network", "key"),
+    [("flux", "heads"), ("unet", "head_width"), ("unet", "channel_multipliers"), ("unet", "up_depths"), ("mmdit", "table_side"),
+     ("vae", "residual_blocks"), ("vae", "scale"), ("flux", "guidance"), ("clip", "hidden_size"), ("clip", "hidden_act")],
+)  # fmt: skip
+def test_a_setting_of_a_wrong_type_in_the_metadata_is_one_sentence(
+    network: str, key: str, value: Any, tmp_path: Path
+) -> None:
+    modules = {"flux": tiny.flux, "unet": tiny.unet, "mmdit": tiny.mmdit, "vae": tiny.autoencoder}
+    path = tmp_path / "m.safetensors"
+    if network == "clip":
+        tiny.write_text(tmp_path, "m", "clip", tiny.clip_module())
+    else:
+        save_network(modules[network](), path)
+    file = open_checkpoint(path)
+    told = json.loads(file.metadata["eridiff.config"])
+    told[network] = told.get(network, {}) | {key: value}
+    write_tensors({name: file.read(name).clone() for name in file.tensors}, path, {"eridiff.config": json.dumps(told)})
+    found = outcome(lambda: summary(inspect(path)), tmp_path)
+    assert found == "refused" or (found == "read" and (key, value) in RIGHT), found
