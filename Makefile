@@ -60,10 +60,13 @@ oldest: .venv/.dev
 	PYTHONPATH=build/oldest $(BIN)/python -c 'import transformers, safetensors, huggingface_hub as hub; assert (transformers.__version__, hub.__version__, safetensors.__version__) == ("4.54.1", "0.34.3", "0.4.5")'
 	PYTHONPATH=build/oldest $(BIN)/python -m pytest tests/test_text.py tests/test_golden.py tests/test_plan.py tests/test_handing_in.py tests/test_cached_embeddings.py tests/test_hub.py
 
-# a wheel, built and used in an empty environment
+# a wheel, built and used in an empty environment; then an editable installation, which puts nothing but eridiff on the path
 wheel: .venv/.dev
 	rm -rf dist build/wheel && $(BIN)/pip wheel -q --no-deps -w dist .
 	$(PYTHON) -m venv build/wheel
 	build/wheel/bin/pip install -q "torch==2.13.0"
 	build/wheel/bin/pip install -q $(PINS) dist/*.whl
 	cd build && wheel/bin/eridiff sample --prompt "a swan on mars" --out wheel/swan.png
+	build/wheel/bin/pip uninstall -q -y eridiff && build/wheel/bin/pip install -q --no-deps -e .
+	cd build && wheel/bin/python -c 'import importlib.util as i, eridiff; \
+	    found = [n for n in ("tests", "docs", "benchmarks", "examples", "weights_map") if i.find_spec(n)]; assert not found, found'
