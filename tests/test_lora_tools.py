@@ -44,8 +44,7 @@ def tuned(network: Any, seed: int = 9) -> Any:
 # extract --------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("format", ["kohya", "native"])
+@pytest.mark.parametrize(("family", "format"), [*((family, "kohya") for family in FAMILIES), ("flux", "native")])
 def test_an_extracted_lora_makes_the_whole_fine_tune_of_the_base(family: str, format: str, tmp_path: Path) -> None:
     base, whole = FAMILIES[family](), tuned(FAMILIES[family]())
     lora, kept = extract_lora(whole, base, 2)
@@ -309,3 +308,12 @@ def test_a_lora_is_written_as_other_programs_read_it_when_nothing_is_said(tmp_pa
     other = nn.Sequential(nn.Linear(4, 4))
     file = save_lora(filled(inject_lora(other, 2)), tmp_path / "y.safetensors")
     assert "0.lora_down.weight" in load_file(file) and load_lora(file, nn.Sequential(nn.Linear(4, 4))).items
+
+
+def test_an_alpha_is_not_rounded_to_the_dtype_of_the_matrices(tmp_path: Path) -> None:
+    lora = inject_lora(tiny.flux(), 2, alpha=0.7)
+    for format in ("kohya", "native"):
+        tensors = load_file(save_lora(lora, tmp_path / "x.safetensors", format=format, dtype=torch.bfloat16))
+        alphas = {float(t) for name, t in tensors.items() if name.endswith(".alpha")}
+        assert alphas == {float(torch.tensor(0.7))} or alphas == {0.7}
+        assert {t.dtype for name, t in tensors.items() if not name.endswith(".alpha")} == {torch.bfloat16}

@@ -68,7 +68,10 @@ def save_lora(
     if networks is None:
         raise LoraError("say which networks the LoRA is for: its names follow theirs")
     tensors, told = lora_tensors(lora, networks, format=format or ("native" if "" in lora.networks else "kohya"))
-    kept = {name: t.detach().cpu().to(dtype if dtype and t.is_floating_point() else t.dtype).contiguous().clone() for name, t in tensors.items()}  # fmt: skip
+    matrices = {
+        name for name, t in tensors.items() if t.is_floating_point() and not name.endswith(".alpha")
+    }  # a number stays
+    kept = {n: t.detach().cpu().to(dtype if dtype and n in matrices else t.dtype).contiguous().clone() for n, t in tensors.items()}  # fmt: skip
     return write_tensors(
         kept, path, {"format": "pt", "software": f"eridiff {eridiff.__version__}", **told, **(metadata or {})}
     )
