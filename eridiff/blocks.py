@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from eridiff.errors import ConfigError
 from eridiff.lora.branches import install_slots
-from eridiff.weights.keymap import WRAPPERS
+from eridiff.weights.keymap import unwrapped as unwrapped
 
 GRAPHS = 64  # all kinds of blocks times the LoRAs that come and go; torch's 8 would leave SDXL's later ones uncompiled
 
@@ -38,15 +38,6 @@ def compile_blocks(model: nn.Module, **options: Any) -> None:
         options = {"recompile_limit": GRAPHS} | options
     for block in repeated_blocks(model):
         block.compile(**options)
-
-
-def unwrapped(module: nn.Module) -> Any:
-    """The module inside compiled, distributed, checkpointing and averaging wrappers."""
-    inner: nn.Module | None = module
-    while inner is not None:
-        module = inner
-        inner = next((m for name in WRAPPERS if (m := module._modules.get(name)) is not None), None)
-    return module
 
 
 def without_peft(module: nn.Module) -> Any:

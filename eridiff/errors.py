@@ -2,6 +2,8 @@
 
 import os
 
+LONGEST = 300  # characters of an error
+
 
 def quoted(name: object, limit: int = 90) -> str:
     """A name or a path as an error shows it: in quotes, on one line, without its middle where it is long."""
@@ -10,7 +12,14 @@ def quoted(name: object, limit: int = 90) -> str:
 
 
 class EridiffError(Exception):
-    """Base of all errors of this package; its text is one sentence for a person."""
+    """Base of all errors of this package; its text is one sentence for a person, on one line of at most 300 characters.
+
+    What a file says may get into it by many ways: characters that do not print are escaped, and what is too long loses its middle.
+    """
+
+    def __init__(self, text: str = "") -> None:
+        line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+        super().__init__(line if len(line) <= LONGEST else f"{line[: LONGEST - 103]}...{line[-100:]}")
 
 
 class CheckpointError(EridiffError):

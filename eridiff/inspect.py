@@ -8,9 +8,9 @@ from typing import Any
 import torch
 
 from eridiff.errors import CheckpointError
-from eridiff.text.encoders import empty_encoder
+from eridiff.text.encoders import empty
 from eridiff.weights.detect import DESCRIPTIONS, Component
-from eridiff.weights.load import NETWORKS, plan
+from eridiff.weights.load import plan
 from eridiff.weights.locate import locate
 
 
@@ -40,11 +40,7 @@ def inspect(path: str | os.PathLike[str], *, values: bool = False) -> dict[str, 
 
 
 def _plan(component: Component) -> Any:
-    if component.network in NETWORKS:
-        with torch.device("meta"):
-            module = NETWORKS[component.network](component.config)
-    else:
-        module = empty_encoder(component)
+    module = empty(component)
     shapes = {name: tuple(t.shape) for name, t in module.state_dict().items() if name != "encoder.embed_tokens.weight"}
     return plan(component, shapes)
 

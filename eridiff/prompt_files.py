@@ -64,11 +64,14 @@ def split_flags(line: str, where: str, unused: dict[str, str]) -> Entry:
     return entry
 
 
+DIGITS = 40  # Python converts no number of thousands, and no setting has so many
+
+
 def _value(text: str, kind: type, what: str) -> Any:
     if kind is str:
         return text
     pattern = r"[-+]?\d+" if kind is int else r"[-+]?(\d+\.?\d*|\.\d+)"
-    if not re.fullmatch(pattern, text):
+    if len(text) > DIGITS or not re.fullmatch(pattern, text):
         raise ConfigError(f"{what} must be {'a whole number' if kind is int else 'a number'}, not '{text}'")
     return kind(text)
 
@@ -121,8 +124,10 @@ def _kohya(entry: Mapping[str, Any], unused: dict[str, str]) -> Entry:
 def _toml(text: str) -> list[object]:
     try:
         document = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+    except ValueError as error:  # Python's limit of digits too
         raise ConfigError(f"is no TOML: {error}") from None
+    except RecursionError:
+        raise ConfigError("lists or mappings are nested too deep") from None
     section = document.get("prompt")
     if not isinstance(section, dict) or not isinstance(section.get("subset"), list) or len(document) > 1:
         raise ConfigError("a table [prompt] with entries [[prompt.subset]] is expected")
@@ -147,5 +152,7 @@ def read_json(text: str) -> Any:
         return json.loads(plain, object_pairs_hook=pairs)
     except json.JSONDecodeError as error:
         raise ConfigError(f"line {error.lineno}: is no JSON: {error.msg}") from None
+    except ValueError:  # Python's limit
+        raise ConfigError("a number has too many digits") from None
     except RecursionError:
         raise ConfigError("lists or mappings are nested too deep") from None

@@ -50,7 +50,10 @@ for _tag, _pattern, _first in [
 
 
 def _number(loader: Reader, node: Any) -> int | float:
-    return (int if node.tag.endswith("int") else float)(loader.construct_scalar(node))
+    try:
+        return (int if node.tag.endswith("int") else float)(loader.construct_scalar(node))
+    except ValueError:  # Python's limit
+        raise yaml.constructor.ConstructorError(None, None, "a number with too many digits", node.start_mark) from None
 
 
 Reader.add_constructor("tag:yaml.org,2002:int", _number)

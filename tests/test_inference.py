@@ -349,39 +349,6 @@ def test_what_is_no_path_and_no_hub_id_is_one_sentence() -> None:
             eridiff.load(name)
 
 
-def test_a_hub_id_that_is_not_cached_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
-    import huggingface_hub
-
-    monkeypatch.setattr(
-        huggingface_hub, "snapshot_download", lambda *a, **k: (_ for _ in ()).throw(FileNotFoundError("offline"))
-    )
-    with pytest.raises(EridiffError, match="'some-one/flux' is no path here.*FileNotFoundError"):
-        eridiff.load("some-one/flux")
-
-
-def test_a_cached_hub_folder_loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The diffusers folders of a repository, as snapshot_download leaves them."""
-    import huggingface_hub
-
-    from eridiff.weights.save import save_network
-
-    source = tiny.write_model(tmp_path / "files")
-    hub = tmp_path / "hub"
-    for name, file in (("transformer", "flux"), ("vae", "ae"), ("text_encoder", "clip"), ("text_encoder_2", "t5")):
-        (hub / name).mkdir(parents=True)
-        (hub / name / "model.safetensors").write_bytes((source / f"{file}.safetensors").read_bytes())
-    save_network(tiny.autoencoder(), hub / "vae" / "model.safetensors", layout="diffusers")
-    for name in ("tokenizer", "tokenizer_2"):
-        (hub / name).symlink_to(source / name)
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *a, **k: str(hub))
-    monkeypatch.chdir(tmp_path)
-    found = eridiff.load("some-one/flux", device="cpu", progress=False).generate("a swan", seed=1).images[0]
-    assert (
-        found.tobytes()
-        == eridiff.load(source, device="cpu", progress=False).generate("a swan", seed=1).images[0].tobytes()
-    )
-
-
 def test_an_image_is_generated_without_dropout_and_modes_come_back() -> None:
     """Of a LoRA in training, whose set is no part of the network, and of the network itself."""
     from eridiff import inject_lora

@@ -12,9 +12,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from eridiff.errors import LoraError
-from eridiff.lora import Lora, attach_lora, load_lora, merge_lora
+from eridiff.lora import Lora, attach_lora, inject_lora, load_lora, merge_lora
 from tests import tiny
-from tests.loras import ask, bits, item, same, some_lora, unchanged
+from tests.loras import arguments, ask, bits, filled, item, same, some_lora, unchanged
 
 NAME = "transformer_blocks.0.attn.to_out.0"
 SAVED: dict[str, tuple[str, dict[str, Any]]] = {
@@ -334,3 +334,25 @@ def test_a_part_of_a_file_is_chosen_by_name(tmp_path: Path) -> None:
         assert lora.networks == (network,) and sorted(row.status for row in lora.ledger) == ["applied", "left out"]
     with pytest.raises(LoraError, match="part must be network or text_encoders, not 'unet'"):
         load_lora(tmp_path / "f.safetensors", given, part="unet")
+
+
+@pytest.mark.parametrize("family", ["flux", "mmdit", "unet"])
+@pytest.mark.parametrize("sides", [1, 2])
+def test_rows_are_weighed_in_layers_that_are_asked_once_for_all_rows_too(family: str, sides: int) -> None:
+    """The times are shared by all rows, positive and negative ones; each picture is what it is with its own scale alone."""
+    network: Any = {"flux": tiny.flux, "mmdit": tiny.mmdit, "unet": tiny.unet}[family]().double()
+    lora = filled(inject_lora(network, 2, targets=["time_in.*", "*.modulation"], dtype=torch.float64))
+    latents, (text, pooled, times, *rest) = arguments(network, 2, torch.float64)
+    both = [torch.cat([t] * sides) for t in (latents, text, pooled)]
+    rest = [torch.cat([t] * sides) if isinstance(t, Tensor) else t for t in rest]
+
+    def drawn(scale: Any) -> Tensor:
+        lora.set_scale(scale)
+        run = network.prepare(both[1], both[2], times, *rest)
+        return torch.stack([network.step(both[0], run, i) for i in range(2)], 1)
+
+    one, other = drawn(0.3), drawn(-1.2)
+    found = drawn(torch.tensor([0.3, -1.2], dtype=torch.float64))
+    for row in range(2 * sides):
+        assert torch.allclose(found[row], (one, other)[row % 2][row], rtol=1e-9, atol=1e-9)
+    assert not torch.allclose(one[1], other[1], rtol=1e-3)

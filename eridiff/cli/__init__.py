@@ -8,10 +8,10 @@ import sys
 import torch
 
 from eridiff import __version__
-from eridiff.cli import inspect, lora, resample, sample
+from eridiff.cli import convert, inspect, lora, resample, sample
 from eridiff.errors import EridiffError
 
-COMMANDS = (sample, resample, inspect, lora)
+COMMANDS = (sample, resample, inspect, convert, lora)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -15,13 +15,12 @@ from eridiff.lora.decompose import extract_lora, resize_lora
 from eridiff.lora.decompose import table as energy_table
 from eridiff.lora.ledger import table
 from eridiff.lora.load import PARTS, Refusal, load_lora
-from eridiff.lora.merge import merge_lora
+from eridiff.lora.merge import merge_file
 from eridiff.lora.save import FORMATS, save_lora
 from eridiff.models import flux, mmdit, unet
-from eridiff.text.encoders import build_encoder, published_encoder
+from eridiff.text.encoders import build_encoder, empty, published_encoder
 from eridiff.weights.load import NETWORKS, build
 from eridiff.weights.locate import DENOISERS, TEXT_ENCODERS, locate
-from eridiff.weights.save import save_network
 
 PUBLISHED: dict[str, tuple[str, Any, tuple[str, ...]]] = {  # name -> network, configuration, text encoders
     **{f"flux-{name}": ("flux", config, ("clip", "t5")) for name, config in flux.PRESETS.items()},
@@ -92,7 +91,7 @@ def _check(options: argparse.Namespace) -> int:
 
 
 def _convert(options: argparse.Namespace) -> int:
-    networks = _networks(options.model)
+    networks = _networks(options.model, weights=False)
     lora = load_lora(options.file, networks, part=options.part, allow_partial=options.partial)
     kept = {name: value for name, value in lora.metadata.items() if name.startswith(("ss_", "modelspec."))}
     for name in (
@@ -107,39 +106,40 @@ def _convert(options: argparse.Namespace) -> int:
 
 
 def _merge(options: argparse.Namespace) -> int:
-    networks = {n: m for n, m in _networks(options.model).items() if n in DENOISERS}
-    if not networks or _is_published(options.model):
+    components = {} if _is_published(options.model) else locate(options.model).components
+    network = next((name for name in DENOISERS if name in components), None)
+    if network is None:
         raise ConfigError(f"'{options.model}' holds no weights to merge into; give a checkpoint")
-    (network, module), *_ = networks.items()
-    state = module.state_dict()
-    if options.dtype:
-        state = {name: tensor.to(dtype_of(options.dtype)) for name, tensor in state.items()}
+    modules = {name: empty(c) for name, c in components.items()}
     loras = []
     for text in options.lora:
         file, scale = scaled(text)
-        loras.append(
-            (
-                load_lora(file, networks, part=options.part, allow_partial=options.partial).of(network),
-                1.0 if scale is None else scale,
-            )
-        )
-    merged = merge_lora(state, loras)
+        known = {name: module for name, module in modules.items() if name in (*DENOISERS, *TEXT_ENCODERS)}
+        lora = load_lora(file, known, part=options.part, allow_partial=options.partial)
+        loras.append((lora, 1.0 if scale is None else scale))
+    source = components[network].checkpoint.path
+    held = {name: (c, modules[name]) for name, c in components.items() if c.checkpoint.path == source}
+    written, merged = merge_file(held, loras, options.out, dtype=dtype_of(options.dtype))
     print(merged)
-    module.load_state_dict(merged.state, assign=True)
-    print(save_network(module, options.out))  # type: ignore[arg-type]
+    print(written)
     return 0
 
 
 def _extract(options: argparse.Namespace) -> int:
-    tuned, base = (_only(_networks(path), path) for path in (options.tuned, options.base))
-    lora, kept = extract_lora(tuned, base, options.rank, tuple(options.targets))
+    tuned, base = _networks(options.tuned), _networks(options.base)
+    if set(base) & set(DENOISERS) != set(tuned) & set(DENOISERS):
+        raise ConfigError(f"'{options.tuned}' and '{options.base}' do not hold the same network")
+    both = {name: module for name, module in base.items() if name in tuned}
+    for name in sorted(tuned.keys() ^ base.keys()):
+        print(f"{name} is in one of the two alone, and left out")
+    lora, kept = extract_lora(tuned, both, options.rank, tuple(options.targets))
     print("\n".join(energy_table(kept)))
-    print(save_lora(lora, options.out, base, format=options.format, dtype=dtype_of(options.dtype)))
+    print(save_lora(lora, options.out, both, format=options.format, dtype=dtype_of(options.dtype)))
     return 0
 
 
 def _resize(options: argparse.Namespace) -> int:
-    networks = _networks(options.model)
+    networks = _networks(options.model, weights=False)
     lora = load_lora(options.file, networks, part=options.part, allow_partial=options.partial)
     shapes = {name: {n: tuple(t.shape) for n, t in module.state_dict().items()} for name, module in networks.items()}
     resized, kept = resize_lora(lora, options.rank, shapes)
@@ -152,7 +152,7 @@ def _is_published(model: str) -> bool:
     return model in PUBLISHED and not Path(model).exists()
 
 
-def _networks(model: str) -> dict[str, nn.Module]:
+def _networks(model: str, weights: bool = True) -> dict[str, nn.Module]:
     """The network and the text encoders of a checkpoint, or of a published model by name, then without weights."""
     if _is_published(model):
         network, config, encoders = PUBLISHED[model]
@@ -162,13 +162,7 @@ def _networks(model: str) -> dict[str, nn.Module]:
     if "/" not in model and not Path(model).exists():
         near = get_close_matches(model, PUBLISHED, 1)
         raise ConfigError(f"'{model}' is no file and no published model" + (f"; did you mean '{near[0]}'?" if near else f"; there are {', '.join(PUBLISHED)}"))  # fmt: skip
-    components = locate(model).components
-    found = {n: build(c) for n, c in components.items() if n in DENOISERS}
-    return found | {n: build_encoder(c) for n, c in components.items() if n in TEXT_ENCODERS}
-
-
-def _only(networks: dict[str, nn.Module], path: str) -> nn.Module:
-    found = [module for name, module in networks.items() if name in DENOISERS]
-    if not found:
-        raise ConfigError(f"'{path}' holds no network that draws")
-    return found[0]
+    components = {n: c for n, c in locate(model).components.items() if n in (*DENOISERS, *TEXT_ENCODERS)}
+    if not weights:
+        return {name: empty(component) for name, component in components.items()}
+    return {n: build_encoder(c) if n in TEXT_ENCODERS else build(c) for n, c in components.items()}

@@ -16,7 +16,7 @@ from eridiff.text.encoders import build_encoder
 from eridiff.text.tokenizers import clip_tokenizer, t5_tokenizer
 from eridiff.weights.configs import DRAWN, check_fixed
 from eridiff.weights.detect import DESCRIPTIONS, Component
-from eridiff.weights.load import build, default_dtype
+from eridiff.weights.load import VARIANT, build, default_dtype
 from eridiff.weights.locate import DENOISERS, PART_NAMES, TEXT_ENCODERS, Parts
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ def fill(drawer: "DiffusionInference", parts: Parts) -> None:
     tokenizers = {n: readers[n](parts.tokenizers.get("t5" if n == "t5" else "clip")) for n in text}
     own = components[drawer.family]
     path = own.checkpoint.path
-    name = f"{'' if path.is_dir() else path.stem} {parts.name}".strip()
+    name = own.checkpoint.metadata.get(VARIANT) or f"{'' if path.is_dir() else path.stem} {parts.name}".strip()
     sampling = own_sampling(own, drawer.choose_variant(own.config, name), drawer.variants)
     words = read_words(own)
 
@@ -54,6 +54,7 @@ def fill(drawer: "DiffusionInference", parts: Parts) -> None:
     drawer.autoencoder = build(components["vae"], **options("vae"))  # type: ignore[assignment]
     install_slots(network)  # so that a LoRA may come after compiling
     drawer.set_network(network, name)
+    vars(network)["said_by_file"][VARIANT] = drawer.variant  # for `save_network`
     drawer.sample_as(drawer.variant, sampling)
     drawer.words = words
     drawer.set_encoders({n: build_encoder(components[n], **options(n)) for n in text}, tokenizers)

@@ -28,7 +28,7 @@ from eridiff.schedulers import Schedule, discrete
 from eridiff.text import Conditioning
 from eridiff.text.encoders import ClipEncoder, ClipFeatures
 from eridiff.weights.detect import Component
-from eridiff.weights.header import read_json_file
+from eridiff.weights.load import prediction_told
 from eridiff.weights.locate import Model, Parts, locate
 
 TIMESTEPS = {
@@ -349,14 +349,6 @@ def _is_refiner(config: UNetConfig) -> bool:
 
 
 def _told(component: Component) -> tuple[str | None, bool]:
-    """What a checkpoint says: its prediction type (None: nothing) and whether its last noise level is all noise.
-
-    By marker tensors, by metadata, or by the scheduler's folder beside a diffusers one.
-    """
-    said, zero = component.checkpoint.metadata.get("modelspec.prediction_type"), "ztsnr" in component.markers
-    beside = component.checkpoint.path.parent / "scheduler" / "scheduler_config.json"
-    if component.checkpoint.path.is_dir() and beside.is_file():
-        config = read_json_file(beside)
-        said, zero = config.get("prediction_type"), config.get("rescale_betas_zero_snr") is True
-    said = "v" if "v_pred" in component.markers else said
+    """The prediction type that a checkpoint says, None where it says none that is known, and whether the end is all noise."""
+    said, zero = prediction_told(component)
     return PREDICTION_TYPES.get(str(said)), zero

@@ -135,10 +135,14 @@ class Branch(nn.Module):
         features = change.ndim - 1 - after
         if self.target.swapped:
             change = change.roll(change.shape[features] // 2, features)
-        if self.target.rows is not None:
-            first, last = self.target.rows
-            change = F.pad(change, (*[0, 0] * after, first, out.shape[features] - last))
-        return out + change.to(out.dtype)
+        if self.target.rows is None:
+            return out + change.to(out.dtype)
+        first, last = self.target.rows  # the other rows are copied, not added to
+        out = out.expand(
+            change.shape[0], *out.shape[1:]
+        )  # one row for all, which the scale of each may have made several
+        before, own, behind = out.split([first, last - first, out.shape[features] - last], features)
+        return torch.cat([before, own + change.to(out.dtype), behind], features)
 
     def _product(self, base: Any, x: Tensor) -> Tensor:
         """The change of the weight, at ratio 1 and without DoRA, times x."""

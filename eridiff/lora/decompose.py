@@ -21,10 +21,10 @@ EXACT_UP_TO = 1024  # rows or columns; larger ones are found by random projectio
 
 @dataclass(frozen=True)
 class Kept:
-    """How much of one module's change a rank holds."""
+    """How much of one module's change is held."""
 
     module: str
-    rank: int
+    rank: int | None  # None: all of it, as it is; 0: it is left out
     energy: float  # kept share, 0 to 1
     total: float  # squared Frobenius norm of the whole change
 
@@ -70,53 +70,73 @@ def _leading(matrix: Tensor, rank: int, rounds: int = 4) -> tuple[Tensor, Tensor
 
 @torch.no_grad()
 def extract_lora(
-    tuned: nn.Module, base: nn.Module, rank: int, targets: Sequence[str] = ("*",)
-) -> tuple[Lora, list[Kept]]:
-    """The LoRA of a rank that is nearest to `tuned - base`, of the linear layers and convolutions that differ.
+    tuned: nn.Module | Mapping[str, nn.Module], base: nn.Module | Mapping[str, nn.Module], rank: int,
+    targets: Sequence[str] = ("*",),
+) -> tuple[Lora, list[Kept]]:  # fmt: skip
+    """The LoRA of a rank that is nearest to `tuned - base`; beside the matrices of layers it holds whole what else differs.
 
-    `targets` are patterns of native names. Raises LoraError for networks of different sizes or without a difference, and
-    when something else differs too (norms, biases, what no target names), which a LoRA would drop.
+    - tuned, base: two networks, or several by kind (`{"unet": ..., "clip": ...}`).
+    - targets: patterns of native module names. What differs and no pattern chooses is in the list, with the energy 0.
+
+    Biases and norms are kept as `diff_b` and `diff`. Raises LoraError for networks of different sizes or without a difference.
     """
     if rank < 1:
         raise LoraError(f"rank must be at least 1, not {rank}")
-    own, other = base.state_dict(), tuned.state_dict()
-    if own.keys() != other.keys() or any(own[n].shape != other[n].shape for n in own):
-        raise LoraError("the two networks have different sizes: not one the other's fine-tune")
-    layers = {f"{n}.weight": n for n, m in base.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)}
-    network, items, kept, dropped = network_of(base), [], [], []
-    for name, weight in own.items():
-        if torch.equal(weight, other[name]):
-            continue
-        if name not in layers or not any(fnmatchcase(layers[name], pattern) for pattern in targets):
-            dropped.append(name)
-            continue
-        change = other[name].float() - weight.float()
-        with full_float32(change.device):
-            down, up, share = nearest(change, rank)
-        found = down.shape[0]
-        items.append(
-            Item(
-                layers[name], Target(network, layers[name]), "lora", {"down": down, "up": up}, 1.0, float(found), found
-            )
-        )
-        kept.append(Kept(layers[name], found, share, float(change.square().sum())))
-    if dropped and targets == ("*",):
-        raise LoraError(
-            f"'{dropped[0]}' and {len(dropped) - 1} more differ and no LoRA can hold them; name targets to leave them out"
-        )
+    name = network_of(base) if isinstance(base, nn.Module) else ""
+    ones = {name: base} if isinstance(base, nn.Module) else base
+    others = {name: tuned} if isinstance(tuned, nn.Module) else tuned
+    items: list[Item] = []
+    kept: list[Kept] = []
+    for network, one in ones.items():
+        own = dict(one.named_parameters())
+        new = dict(others[network].named_parameters()) if network in others else {}
+        if own.keys() != new.keys() or any(own[n].shape != new[n].shape for n in own):
+            raise LoraError("the two networks have different sizes: not one the other's fine-tune")
+        changes: dict[str, dict[str, Tensor]] = {}  # module -> parameter -> change
+        for name, parameter in own.items():
+            if not torch.equal(parameter, new[name]):
+                module, _, short = name.rpartition(".")
+                changes.setdefault(module, {})[short] = new[name].float() - parameter.float()
+        for module, found in changes.items():
+            total = sum(float(change.square().sum()) for change in found.values())
+            if not any(fnmatchcase(module, pattern) for pattern in targets):
+                kept.append(Kept(module, 0, 0.0, total))
+                continue
+            made, share = _extracted(network, module, one.get_submodule(module), found, rank)
+            items += made
+            kept.append(Kept(module, made[0].rank, share, total))
     if not items:
         raise LoraError("the two networks are equal where a LoRA could change them")
     return Lora(tuple(items)), kept
+
+
+def _extracted(
+    network: str, name: str, module: nn.Module, changes: dict[str, Tensor], rank: int
+) -> tuple[list[Item], float]:
+    """The items of one module, and the share of its changes that they hold."""
+    total = sum(float(change.square().sum()) for change in changes.values())
+    weight, bias = changes.pop("weight", None), changes.pop("bias", None)
+    tensors: dict[str, Tensor] = {} if bias is None else {"diff_b": bias}
+    whole = [Item(f"{name}.{p}", Target(network, name, p), "full", {"diff": d}) for p, d in changes.items()]
+    if weight is None or not isinstance(module, nn.Linear | nn.Conv2d):
+        tensors |= {} if weight is None else {"diff": weight}
+        return [*([Item(name, Target(network, name), "full", tensors)] if tensors else []), *whole], 1.0
+    with full_float32(weight.device):
+        down, up, share = nearest(weight, rank)
+    found = down.shape[0]
+    lost = (1 - share) * float(weight.square().sum())
+    item = Item(name, Target(network, name), "lora", {"down": down, "up": up, **tensors}, 1.0, float(found), found)
+    return [item, *whole], 1 - lost / total
 
 
 @torch.no_grad()
 def resize_lora(
     lora: Lora, rank: int, shapes: Mapping[str, Mapping[str, tuple[int, ...]]] | None = None
 ) -> tuple[Lora, list[Kept]]:
-    """The same LoRA with at most this rank a module; the scale stays, biases and what is no matrix stay as they are.
+    """The same LoRA with at most this rank a module; the scale stays, and what is small enough stays as it is, bit for bit.
 
-    LoRA proper alone; `shapes` (network -> native tensor -> shape) let LoHa and LoKr become one. Raises LoraError for DoRA,
-    whose lengths belong to its own directions.
+    LoRA proper alone; `shapes` (network -> native tensor -> shape) let LoHa, LoKr and Tucker cores become one where that takes
+    fewer numbers. Raises LoraError for DoRA, whose lengths belong to its own directions.
     """
     if rank < 1:
         raise LoraError(f"rank must be at least 1, not {rank}")
@@ -126,20 +146,60 @@ def resize_lora(
             raise LoraError(
                 f"{item.target} is a DoRA, whose lengths fit its own matrices alone; merge and extract instead"
             )
-        if item.kind not in ("lora", "loha", "lokr"):
-            items.append(item)
-            continue
-        change = item.delta(torch.zeros(_shape(item, shapes)))
-        down, up, share = nearest(change, rank)
-        found = down.shape[0]
-        rest = {name: item.tensors[name] for name in ("diff_b", "up_bias") if name in item.tensors}
-        if "up_bias" in rest:
-            rest["up_bias"] = item.ratio * rest["up_bias"].float()  # the new ratio is 1
-        dtype = next(t.dtype for t in item.tensors.values())
-        matrices = {"down": down.to(dtype), "up": up.to(dtype)}
-        items.append(replace(item, kind="lora", tensors=matrices | rest, ratio=1.0, alpha=float(found), rank=found))
-        kept.append(Kept(str(item.target), found, share, float(change.square().sum())))
+        new, entry = item, None
+        if item.kind == "lora" and "mid" not in item.tensors:
+            entry = Kept(str(item.target), item.rank, 1.0, _length(item))
+            if (item.rank or 0) > rank:
+                new, entry = _resized(item, rank, *_thin(item, rank))
+        elif item.kind in ("lora", "loha", "lokr"):
+            change = item.delta(torch.zeros(_shape(item, shapes)))
+            smaller, entry = _resized(item, rank, *nearest(change, rank), float(change.square().sum()))
+            if _numbers(smaller) < _numbers(item):
+                new = smaller
+            else:
+                entry = Kept(str(item.target), None, 1.0, entry.total)
+        items.append(new)
+        kept += [entry] if entry else []
     return replace(lora, items=tuple(items)), kept
+
+
+def _numbers(item: Item) -> int:
+    return sum(tensor.numel() for tensor in item.tensors.values())
+
+
+def _gram(item: Item) -> tuple[Tensor, Tensor, Tensor]:
+    """`ratio * up @ down` as a product of an orthonormal `[o, r]`, a small `[r, r]` and an orthonormal `[r, i]`."""
+    up, down = item.tensors["up"].flatten(1).float(), item.tensors["down"].flatten(1).float()
+    left, a = torch.linalg.qr(up)
+    right, b = torch.linalg.qr(down.T)
+    return left, item.ratio * (a @ b.T), right.T
+
+
+def _length(item: Item) -> float:
+    """The squared norm of a change, from the small matrix in it."""
+    return float(_gram(item)[1].square().sum())
+
+
+def _thin(item: Item, rank: int) -> tuple[Tensor, Tensor, float, float]:
+    """The nearest down and up of a rank, the kept energy and the whole, without multiplying the matrices out."""
+    left, small, right = _gram(item)
+    u, s, vh = torch.linalg.svd(small)
+    rank = min(rank, len(s))
+    total, root = float(s.square().sum()), s[:rank].sqrt()
+    up = (left @ (u[:, :rank] * root)).reshape(-1, rank, *item.tensors["up"].shape[2:])
+    down = ((root[:, None] * vh[:rank]) @ right).reshape(rank, *item.tensors["down"].shape[1:])
+    return down, up, float(s[:rank].square().sum()) / total if total else 1.0, total
+
+
+def _resized(item: Item, rank: int, down: Tensor, up: Tensor, share: float, total: float) -> tuple[Item, Kept]:
+    found = down.shape[0]
+    rest = {name: item.tensors[name] for name in ("diff_b", "up_bias") if name in item.tensors}
+    if "up_bias" in rest:
+        rest["up_bias"] = item.ratio * rest["up_bias"].float()  # the new ratio is 1
+    dtype = next(t.dtype for t in item.tensors.values())
+    tensors = {"down": down.contiguous().to(dtype), "up": up.contiguous().to(dtype), **rest}
+    new = replace(item, kind="lora", tensors=tensors, ratio=1.0, alpha=float(found), rank=found)
+    return new, Kept(str(item.target), found, share, total)
 
 
 def _shape(item: Item, shapes: Mapping[str, Mapping[str, tuple[int, ...]]] | None) -> tuple[int, ...]:
@@ -157,5 +217,7 @@ def table(kept: Sequence[Kept]) -> Iterator[str]:
     """A line a module, the worst first, and the whole."""
     width = max((len(entry.module) for entry in kept), default=0)
     for entry in sorted(kept, key=lambda entry: entry.energy):
-        yield f"{entry.module.ljust(width)}  rank {entry.rank:4}  energy {entry.energy:.4f}"
-    yield f"{len(kept)} modules, {energy(kept):.2%} of the energy kept"
+        rank = f"rank {entry.rank:4}" if entry.rank else "left out " if entry.rank == 0 else "whole    "
+        yield f"{entry.module.ljust(width)}  {rank}  energy {entry.energy:.4f}"
+    left = sum(entry.rank == 0 for entry in kept)
+    yield f"{len(kept) - left} modules, {left} more are left out, {energy(kept):.2%} of the energy kept"

@@ -62,7 +62,7 @@ class Item:
         if self.kind == "set":
             return self.tensors["set_weight"].to(base).reshape(base.shape) - base
         if not self.dora:
-            return scale * self.delta(base)
+            return times(scale, self.delta(base))
         if dora == "peft":
             return self._directed(base, scale) - base
         return scale * (self._directed(base, 1.0) - base)
@@ -98,7 +98,7 @@ class Item:
             delta = torch.kron(first.reshape(*first.shape, *[1] * (second.ndim - first.ndim)), second.contiguous())
         else:
             return torch.zeros_like(base)
-        return self.ratio * _fitted(delta, base)
+        return times(self.ratio, _fitted(delta, base))
 
     def bias_delta(self, base: Tensor) -> Tensor:
         """What is added to the bias at scale 1."""
@@ -107,6 +107,11 @@ class Item:
             if name in ("up_bias", "diff_b", "b_norm"):
                 delta = delta + (self.ratio if name == "up_bias" else 1.0) * tensor.to(base).reshape(base.shape)
         return delta
+
+
+def times(factor: float | Tensor, tensor: Tensor) -> Tensor:
+    """A product; of 1 no second tensor, as a weight may take hundreds of megabytes."""
+    return tensor if isinstance(factor, float) and factor == 1 else factor * tensor
 
 
 def _fitted(delta: Tensor, base: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from eridiff.errors import LoraError
 from eridiff.lora.deltas import Item, widened
 from eridiff.precision import full_float32
+from eridiff.weights.save import originals as originals
 
 
 class Part(NamedTuple):
@@ -93,16 +94,6 @@ def change_in_place(network: nn.Module, name: str, by: int, parts: list[Part], e
         change.enlarging[by] = enlarging
     exchange(network, name, change.value(), id(change))
     changes[short] = change
-
-
-def originals(network: nn.Module, by: int | None = None) -> dict[str, Tensor]:
-    """The network's own tensors of those that attached LoRAs, or one set, have changed."""
-    return {
-        f"{path}.{short}" if path else short: change.original
-        for path, layer in network.named_modules()
-        for short, change in vars(layer).get("lora_in_place", {}).items()
-        if by is None or by in change.parts
-    }
 
 
 def check_changeable(network: nn.Module, name: str) -> None:

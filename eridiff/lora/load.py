@@ -29,7 +29,7 @@ from eridiff.lora.ledger import APPLIED, LEFT_OUT, Row, counted
 from eridiff.lora.names import PEFT, Names, Target, find, inner, names_of, network_of
 from eridiff.lora.peft import Scaling
 from eridiff.weights.header import Checkpoint, open_checkpoint, read_json_file
-from eridiff.weights.hub import resolve
+from eridiff.weights.hub import LORA_NAMES, resolve
 from eridiff.weights.locate import DENOISERS, TEXT_ENCODERS
 
 log = logging.getLogger(__name__)
@@ -38,7 +38,6 @@ OPTIONAL = {  # role of a tensor -> what a module lacks without it
     "up_bias": "bias", "diff_b": "bias", "b_norm": "bias", "diff": "weight", "w_norm": "weight",
     "dora_scale": "DoRA lengths", "magnitude": "DoRA lengths",
 }  # fmt: skip
-FOLDER_FILES = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors")
 PARTS = {"network": DENOISERS, "text_encoders": TEXT_ENCODERS}  # what `part` may choose
 FIRST = {  # network -> its first layer, whose other inputs than the latents a variant may have, and its last
     "flux": ("image_in", "final.linear"), "unet": ("conv_in", "conv_out"),
@@ -111,14 +110,14 @@ def load_lora(
 
 def _open(path: str | os.PathLike[str]) -> tuple[Checkpoint, Scaling]:
     """A file, and what is said of its scale in it or beside it."""
-    location = resolve(path)
+    location = resolve(path, "lora")
     if location.is_dir():
-        location = next((location / name for name in FOLDER_FILES if (location / name).is_file()), location)
+        location = next((location / name for name in LORA_NAMES if (location / name).is_file()), location)
     checkpoint = open_checkpoint(location)
     if not checkpoint.tensors:
         raise LoraError("it holds no tensors")
     beside = location.parent / "adapter_config.json"
-    pefts = location.name in FOLDER_FILES or any(name.startswith(PEFT) for name in checkpoint.tensors)
+    pefts = location.name in LORA_NAMES or any(name.startswith(PEFT) for name in checkpoint.tensors)
     config = read_json_file(beside) if pefts and location.is_file() and beside.is_file() else None
     return checkpoint, Scaling.read(checkpoint.metadata, config)
 
@@ -408,8 +407,8 @@ class _Reader:
             return said[0], rank, said[1]
         if alpha is None and source.key.startswith(PEFT) and not self.alpha_is_rank:
             raise LoraError(
-                f"{source} has no alpha, which peft writes into adapter_config.json, and without it the scale is unknown: put "
-                f'that file beside this one, or write it: {{"r": {rank or 1}, "lora_alpha": ...}}; alpha_is_rank takes the scale 1'
+                f"{source} has no alpha: peft has it in adapter_config.json; put that file beside this one, or write "
+                f'{{"r": {rank or 1}, "lora_alpha": ...}}; alpha_is_rank takes the scale 1'
             )
         if rank is None:  # LyCORIS' rule for two whole factors
             return alpha, None, 1.0

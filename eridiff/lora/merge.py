@@ -3,17 +3,26 @@
 Weights are never restored by subtraction, which in bfloat16 loses up to a quarter of them: the originals are kept.
 """
 
+import json
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from eridiff.errors import LoraError
 from eridiff.lora.deltas import Item, check_dora_rule, widened
-from eridiff.lora.inplace import changed_by, changed_tensor, check_last_change, exchange, parts_of, tensors_of
+from eridiff.lora.inplace import Part, changed_by, changed_tensor, check_last_change, exchange, parts_of, tensors_of
 from eridiff.lora.load import Lora
+from eridiff.weights.detect import Component, sizes_of
+from eridiff.weights.load import native_reader, said_by_file
+from eridiff.weights.locate import DENOISERS
+from eridiff.weights.save import Stored, stored, write_file
 
 
 @dataclass(frozen=True)
@@ -72,6 +81,87 @@ def merge_lora(
         changed += int(differ.sum())
         lost += int((differ & (found[name].to(dtype) == base)).sum())
     return Merged(dict(state_dict) | found, tuple(found), changed, lost)
+
+
+@torch.no_grad()
+def merge_file(
+    held: Mapping[str, tuple[Component, nn.Module]], loras: Sequence[tuple[Lora, float]], path: str | os.PathLike[str], *,
+    dtype: torch.dtype | None = None,
+) -> tuple[Path, Merged]:  # fmt: skip
+    """Write a checkpoint's file anew with LoRAs in its weights, a tensor in memory at a time.
+
+    - held: the networks and text encoders of one file, by kind, each with its module, which may be on the meta device.
+    - loras: with their scales.
+    - dtype: of the parameters; None keeps the file's.
+
+    Layout, metadata and marker tensors stay. Returns the file, and what was changed, without the tensors. Raises LoraError when a
+    LoRA changes what the file does not hold, or nothing.
+    """
+    wrong = next((weight for _, weight in loras if not math.isfinite(weight)), None)
+    if wrong is not None:
+        raise LoraError(f"a scale is a finite number, not {wrong}")
+    lacking = next((network for lora, _ in loras for network in lora.networks if network not in held), None)
+    if lacking is not None:
+        raise LoraError(
+            f"the LoRA changes {lacking}, which is not in the file; choose its part for the network, or give the file of that"
+        )
+    tensors: list[Stored] = []
+    metadata: dict[str, str] = {}
+    configs: dict[str, Any] = {}
+    count = _Count()
+    for network, (component, module) in held.items():
+        read, shapes, dtypes = native_reader(component, module)
+        if dtype is not None:
+            dtypes |= {name: dtype for name, _ in module.named_parameters() if name in dtypes}
+        items = [(item, weight) for lora, weight in loras for item in lora.items if item.target.network == network]
+        parts = parts_of(items, "peft")
+        config = component.config
+        for name in parts:
+            for part in parts[name]:
+                wider = widened(torch.empty(shapes[name], device="meta"), part.item)
+                if not part.bias and tuple(wider.shape) != shapes[name]:  # a control LoRA's first layer
+                    shapes[name], config = tuple(wider.shape), replace(config, in_channels=wider.shape[1])
+        merged = partial(count.merged, read, parts, dtypes)
+        own = stored(component.layout, shapes, sizes_of(config), dtypes, merged, prefix=component.prefix)
+        copied = [*component.keys.intersection(component.layout.carry), *component.markers]
+        tensors += [tensor for tensor in own if tensor.name.removeprefix(component.prefix) in component.keys]
+        for name in (component.prefix + n if n in component.keys else n for n in copied):
+            entry = component.checkpoint.tensors[name]
+            if all(tensor.name != name for tensor in tensors):
+                tensors.append(Stored(name, entry.dtype, entry.shape, partial(component.checkpoint.read, name)))
+        metadata = (
+            said_by_file(component) | metadata if network not in DENOISERS else metadata | said_by_file(component)
+        )
+        configs[network] = dict(config) if isinstance(config, Mapping) else asdict(config)
+    written = write_file(tensors, path, {**metadata, "eridiff.config": json.dumps(configs, sort_keys=True)})
+    return written, Merged({}, tuple(count.tensors), count.changed, count.lost)
+
+
+class _Count:
+    """What a merge changes, counted while its tensors are made."""
+
+    def __init__(self) -> None:
+        self.tensors, self.changed, self.lost = dict[str, None](), 0, 0
+
+    def merged(
+        self,
+        read: Callable[[str], Tensor],
+        parts: Mapping[str, list[Part]],
+        dtypes: Mapping[str, torch.dtype],
+        name: str,
+    ) -> Tensor:
+        old = read(name)
+        if name not in parts:
+            return old
+        base = old if old.dtype == torch.float64 else old.float()
+        for part in parts[name]:
+            base = base if part.bias else widened(base, part.item)
+        new = changed_tensor(base, parts[name])
+        rounded, differ, before = new.to(dtypes[name]), new != base, base.to(dtypes[name])
+        self.tensors[name] = None
+        self.changed += int(differ.sum())
+        self.lost += int((differ & (rounded == before)).sum())
+        return rounded
 
 
 class MergedModule:

@@ -48,7 +48,7 @@ class Section:
     def check(self) -> None:
         """Raises LoraError for a value that changes the meaning of the tensors and that is not followed here."""
         kind = self.said.get("peft_type", "LORA")
-        if kind not in KINDS:
+        if not isinstance(kind, str) or kind not in KINDS:
             raise LoraError(f"{self.where} says {kind}; of peft's kinds {', '.join(KINDS)} are read")
         for key in ("init_lora_weights", "init_weights"):
             start = self.said.get(key)

@@ -52,11 +52,14 @@ class Part:
 
 def save_lora(
     lora: Lora | LoraSet, path: str | os.PathLike[str], networks: nn.Module | Mapping[str, Network] | None = None, *,
-    format: str = "native", dtype: torch.dtype | None = None, metadata: Mapping[str, str] | None = None,
+    format: str | None = None, dtype: torch.dtype | None = None, metadata: Mapping[str, str] | None = None,
 ) -> Path:  # fmt: skip
     """Write a LoRA as a file; it appears whole or not at all.
 
-    `networks` as for `load_lora`, those that the LoRA changes; a `LoraSet` knows its own. `dtype` None keeps the tensors'.
+    - networks: as for `load_lora`, those that the LoRA changes; a `LoraSet` knows its own.
+    - format: kohya (the usual, which other programs read), diffusers or native (the usual for a module that is not ours).
+    - dtype: of the matrices; None keeps theirs.
+
     Raises LoraError for a kind of change that the format cannot hold.
     """
     if isinstance(lora, LoraSet):
@@ -64,8 +67,11 @@ def save_lora(
         lora = lora.lora()
     if networks is None:
         raise LoraError("say which networks the LoRA is for: its names follow theirs")
-    tensors, told = lora_tensors(lora, networks, format=format)
-    kept = {name: t.detach().cpu().to(dtype if dtype and t.is_floating_point() else t.dtype).contiguous().clone() for name, t in tensors.items()}  # fmt: skip
+    tensors, told = lora_tensors(lora, networks, format=format or ("native" if "" in lora.networks else "kohya"))
+    matrices = {
+        name for name, t in tensors.items() if t.is_floating_point() and not name.endswith(".alpha")
+    }  # a number stays
+    kept = {n: t.detach().cpu().to(dtype if dtype and n in matrices else t.dtype).contiguous().clone() for n, t in tensors.items()}  # fmt: skip
     return write_tensors(
         kept, path, {"format": "pt", "software": f"eridiff {eridiff.__version__}", **told, **(metadata or {})}
     )

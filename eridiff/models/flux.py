@@ -25,6 +25,7 @@ from eridiff.models.layers import (
     check_shape,
     forward_times,
     modulated,
+    over_rows,
     prepare_times,
     seen_keys,
     split_heads,
@@ -228,9 +229,8 @@ class Flux(nn.Module):
         """pooled `[B, P]`, times `[T]` or `[T, B]` in [0, 1], guidance `[B]` -> `[B, T, hidden]`."""
         dtype = self.time_in.in_layer.weight.dtype
         by_row = prepare_times(times, pooled.shape[0])
-        vec = self.time_in(
-            timestep_sinusoid(by_row).to(pooled.device, dtype)
-        )  # B T hidden, B = 1 if the times are shared
+        sinusoid = timestep_sinusoid(by_row).to(pooled.device, dtype)
+        vec = over_rows(self.time_in(sinusoid), pooled.shape[0])  # B T hidden, B = 1 if the times are shared
         if self.guidance_in is not None:
             if guidance is None:
                 raise ConfigError("this Flux has a guidance embedding: give guidance [B], 3.5 for dev")

@@ -46,6 +46,14 @@ def prepare_times(times: Tensor, rows: int) -> Tensor:
     return times.T
 
 
+def over_rows(x: Tensor, rows: int) -> Tensor:
+    """`[1, ...]` of all rows stays; of a layer that was asked for each of r rows alone, `[r, ...]` becomes `[rows, ...]`.
+
+    A LoRA may weigh the r pictures, and positive and negative rows of them stand in one batch.
+    """
+    return x if x.shape[0] in (1, rows) else x.repeat(rows // x.shape[0], *[1] * (x.ndim - 1))
+
+
 class Last:
     """Keeps what was made last, for tables that every step of a training run asks for again; nothing in compiled code."""
 

@@ -25,6 +25,7 @@ from eridiff.models.layers import (
     check_shape,
     forward_times,
     modulated,
+    over_rows,
     prepare_times,
     seen_keys,
     split_heads,
@@ -237,7 +238,7 @@ class MMDiT(nn.Module):
         """pooled `[B, P]`, times `[T]` or `[T, B]` in [0, 1] -> `[B, T, hidden]`."""
         by_row, dtype = prepare_times(times, pooled.shape[0]), self.time_in.in_layer.weight.dtype
         sinusoid = timestep_sinusoid(by_row).to(pooled.device, dtype)  # B T 256, B = 1 if shared
-        return self.time_in(sinusoid) + self.pooled_in(pooled)[:, None]
+        return over_rows(self.time_in(sinusoid), pooled.shape[0]) + self.pooled_in(pooled)[:, None]
 
     def prepare(
         self, text: Tensor, pooled: Tensor, times: Tensor, grid: tuple[int, int], mask: Tensor | None = None

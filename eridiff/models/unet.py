@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from eridiff.errors import ConfigError
-from eridiff.models.layers import Attention, VectorMLP, check_shape, forward_times, prepare_times, sinusoid
+from eridiff.models.layers import Attention, VectorMLP, check_shape, forward_times, over_rows, prepare_times, sinusoid
 
 RESIDUAL_BLOCKS = 2  # of a stage on the way down; one more on the way up
 
@@ -375,7 +375,7 @@ class UNet(nn.Module):
                 raise ConfigError("this UNet has a guidance embedding: give guidance [B], 8 for lcm-sdxl")
             check_shape("guidance", guidance, B=vector.shape[0])
             embedded = embedded + self.guidance_in(guidance_sinusoid(guidance).to(vector.device, dtype))[:, None]
-        return self.time_in(embedded) + self.vector_in(vector)[:, None]
+        return over_rows(self.time_in(embedded), vector.shape[0]) + self.vector_in(vector)[:, None]
 
     def prepare(self, text: Tensor, vector: Tensor, times: Tensor, guidance: Tensor | None = None) -> UNetRun:
         """Compute once what no step changes.

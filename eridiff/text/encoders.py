@@ -14,7 +14,7 @@ from eridiff.blocks import unwrapped
 from eridiff.errors import CheckpointError, ConfigError
 from eridiff.text.tokenizers import token_ids, token_windows
 from eridiff.weights.detect import Component
-from eridiff.weights.load import read_state
+from eridiff.weights.load import NETWORKS, read_state
 
 
 @dataclass(frozen=True)
@@ -150,6 +150,14 @@ def build_encoder(
     if left:
         raise CheckpointError(f"{component.checkpoint.path}: nothing fills '{left[0]}' of {type(module).__name__}")
     return module.eval().requires_grad_(False)
+
+
+def empty(component: Component) -> Any:
+    """The module of any component, on the meta device: its names and sizes."""
+    if component.network not in NETWORKS:
+        return empty_encoder(component)
+    with torch.device("meta"):
+        return NETWORKS[component.network](component.config)
 
 
 def empty_encoder(component: Component) -> Any:

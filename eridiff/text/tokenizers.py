@@ -79,7 +79,9 @@ def _from_folder(folder: Path) -> Any:
     from transformers import CLIPTokenizerFast
 
     try:
-        return CLIPTokenizerFast.from_pretrained(folder, local_files_only=True)
+        tokenizer = CLIPTokenizerFast.from_pretrained(folder, local_files_only=True)
+        tokenizer("")  # a setting of a wrong type is noticed here
+        return tokenizer
     except Exception as error:  # the Rust library raises bare Exception
         raise CheckpointError(f"'{folder}' holds a CLIP tokenizer that cannot be read ({_line(error)})") from None
 
@@ -142,7 +144,9 @@ def _read_t5(file: Path) -> Any:
     from transformers import PreTrainedTokenizerFast
 
     try:
-        return PreTrainedTokenizerFast(tokenizer_file=str(file), **T5_NAMES)
+        tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(file), **T5_NAMES)
+        tokenizer("")
+        return tokenizer
     except Exception as error:  # the Rust library raises bare Exception
         raise CheckpointError(
             f"'{file}' is no tokenizer that can be read ({_line(error)}); download it again"

@@ -47,19 +47,7 @@ def flux_config(shape_of: ShapeOf, checkpoint: Checkpoint) -> FluxConfig:
         rope_axes=tuple(axes),
         guidance=shape_of("guidance_in.in_layer.weight") is not None,
     )
-    stated = {
-        "in_channels": found.in_channels,
-        "out_channels": found.out_channels,
-        "num_layers": found.double_depth,
-        "num_single_layers": found.single_depth,
-        "num_attention_heads": found.heads,
-        "attention_head_dim": found.hidden // found.heads,
-        "joint_attention_dim": found.text_width,
-        "pooled_projection_dim": found.pooled_width,
-        "guidance_embeds": found.guidance,
-        "patch_size": 1,
-    }
-    _agree(stated, checkpoint)
+    _agree(_flux_said(found), checkpoint)
     return found
 
 
@@ -93,20 +81,7 @@ def mmdit_config(shape_of: ShapeOf, checkpoint: Checkpoint) -> MMDiTConfig:
         qk_norm=norm is not None,
         dual_blocks=tuple(i for i in range(depth) if shape_of(f"joint_blocks.{i}.image.qkv2.weight")),
     )
-    stated = {
-        "in_channels": found.in_channels,
-        "out_channels": found.out_channels,
-        "num_layers": found.depth,
-        "num_attention_heads": found.heads,
-        "attention_head_dim": head,
-        "joint_attention_dim": found.text_width,
-        "pooled_projection_dim": found.pooled_width,
-        "caption_projection_dim": found.hidden,
-        "pos_embed_max_size": found.table_side,
-        "dual_attention_layers": list(found.dual_blocks),
-        "patch_size": patch[0],
-    }
-    _agree(stated, checkpoint)
+    _agree(_mmdit_said(found) | {"patch_size": patch[0]}, checkpoint)
     return found
 
 
@@ -151,16 +126,7 @@ def unet_config(shape_of: ShapeOf, checkpoint: Checkpoint) -> UNetConfig:
         vector_width=shape("vector_in.in_layer.weight")[1],
         guidance=shape_of("guidance_in.weight") is not None,
     )
-    stated = {
-        "in_channels": found.in_channels,
-        "out_channels": found.out_channels,
-        "block_out_channels": widths,
-        "cross_attention_dim": found.text_width,
-        "projection_class_embeddings_input_dim": found.vector_width,
-        "layers_per_block": RESIDUAL_BLOCKS,
-        "time_cond_proj_dim": 256 if found.guidance else None,
-    }
-    _agree(stated, checkpoint)
+    _agree(_unet_said(found), checkpoint)
     _agree_on_depths(found, checkpoint)
     return found
 
@@ -225,15 +191,7 @@ def autoencoder_config(shape_of: ShapeOf, checkpoint: Checkpoint) -> Autoencoder
         quant_convolutions=shape_of("quant_conv.weight") is not None,
         stated="scaling_factor" in checkpoint.config,
     )
-    stated = {
-        "in_channels": in_channels,
-        "latent_channels": latent_channels,
-        "block_out_channels": widths,
-        "layers_per_block": found.residual_blocks,
-        "use_quant_conv": found.quant_convolutions,
-        "use_post_quant_conv": found.quant_convolutions,
-    }
-    _agree(stated, checkpoint)
+    _agree(_autoencoder_said(found) | {"in_channels": in_channels}, checkpoint)
     return found
 
 
@@ -346,3 +304,105 @@ def _contradiction(checkpoint: Checkpoint, key: str, stated: Any, found: Any) ->
         f"{stated if isinstance(stated, int | float) else quoted(stated, 60)}, the tensors say {found}"
         f"{checkpoint.remedy('they are of two models')}"
     )
+
+
+# the sizes as a config.json of diffusers says them: compared when a file is read, written when one is made -------------------
+
+
+def _flux_said(config: FluxConfig) -> dict[str, Any]:
+    return {
+        "in_channels": config.in_channels,
+        "out_channels": config.out_channels,
+        "num_layers": config.double_depth,
+        "num_single_layers": config.single_depth,
+        "num_attention_heads": config.heads,
+        "attention_head_dim": config.hidden // config.heads,
+        "joint_attention_dim": config.text_width,
+        "pooled_projection_dim": config.pooled_width,
+        "guidance_embeds": config.guidance,
+        "patch_size": 1,
+    }
+
+
+def _mmdit_said(config: MMDiTConfig) -> dict[str, Any]:
+    return {
+        "in_channels": config.in_channels,
+        "out_channels": config.out_channels,
+        "num_layers": config.depth,
+        "num_attention_heads": config.heads,
+        "attention_head_dim": config.hidden // config.heads,
+        "joint_attention_dim": config.text_width,
+        "pooled_projection_dim": config.pooled_width,
+        "caption_projection_dim": config.hidden,
+        "pos_embed_max_size": config.table_side,
+        "dual_attention_layers": list(config.dual_blocks),
+    }
+
+
+def _unet_said(config: UNetConfig) -> dict[str, Any]:
+    return {
+        "in_channels": config.in_channels,
+        "out_channels": config.out_channels,
+        "block_out_channels": config.widths,
+        "cross_attention_dim": config.text_width,
+        "projection_class_embeddings_input_dim": config.vector_width,
+        "layers_per_block": RESIDUAL_BLOCKS,
+        "time_cond_proj_dim": 256 if config.guidance else None,
+    }
+
+
+def _autoencoder_said(config: AutoencoderConfig) -> dict[str, Any]:
+    return {
+        "in_channels": 3,
+        "latent_channels": config.latent_channels,
+        "block_out_channels": [config.channels * multiplier for multiplier in config.channel_multipliers],
+        "layers_per_block": config.residual_blocks,
+        "use_quant_conv": config.quant_convolutions,
+        "use_post_quant_conv": config.quant_convolutions,
+    }
+
+
+def diffusers_config(network: str, config: Any) -> dict[str, Any]:
+    """The config.json with which diffusers builds a flux, mmdit, unet or vae of this configuration.
+
+    Raises ConfigError for sizes that diffusers' settings cannot say.
+    """
+    fixed = FIXED.get(network, {})
+    if network in ("flux", "mmdit") and config.mlp_ratio != 4:
+        raise ConfigError(
+            f"diffusers builds {DESCRIPTIONS[network]} with MLPs 4 times as wide as the rest, not {config.mlp_ratio:g}; write the "
+            "original layout"
+        )
+    if network == "flux":
+        return {"_class_name": "FluxTransformer2DModel", **_flux_said(config), "axes_dims_rope": list(config.rope_axes)}
+    if network == "mmdit":
+        norm = {"qk_norm": "rms_norm" if config.qk_norm else None, "sample_size": 128}
+        return {"_class_name": "SD3Transformer2DModel", **_mmdit_said(config), **norm, **fixed}
+    if network == "vae":
+        levels = len(config.channel_multipliers)
+        blocks = {"down_block_types": ["DownEncoderBlock2D"] * levels, "up_block_types": ["UpDecoderBlock2D"] * levels}
+        statistics = {"scaling_factor": config.scale, "shift_factor": config.shift or None}
+        sizes = {**_autoencoder_said(config), "out_channels": 3, "sample_size": 1024}
+        return {"_class_name": "AutoencoderKL", **sizes, **blocks, **statistics, **fixed}
+    depths, middle = list(config.transformer_depths), (config.middle_blocks, config.middle_depth)
+    mixed = any(0 in level and any(level) for level in config.depths_up)
+    if mixed or middle not in ((1, 0), (2, depths[-1] or config.middle_depth)) or middle == (2, 0):
+        raise ConfigError(
+            f"diffusers builds no UNet with {middle[0]} blocks and the depth {middle[1]} in the middle, and the depths {depths} down "
+            f"and {config.depths_up} up; write the original layout"
+        )
+    depths[-1] = (
+        depths[-1] or config.middle_depth
+    )  # the middle reads the last, which a stage without transformers does not
+    kinds = ["CrossAttnDownBlock2D" if depth else "DownBlock2D" for depth in config.transformer_depths]
+    upward = [list(level) for level in reversed(config.depths_up)]
+    return {
+        "_class_name": "UNet2DConditionModel", **_unet_said(config), **fixed,
+        "down_block_types": kinds,
+        "mid_block_type": "UNetMidBlock2DCrossAttn" if config.middle_depth else "UNetMidBlock2D",
+        "up_block_types": ["CrossAttnUpBlock2D" if any(level) else "UpBlock2D" for level in upward],
+        "transformer_layers_per_block": [depth or 1 for depth in depths],
+        "reverse_transformer_layers_per_block": None if config.up_depths is None else upward,
+        "attention_head_dim": [width // config.head_width for width in config.widths],
+        "addition_embed_type": "text_time", "addition_time_embed_dim": 256, "use_linear_projection": True, "sample_size": 128,
+    }  # fmt: skip

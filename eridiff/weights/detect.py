@@ -200,6 +200,10 @@ def _declared(network: str, config: Any, checkpoint: Checkpoint) -> Any:
         return _checked(network, config, checkpoint)
     try:
         given = {key: _tuples(value) for key, value in json.loads(text).get(network, {}).items()}
+        usual = dict(config) if isinstance(config, dict) else vars(config)
+        wrong = next((key for key, value in given.items() if key in usual and not _alike(value, usual[key], key)), None)
+        if wrong is not None:
+            raise ValueError(f"{wrong} is {quoted(given[wrong], 60)}, where {quoted(usual[wrong], 60)} is usual")
         if network == "vae" and given:
             given = {"stated": True, **given}
         return {**config, **given} if isinstance(config, dict) else replace(config, **given)
@@ -207,6 +211,21 @@ def _declared(network: str, config: Any, checkpoint: Checkpoint) -> Any:
         raise ConfigError(
             f"{quoted(checkpoint.path)}: the metadata eridiff.config is not a configuration of {network}: {error}"
         ) from None
+
+
+def _alike(value: Any, usual: Any, name: str) -> bool:
+    """Whether a setting has the type of the one that the shapes give, None standing for tuples too, and a size that can be built."""
+    if isinstance(usual, tuple) or usual is None:
+        return (
+            value is None
+            or isinstance(value, tuple)
+            and all(_alike(v, () if isinstance(v, tuple) else 0, name) for v in value)
+        )
+    if isinstance(usual, float):
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if type(usual) is int:
+        return type(value) is int and 0 <= value <= (1000 if re.search("depth|blocks|layers", name) else 1_000_000)
+    return type(value) is type(usual)
 
 
 def _tuples(value: Any) -> Any:

@@ -364,7 +364,7 @@ def _config_beside(file: Path) -> dict[str, Any]:
     if not (file.parent / "config.json").exists():
         return {}
     try:
-        only = _choose_single(os.listdir(file.parent))
+        only = choose_single(os.listdir(file.parent))
     except OSError:  # a folder that may be entered and not listed
         only = None
     return _read_config(file.parent) if file.name in (only, *SINGLE_NAMES, *HALF_SINGLE_NAMES) else {}
@@ -375,8 +375,8 @@ def _open_folder(folder: Path) -> Checkpoint:
         names = sorted(name for name in os.listdir(folder) if not name.startswith("."))
     except OSError as error:
         _refuse(folder, f"cannot be listed ({error.strerror})", "check its permissions")
-    index, single = _choose_index(folder, names), _choose_single(names)
-    shards = _read_index(folder / index) if index else {}
+    index, single = choose_index(folder, names), choose_single(names)
+    shards = read_index(folder / index) if index else {}
     missing = [shard for shard in sorted(set(shards.values())) if not os.path.exists(folder / shard)]
     alone = single and single not in shards.values()
     if index and missing and not alone:
@@ -386,13 +386,13 @@ def _open_folder(folder: Path) -> Checkpoint:
             log.info("%r: %r is used, not %r", str(folder), index, single)
         return Checkpoint(folder, *_read_shards(folder, index, shards), config=_read_config(folder))
     if not single:
-        _refuse_folder(folder, names)
+        refuse_folder(folder, names)
     if missing:
         log.warning("%r: %r lacks %r, so %r is used", str(folder), index, missing[0], single)
     return Checkpoint(folder, *read_header(folder / single), config=_read_config(folder))
 
 
-def _choose_index(folder: Path, names: list[str]) -> str | None:
+def choose_index(folder: Path, names: list[str]) -> str | None:
     """An index in half precision counts only where there is no plain file, single or sharded."""
     plain = [name for name in names if name.endswith(".safetensors.index.json")]
     if len(plain) > 1 and not set(plain) & set(INDEX_NAMES):
@@ -401,13 +401,13 @@ def _choose_index(folder: Path, names: list[str]) -> str | None:
     return next((name for name in (*INDEX_NAMES, *plain, *half) if name in names), None)
 
 
-def _choose_single(names: list[str]) -> str | None:
+def choose_single(names: list[str]) -> str | None:
     files = [name for name in names if name.endswith(".safetensors")]
     only = files if len(files) == 1 and not SHARD_NAME.search(files[0]) else ()
     return next((name for name in (*SINGLE_NAMES, *HALF_SINGLE_NAMES, *only) if name in names), None)
 
 
-def _refuse_folder(folder: Path, names: list[str]) -> NoReturn:
+def refuse_folder(folder: Path, names: list[str]) -> NoReturn:
     files = [name for name in names if name.endswith(".safetensors")]
     pickled = [name for name in names if name.endswith(PICKLED_SUFFIXES)]
     if any(map(SHARD_NAME.search, files)):
@@ -421,7 +421,7 @@ def _refuse_folder(folder: Path, names: list[str]) -> NoReturn:
     _refuse(folder, "holds no safetensors file", "check the name or download it again")
 
 
-def _read_index(path: Path) -> dict[str, str]:
+def read_index(path: Path) -> dict[str, str]:
     """Tensor name to shard, as the index says; every shard is a plain name in the index's own folder, or a link there."""
     shards = read_json_file(path).get("weight_map")
     if not isinstance(shards, dict) or not shards or not all(_is_text(shard) for shard in shards.values()):

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 import yaml
-from torch import Tensor
+from torch import Tensor, nn
 
 from eridiff.errors import CheckpointError
 
@@ -199,16 +199,43 @@ class Layout:
         first = self.entries(natives, sizes)
         return first + [entry for n in natives for rule in other for entry in rule.spellings(n, sizes)[1:]]
 
+    def pieces(self, shapes: Mapping[str, Shape], sizes: Mapping[str, Any]) -> list["Piece"]:
+        """How native tensors of these shapes are written, in their order; parts of one foreign tensor are one piece."""
+        entries = self.entries(shapes, sizes)
+        whole: dict[str, list[Entry]] = {}
+        for entry in entries:
+            whole.setdefault(entry.foreign[0] if entry.operation == "part" else entry.native, []).append(entry)
+        return [
+            Piece(tuple(sorted(group, key=lambda entry: entry.sizes[:1])), group[0].foreign_shapes(shapes[group[0].native]))
+            for group in whole.values()
+        ]  # fmt: skip
+
     def to_foreign(self, state: Mapping[str, Tensor], sizes: Mapping[str, Any]) -> dict[str, Tensor]:
         """A native state dict in this layout; parts are joined in their order, values and bits unchanged."""
         result: dict[str, Tensor] = {}
-        parts: dict[str, dict[int, Tensor]] = {}
-        for entry in self.entries(state, sizes):
-            if entry.operation == "part":
-                parts.setdefault(entry.foreign[0], {})[entry.sizes[0]] = state[entry.native]
-            else:
-                result.update(zip(entry.foreign, entry.write(state[entry.native]), strict=True))
-        return result | {name: torch.cat([rows[i] for i in sorted(rows)]) for name, rows in parts.items()}
+        for piece in self.pieces({name: tuple(tensor.shape) for name, tensor in state.items()}, sizes):
+            result.update(zip(piece.foreign, piece.write([state[name] for name in piece.natives]), strict=True))
+        return result
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Native tensors that are written together, and the foreign ones that they make."""
+
+    entries: tuple[Entry, ...]
+    shapes: list[Shape]  # of the foreign tensors
+
+    @property
+    def natives(self) -> list[str]:
+        return [entry.native for entry in self.entries]
+
+    @property
+    def foreign(self) -> tuple[str, ...]:
+        return self.entries[0].foreign
+
+    def write(self, tensors: list[Tensor]) -> list[Tensor]:
+        first = self.entries[0]
+        return [torch.cat(tensors)] if first.operation == "part" else first.write(tensors[0])
 
 
 class KeyMap:
@@ -232,3 +259,12 @@ def key_map(network: str) -> KeyMap:
 def without_wrappers(name: str) -> str:
     """A tensor's name without what torch puts into it when a module, or one of its blocks, is compiled or sharded."""
     return WRAPPED.sub("", name)
+
+
+def unwrapped(module: nn.Module) -> Any:
+    """The module inside compiled, distributed, checkpointing and averaging wrappers."""
+    inner: nn.Module | None = module
+    while inner is not None:
+        module = inner
+        inner = next((m for name in WRAPPERS if (m := module._modules.get(name)) is not None), None)
+    return module

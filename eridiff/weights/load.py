@@ -5,8 +5,9 @@ import logging
 import math
 import os
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from difflib import get_close_matches
+from functools import reduce
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +20,8 @@ from eridiff.models.mmdit import MMDiT
 from eridiff.models.unet import UNet
 from eridiff.weights.configs import DESCRIPTIONS
 from eridiff.weights.detect import Component, detect, listing, with_statistics
-from eridiff.weights.header import open_checkpoint
+from eridiff.weights.header import open_checkpoint, read_json_file
+from eridiff.weights.hub import resolve
 from eridiff.weights.keymap import Entry
 
 log = logging.getLogger(__name__)
@@ -27,6 +29,16 @@ NETWORKS: dict[str, type[nn.Module]] = {"flux": Flux, "mmdit": MMDiT, "unet": UN
 SCALES = (".scale_weight", ".weight_scale")  # of fp8 weights: older and newer ComfyUI
 NOTES = (*SCALES, ".scale_input", ".input_scale", ".comfy_quant")  # of activations, for fp8 matrix products; the format
 FORMATS = ("float8_e4m3fn", "float8_e5m2")  # of comfy_quant
+MARKERS = "eridiff.markers"  # in metadata: markers of the file that the layout has no place for
+VARIANT = "eridiff.variant"  # in metadata: the published model, of those with the same sizes
+UNTRUE = (
+    "_quantization_metadata",
+    "modelspec.hash_sha256",
+    "sshs_model_hash",
+    "sshs_legacy_hash",
+    "eridiff.config",
+    "format",
+)
 FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz)
 
 
@@ -41,6 +53,7 @@ def load_network(
 ) -> nn.Module:
     """The denoising network of a checkpoint, or its autoencoder if that is all it holds.
 
+    - path: a file, the folder of one network, or the hub id of either (`org/name`, `org/name/file.safetensors`).
     - dtype: None keeps the file's; of a file with fp8 weights all become what `eridiff.load` computes in.
     - family: flux, sd3 or sdxl, whose latents' statistics an autoencoder gets if nothing beside its tensors says them: those of
       Flux and SD 3 have the same names and shapes.
@@ -50,9 +63,8 @@ def load_network(
     """
     if family is not None and family not in PRESETS:
         raise ConfigError(f"{quoted(family)} is not a family; there are {', '.join(PRESETS)}")
-    components = [
-        with_statistics(c, family) for c in detect(open_checkpoint(path), allow_unknown) if c.network in NETWORKS
-    ]
+    checkpoint = open_checkpoint(resolve(path, "part"))
+    components = [with_statistics(c, family) for c in detect(checkpoint, allow_unknown) if c.network in NETWORKS]
     if not components:
         raise CheckpointError(f"{quoted(path)} holds a text encoder, not a denoising network or an autoencoder")
     config = components[0].config
@@ -83,7 +95,34 @@ def build(
     stay = wanted.keys() - dict(module.named_parameters()).keys()
     state = read_state(component, wanted, stay, dtype=dtype, device=device, progress=progress)
     module.load_state_dict(state, strict=True, assign=True)
+    vars(module)["said_by_file"] = said_by_file(component)
     return module.eval().requires_grad_(False)
+
+
+def said_by_file(component: Component) -> dict[str, str]:
+    """What a file says beside its weights and is still true of a copy: metadata, and how an SDXL is sampled."""
+    kept = {name: text for name, text in component.checkpoint.metadata.items() if name not in (*UNTRUE, MARKERS)}
+    prediction, zero = prediction_told(component)
+    markers = " ".join(["v_pred"] * (prediction in ("v", "v_prediction")) + ["ztsnr"] * zero)
+    if component.network == "unet":
+        kept |= {MARKERS: markers} if markers else {}
+        kept |= {"modelspec.prediction_type": prediction} if isinstance(prediction, str) else {}
+    return kept
+
+
+def prediction_told(component: Component) -> tuple[str | None, bool]:
+    """What an SDXL's checkpoint says: its prediction type (None: nothing) and whether its last noise level is all noise.
+
+    By markers, by metadata, or by the scheduler's folder beside a diffusers one.
+    """
+    checkpoint = component.checkpoint
+    markers = component.markers.union(checkpoint.metadata.get(MARKERS, "").split())
+    said, zero = checkpoint.metadata.get("modelspec.prediction_type"), "ztsnr" in markers
+    beside = checkpoint.path.parent / "scheduler" / "scheduler_config.json"
+    if checkpoint.path.is_dir() and beside.is_file():
+        config = read_json_file(beside)
+        said, zero = config.get("prediction_type"), config.get("rescale_betas_zero_snr") is True
+    return ("v" if "v_pred" in markers else said), zero
 
 
 def read_state(
@@ -109,6 +148,28 @@ def read_state(
         tensor = _read(component, entry, wanted[entry.native], dtype)
         state[entry.native] = tensor if entry.native in stay else tensor.to(device=device, dtype=dtype or tensor.dtype)
     return state
+
+
+def native_reader(
+    component: Component, module: nn.Module
+) -> tuple[Callable[[str], Tensor], dict[str, tuple[int, ...]], dict[str, torch.dtype]]:
+    """How a file's tensors are read one by one: a function of the native name, native shapes, and the dtypes that they have.
+
+    What the file lacks and a default stands for is not among them; fp8 tensors are read in float32, and count as what
+    `load_network` would make of them. Raises CheckpointError unless the file fills the module.
+    """
+    shapes = {n: tuple(t.shape) for n, t in module.state_dict().items() if n != "encoder.embed_tokens.weight"}
+    main, dtypes, found = _main_dtype(component), dict[str, torch.dtype](), dict[str, Entry]()
+    for entry in plan(component, shapes):
+        held = [component.checkpoint.tensors[component.prefix + n].dtype for n in entry.foreign if n in component.keys]
+        if held:
+            found[entry.native] = entry
+            dtypes[entry.native] = reduce(torch.promote_types, [main if dtype in FLOAT8 else dtype for dtype in held])
+
+    def read(native: str) -> Tensor:
+        return _read(component, found[native], shapes[native], torch.float32)
+
+    return read, {native: shapes[native] for native in found}, dtypes
 
 
 def default_dtype(component: Component, device: torch.device) -> torch.dtype | None:

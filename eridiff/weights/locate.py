@@ -8,16 +8,14 @@ from pathlib import Path
 from eridiff.errors import CheckpointError, ConfigError, quoted
 from eridiff.weights.detect import DESCRIPTIONS, Component, component_of, detect, with_statistics
 from eridiff.weights.header import SHARD_NAME, open_checkpoint, read_json_file
-from eridiff.weights.hub import resolve
+from eridiff.weights.hub import SUBFOLDERS, TOKENIZER_FOLDERS, check_pipeline, resolve
 
 DENOISERS = ("flux", "mmdit", "unet")
 TEXT_ENCODERS = ("clip", "clip_g", "t5")
 PART_NAMES = {  # of the model section -> the components that it may be
     "transformer": DENOISERS, "vae": ("vae",), "clip": ("clip",), "clip_g": ("clip_g",), "t5": ("t5",),
 }  # fmt: skip
-PIPELINES = ("Flux", "StableDiffusion3", "StableDiffusionXL")  # how the class names of readable diffusers folders begin
-SUBFOLDERS = ("transformer", "unet", "vae", "text_encoder", "text_encoder_2", "text_encoder_3")  # of a diffusers folder
-TOKENIZER_FOLDERS = {"clip": ("tokenizer", "clip_tokenizer"), "t5": ("tokenizer_3", "tokenizer_2", "t5_tokenizer")}
+FOLDERS_OF = {"transformer": ("transformer", "unet"), "vae": ("vae",)}  # of a diffusers folder, which a part replaces
 Model = str | os.PathLike[str] | Mapping[str, object]
 
 
@@ -48,10 +46,13 @@ def locate(model: Model | Parts, allow_unknown: bool = False) -> Parts:
         raise ConfigError(
             f"{quoted(unknown[0])} is no part of a model; there are path, {', '.join(PART_NAMES)} and tokenizers"
         )
-    parts = _search(resolve(_path("path", model["path"])), allow_unknown) if "path" in model else Parts()
+    parts = Parts()
+    if "path" in model:
+        replaced = [folder for part, folders in FOLDERS_OF.items() if part in model for folder in folders]
+        parts = _search(resolve(_path("path", model["path"]), without=replaced), allow_unknown)
     for name, networks in PART_NAMES.items():
         if name in model:
-            file = open_checkpoint(resolve(_path(name, model[name])))
+            file = open_checkpoint(resolve(_path(name, model[name]), "part"))
             found = component_of(file, *networks, allow_unknown=allow_unknown)
             kept = {n: c for n, c in parts.components.items() if n not in networks}
             name_of_all = parts.name if name != "transformer" else _name(file.path) if file.path.is_dir() else ""
@@ -86,7 +87,7 @@ def _tokenizers(given: object) -> dict[str, Path]:
     if given is None:
         return {}
     if not isinstance(given, Mapping):
-        folder = resolve(_path("tokenizers", given))
+        folder = resolve(_path("tokenizers", given), "tokenizers")
         found = _beside(folder)
         if not found:
             raise CheckpointError(
@@ -96,7 +97,7 @@ def _tokenizers(given: object) -> dict[str, Path]:
     unknown = sorted(set(given) - set(TOKENIZER_FOLDERS))
     if unknown:
         raise ConfigError(f"{quoted(unknown[0])} is no tokenizer; there are {' and '.join(TOKENIZER_FOLDERS)}")
-    return {name: resolve(_path(f"tokenizers: {name}", value)) for name, value in given.items()}
+    return {name: resolve(_path(f"tokenizers: {name}", value), "tokenizers") for name, value in given.items()}
 
 
 def _beside(folder: Path) -> dict[str, Path]:
@@ -124,11 +125,7 @@ def _search(path: Path, allow_unknown: bool) -> Parts:
     if not path.is_dir():
         return Parts({c.network: c for c in detect(open_checkpoint(path), allow_unknown)})
     if (path / "model_index.json").exists():
-        kind = read_json_file(path / "model_index.json").get("_class_name")
-        if not isinstance(kind, str) or not kind.startswith(PIPELINES):
-            raise CheckpointError(
-                f"{quoted(path)} is the folder of a {quoted(kind, 60)[1:-1] if kind else 'pipeline without a name'}, not of Flux, SD 3 or SDXL, and is not loaded"
-            )
+        check_pipeline(path, read_json_file(path / "model_index.json"))
     places = [path / name for name in SUBFOLDERS if any((path / name).glob("*.safetensors*"))]
     if not places:  # whole files side by side, or the folder of one network
         files = sorted(p for p in path.glob("*.safetensors") if not SHARD_NAME.search(p.name))

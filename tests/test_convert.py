@@ -1,0 +1,438 @@
+"""Writing: `eridiff convert` and `save_network`. What is written holds every bit, loads elsewhere, and says how it is sampled."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+import eridiff
+from eridiff import load_network, save_network
+from eridiff.cli import main
+from eridiff.cli.convert import convert
+from eridiff.errors import ConfigError
+from eridiff.lora import attach_lora, inject_lora, load_lora, merge_into, save_lora
+from eridiff.models.flux import Flux, FluxConfig
+from eridiff.models.unet import UNetConfig
+from eridiff.trace.record import relative_l2
+from eridiff.weights.detect import sizes_of
+from eridiff.weights.header import open_checkpoint
+from eridiff.weights.keymap import key_map
+from eridiff.weights.locate import locate
+from eridiff.weights.save import write_tensors
+from tests import tiny
+from tests.sparse import write_sparse
+
+DISTILLED = UNetConfig(
+    4, 4, 64, (1, 2, 2), (0, 1, 2), 0, 32, 16, 8 + 6 * 256, up_depths=((0, 0, 0), (2, 1, 1), (2, 2, 3)), middle_blocks=1
+)
+MMDIT = replace(tiny.MMDIT, mlp_ratio=4.0)  # the only one that diffusers builds
+INPAINT = UNetConfig(9, 4, 64, (1, 2, 2), (0, 1, 2), 2, 32, 16, 8 + 6 * 256, guidance=True)  # and what lcm-sdxl has
+MODELS = {
+    "flux": tiny.write_model,
+    "flux-fill": lambda folder: tiny.write_model(folder, FluxConfig(384, 64, 8, 12, 32, 2, 4.0, 2, 2, (4, 6, 6))),
+    "sd3": lambda folder: tiny.write_sd3_model(folder, MMDIT),
+    "sd3-without-t5": lambda folder: tiny.write_sd3_model(folder, MMDIT, t5=False),
+    "sdxl": tiny.write_sdxl_model,
+    "sdxl-refiner": lambda folder: tiny.write_sdxl_model(folder, tiny.SDXL_REFINER),
+    "sdxl-inpaint": lambda folder: tiny.write_sdxl_model(folder, INPAINT),
+    "sdxl-distilled": lambda folder: tiny.write_sdxl_model(folder, DISTILLED),
+}
+
+
+SCHNELL = replace(tiny.FLUX, guidance=False)
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def converted(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
+    """A model, and what became of it: original -> one file -> diffusers -> one file -> diffusers."""
+    folder = tmp_path_factory.mktemp(request.param)
+    source = MODELS[request.param](folder / "model")
+    convert(source, folder / "one.safetensors", "original")
+    parts = {"path": folder / "one.safetensors", "tokenizers": source}  # a file says nothing of tokenizers
+    convert(parts, folder / "diffusers", "diffusers")
+    convert(folder / "diffusers", folder / "two.safetensors", "original")
+    convert({"path": folder / "two.safetensors", "tokenizers": source}, folder / "again", "diffusers")
+    return request.param, folder
+
+
+def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(a[n].dtype == b[n].dtype and torch.equal(a[n], b[n]) for n in a)
+
+
+def test_every_network_comes_back_bit_for_bit_through_both_layouts(converted: tuple[str, Path]) -> None:
+    _, folder = converted
+    assert same(load_file(folder / "one.safetensors"), load_file(folder / "two.safetensors"))
+    written = sorted(path.relative_to(folder / "diffusers") for path in (folder / "diffusers").rglob("*.safetensors"))
+    assert len(written) >= 3
+    for file in written:
+        assert same(load_file(folder / "diffusers" / file), load_file(folder / "again" / file))
+    first, last = (open_checkpoint(folder / name).metadata for name in ("one.safetensors", "two.safetensors"))
+    assert json.loads(first["eridiff.config"]) == json.loads(last["eridiff.config"])
+    assert "eridiff.sampling" in first and first["eridiff.sampling"] == last["eridiff.sampling"]
+
+
+def test_what_is_written_holds_what_the_source_holds(converted: tuple[str, Path]) -> None:
+    _, folder = converted
+    source = locate(folder / "model").components
+    for name in ("one.safetensors", "diffusers"):
+        found = locate(folder / name).components
+        assert found.keys() == source.keys()
+        for network in set(found) & {"flux", "mmdit", "unet", "vae"}:
+            own, other = (eridiff.weights.load.build(c[network], progress=False) for c in (source, found))
+            assert own.config == other.config and same(own.state_dict(), other.state_dict())
+
+
+def test_diffusers_loads_the_folder_and_every_part(converted: tuple[str, Path]) -> None:
+    name, folder = converted
+    import diffusers
+    import transformers
+
+    index = json.loads((folder / "diffusers" / "model_index.json").read_text())
+    for place, entry in index.items():
+        if (
+            place.startswith("_")
+            or entry[0] is None
+            or place in ("scheduler", "tokenizer", "tokenizer_2", "tokenizer_3")
+        ):
+            continue
+        kind = getattr({"diffusers": diffusers, "transformers": transformers}[entry[0]], entry[1])
+        module, told = kind.from_pretrained(folder / "diffusers" / place, output_loading_info=True)
+        assert not any(told[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")), (place, told)
+        state, file = module.state_dict(), next((folder / "diffusers" / place).glob("*.safetensors"))
+        tensors = load_file(file)
+        assert all(torch.equal(state.get(n, state.get(n.removeprefix("text_model."))), t) for n, t in tensors.items())
+    absent = {place: None for place, entry in index.items() if entry == [None, None]}
+    pipeline = diffusers.DiffusionPipeline.from_pretrained(folder / "diffusers", **absent)
+    assert type(pipeline).__name__ == index["_class_name"]
+    expected = {"flux": "FluxPipeline", "flux-fill": "FluxFillPipeline", "sd3": "StableDiffusion3Pipeline",
+                "sdxl": "StableDiffusionXLPipeline", "sdxl-inpaint": "StableDiffusionXLInpaintPipeline"}  # fmt: skip
+    assert index["_class_name"] == expected.get(name, index["_class_name"])
+
+
+def test_the_same_picture_is_drawn_from_every_form(converted: tuple[str, Path]) -> None:
+    name, folder = converted
+    if name not in ("flux", "sd3", "sdxl"):
+        return
+
+    def drawn(model: Any) -> Tensor:
+        return (
+            eridiff.load(model, device="cpu", progress=False)
+            .generate("a swan", seed=1, steps=2, height=32, width=32, keep=("latents",))
+            .latents
+        )
+
+    expected = drawn(folder / "model")
+    for form in (folder / "diffusers", {"path": folder / "one.safetensors", "tokenizers": folder / "model"}):
+        assert (
+            relative_l2(drawn(form), expected) < 1e-5
+        )  # tensors that lie otherwise in memory are added in another order
+
+
+def test_one_part_becomes_the_folder_that_its_class_loads(tmp_path: Path) -> None:
+    source = tiny.write_model(tmp_path / "model")
+    from diffusers import AutoencoderKL, FluxTransformer2DModel
+    from transformers import T5EncoderModel
+
+    for file, kind in (("flux", FluxTransformer2DModel), ("ae", AutoencoderKL), ("t5", T5EncoderModel)):
+        assert main(["convert", str(source / f"{file}.safetensors"), str(tmp_path / file), "--to", "diffusers"]) == 0
+        assert kind.from_pretrained(tmp_path / file) is not None and (tmp_path / file / "config.json").is_file()
+        assert not (tmp_path / file / "model_index.json").exists()
+        back = tmp_path / f"{file}.safetensors"
+        assert main(["convert", str(tmp_path / file), str(back), "--to", "original"]) == 0
+        held, expected = load_file(back), load_file(source / f"{file}.safetensors")
+        assert all(torch.equal(held[name], tensor) for name, tensor in expected.items())
+
+
+def test_shards_are_as_large_as_asked_and_load_here_and_in_diffusers(tmp_path: Path) -> None:
+    from diffusers import FluxTransformer2DModel
+
+    path = save_network(tiny.flux(), tmp_path / "flux.safetensors")
+    assert main(["convert", str(path), str(tmp_path / "d"), "--to", "diffusers", "--shard", "0.0001"]) == 0
+    shards = sorted((tmp_path / "d").glob("*.safetensors"))
+    assert len(shards) > 2 and all(s.stat().st_size < 120_000 for s in shards)
+    index = json.loads((tmp_path / "d" / "diffusion_pytorch_model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == sum(t.numel() * 4 for t in tiny.flux().parameters())
+    assert same(load_network(tmp_path / "d").state_dict(), tiny.flux().state_dict())
+    assert len(FluxTransformer2DModel.from_pretrained(tmp_path / "d").state_dict()) == len(index["weight_map"])
+    assert main(["convert", str(path), str(tmp_path / "o"), "--to", "original", "--shard", "0.0001"]) == 0
+    assert same(load_network(tmp_path / "o" / "flux").state_dict(), tiny.flux().state_dict())
+
+
+# dtypes ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("to", ["original", "diffusers"])
+@pytest.mark.parametrize(
+    ("name", "dtype"), [("bf16", torch.bfloat16), ("fp16", torch.float16), ("fp32", torch.float32)]
+)
+def test_parameters_get_the_dtype_and_tables_keep_theirs(
+    to: str, name: str, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    path = save_network(tiny.mmdit(MMDIT), tmp_path / "sd3.safetensors")
+    out = tmp_path / ("x.safetensors" if to == "original" else "x")
+    assert main(["convert", str(path), str(out), "--to", to, "--dtype", name]) == 0
+    found, own = load_network(out), tiny.mmdit(MMDIT)
+    assert {p.dtype for p in found.parameters()} == {dtype} and found.positions.table.dtype == torch.float32
+    assert all(torch.equal(p, q.to(dtype)) for p, q in zip(found.parameters(), own.parameters(), strict=True))
+
+
+def test_fp8_keeps_what_a_scale_for_each_layer_can_keep(tmp_path: Path) -> None:
+    source = tiny.write_model(tmp_path / "model")
+    own = load_network(source / "flux.safetensors")
+    for to, bound in (("original", 0.04), ("diffusers", 0.04)):
+        out = tmp_path / ("x.safetensors" if to == "original" else "x")
+        assert main(["convert", str(source / "flux.safetensors"), str(out), "--to", to, "--dtype", "fp8"]) == 0
+        found = load_network(out, dtype=torch.float32)
+        for (name, p), q in zip(found.named_parameters(), own.parameters(), strict=True):
+            assert float((p - q).norm() / q.norm()) < bound, name
+            assert p.ndim == 2 or torch.equal(p, q), "norms and biases stay"
+    tensors = load_file(tmp_path / "x.safetensors")
+    assert tensors["img_in.weight"].dtype == torch.float8_e4m3fn and tensors["img_in.scale_weight"].shape == ()
+    assert tensors["scaled_fp8"].shape == (0,) and float(tensors["img_in.weight"].float().abs().max()) == 448
+    small = tmp_path / "small.safetensors"  # weights so small that plain float8 has nothing of them left
+    write_tensors(
+        {n: t / 1e4 for n, t in load_file(source / "flux.safetensors").items()},
+        small,
+        open_checkpoint(source / "flux.safetensors").metadata,
+    )
+    assert main(["convert", str(small), str(tmp_path / "y.safetensors"), "--to", "original", "--dtype", "fp8"]) == 0
+    found, own = load_network(tmp_path / "y.safetensors", dtype=torch.float32), load_network(small)
+    assert float((found.image_in.weight - own.image_in.weight).norm() / own.image_in.weight.norm()) < 0.04
+    for file in ("t5", "clip", "ae"):
+        assert (
+            main(
+                [
+                    "convert",
+                    str(source / f"{file}.safetensors"),
+                    str(tmp_path / f"{file}.safetensors"),
+                    "--to",
+                    "original",
+                    "--dtype",
+                    "fp8",
+                ]
+            )
+            == 0
+        )
+        locate(tmp_path / f"{file}.safetensors")
+    again = tmp_path / "bf16.safetensors"  # and out of fp8, multiplied in float32 and cast once
+    assert main(["convert", str(tmp_path / "x.safetensors"), str(again), "--to", "original", "--dtype", "bf16"]) == 0
+    q, scale = tensors["img_in.weight"].float(), tensors["img_in.scale_weight"]
+    assert torch.equal(load_file(again)["img_in.weight"], (q * scale).bfloat16())
+
+
+def test_a_weight_that_overflows_is_named_and_nothing_is_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    network = tiny.flux()
+    network.double_blocks[1].image.qkv.weight[3, 3] = 70000.0
+    path = save_network(network, tmp_path / "flux.safetensors")
+    assert main(["convert", str(path), str(tmp_path / "x.safetensors"), "--to", "original", "--dtype", "fp16"]) == 2
+    assert (
+        "'double_blocks.1.img_attn.qkv.weight' has the value 70000, which torch.float16 cannot hold; write bf16"
+        in capsys.readouterr().err
+    )
+    with pytest.raises(ConfigError, match="cannot hold"):
+        save_network(network, tmp_path / "y.safetensors", dtype=torch.float16)
+    assert [file.name for file in tmp_path.iterdir()] == ["flux.safetensors"]
+    assert main(["convert", str(path), str(tmp_path / "x.safetensors"), "--to", "original", "--dtype", "bf16"]) == 0
+
+
+def large_flux(folder: Path) -> Path:
+    """256 MB of weights that take no place on the disk."""
+    config = FluxConfig(hidden=1024, heads=8, text_width=1024, double_depth=4, single_depth=4, rope_axes=(16, 56, 56))
+    with torch.device("meta"):
+        shapes = {name: tuple(t.shape) for name, t in Flux(config).state_dict().items()}
+    entries = key_map("flux").layouts["original"].entries(shapes, sizes_of(config))
+    return write_sparse(folder / "flux.safetensors", {e.foreign[0]: ("BF16", shapes[e.native]) for e in entries})
+
+
+def anonymous_megabytes(*commands: list[str]) -> float:
+    """How much memory that is no file's some commands of `eridiff` take at most, beside what the program takes."""
+    program = f"""
+import threading, time
+import torch, transformers
+from eridiff.cli import main
+def anonymous():
+    return sum(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("RssAnon")) / 1e3
+def watch():
+    while True:
+        most[0] = max(most[0], anonymous())
+        time.sleep(0.002)
+torch.ones(8).to(torch.bfloat16)
+before, most = anonymous(), [0.0]
+threading.Thread(target=watch, daemon=True).start()
+for command in {list(commands)!r}:
+    assert main(command) == 0
+print("MB", most[0] - before)
+"""
+    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    return float(ran.stdout.split("MB")[1])
+
+
+def test_memory_for_one_tensor_is_enough(tmp_path: Path) -> None:
+    """What is not the file's takes a few tensors of 15 MB, in either direction and with another dtype."""
+    path, folder = large_flux(tmp_path), str(tmp_path / "d")
+    assert path.stat().st_size > 250e6
+    back = ["convert", folder, str(tmp_path / "o.safetensors"), "--to", "original", "--dtype", "fp16"]
+    assert anonymous_megabytes(["convert", str(path), folder, "--to", "diffusers"], back) < 120
+
+
+# what says how to sample ----------------------------------------------------------------------------------------------
+
+
+def test_prediction_zero_snr_and_variant_are_carried_along(tmp_path: Path) -> None:
+    source = tiny.write_sdxl_model(tmp_path / "sdxl-turbo")
+    marked = load_file(source / "sdxl.safetensors") | {"v_pred": torch.zeros(0), "ztsnr": torch.zeros(0)}
+    metadata = open_checkpoint(source / "sdxl.safetensors").metadata
+    write_tensors(
+        marked, source / "sdxl.safetensors", metadata | {"modelspec.title": "fox", "modelspec.hash_sha256": "0"}
+    )
+
+    def told(model: Any) -> tuple[Any, ...]:
+        found = eridiff.load(model, device="cpu", progress=False)
+        return found.prediction, found.zero_terminal_snr, found.variant, found.sampling.steps
+
+    assert told(source) == ("v", True, "turbo", 2)
+    convert(source, tmp_path / "a" / "one.safetensors", "original")
+    convert(source, tmp_path / "b", "diffusers")
+    convert(tmp_path / "b", tmp_path / "c" / "one.safetensors", "original")
+    tokenizers = {"tokenizers": {"clip": source / "tokenizer"}}
+    for model in (
+        {"path": tmp_path / "a", **tokenizers},
+        tmp_path / "b",
+        {"path": tmp_path / "c" / "one.safetensors", **tokenizers},
+    ):
+        assert told(model) == ("v", True, "turbo", 2)
+    assert {"v_pred", "ztsnr"} <= load_file(tmp_path / "c" / "one.safetensors").keys(), "as other programs read it"
+    scheduler = json.loads((tmp_path / "b" / "scheduler" / "scheduler_config.json").read_text())
+    assert (scheduler["prediction_type"], scheduler["rescale_betas_zero_snr"]) == ("v_prediction", True)
+    held = open_checkpoint(tmp_path / "a" / "one.safetensors").metadata
+    assert held["modelspec.title"] == "fox" and "modelspec.hash_sha256" not in held, (
+        "a hash of the old file is none of the new"
+    )
+    drawn = eridiff.load(source, device="cpu", progress=False)  # a trainer's way
+    for layout in ("original", "diffusers"):
+        file = save_network(drawn.network, tmp_path / layout / "step-5.safetensors", layout=layout)
+        assert told({"path": source, "transformer": file}) == ("v", True, "turbo", 2)
+    alone = load_network(source / "sdxl.safetensors")
+    assert "v_pred" in load_file(save_network(alone, tmp_path / "alone.safetensors"))
+
+
+@pytest.mark.parametrize(
+    ("name", "shift", "dynamic"), [("flux", 3.0, True), ("schnell", 1.0, False), ("sd3", 3.0, None)]
+)
+def test_the_shift_is_said_as_published(name: str, shift: float, dynamic: bool | None, tmp_path: Path) -> None:
+    write = MODELS.get(name, lambda folder: tiny.write_model(folder, SCHNELL))
+    convert(write(tmp_path / "model"), tmp_path / "d", "diffusers")
+    told = json.loads((tmp_path / "d" / "scheduler" / "scheduler_config.json").read_text())
+    assert (told["shift"], told.get("use_dynamic_shifting")) == (shift, dynamic)
+    (tmp_path / "d" / "scheduler" / "scheduler_config.json").write_text(json.dumps(told | {"shift": 4.5}))
+    convert(tmp_path / "d", tmp_path / "e", "diffusers", dtype=torch.bfloat16)
+    assert json.loads((tmp_path / "e" / "scheduler" / "scheduler_config.json").read_text())["shift"] == 4.5, (
+        "a model's own stays"
+    )
+
+
+# networks as trainers hold them ---------------------------------------------------------------------------------------
+
+
+def test_what_a_lora_changed_in_place_is_not_written_and_a_merge_is(tmp_path: Path) -> None:
+    network = tiny.flux()
+    plain = save_network(network, tmp_path / "plain.safetensors").read_bytes()
+    wider = torch.randn(4, 128, generator=torch.Generator().manual_seed(1))
+    tensors = {
+        "transformer.x_embedder.lora_A.weight": wider, "transformer.x_embedder.lora_B.weight": torch.ones(32, 4),
+        "lora_unet_double_blocks_0_img_attn_norm_query_norm.diff": torch.ones(16),
+    }  # fmt: skip
+    write_tensors(tensors, tmp_path / "lora.safetensors", {})
+    lora = load_lora(tmp_path / "lora.safetensors", network)
+    attached = attach_lora(network, lora)
+    assert network.config.in_channels == 128 and attached.originals
+    file = save_network(network, tmp_path / "attached.safetensors")
+    assert file.read_bytes() == plain and load_network(file).config == tiny.FLUX
+    attached.detach()
+    trained = inject_lora(network, 2)
+    for branch in trained.all_branches():
+        nn.init.normal_(branch.up)
+    file = save_lora(trained, tmp_path / "t.safetensors")
+    trained.detach()
+    merged = merge_into(network, load_lora(file, network))
+    assert save_network(network, tmp_path / "merged.safetensors").read_bytes() != plain
+    merged.restore()
+    assert save_network(network, tmp_path / "restored.safetensors").read_bytes() == plain
+
+
+def test_compiled_and_wrapped_networks_are_written_plain(tmp_path: Path) -> None:
+    network = tiny.flux()
+    plain = save_network(network, tmp_path / "plain.safetensors").read_bytes()
+    averaged = torch.optim.swa_utils.AveragedModel(network)
+    for i, module in enumerate((torch.compile(network), nn.DataParallel(network), averaged)):
+        assert save_network(module, tmp_path / f"{i}.safetensors").read_bytes() == plain
+    with pytest.raises(ConfigError, match="a Linear cannot be saved"):
+        save_network(nn.DataParallel(nn.Linear(2, 2)), tmp_path / "x.safetensors")
+    with pytest.raises(ConfigError, match="'bfl' is not a layout of a Flux; there are original, diffusers"):
+        save_network(network, tmp_path / "x.safetensors", layout="bfl")
+    with pytest.raises(ConfigError, match="metadata are texts by name, and 'step' is 3"):
+        save_network(network, tmp_path / "x.safetensors", metadata={"step": 3})  # type: ignore[dict-item]
+
+
+def _sharded(rank: int, folder: str, port: int) -> None:
+    torch.set_num_threads(1)
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    dist.init_process_group("gloo", rank=rank, world_size=2)
+    from torch.distributed.fsdp import fully_shard
+
+    network = tiny.flux()
+    for block in [*network.double_blocks, *network.single_blocks]:
+        fully_shard(block)
+    fully_shard(network)
+    save_network(network, f"{folder}/sharded-{rank}.safetensors")
+    dist.barrier()
+    dist.destroy_process_group()
+    os._exit(0)
+
+
+def test_a_network_that_fsdp2_shards_is_written_whole_by_the_first_process(tmp_path: Path) -> None:
+    import socket
+
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+    mp.spawn(_sharded, (str(tmp_path), port), nprocs=2)
+    assert [p.name for p in tmp_path.iterdir()] == ["sharded-0.safetensors"]
+    plain = save_network(tiny.flux(), tmp_path / "plain.safetensors").read_bytes()
+    assert (tmp_path / "sharded-0.safetensors").read_bytes() == plain
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["{0}", "{1}/x.safetensors", "--to", "diffusers"], "is one file, and diffusers reads a folder"),
+        (["{0}", "{1}/x.safetensors", "--to", "original", "--shard", "1"], "shards are in a folder"),
+        (["{0}", "{1}", "--to", "diffusers"], "holds what is to be converted; give another folder"),
+        (["{0}", "{1}/x", "--to", "original", "--shard", "-1"], "more than 0 bytes"),
+        (["{1}/none.safetensors", "{1}/x", "--to", "original"], "does not exist"),
+        (["{2}", "{1}/x", "--to", "diffusers"], "MLPs 4 times as wide as the rest, not 2; write the original layout"),
+        (["{3}", "{1}/x", "--to", "diffusers"], "diffusers builds no UNet with 2 blocks and the depth 1 in the middle"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_written_is_one_sentence(
+    arguments: list[str], told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "in"
+    paths = [save_network(tiny.flux(), folder / "flux.safetensors"), folder]
+    for network in (tiny.mmdit(), tiny.unet(replace(tiny.UNET, middle_depth=1))):
+        paths.append(save_network(network, tmp_path / f"{len(paths)}.safetensors"))
+    before = sorted(tmp_path.rglob("*"))
+    assert main(["convert", *(argument.format(*paths) for argument in arguments)]) == 2
+    assert told in capsys.readouterr().err and sorted(tmp_path.rglob("*")) == before
