@@ -1,16 +1,14 @@
 """Recording by hooks: the networks know nothing of it, and no bit of what they compute changes."""
 
-import inspect
 import os
 import tempfile
 import weakref
-from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, fields, is_dataclass
+from dataclasses import asdict, dataclass
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
-from functools import partial, wraps
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,11 +20,11 @@ from eridiff.errors import TraceError, quoted
 from eridiff.files import replacing
 from eridiff.inference.base import DiffusionInference
 from eridiff.trace.format import TraceFile, probe
-from eridiff.weights.keymap import without_wrappers
+from eridiff.trace.watch import METHODS, leaves, refuse_compiled, watched
 from eridiff.weights.load import NETWORKS
 from eridiff.weights.locate import TEXT_ENCODERS
 
-METHODS = ("encode", "decode", "conditioning_vector", "prepare", "step")  # of a network, beside its modules
+NUMBERS = ("grid", "i")  # arguments of a network's functions that are no tensors and decide what it computes
 Calls = Literal["last", "all"] | int | Collection[int]
 
 
@@ -75,7 +73,7 @@ def record(
     """
     roots = _roots(module)
     for prefix, root in roots.items():
-        _refuse_compiled(prefix, root)
+        refuse_compiled(prefix, root)
     with ExitStack() as stack:
         if to is None:
             recording: Recording | TraceFile = Recording(device)
@@ -86,7 +84,8 @@ def record(
         recorder = _Recorder(recording, [patterns] if isinstance(patterns, str) else list(patterns), calls, probes)
         with ExitStack() as hooks:
             for prefix, root in roots.items():
-                recorder.watch(prefix, root, hooks)
+                names = hooks.enter_context(watched(root, recorder.visit, prefix))
+                recording.unrecorded.update(dict.fromkeys(names, "never ran"))
             yield recording
         recorder.finish()
         if isinstance(recording, TraceFile):
@@ -99,78 +98,24 @@ class _Recorder:
     def __init__(self, recording: Recording | TraceFile, patterns: Sequence[str], calls: Calls, probes: bool) -> None:
         self.recording, self.patterns, self.calls, self.probes = recording, patterns, calls, probes
         self.matched: dict[str, bool] = {}  # by name: whether a pattern selects it
-        self.counts: Counter[str] = Counter()  # calls of each module
         self.kept: dict[int, tuple[weakref.ref[Tensor], int, Any]] = {}  # of living tensors: version, what was stored
 
-    def watch(self, prefix: str, root: nn.Module, hooks: ExitStack) -> None:
-        for path, child in root.named_modules():
-            if type(child).forward is nn.Module.forward:
-                continue  # a list, or a part that its owner calls by other names: it never runs itself
-            name = prefix + (without_wrappers(path) or "forward")
-            before, after = self._hooks(name, inspect.signature(child.forward) if child is root else None)
-            for handle in (
-                child.register_forward_pre_hook(before, with_kwargs=True),
-                child.register_forward_hook(after, with_kwargs=True),
-            ):
-                hooks.callback(handle.remove)
-            self.recording.unrecorded[name] = "never ran"
-        for method in METHODS:
-            if callable(getattr(type(root), method, None)):
-                self._wrap(root, method, prefix + method, hooks)
-
-    def _hooks(self, name: str, signature: inspect.Signature | None) -> tuple[Callable[..., None], Callable[..., None]]:
-        running: list[int] = []
-
-        def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            running.append(self._count(name))
-            named: dict[Any, Any] = {**dict(enumerate(args)), **kwargs}
-            given = named if signature is None else signature.bind(*args, **kwargs).arguments
-            for key, value in given.items():
-                self._keep_tree(f"{name}:{key}", value, running[-1])
-
-        def after(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            if not self._keep_tree(name, output, running.pop()):
-                self.recording.unrecorded[name] = f"its output, a {type(output).__name__}, holds no tensor"
-            else:
-                self.recording.unrecorded.pop(name, None)
-
-        return before, after
-
-    def _wrap(self, root: nn.Module, method: str, name: str, hooks: ExitStack) -> None:
-        """Functions of a network that are no modules: their tensors, where no module has had the same before."""
-        inner, own = getattr(root, method), vars(root).get(method)
-        signature = inspect.signature(inner)
-
-        @wraps(inner)  # which keeps the signature for a recording inside this one
-        def wrapped(*args: Any, **kwargs: Any) -> Any:
-            call = self._count(name)
-            for key, value in signature.bind(*args, **kwargs).arguments.items():
-                if isinstance(value, Tensor):
-                    self._keep(f"{name}:{key}", value, call)
-            output = inner(*args, **kwargs)
-            for leaf, tensor in leaves(name, output):
-                if leaf == name or self._known(tensor) is None:
-                    self._keep(leaf, tensor, call)
-            return output
-
-        def restore() -> None:
-            delattr(root, method)
-            if own is not None:
-                setattr(root, method, own)
-
-        setattr(root, method, wrapped)
-        hooks.callback(restore)
-
-    def _count(self, name: str) -> int:
-        self.counts[name] += 1
-        return self.counts[name] - 1
-
-    def _keep_tree(self, name: str, value: Any, call: int) -> bool:
-        """Whether there is a tensor in `value`."""
+    def visit(self, name: str, value: Any, call: int) -> Any:
+        """Keep what is in `value`, which goes on as it is."""
         found = list(leaves(name, value))
+        own, _, argument = name.rpartition(":")
+        function = (own or name).rpartition(".")[2]
+        if argument in NUMBERS and function in (*METHODS, "forward") and value is not None:
+            found = [(name, torch.as_tensor(value))]
         for leaf, tensor in found:
-            self._keep(leaf, tensor, call)
-        return bool(found)
+            # of a function's tree only what no module had: the rest would stand there under two names
+            if leaf == name or function not in METHODS or self._known(tensor) is None:
+                self._keep(leaf, tensor, call)
+        if found:
+            self.recording.unrecorded.pop(name, None)
+        elif name in self.recording.unrecorded:
+            self.recording.unrecorded[name] = f"its output, a {type(value).__name__}, holds no tensor"
+        return value
 
     def _keep(self, name: str, tensor: Tensor, call: int) -> None:
         if name not in self.matched:
@@ -213,21 +158,6 @@ class _Recorder:
                 )
 
 
-def leaves(name: str, value: Any) -> Iterator[tuple[str, Tensor]]:
-    """The tensors in a value by name; lists, tuples, mappings and dataclasses are trees, a single element has no number."""
-    if isinstance(value, Tensor):
-        yield name, value
-    elif isinstance(value, Mapping):
-        for key, item in value.items():
-            yield from leaves(f"{name}.{key}", item)
-    elif is_dataclass(value) and not isinstance(value, type):
-        for part in fields(value):
-            yield from leaves(f"{name}.{part.name}", getattr(value, part.name))
-    elif isinstance(value, list | tuple):
-        for i, item in enumerate(value):
-            yield from leaves(name if len(value) == 1 else f"{name}.{i}", item)
-
-
 def _roots(module: nn.Module | DiffusionInference | Mapping[str, nn.Module]) -> dict[str, nn.Module]:
     """Prefix of names -> module."""
     if isinstance(module, nn.Module):
@@ -243,17 +173,6 @@ def _configs(roots: Mapping[str, nn.Module]) -> dict[str, Any]:
     kinds = {kind: name for name, kind in NETWORKS.items()}
     inner = (unwrapped(root) for root in roots.values())
     return {kinds[type(root)]: asdict(root.config) for root in inner if type(root) in kinds}
-
-
-def _refuse_compiled(prefix: str, root: nn.Module) -> None:
-    for path, child in root.named_modules():
-        compiled = child._compiled_call_impl is not None or "_orig_mod" in child._modules
-        forward = vars(child).get("forward")
-        if compiled or isinstance(child, torch.jit.ScriptModule) or hasattr(forward, "_torchdynamo_orig_callable"):
-            raise TraceError(
-                f"{quoted(prefix + path) if prefix + path else 'the network'} is compiled, and what runs inside cannot be seen; "
-                "record before it is compiled"
-            )
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,139 @@
+"""The command `eridiff diff`: two traces side by side, the first error, every other error, and what causes them."""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from eridiff.errors import TraceError
+from eridiff.trace.cases import Case, open_case
+from eridiff.trace.compare import BROKEN, HERE, NAMED, Report, Row, compare
+from eridiff.trace.format import read_trace
+from eridiff.trace.names import parse_map
+from eridiff.trace.replay import arguments_run
+from eridiff.weights.load import load_network
+
+
+def add_parser(commands: Any) -> None:
+    """Put `diff` beside the other commands."""
+    parser = commands.add_parser(
+        "diff",
+        help="find the first tensor that differs",
+        description="Compare the tensors of two programs; 0 if they are equal, 1 if not, 2 if they cannot be compared.",
+    )
+    parser.set_defaults(run=_diff)
+    parser.add_argument("found", metavar="A", help="your trace: a safetensors file, an .npz or a folder of .npy")
+    parser.add_argument("expected", metavar="B", help="what it should be: a trace, or the folder of a golden case")
+    parser.add_argument(
+        "--map", metavar="NETWORK[:LAYOUT]", help="whose names A has: flux:diffusers; found when not said"
+    )
+    parser.add_argument("--weights", metavar="FILE", help="the checkpoint that A ran, where B is no case")
+    parser.add_argument(
+        "--tolerance", type=float, metavar="T", help="relative L2 that counts as equal; ten times the rounding"
+    )
+    parser.add_argument("--explain", action="store_true", help="try the errors that ports make, and name what fits")
+    parser.add_argument("--all", action="store_true", help="print a line for every tensor")
+    parser.add_argument("--json", action="store_true", help="everything, for programs")
+
+
+def _diff(options: argparse.Namespace) -> int:
+    found, layout = read_trace(options.found), parse_map(options.map) if options.map else None
+    case = open_case(Path(options.expected)) if (Path(options.expected) / "case.json").is_file() else None
+    network: nn.Module | None = None
+    if options.weights:
+        network = load_network(options.weights, dtype=torch.float64, progress=False)
+    elif case is not None:
+        network = case.network
+    if options.explain and network is None:
+        raise TraceError(
+            "to explain a difference needs the weights: give --weights FILE, or compare with a golden case"
+        )
+    report = compare(
+        found,
+        read_trace(options.expected) if case is None else case.expected,
+        network=network,
+        run=None if case is None else lambda dtype: arguments_run(case.arguments, dtype),
+        layout=layout,
+        tolerance=options.tolerance,
+        explain=options.explain,
+    )
+    print(json.dumps(report.as_json(), default=str) if options.json else text(report, case, options.all))
+    return 0 if report.equal else 1
+
+
+def text(report: Report, case: Case | None = None, whole: bool = False) -> str:
+    """The report for a terminal."""
+    compared = [row for row in report.rows if row.other]
+    lines = [
+        f"{len(compared)} of {len(compared) + len(report.missing)} tensors compared"
+        + (f" ({len(report.missing)} missing in yours: {_some(report.missing)})" if report.missing else "")
+        + f"; noise floor of {report.dtype} here {report.floor:.0e}"
+    ]
+    if report.unknown:
+        said = [f"{name} (nearest: {near})" if near else name for name, near in report.unknown]
+        lines.append(f"{len(said)} names in yours are unknown: {_some(said)}")
+    lines += [f"{row.name}: {row.how}" for row in report.rows if row.how and row.verdict not in (HERE, BROKEN)]
+    width = max((len(row.name) for row in report.rows), default=0)
+    groups = report.groups()
+    for number, group in enumerate(groups):
+        first = group[0]
+        lines.append(
+            f"{first.name:{width}}  {_size(first)}  {'FIRST' if number == 0 else 'ALSO MADE HERE'}{_what(first)}"
+        )
+        if len(group) > 1:
+            lines.append(f"    and in {len(group) - 1} more: {_some([row.name for row in group[1:]])}")
+        if first.cause:
+            lines.append(f"    looks like: {first.cause}")
+    if whole:
+        lines += _table(report, width)
+    carried = sum(row.verdict not in (HERE, BROKEN, "equal") for row in report.rows)
+    if groups:
+        errors = "1 error" if len(groups) == 1 else f"{len(groups)} errors"
+        lines.append(f"{errors}, {carried} tensors only carry {'it' if len(groups) == 1 else 'them'} on")
+    elif carried:
+        lines.append(
+            f"{carried} tensors differ, though each follows from those before it: other inputs, or other weights"
+        )
+    else:
+        lines.append("equal")
+    if case is not None and not groups and "eps" not in case.name:
+        lines.append(f"a wrong epsilon may not show in {case.name}: compare with {_epsilon_case(case)} too")
+    return "\n".join(lines)
+
+
+def _epsilon_case(case: Case) -> str:
+    return {"flux": "flux-eps", "mmdit": "sd3-eps", "unet": "sdxl-eps"}[case.family]
+
+
+def _some(names: Any) -> str:
+    names = list(names)
+    return ", ".join(names[:NAMED]) + (f", ... ({len(names) - NAMED} more)" if len(names) > NAMED else "")
+
+
+def _size(row: Row) -> str:
+    error = row.local if row.local is not None else row.distance
+    return "    nan" if error is None else f"{error:7.1e}"
+
+
+def _what(row: Row) -> str:
+    """What is known beside the size."""
+    carried = row.local is not None and row.distance is not None and row.distance > 2 * row.local
+    return f"  {row.how}" if row.how else f"  ({row.distance:.1e} with what is carried to it)" if carried else ""
+
+
+def _table(report: Report, width: int) -> list[str]:
+    lines = [
+        f"{'':{width}}  {'relative':>8} {'max abs':>8} {'max rel':>8} {'cosine':>9} {'ulp':>8}  {'made here':>9}  first bad"
+    ]
+    for row in report.rows:
+        m = row.measures
+        values = (
+            f"{m['relative']:8.1e} {m['max_abs']:8.1e} {m['max_rel']:8.1e} {m['cosine']:9.6f} {m['ulp']:8.1e}" if m
+            else f"{'-':>8} {'-':>8} {'-':>8} {'-':>9} {'-':>8}"
+        )  # fmt: skip
+        made = "-" if row.local is None else f"{row.local:.1e}"
+        lines.append(f"{row.name:{width}}  {values}  {made:>9}  {m.get('first') or ''}  {row.verdict}".rstrip())
+    return lines
