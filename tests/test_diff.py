@@ -254,36 +254,41 @@ def test_a_right_port_is_equal(name: str, dtype: type) -> None:
     assert len(compared_rows) + len(report.missing) == len(case(name).expected) and len(report.missing) <= 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", BUGS)
-def test_one_error_is_found_where_it_is_made_and_its_cause_is_named(name: str) -> None:
+def test_one_error_is_one_line_and_its_cause_is_named(name: str) -> None:
     bug = BUGS[name]
-    report = compared(case(), ported(case(), (bug,)), explain=True)
-    first, *others = report.groups()
-    assert first[0].name == bug.first and bug.says in first[0].cause and not others
+    (group,) = compared(case(), ported(case(), (bug,)), explain=True).groups()
+    assert group[0].name == bug.first and bug.says in group[0].cause
 
 
-@pytest.mark.parametrize("name", sorted(BUGS.keys() - set(ONLY_IN_FLOAT64)))
-def test_a_float32_port_finds_the_same_first_tensor(name: str) -> None:
+@pytest.mark.parametrize("dtype", [np.float64, np.float32], ids=["float64", "float32"])
+@pytest.mark.parametrize("name", BUGS)
+def test_one_error_is_found_where_it_is_made(name: str, dtype: type) -> None:
+    if dtype is np.float32 and name in ONLY_IN_FLOAT64:
+        return
     golden = case("flux-eps") if "eps" in name else case()
-    report = compared(golden, ported(golden, (BUGS[name],), np.float32))
+    report = compared(golden, ported(golden, (BUGS[name],), dtype))
     assert report.made[0].name == BUGS[name].first
 
 
+# functions of the port whose errors stand in one stretch between two values of its trace, where one hides the other
+STRETCHES = (
+    ("rms_norm", "heads_of", "attention", "joined_streams"), ("modulated", "layer_norm", "chunks_of", "updated", "final_modulated"),
+    ("rotated",), ("rope_table",), ("sinusoid",), ("silu",), ("gelu",), ("linear",),
+)  # fmt: skip
+
+
 def triples() -> list[tuple[str, ...]]:
-    """Three errors in different functions, of which none hides another."""
-    drawn, rng = [], random.Random(0)
-    hidden = {"no gates", "mlp of the input", "image first", "rope theta", "rope from 1", "rope rows, columns"}
-    while len(drawn) < 12:
-        names = rng.sample(sorted(BUGS.keys() - hidden), 3)
-        if len({BUGS[name].function for name in names}) == 3 and not {"final_modulated", "modulated"} <= {
-            BUGS[n].function for n in names
-        }:
-            drawn.append(tuple(names))
-    return drawn
+    """Every error once, in threes of which none hides another."""
+    ordered = [name for functions in STRETCHES for name, bug in BUGS.items() if bug.function in functions]
+    assert len(ordered) == len(BUGS)
+    count = -(-len(ordered) // 3)
+    return [tuple(ordered[i::count]) for i in range(count)]
 
 
 @pytest.mark.parametrize("names", triples(), ids=" + ".join)
-def test_three_errors_are_three_lines(names: tuple[str, ...]) -> None:
+def test_three_errors_are_three_lines_with_their_causes(names: tuple[str, ...]) -> None:
     bugs = tuple(BUGS[name] for name in names)
     report = compared(case(), ported(case(), bugs), explain=True)
     groups = report.groups()
@@ -292,7 +297,7 @@ def test_three_errors_are_three_lines(names: tuple[str, ...]) -> None:
     for bug in bugs:
         assert [g for g in groups if bug.says in g[0].cause and bug.first in [row.name for row in g]], (
             bug.says,
-            [g[0] for g in groups],
+            groups,
         )
     assert len(groups) == 3
 
@@ -464,7 +469,7 @@ def recorded_run(network: Any, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_an_error_in_any_module_is_the_first_divergence(family: str) -> None:
-    for seed in range(4 if family == "unet" else 10):
+    for seed in range(2 if family == "unet" else 6):
         injected(family, seed)
 
 

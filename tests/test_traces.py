@@ -164,11 +164,11 @@ def test_calls_and_patterns_choose_what_is_kept() -> None:
                 network.step(latents + i, run, i)
         return list(recording)
 
-    one = ["step:latents", "final.linear", "step"]
+    one = ["step:latents", "step:i", "final.linear", "step"]
     assert names() == one and names(calls=0) == one
     assert names(calls=2) == [f"{name}@2" for name in one]
     assert names(calls=(0, 2)) == names(calls=0) + names(calls=2)
-    assert names(calls="all") == names(calls=range(3)) and len(names(calls="all")) == 9
+    assert names(calls="all") == names(calls=range(3)) and len(names(calls="all")) == 12
     with record(network, "step") as last:
         for i in range(3):
             out = network.step(latents + i, run, i)
