@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from eridiff import __version__, cli_lora, cli_trace
+from eridiff import __version__, cli_golden, cli_lora, cli_trace
 from eridiff.config import MODEL_OPTIONS, RunConfig, SampleSettings, size_of
 from eridiff.errors import ConfigError, EridiffError
 from eridiff.images import contact_sheet, read_image, save_png, slug
@@ -212,6 +212,7 @@ def _parser() -> argparse.ArgumentParser:
     look.add_argument("--values", action="store_true", help="read every weight and name those that are not finite")
     cli_lora.add_parser(commands)
     cli_trace.add_parser(commands)
+    cli_golden.add_parser(commands)
     return parser
 
 

@@ -6,12 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from eridiff.errors import TraceError
-from eridiff.trace.cases import Case, open_case
+from eridiff.trace.cases import Case, find_case
 from eridiff.trace.compare import BROKEN, HERE, NAMED, Report, Row, compare
-from eridiff.trace.format import read_trace
+from eridiff.trace.format import Trace, read_trace
 from eridiff.trace.names import parse_map
 from eridiff.trace.replay import arguments_run
 from eridiff.weights.load import load_network
@@ -26,7 +25,7 @@ def add_parser(commands: Any) -> None:
     )
     parser.set_defaults(run=_diff)
     parser.add_argument("found", metavar="A", help="your trace: a safetensors file, an .npz or a folder of .npy")
-    parser.add_argument("expected", metavar="B", help="what it should be: a trace, or the folder of a golden case")
+    parser.add_argument("expected", metavar="B", help="what it should be: a trace, or a golden case by name or folder")
     parser.add_argument(
         "--map", metavar="NETWORK[:LAYOUT]", help="whose names A has: flux:diffusers; found when not said"
     )
@@ -41,27 +40,26 @@ def add_parser(commands: Any) -> None:
 
 def _diff(options: argparse.Namespace) -> int:
     found, layout = read_trace(options.found), parse_map(options.map) if options.map else None
-    case = open_case(Path(options.expected)) if (Path(options.expected) / "case.json").is_file() else None
-    network: nn.Module | None = None
-    if options.weights:
-        network = load_network(options.weights, dtype=torch.float64, progress=False)
-    elif case is not None:
-        network = case.network
-    if options.explain and network is None:
-        raise TraceError(
-            "to explain a difference needs the weights: give --weights FILE, or compare with a golden case"
-        )
-    report = compare(
-        found,
-        read_trace(options.expected) if case is None else case.expected,
-        network=network,
-        run=None if case is None else lambda dtype: arguments_run(case.arguments, dtype),
-        layout=layout,
-        tolerance=options.tolerance,
-        explain=options.explain,
-    )
+    case = None if Path(options.expected).is_file() else find_case(options.expected)
+    told: dict[str, Any] = {"layout": layout, "tolerance": options.tolerance, "explain": options.explain}
+    if case is not None:
+        report = case_report(found, case, **told)
+    else:
+        network = load_network(options.weights, dtype=torch.float64, progress=False) if options.weights else None
+        if options.explain and network is None:
+            raise TraceError(
+                "to explain a difference needs the weights: give --weights FILE, or compare with a golden case"
+            )
+        report = compare(found, read_trace(options.expected), network=network, **told)
     print(json.dumps(report.as_json(), default=str) if options.json else text(report, case, options.all))
     return 0 if report.equal else 1
+
+
+def case_report(found: Trace, case: Case, **options: Any) -> Report:
+    """A trace beside a golden case, whose weights and inputs are known."""
+    return compare(
+        found, case.expected, network=case.network, run=lambda dtype: arguments_run(case.arguments, dtype), **options
+    )
 
 
 def text(report: Report, case: Case | None = None, whole: bool = False) -> str:
@@ -75,7 +73,13 @@ def text(report: Report, case: Case | None = None, whole: bool = False) -> str:
     if report.unknown:
         said = [f"{name} (nearest: {near})" if near else name for name, near in report.unknown]
         lines.append(f"{len(said)} names in yours are unknown: {_some(said)}")
-    lines += [f"{row.name}: {row.how}" for row in report.rows if row.how and row.verdict not in (HERE, BROKEN)]
+    arranged: dict[str, list[Row]] = {}
+    for row in report.rows:
+        if row.how and row.verdict not in (HERE, BROKEN):
+            arranged.setdefault(row.how.partition(": ")[2], []).append(row)
+    for rows in arranged.values():
+        more = f" (and {len(rows) - 1} more)" if len(rows) > 1 else ""
+        lines.append(f"{rows[0].name}: {rows[0].how}{more}")
     width = max((len(row.name) for row in report.rows), default=0)
     groups = report.groups()
     for number, group in enumerate(groups):

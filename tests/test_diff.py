@@ -516,7 +516,7 @@ def test_the_terminal_names_three_errors_with_their_causes(
         "49 of 52 tensors compared (3 missing in yours: double_blocks.0.image.mlp, double_blocks.0.text.mlp, single_blocks.0.mlp_act); "
         "noise floor of float64 here 2e-16"
     )
-    assert "rope.cos: [22, 8] against [2, 22, 8]: the same for each row" in lines
+    assert "rope.cos: [22, 8] against [2, 22, 8]: the same for each row (and 1 more)" in lines
     made = [line.split()[:2] + [" ".join(line.split()[2:])] for line in lines if "FIRST" in line or "ALSO" in line]
     assert made == [
         ["double_blocks.0.img_attn.norm.query_norm", "3.3e-06", "FIRST"], ["double_blocks.0.q_rope", "7.4e-01", "ALSO MADE HERE"],

@@ -74,6 +74,7 @@ class Names:
         with torch.device("meta"):
             module = NETWORKS[network](config)
         # lists and parts that never run themselves have no values
+        self.owners: set[str] = set()  # the layout's names of modules that have parameters themselves
         self.paths = {n for n, m in module.named_modules() if n and type(m).forward is not nn.Module.forward}
         natives = list(module.state_dict())
         if layout == NATIVE:
@@ -89,8 +90,10 @@ class Names:
         for entry in key_map(self.network).layouts[self.layout].entries(natives, self.sizes):
             if entry.operation in ("part", "alias", "default"):
                 continue
-            native = entry.native.rpartition(".")[0]
-            parts = [name.rpartition(".")[0] if "." in name or native in name else name for name in entry.foreign]
+            native, _, last = entry.native.rpartition(".")
+            if last not in ("weight", "bias"):
+                continue  # a table: what a module gives is not it
+            parts = [name.rpartition(".")[0] for name in entry.foreign]
             everywhere += parts
             for above in _above(native):
                 beneath[above] += parts
@@ -98,6 +101,7 @@ class Names:
                 kind = entry.operation if entry.operation in ("rows", "swap_halves") else "same"
                 table.setdefault(name, Piece(native, kind, i, len(parts)))
         distinct = set(everywhere)
+        self.owners = set(table)
         for path in sorted(beneath.keys() & self.paths, key=len, reverse=True):
             for common in [*_above(_common(beneath[path]))][::-1]:
                 inside = {name for name in distinct if name == common or name.startswith(f"{common}.")}
@@ -119,10 +123,24 @@ class Names:
         base, colon, argument = place.partition(":")
         for path in [base] if colon else [*_above(base)][::-1]:
             part = base[len(path) :]
-            if path in self.modules and part.replace(".", "0").isdigit() or path == base and path in self.modules:
+            if path in self.modules and self._is_output(self.modules[path].native, part):
                 return self.modules[path].native + part + colon + argument + call, self.modules[path]
         known = base in self.paths or base.partition(".")[0] in ("forward", *METHODS)
         return (name, Piece(base)) if known else None
+
+    def _is_output(self, native: str, part: str) -> bool:
+        """Whether `part`, `.0` or nothing, is an element of a module's output, and not a module inside."""
+        return not part or (part.replace(".", "0").isdigit() and native + part not in self.paths)
+
+    def foreign(self, native: str) -> str:
+        """A name of ours in this layout; `-` if it has none."""
+        found = BETWEEN.match(native)
+        place, call = (found["place"], found["call"] or "") if found else (native, "")
+        base, colon, argument = place.partition(":")
+        names = [name for name, piece in self.modules.items() if piece.native == base]
+        owners = [name for name in names if name in self.owners]
+        parts = [name for name in owners if self.modules[name].kind == "rows"] or owners[:1] or names[-1:]
+        return " + ".join(f"{name}{colon}{argument}{call}" for name in (parts[:1] if colon else parts)) or "-"
 
     def align(self, names: Sequence[str]) -> Aligned:
         """The tensors of a trace by our names; a fused projection needs all its parts."""
@@ -234,4 +252,4 @@ def parse_map(text: str) -> tuple[str, str | None]:
 
 def nearest(name: str, known: Iterable[str]) -> str:
     """The name that is most like `name`; empty if none is."""
-    return next(iter(get_close_matches(name, list(known), 1, 0.5)), "")
+    return next(iter(get_close_matches(name, list(known), 1, 0.8)), "")

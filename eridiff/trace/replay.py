@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from eridiff.errors import TraceError
 from eridiff.trace.names import Source
 from eridiff.trace.record import record, relative_l2
 from eridiff.trace.shapes import fit
@@ -91,9 +90,12 @@ def arguments_run(arguments: Mapping[str, Any], dtype: torch.dtype = torch.float
 
 
 def trace_run(
-    trace: Mapping[str, Tensor], sources: Mapping[str, Source], dtype: torch.dtype = torch.float64
+    kind: type[nn.Module],
+    trace: Mapping[str, Tensor],
+    sources: Mapping[str, Source],
+    dtype: torch.dtype = torch.float64,
 ) -> Run | None:
-    """Calls the network as the trace says that it was called: its `forward`, or `prepare` and each `step`; None if it does not."""
+    """Calls a network of this kind as the trace says that it was called: its `forward`, or `prepare` and each `step`; None if it does not."""
 
     def arguments(function: str, network: nn.Module, call: str = "") -> dict[str, Any]:
         known = inspect.signature(getattr(type(network), function)).parameters
@@ -109,14 +111,16 @@ def trace_run(
             network.step(given["latents"], prepared, given.get("i", i))
 
     def whole(network: nn.Module) -> None:
-        try:
-            network(**arguments("forward", network))
-        except TypeError as error:
-            raise TraceError(f"the trace lacks inputs of the network: {error}") from None
+        network(**arguments("forward", network))
 
-    if any(name.startswith("forward:") for name in sources):
+    def given(function: str) -> bool:
+        parameters = inspect.signature(getattr(kind, function)).parameters.values()
+        needed = [p.name for p in parameters if p.default is p.empty and p.name not in ("self", "run", "i")]
+        return all(f"{function}:{name}" in sources for name in needed)
+
+    if given("forward"):
         return whole
-    return stepwise if steps and any(name.startswith("prepare:") for name in sources) else None
+    return stepwise if hasattr(kind, "step") and given("prepare") and given("step") else None
 
 
 def _cast(value: Any, dtype: torch.dtype) -> Any:

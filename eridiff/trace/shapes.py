@@ -90,7 +90,8 @@ def _permuted(plain: Tensor, like: Tensor, shapes: str) -> Iterator[Fitted]:
         if list(moved.shape) == target:
             yield Fitted(moved.reshape(like.shape), f"{shapes}: axes in the order {order}")
         elif order == sorted(order) or _joins(list(moved.shape), target):
-            yield Fitted(moved.reshape(like.shape), f"{shapes}: axes in the order {order}, then joined")
+            how = "reshaped" if order == sorted(order) else f"axes in the order {order}, then joined"
+            yield Fitted(moved.reshape(like.shape), f"{shapes}: {how}")
 
 
 def _joins(sizes: list[int], target: list[int]) -> bool:
