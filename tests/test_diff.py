@@ -3,8 +3,9 @@
 import importlib.util
 import json
 import random
+import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from torch import Tensor
 import eridiff
 from eridiff.cli import main
 from eridiff.lora.names import network_of
-from eridiff.trace.cases import Case, open_case, weights_of
+from eridiff.trace.cases import Case, inputs_of, open_case, weights_of
 from eridiff.trace.causes import CAUSES
 from eridiff.trace.compare import Report, compare
 from eridiff.trace.format import read_trace, write_trace
@@ -43,7 +44,11 @@ def case(name: str = "flux-dev-tiny") -> Case:
 
 
 def fresh_port() -> Any:
-    spec = importlib.util.spec_from_file_location("numpy_flux", ROOT / "examples" / "numpy_flux.py")
+    return loaded("numpy_flux")
+
+
+def loaded(name: str) -> Any:
+    spec = importlib.util.spec_from_file_location(name, ROOT / "examples" / f"{name}.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -300,6 +305,76 @@ def test_three_errors_are_three_lines_with_their_causes(names: tuple[str, ...]) 
             groups,
         )
     assert len(groups) == 3
+
+
+# Stable Diffusion 3.5 --------------------------------------------------------------------------------------------------
+
+
+def ported_sd35(golden: Case, bugs: tuple[Bug, ...] = (), dtype: type = np.float64) -> Arrays:
+    """The same errors in functions that both ports share, or in this one's own."""
+    parts = fresh_port()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "numpy_flux", parts)
+        port = loaded("numpy_mmdit")
+    for bug in bugs:
+        owner = port if bug.function in vars(port) and bug.function not in ("kept", "linear") else parts
+        setattr(owner, bug.function, bug.wrong(parts, getattr(owner, bug.function)))
+        if bug.function == "linear":
+            port.linear = parts.linear
+    given = {n: t.numpy().astype(dtype) for n, t in inputs_of(golden.description).items()}
+    weights = {name: tensor.numpy().astype(dtype) for name, tensor in weights_of(golden.description).items()}
+    port.mmdit(weights, golden.description["config"], given)
+    return {name: np.array(value) for name, value in parts.TRACE.items()}
+
+
+def late_mlp(port: Any, right: Any) -> Any:
+    def updated(weights: Any, name: str, x: Any, attended: Any, chunks: Any) -> Any:
+        after = x + chunks[2] * port.linear(weights, f"{name}.attn.proj", attended)
+        hidden = port.gelu(
+            port.linear(weights, f"{name}.mlp.fc1", port.kept(f"{name}.mlp:0", port.modulated(x, chunks[3], chunks[4])))
+        )
+        return after + chunks[5] * port.linear(weights, f"{name}.mlp.fc2", hidden)
+
+    return updated
+
+
+X_IN = "joint_blocks.0.x_block.attn.qkv:0"
+LN_Q = "joint_blocks.0.x_block.attn.ln_q"
+PLACES = {IN: X_IN, Q_NORM: LN_Q, HIDDEN: "joint_blocks.0.x_block.mlp.fc2", "time.sinusoid": "t_embedder.freq",
+    "double_blocks.0.attention": "joint_blocks.0.attention", "double_blocks.0.img_attn.norm.key_norm": "joint_blocks.0.x_block.attn.ln_k",
+    "time_in.out_layer": "t_embedder.mlp.2", "final_layer.linear:0": "final_layer.linear:0",
+}  # fmt: skip
+SD35 = {  # those of Flux that this network can have, at their places here
+    name: replace(bug, first=PLACES[bug.first]) for name, bug in BUGS.items() if bug.first in PLACES and bug.function not in ("linear", "chunks_of")
+} | {
+    "mlp of the input": Bug("updated", late_mlp, "joint_blocks.0.x_block.mlp:0", "reads the stream before"),
+    "no bias": Bug("linear", of_linear(lambda x, w, b: x @ w.T, "attn.proj"), "joint_blocks.0.x_block.attn.proj", "bias is left out"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [np.float64, np.float32], ids=["float64", "float32"])
+@pytest.mark.parametrize("name", ["sd35-medium-tiny", "sd35-large-tiny", "sd3-eps"])
+def test_a_right_port_of_sd35_is_equal(name: str, dtype: type) -> None:
+    report = compared(case(name), ported_sd35(case(name), dtype=dtype))
+    assert report.equal and report.unknown == () and len([row for row in report.rows if row.other]) >= 25
+
+
+@pytest.mark.parametrize("dtype", [np.float64, np.float32], ids=["float64", "float32"])
+@pytest.mark.parametrize("name", SD35)
+def test_one_error_in_sd35_is_found_where_it_is_made(name: str, dtype: type) -> None:
+    if dtype is np.float32 and name in ONLY_IN_FLOAT64:
+        return
+    golden = case("sd3-eps") if "eps" in name else case("sd35-large-tiny")
+    report = compared(golden, ported_sd35(golden, (SD35[name],), dtype))
+    assert report.made[0].name == SD35[name].first
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SD35)
+def test_the_cause_of_one_error_in_sd35_is_named(name: str) -> None:
+    golden = case("sd35-large-tiny")
+    (group,) = compared(golden, ported_sd35(golden, (SD35[name],)), explain=True).groups()
+    assert group[0].name == SD35[name].first and SD35[name].says in group[0].cause
 
 
 # names and arrangements -----------------------------------------------------------------------------------------------
