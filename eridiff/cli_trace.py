@@ -8,10 +8,12 @@ from typing import Any
 import torch
 
 from eridiff.errors import TraceError
+from eridiff.files import replacing
 from eridiff.trace.cases import Case, find_case
 from eridiff.trace.compare import BROKEN, HERE, NAMED, Report, Row, compare
 from eridiff.trace.format import Trace, read_trace
 from eridiff.trace.names import parse_map
+from eridiff.trace.page import page
 from eridiff.trace.replay import arguments_run
 from eridiff.weights.load import load_network
 
@@ -35,6 +37,9 @@ def add_parser(commands: Any) -> None:
     )
     parser.add_argument("--explain", action="store_true", help="try the errors that ports make, and name what fits")
     parser.add_argument("--all", action="store_true", help="print a line for every tensor")
+    parser.add_argument(
+        "--html", type=Path, metavar="FILE", help="write a report: error over depth, heat maps, the table"
+    )
     parser.add_argument("--json", action="store_true", help="everything, for programs")
 
 
@@ -51,6 +56,9 @@ def _diff(options: argparse.Namespace) -> int:
                 "to explain a difference needs the weights: give --weights FILE, or compare with a golden case"
             )
         report = compare(found, read_trace(options.expected), network=network, **told)
+    if options.html:
+        with replacing(options.html) as temporary:
+            temporary.write_text(page(report, f"{options.found} beside {options.expected}"), encoding="utf-8")
     print(json.dumps(report.as_json(), default=str) if options.json else text(report, case, options.all))
     return 0 if report.equal else 1
 
@@ -95,7 +103,8 @@ def text(report: Report, case: Case | None = None, whole: bool = False) -> str:
         lines += _table(report, width)
     carried = sum(row.verdict not in (HERE, BROKEN, "equal") for row in report.rows)
     if groups:
-        errors = "1 error" if len(groups) == 1 else f"{len(groups)} errors"
+        kind = "error" if all(group[0].cause for group in groups) else "place"  # of which several may be one error
+        errors = f"1 {kind}" if len(groups) == 1 else f"{len(groups)} {kind}s"
         lines.append(f"{errors}, {carried} tensors only carry {'it' if len(groups) == 1 else 'them'} on")
     elif carried:
         lines.append(

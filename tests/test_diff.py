@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -618,6 +619,24 @@ def test_equal_traces_end_with_0_and_a_word_on_epsilons(tmp_path: Path, capsys: 
     assert code == 0 and found["equal"] and found["errors"] == [] and len(found["rows"]) > 49
     code, text = said(capsys, mine, GOLDEN, "--all")
     assert code == 0 and "relative  max abs" in text and "vec " in text
+
+
+def test_the_page_shows_errors_curve_heat_maps_and_every_tensor(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mine = saved(ported(case(), tuple(BUGS[name] for name in THREE)), tmp_path / "<mine>.npz")
+    code, _ = said(capsys, mine, GOLDEN, "--explain", "--html", str(tmp_path / "new" / "page.html"))
+    text = (tmp_path / "new" / "page.html").read_text()
+    tree = ElementTree.fromstring(text.replace("<!doctype html>", "").replace('<meta charset="utf-8">', "").replace(
+        '<meta name="viewport" content="width=device-width">', ""))  # fmt: skip
+    assert code == 1 and "http" not in text and "<script" not in text and "&lt;mine&gt;" in text
+    svgs = tree.findall(".//svg")
+    assert len(svgs) == 4 and len(svgs[0].findall("circle")) > 120 and len(svgs[1].findall("rect")) == 16 * 16
+    rows = tree.findall(".//tbody/tr")
+    made = {row.find("td").text for row in rows if row.get("class") == "here"}  # type: ignore[union-attr]
+    assert len(rows) > 80 and {Q_NORM, "double_blocks.0.q_rope", "final_layer.linear:0"} <= made
+    first = [p.find("b").text for p in tree.findall(".//p") if p.find("b") is not None]  # type: ignore[union-attr]
+    assert first == [Q_NORM, "double_blocks.0.q_rope", "final_layer.linear:0"]
 
 
 def test_a_float32_epsilon_that_passes_one_case_is_seen_in_the_other() -> None:

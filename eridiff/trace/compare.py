@@ -66,7 +66,10 @@ class Report:
         return list(found.values())
 
     def as_json(self) -> dict[str, Any]:
-        return {**asdict(self), "equal": self.equal, "errors": [[row.name for row in group] for group in self.groups()]}
+        plain = asdict(self)
+        for row in plain["rows"]:
+            row["measures"].pop("map", None)  # a picture
+        return {**plain, "equal": self.equal, "errors": [[row.name for row in group] for group in self.groups()]}
 
 
 def compare(
@@ -235,7 +238,7 @@ def _row(
             how, distance = f"{list(value.shape)} against {list(wanted.shape)}", float("inf")
         else:
             measures = distances(fitted.tensor, wanted)
-            how, distance = fitted.how, float(measures["relative"])  # type: ignore[arg-type]
+            how, distance = fitted.how, float(measures["relative"])
     names = source.name, other.name if other else "", how or (local[2] if local else "")
     if local is not None:
         verdict = HERE if local[0] > local[1] else CARRIED if (distance or 0.0) > far else EQUAL
@@ -256,7 +259,7 @@ def _distance(
         return None
     wanted = theirs.sources[native].read(expected)
     fitted = fit(mine.sources[native].read(found), wanted)
-    return None if fitted is None else float(distances(fitted.tensor, wanted)["relative"])  # type: ignore[arg-type]
+    return None if fitted is None else float(distances(fitted.tensor, wanted)["relative"])
 
 
 def _as_probes(

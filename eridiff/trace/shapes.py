@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import permutations
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -110,11 +111,12 @@ def _orders(axes: int) -> list[list[int]]:
     return [list(order) for order in permutations(range(axes))] if axes <= 5 else [list(range(axes))]
 
 
-def distances(found: Tensor, expected: Tensor) -> dict[str, float | list[int]]:
+def distances(found: Tensor, expected: Tensor) -> dict[str, Any]:
     """Of two tensors of one shape, in float64: relative L2, largest absolute and relative difference, cosine, ULP, first bad index.
 
     - ulp: the largest distance in units of the last place of the narrower dtype.
     - first: the index of the first value that is not finite or differs by more than 1000 ULP of the largest value.
+    - map: `[16, 48]` at most, the largest absolute difference in each part of the tensor as rows of its last axis.
     """
     narrow = max(
         (t.dtype for t in (found, expected) if t.is_floating_point()), key=lambda d: torch.finfo(d).eps, default=None
@@ -139,8 +141,11 @@ def distances(found: Tensor, expected: Tensor) -> dict[str, float | list[int]]:
         begin += len(a)
     gap2, a2, b2, product = sums.tolist()
     relative = math.sqrt(gap2) / max(math.sqrt(b2), 1e-300)
+    rows = (found.detach().to("cpu", torch.float32) - expected.detach().to("cpu", torch.float32)).abs()
+    rows = rows.reshape(1, -1, found.shape[-1] if found.ndim else 1)
+    cells = torch.nn.functional.adaptive_max_pool2d(rows, (min(16, rows.shape[1]), min(48, rows.shape[2])))
     return {
-        "relative": relative if math.isfinite(relative) else math.inf,
+        "map": cells[0].tolist(), "relative": relative if math.isfinite(relative) else math.inf,
         "max_abs": worst, "max_rel": worst_relative,
         "cosine": product / max(math.sqrt(a2 * b2), 1e-300), "ulp": worst_ulp,
         "first": [int(i) for i in torch.unravel_index(torch.tensor(first), found.shape)] if first >= 0 else [],
