@@ -12,7 +12,7 @@ import torch
 
 from eridiff.cli_trace import case_report, text
 from eridiff.errors import ConfigError, TraceError, quoted
-from eridiff.trace.cases import FAMILIES, Case, cases, inputs_of, open_case, weights_of
+from eridiff.trace.cases import Case, cases, inputs_of, open_case, weights_of
 from eridiff.trace.format import natural, read_trace
 from eridiff.trace.names import NATIVE, align, names_of
 from eridiff.weights.detect import sizes_of
@@ -132,10 +132,7 @@ def _check(options: argparse.Namespace) -> int:
             else f"{name}: equal, {sum(bool(r.other) for r in report.rows)} tensors"
         )
         code |= not report.equal
-    for start in dict.fromkeys(
-        family for family in FAMILIES.values() if any(open_case(known[n]).family == family for n in given)
-    ):
-        eps = next(name for name in known if name.endswith("-eps") and open_case(known[name]).family == start)
+    for eps in dict.fromkeys(open_case(known[name]).epsilons for name in given):
         if eps not in given:
             print(f"{eps} is missing: without it a wrong epsilon passes")
             code = 1

@@ -14,7 +14,6 @@ from eridiff.trace.compare import BROKEN, HERE, NAMED, Report, Row, compare
 from eridiff.trace.format import Trace, read_trace
 from eridiff.trace.names import parse_map
 from eridiff.trace.page import page
-from eridiff.trace.replay import arguments_run
 from eridiff.weights.load import load_network
 
 
@@ -65,9 +64,7 @@ def _diff(options: argparse.Namespace) -> int:
 
 def case_report(found: Trace, case: Case, **options: Any) -> Report:
     """A trace beside a golden case, whose weights and inputs are known."""
-    return compare(
-        found, case.expected, network=case.network, run=lambda dtype: arguments_run(case.arguments, dtype), **options
-    )
+    return compare(found, case.expected, network=case.network, run=case.run, **options)
 
 
 def text(report: Report, case: Case | None = None, whole: bool = False) -> str:
@@ -113,12 +110,8 @@ def text(report: Report, case: Case | None = None, whole: bool = False) -> str:
     else:
         lines.append("equal")
     if case is not None and not groups and "eps" not in case.name:
-        lines.append(f"a wrong epsilon may not show in {case.name}: compare with {_epsilon_case(case)} too")
+        lines.append(f"a wrong epsilon may not show in {case.name}: compare with {case.epsilons} too")
     return "\n".join(lines)
-
-
-def _epsilon_case(case: Case) -> str:
-    return {"flux": "flux-eps", "mmdit": "sd3-eps", "unet": "sdxl-eps"}[case.family]
 
 
 def _some(names: Any) -> str:

@@ -27,7 +27,6 @@ from eridiff.trace.compare import Report, compare
 from eridiff.trace.format import read_trace, write_trace
 from eridiff.trace.names import Names, align
 from eridiff.trace.record import record, relative_l2
-from eridiff.trace.replay import arguments_run
 from eridiff.trace.shapes import distances, fit
 from eridiff.weights.detect import sizes_of
 from eridiff.weights.keymap import key_map
@@ -72,8 +71,7 @@ def ported(golden: Case, bugs: tuple["Bug", ...] = (), dtype: type = np.float64)
 
 def compared(golden: Case, trace: Any, **options: Any) -> Report:
     found = {name: torch.as_tensor(value) for name, value in trace.items()}
-    run = lambda dtype: arguments_run(golden.arguments, dtype)  # noqa: E731
-    return compare(found, golden.expected, network=golden.network, run=run, **options)
+    return compare(found, golden.expected, network=golden.network, run=golden.run, **options)
 
 
 @dataclass(frozen=True)
@@ -376,6 +374,68 @@ def test_the_cause_of_one_error_in_sd35_is_named(name: str) -> None:
     golden = case("sd35-large-tiny")
     (group,) = compared(golden, ported_sd35(golden, (SD35[name],)), explain=True).groups()
     assert group[0].name == SD35[name].first and SD35[name].says in group[0].cause
+
+
+# the autoencoder --------------------------------------------------------------------------------------------------------
+
+
+def ported_autoencoder(golden: Case, bug: Bug | None = None, dtype: type = np.float64) -> Arrays:
+    parts = fresh_port()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "numpy_flux", parts)
+        port = loaded("numpy_autoencoder")
+    if bug is not None:
+        setattr(port, bug.function, bug.wrong(port, getattr(port, bug.function)))
+    weights = {name: tensor.numpy().astype(dtype) for name, tensor in weights_of(golden.description).items()}
+    given = {n: t.numpy().astype(dtype) for n, t in inputs_of(golden.description).items()}
+    port.encoded(weights, golden.description["config"], given["image"])
+    port.decoded(weights, golden.description["config"], given["latents"])
+    return {name: np.array(value) for name, value in parts.TRACE.items()}
+
+
+def group_norm_with(eps: float) -> Callable[..., Any]:
+    def norm(x: Any, groups: int = 32) -> Any:
+        grouped = x.reshape(len(x), groups, -1)
+        return ((grouped - grouped.mean(-1, keepdims=True)) / np.sqrt(grouped.var(-1, keepdims=True) + eps)).reshape(
+            x.shape
+        )
+
+    return lambda port, right: norm
+
+
+def padded_first(port: Any, right: Any) -> Any:
+    return lambda weights, name, x: port.kept(name, port.conv(weights, f"{name}.conv", x, 2, ((1, 0), (1, 0))))
+
+
+def bilinear(port: Any, right: Any) -> Any:
+    return lambda x: torch.nn.functional.interpolate(torch.from_numpy(x), scale_factor=2.0, mode="bilinear").numpy()
+
+
+VAE = {
+    "group norm eps 1e-5": Bug("group_norm", group_norm_with(1e-5), "encoder.down.0.block.0.norm1", "group norm's epsilon is 1e-5"),
+    "gelu": Bug("silu", lambda p, r: lambda x: torch.nn.functional.gelu(torch.from_numpy(x)).numpy(), "encoder.down.0.block.0.conv1", "GELU in place of SiLU"),
+    "no silu": Bug("silu", lambda p, r: lambda x: x, "encoder.down.0.block.0.conv1", "SiLU is left out"),
+    "padding": Bug("halved", padded_first, "encoder.down.0.downsample.conv", "padding at the left and top"),
+    "bilinear": Bug("larger", bilinear, "decoder.up.1.upsample.conv", "bilinear in place of nearest"),
+    "scores": Bug("attention_scale", lambda p, r: lambda channels: 1.0, "encoder.mid.attn_1.proj_out", "scores are not scaled"),
+    "no shift": Bug("from_latents", lambda p, r: lambda z, c: z / c["scale_factor"], "decoder.conv_in", "latents' shift is left out"),
+    "no scale": Bug("from_latents", lambda p, r: lambda z, c: z + c["shift_factor"], "decoder.conv_in", "latents' scale is left out"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [np.float64, np.float32], ids=["float64", "float32"])
+@pytest.mark.parametrize("name", ["ae-16-tiny", "ae-eps"])
+def test_a_right_port_of_the_autoencoder_is_equal(name: str, dtype: type) -> None:
+    report = compared(case(name), ported_autoencoder(case(name), dtype=dtype))
+    assert report.equal and report.unknown == () and len([row for row in report.rows if row.other]) >= 30
+
+
+@pytest.mark.parametrize("name", VAE)
+def test_one_error_in_the_autoencoder_is_found_and_its_cause_named(name: str) -> None:
+    bug, golden = VAE[name], case("ae-eps")
+    narrow = compared(golden, ported_autoencoder(golden, bug, np.float32))
+    (group,) = compared(golden, ported_autoencoder(golden, bug), explain=True).groups()
+    assert narrow.made[0].name == group[0].name == bug.first and bug.says in group[0].cause
 
 
 # names and arrangements -----------------------------------------------------------------------------------------------

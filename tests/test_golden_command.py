@@ -15,7 +15,6 @@ from eridiff.cli_golden import DTYPES
 from eridiff.cli_trace import case_report
 from eridiff.trace.cases import cases, open_case
 from eridiff.trace.record import record
-from eridiff.trace.replay import arguments_run
 from eridiff.weights.load import load_network
 
 ROOT = Path(__file__).parents[1]
@@ -59,7 +58,7 @@ def test_our_own_networks_pass_and_the_originals_values_do(name: str, dtype: tor
     case = open_case(cases()[name])
     network = case.network.to(dtype)
     with record(network) as recording, torch.no_grad():
-        arguments_run(case.arguments, dtype)(network)
+        case.run(dtype)(network)
     case.network.double()
     report = case_report(recording, case)
     assert report.equal, [(row.name, row.local, row.distance) for row in report.made][:3]
