@@ -237,7 +237,7 @@ BUGS = {
     "rope rows, columns": Bug("rope_table", lambda p, r: lambda i, a, t: r(i[:, [0, 2, 1]], a, t), "rope.cos", "rows and columns"),
     "rope theta": Bug("rope_table", lambda p, r: lambda i, a, t: r(i, a, 1000), "rope.cos", "not 10000 but 1000"),
     "rope from 1": Bug("rope_table", lambda p, r: lambda i, a, t: r(i + 1, a, t), "rope.cos", "start at 1"),
-    "image first": Bug("joined_streams", lambda p, r: lambda t, i: r(i, t), "double_blocks.0.q_rope", "picture's tokens stand before"),
+    "image first": Bug("joined_streams", lambda p, r: lambda t, i: r(i, t), "double_blocks.0.q_rope", "joined stands in the other order"),
     "no gates": Bug("updated", without_gates, "double_blocks.0.img_mlp:0", "gates are left out"),
     "mlp of the input": Bug("updated", mlp_of_the_input, "double_blocks.0.img_mlp:0", "reads the stream before"),
     "time scale": Bug("sinusoid", sinusoid(factor=1.0), "time.sinusoid", "scale of 1 in place of 1000"),
@@ -436,6 +436,90 @@ def test_one_error_in_the_autoencoder_is_found_and_its_cause_named(name: str) ->
     narrow = compared(golden, ported_autoencoder(golden, bug, np.float32))
     (group,) = compared(golden, ported_autoencoder(golden, bug), explain=True).groups()
     assert narrow.made[0].name == group[0].name == bug.first and bug.says in group[0].cause
+
+
+# the UNet --------------------------------------------------------------------------------------------------------------
+
+
+def ported_unet(golden: Case, bug: Bug | None = None, dtype: type = np.float64) -> Arrays:
+    parts = fresh_port()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "numpy_flux", parts)
+        patch.setitem(sys.modules, "numpy_autoencoder", loaded("numpy_autoencoder"))
+        port = loaded("numpy_unet")
+    if bug is not None:
+        setattr(port, bug.function, bug.wrong(port, getattr(port, bug.function)))
+    weights = {name: tensor.numpy().astype(dtype) for name, tensor in weights_of(golden.description).items()}
+    given = {n: t.numpy().astype(dtype) for n, t in inputs_of(golden.description).items()}
+    port.unet(weights, golden.description["config"], given)
+    return {name: np.array(value) for name, value in parts.TRACE.items()}
+
+
+def group_norm_of(eps: float) -> Callable[..., Any]:
+    def wrong(port: Any, right: Any) -> Any:
+        return lambda weights, name, x: port.kept(
+            name,
+            port.group_norm(x, eps) * weights[f"{name}.weight"][:, None, None] + weights[f"{name}.bias"][:, None, None],
+        )
+
+    return wrong
+
+
+def layer_norm_of(eps: float) -> Callable[..., Any]:
+    def wrong(port: Any, right: Any) -> Any:
+        return lambda weights, name, x: port.kept(
+            name,
+            (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + eps) * weights[f"{name}.weight"]
+            + weights[f"{name}.bias"],
+        )
+
+    return wrong
+
+
+def torch_gelu(approximate: str) -> Callable[..., Any]:
+    return lambda port, right: lambda x: torch.nn.functional.gelu(torch.from_numpy(x), approximate=approximate).numpy()
+
+
+def gate_in_front(port: Any, right: Any) -> Any:
+    return lambda x: right(np.concatenate(np.split(x, 2, -1)[::-1], -1))
+
+
+UNET = {
+    "block's eps": Bug("of_block", group_norm_of(1e-6), "input_blocks.1.0.in_layers.0", "group norm's epsilon is 1e-6"),
+    "transformer's eps": Bug("of_transformer", group_norm_of(1e-5), "input_blocks.4.1.norm", "group norm's epsilon is 1e-5"),
+    "layer norm's eps": Bug("layer_norm", layer_norm_of(1e-6), "input_blocks.4.1.transformer_blocks.0.norm1", "layer norm's epsilon is 1e-6"),
+    "tanh gelu": Bug("gelu", torch_gelu("tanh"), "input_blocks.4.1.transformer_blocks.0.ff.net.2", "tanh form of GELU"),
+    "gate in front": Bug("gated", gate_in_front, "input_blocks.4.1.transformer_blocks.0.ff.net.2", "gate is the first half"),
+    "skip in front": Bug("joined", lambda p, r: lambda x, skip: r(skip, x), "output_blocks.0.0.in_layers.0", "skip before stream"),
+    "time / 1000": Bug("sinusoid", lambda p, r: lambda t, width: r(t / 1000, width), "time_embed:0", "scale of 1 in place of 1000"),
+    "sine first": Bug("sinusoid", lambda p, r: lambda t, width: np.roll(r(t, width), width // 2, -1), "time_embed:0", "sines first"),
+    "no silu before the embedding": Bug("added", lambda p, r: lambda vec: vec, "input_blocks.1.0.emb_layers.1", "SiLU is left out"),
+    "scores": Bug(
+        "attention", lambda p, r: lambda q, k, v: r(q * q.shape[-1] ** 0.5, k, v), "input_blocks.4.1.transformer_blocks.0.attn1.to_out.0",
+        "scores are not scaled",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [np.float64, np.float32], ids=["float64", "float32"])
+def test_a_right_port_of_the_unet_is_equal(dtype: type) -> None:
+    report = compared(case("sdxl-eps"), ported_unet(case("sdxl-eps"), dtype=dtype))
+    assert report.equal and report.unknown == () and len([row for row in report.rows if row.other]) >= 17
+
+
+@pytest.mark.parametrize("name", UNET)
+def test_one_error_in_the_unet_is_found_where_it_is_made(name: str) -> None:
+    report = compared(case("sdxl-eps"), ported_unet(case("sdxl-eps"), UNET[name]))
+    assert report.made[0].name == UNET[name].first
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", UNET)
+def test_the_cause_of_one_error_in_the_unet_is_named(name: str) -> None:
+    report = compared(case("sdxl-eps"), ported_unet(case("sdxl-eps"), UNET[name]), explain=True)
+    assert UNET[name].says in report.made[0].cause
+    narrow = compared(case("sdxl-eps"), ported_unet(case("sdxl-eps"), UNET[name], np.float32))
+    assert narrow.made[0].name == UNET[name].first
 
 
 # names and arrangements -----------------------------------------------------------------------------------------------

@@ -278,7 +278,7 @@ def _single(wrong_in: bool, wrong_out: bool, gate: bool = True) -> Callable[[Wro
 
 
 class _ImageFirst:
-    """torch, whose `cat` puts the picture's tokens before the text's."""
+    """torch, whose `cat` joins two in the other order: tokens of text and picture, a stream and its skip."""
 
     def __getattr__(self, name: str) -> Any:
         return getattr(torch, name)
@@ -286,6 +286,18 @@ class _ImageFirst:
     def cat(self, tensors: Any, dim: int = 0) -> Tensor:
         tokens = dim in (1, 2) and len(tensors) == 2
         return torch.cat(list(tensors)[::-1] if tokens else tensors, dim=dim)
+
+
+def _gate_in_front(_: Wrong) -> Wrong:
+    def forward(self: Any, x: Tensor, keys_values: tuple[Tensor, Tensor]) -> Tensor:
+        normed = self.norm1(x)
+        x = x + self.self_attention(normed, self.self_attention.keys_values(normed))
+        x = x + self.cross_attention(self.norm2(x), keys_values)
+        gate, value = self.mlp_in(self.norm3(x)).chunk(2, dim=-1)
+        added: Tensor = self.mlp_out(value * F.gelu(gate))
+        return x + added
+
+    return forward
 
 
 def _normed(change: Callable[[Any, Tensor], Tensor]) -> Callable[[Wrong], Wrong]:
@@ -379,7 +391,7 @@ CAUSES: tuple[Cause, ...] = (
     Cause("the rotary table is computed in bfloat16", "rope_table", _table_in(torch.bfloat16)),
     Cause("the rotary angle's base is not 10000 but 1000", "rope_table", lambda right: lambda ids, axes, _: right(ids, axes, 1000)),
     Cause("the rotary positions start at 1", "rope_table", lambda right: lambda ids, axes, theta: right(ids + 1, axes, theta)),
-    Cause("the picture's tokens stand before the text's", "torch", lambda _: _ImageFirst()),
+    Cause("what is joined stands in the other order: picture before text, or skip before stream", "torch", lambda _: _ImageFirst()),
     Cause("the gates are left out", "Stream.update", _update(gates=False, late=False)),
     Cause("the MLP reads the stream before the attention was added", "Stream.update", _update(gates=True, late=True)),
     Cause("the rows of linear1 are read as MLP, qkv in place of qkv, MLP", "SingleBlock.forward", _single(True, False)),
@@ -396,6 +408,7 @@ CAUSES: tuple[Cause, ...] = (
     Cause("the guidance embedding is left out", "Flux.conditioning_vector", _conditioning(guidance=True)),
     Cause("the pooled text is left out", "Flux.conditioning_vector", _conditioning(pooled=True)),
     Cause("the pooled text is left out", "MMDiT.conditioning_vector", _conditioning(pooled=True)),
+    Cause("the gate is the first half of the gated MLP", "TransformerBlock.forward", _gate_in_front),
     Cause("padding at the left and top in place of right and bottom", "F.pad", _padded),
     Cause("bilinear in place of nearest neighbour", "F.interpolate", lambda right: lambda x, **_: right(x, scale_factor=2.0, mode="bilinear")),
     Cause("the latents' shift is left out", "Autoencoder.decode", _statistics(scale=True, shift=False)),

@@ -100,6 +100,11 @@ def compare(
     if mine.network != theirs.network:
         plain = [Aligned("", "native", {n: Source((n,)) for n in names}, ()) for names in (found, expected)]
         mine, theirs = plain
+    literal = {name: Source((name,)) for name in theirs.unknown if name in mine.unknown}
+    mine, theirs = (
+        replace(side, sources=side.sources | literal, unknown=tuple(n for n in side.unknown if n not in literal))
+        for side in (mine, theirs)
+    )
     mine, theirs = (_whole(side, found, expected) for side in (mine, theirs))
     mine = _outputs_in_order(mine, theirs, found, expected)
     shared = [n for n in theirs.sources if n in mine.sources]
@@ -152,7 +157,7 @@ def compare(
         rows = _one_fit(rows)
     return Report(
         tuple(rows),
-        tuple(s.name for n, s in theirs.sources.items() if n not in mine.sources),
+        (*(s.name for n, s in theirs.sources.items() if n not in mine.sources), *theirs.unknown),
         tuple(s.name for n, s in mine.sources.items() if n not in theirs.sources),
         tuple((n, nearest(n, [s.name for s in theirs.sources.values()])) for n in mine.unknown),
         str(dtype).removeprefix("torch."), floor, calls is not None,
