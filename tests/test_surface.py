@@ -86,7 +86,7 @@ def test_every_public_name_is_found_and_listed() -> None:
 
 def test_a_sub_package_is_an_attribute_from_the_start(tmp_path: Path) -> None:
     """In an order in which none was imported by an earlier one."""
-    names = ["errors", "models", "trace.record", "lora.attach_lora", "blocks.compile_blocks", "training.Sampler"]
+    names = ["errors", "models", "lora.attach_lora", "blocks.compile_blocks", "trace.record", "training.Sampler"]
     code = (
         "import sys, eridiff\n"
         f"for name in {names}:\n"

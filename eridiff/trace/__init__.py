@@ -1,5 +1,10 @@
-"""Record what every module of a network gives, compare two recordings, name the first that differs."""
+"""Record what every module of a network takes and gives, compare two traces, find where they part and why."""
 
+from eridiff.trace.compare import Report, Row, compare
+from eridiff.trace.format import Trace, TraceFile, probe, read_trace, write_trace
 from eridiff.trace.record import Recording, first_difference, record
 
-__all__ = ["Recording", "first_difference", "record"]
+__all__ = [
+    "Recording", "Report", "Row", "Trace", "TraceFile", "compare", "first_difference", "probe", "read_trace", "record",
+    "write_trace",
+]  # fmt: skip

@@ -23,7 +23,7 @@ import torch
 from eridiff.errors import CheckpointError, ConfigError, quoted
 
 MAXIMUM_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
-MAXIMUM_TENSORS = 20_000  # published files stay below 3,000
+MAXIMUM_TENSORS = 100_000  # published files stay below 3,000, the trace of a whole run of Flux has 30,000
 MAXIMUM_DIMENSIONS = 8
 MAXIMUM_JSON_VALUES = 2_000_000  # bounds the memory that a hostile header can take
 INTEGER_LIMIT = 2**63

@@ -248,6 +248,8 @@ class KeyMap:
         self.layouts = {name: Layout(network, name, layout) for name, layout in body["layouts"].items()}
         rules = body.get("lora", {})  # names that LoRA files alone use
         self.lora_rules = [Rule(native, right) for native, right in rules.items()]
+        # readable names of what stands between modules, and where a trace has it
+        self.value_rules = [Rule(name, place) for name, place in body.get("values", {}).items()]
 
 
 @cache

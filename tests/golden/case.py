@@ -1,24 +1,19 @@
 """What every case has: weights through a file and the ordinary loader, inputs, rows of a table."""
 
-import json
 import math
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from eridiff.lora.names import network_of
 from eridiff.models import flux, mmdit, unet
-from eridiff.text.encoders import build_encoder
+from eridiff.trace.cases import inputs_of as inputs_of
+from eridiff.trace.cases import load_case as load_case
+from eridiff.trace.names import NATIVE, names_of
 from eridiff.trace.record import relative_l2
-from eridiff.weights.detect import component_of
-from eridiff.weights.header import open_checkpoint
-from eridiff.weights.load import NETWORKS, build
-from eridiff.weights.save import write_tensors
-from tests.hashfill import parameter, value
 
 
 @dataclass(frozen=True)
@@ -36,36 +31,14 @@ class Row:
         return self.error <= self.bound
 
 
-def load_case(
-    case: Mapping[str, Any],
-    configs: Mapping[str, Mapping[str, Any]],
-    dtype: torch.dtype,
-    stored: torch.dtype = torch.float64,
-) -> Any:
-    """The case's weights through a file in the original layout and the loader: a module for each network of `configs`."""
-    tensors = {
-        name: torch.as_tensor(parameter(name, tuple(shape), case["salt"], case["overrides"])).to(stored)
-        for name, shape in case["parameters"]
-    }
-    modules = []
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "case.safetensors"
-        write_tensors(tensors, path, {"eridiff.config": json.dumps(configs)})
-        for network in configs:
-            component = component_of(open_checkpoint(path), network)
-            modules.append((build if network in NETWORKS else build_encoder)(component, dtype=dtype))
-    return modules
-
-
-def inputs_of(case: Mapping[str, Any]) -> dict[str, Tensor]:
-    result = {}
-    for item in case["inputs"]:
-        given = item.get("values")
-        array = given if given is not None else value(item["name"], tuple(item["shape"]), case["salt"], item["scale"])
-        result[item["name"]] = torch.as_tensor(
-            array, dtype=None if given and isinstance(given[0], list) else torch.float64
-        )
-    return result
+def placed(recording: Mapping[str, Tensor], name: str, model: Any) -> Tensor:
+    """A golden's tensor among what was recorded of `model`, by the names of its key map."""
+    for layout in (NATIVE, "original"):
+        aligned = names_of(network_of(model), layout, model.config).align([name])
+        for native in aligned.sources:
+            whole, _, index = native.rstrip("]").partition("[")
+            return recording[whole][int(index)] if index else recording[whole]
+    raise KeyError(name)
 
 
 def float32_sinusoid(values: Tensor, width: int = 256) -> Tensor:

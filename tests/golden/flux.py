@@ -10,7 +10,7 @@ from eridiff.models.flux import Flux, fill_condition, patchify, position_ids, un
 from eridiff.schedulers.flow_match import flux_schedule
 from eridiff.schedulers.samplers import euler
 from eridiff.trace.record import record
-from tests.golden.case import Float32Sinusoid, Row, inputs_of, load_case, row
+from tests.golden.case import Float32Sinusoid, Row, inputs_of, load_case, placed, row
 
 
 def load_flux(case: Mapping[str, Any], dtype: torch.dtype) -> Flux:
@@ -33,10 +33,7 @@ def run_flux(case: Mapping[str, Any], expected: Mapping[str, Tensor], dtype: tor
     times = given["timesteps"][None].to(dtype)
     guidance = None if guidance is None else guidance.to(dtype)
     with torch.no_grad(), record(model) as recording:
-        out = model(image, text, pooled, times, guidance=guidance, ids=ids)
-        run = model.prepare(text, pooled, times, guidance=guidance, ids=ids)
-        recording["vec"] = model.conditioning_vector(pooled, times, guidance)
-    recording |= {"out": out, "packed": image, "rope.cos": run.rope[0], "rope.sin": run.rope[1]}
+        model(image, text, pooled, times, guidance=guidance, ids=ids)
     large_guidance = guidance is not None and float(guidance.max()) > 10
     time_bound = 1e-3 if large_guidance else 1e-4
     static = ("image_in", "text_in", "pooled", "rope.cos", "rope.sin", "packed")
@@ -44,7 +41,7 @@ def run_flux(case: Mapping[str, Any], expected: Mapping[str, Tensor], dtype: tor
     for name in case["intermediates"]:
         wide = dtype == torch.float64
         bound = 1e-9 if wide and name == "out" else 1e-6 if wide or name in static else time_bound
-        found = flux_intermediate(recording, name)
+        found = placed(recording, name, model)
         found = found.expand_as(expected[name]) if name.startswith("rope.") else found
         rows.append(row(case, dtype, name, found.reshape(expected[name].shape), expected[name], bound))
     if "out.sinusoid_float32" in expected:
@@ -53,26 +50,6 @@ def run_flux(case: Mapping[str, Any], expected: Mapping[str, Tensor], dtype: tor
         bound = 1e-6 if dtype == torch.float64 else 1e-5
         rows.append(row(case, dtype, "out.sinusoid_float32", out, expected["out.sinusoid_float32"], bound))
     return rows
-
-
-def flux_intermediate(recording: Mapping[str, Tensor], name: str) -> Tensor:
-    """A golden's tensor among what was recorded: module outputs, else inputs of a module."""
-    derived = {
-        "time": "time_in", "guidance": "guidance_in", "pooled": "pooled_in",
-        "time.sinusoid": "time_in:0", "guidance.sinusoid": "guidance_in:0", "final.modulated": "final.linear:0",
-    }  # fmt: skip
-    ends = {
-        ".attention_in": ".qkv:0", ".mlp_in": ".mlp:0", ".q_rope": ".attention:0", ".k_rope": ".attention:1",
-    }  # fmt: skip
-    if name in derived:
-        return recording[derived[name]]
-    for end, place in ends.items():
-        if name.endswith(end):
-            return recording[name.removesuffix(end) + place]
-    block = name.removesuffix(".image").removesuffix(".text")
-    if name.startswith("double_blocks.") and name != block and name.count(".") == 2:
-        return recording[f"{block}.{0 if name.endswith('.image') else 1}"]
-    return recording[name]
 
 
 def run_trajectory(case: Mapping[str, Any], expected: Mapping[str, Tensor], dtype: torch.dtype) -> list[Row]:

@@ -16,11 +16,11 @@ from eridiff.lora.merge import merge_lora
 from eridiff.models import unet
 from eridiff.models.flux import Flux
 from eridiff.models.mmdit import MMDiT
+from eridiff.trace.hashfill import parameter
 from eridiff.trace.record import relative_l2
 from eridiff.weights.detect import sizes_of
 from eridiff.weights.keymap import Entry, Layout, key_map
 from tests.golden.case import Row, load_case
-from tests.hashfill import parameter
 
 FAMILIES = {"flux": "flux", "sd3": "mmdit", "sdxl": "unet"}
 ENCODERS = {  # prefix in a single file -> network and layout

@@ -15,7 +15,8 @@ from eridiff.schedulers.guidance import Guidance, SkipLayers, guided
 from eridiff.schedulers.samplers import SAMPLERS, Sampler
 from eridiff.text.encoders import ClipEncoder, T5Encoder
 from eridiff.trace.record import record
-from tests.golden.case import Float32Sinusoid, Row, inputs_of, load_case, row
+from eridiff.trace.shapes import fit
+from tests.golden.case import Float32Sinusoid, Row, inputs_of, load_case, placed, row
 from tests.golden.text import Sized, wide_norm
 
 
@@ -37,44 +38,16 @@ def evaluate(model: MMDiT, given: Mapping[str, Tensor], dtype: torch.dtype, kind
 def run_mmdit(case: Mapping[str, Any], expected: Mapping[str, Tensor], dtype: torch.dtype) -> list[Row]:
     model, given = load_mmdit(case, dtype), inputs_of(case)
     with record(model) as recording:
-        output = evaluate(model, given, dtype)
-    recording["output"] = output
+        evaluate(model, given, dtype)
     rows = []
     for name, tensor in expected.items():
         if name.endswith(".float32"):
             continue
         bound = 5e-6 if dtype == torch.float32 else 1e-9 if name == "output" else 1e-6
-        found = mmdit_intermediate(recording, name)
-        rows.append(row(case, dtype, name, found.reshape(tensor.shape), tensor, bound))
+        fitted = fit(placed(recording, name, model), tensor)
+        assert fitted is not None
+        rows.append(row(case, dtype, name, fitted.tensor, tensor, bound))
     return rows
-
-
-def mmdit_intermediate(recording: Mapping[str, Tensor], name: str) -> Tensor:
-    """A golden's tensor, by the original's module path, among what was recorded."""
-    places = {
-        "output": "output", "pos_embed.crop": "positions", "t_embedder.freq": "time_in:0", "t_embedder": "time_in",
-        "y_embedder": "pooled_in", "context_embedder": "text_in", "final_layer.adaLN_modulation": "final.modulation",
-        "final_layer.in": "final.linear:0", "final_layer": "final", "x_in": "joint_blocks.0:0",
-    }  # fmt: skip
-    if name == "c":
-        return recording["time_in"][:, 0] + recording["pooled_in"]
-    if name == "x_embedder":
-        return recording["image_in"].flatten(2).transpose(1, 2)
-    if name in places:
-        return recording[places[name]]
-    block, rest = ".".join(name.split(".")[:2]), ".".join(name.split(".")[2:])
-    if rest in ("x", "context"):
-        return recording[f"{block}.{0 if rest == 'x' else 1}"]
-    stream, _, part = rest.partition(".")
-    stream = f"{block}.{'image' if stream == 'x_block' else 'text'}"
-    if part in ("attn.q", "attn.k"):
-        return recording[f"{stream}.{part[-1]}_norm"].transpose(1, 2)
-    if part == "adaLN_modulation":
-        return recording.get(f"{stream}.modulation", recording.get(f"{stream}.last_modulation"))  # type: ignore[return-value]
-    ends = {
-        "attn.in": "qkv:0", "attn2.in": "qkv2:0", "attn.out": "proj:0", "attn2.out": "proj2:0", "mlp.in": "mlp:0", "mlp": "mlp",
-    }  # fmt: skip
-    return recording[f"{stream}.{ends[part]}"]
 
 
 def run_skip_layers(case: Mapping[str, Any], expected: Mapping[str, Tensor], dtype: torch.dtype) -> list[Row]:

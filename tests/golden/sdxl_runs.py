@@ -15,9 +15,9 @@ from eridiff.schedulers import Schedule
 from eridiff.schedulers import discrete as d
 from eridiff.schedulers.guidance import classifier_free, rescaled
 from eridiff.schedulers.samplers import SAMPLERS, Sampler, euler_ancestral, mixed
+from eridiff.trace.hashfill import parameter, uniform, value
 from tests.golden.case import Row, row
 from tests.golden.sdxl import load_unet
-from tests.hashfill import parameter, uniform, value
 
 ALPHAS = d.alphas_cumprod()
 TABLE = d.sigma_table(ALPHAS)

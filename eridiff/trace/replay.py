@@ -1,0 +1,156 @@
+"""Errors made at a place, apart from errors carried to it: our network runs on what a trace has, value by value."""
+
+import copy
+import inspect
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from eridiff.trace.names import Source
+from eridiff.trace.record import record, relative_l2
+from eridiff.trace.shapes import fit
+from eridiff.trace.watch import exchanged, watched
+
+Run = Callable[[nn.Module], Any]
+
+
+@dataclass(frozen=True)
+class Local:
+    """One tensor of a trace beside what our network computes from the trace's own values before it."""
+
+    native: str
+    source: Source
+    how: str  # in which arrangement it is the network's; empty if in the same
+    relative: float  # L2 distance; infinite if the shapes do not fit or a value is not finite
+
+
+def replay(network: nn.Module, trace: Mapping[str, Tensor], sources: Mapping[str, Source], run: Run) -> list[Local]:
+    """Run `network`, exchanging each value that the trace has, in the order of computation.
+
+    - network: in float64.
+    - sources: the trace's tensors by our names.
+    - run: calls the network; `arguments_run` or `trace_run`.
+
+    What differs at one place is what was done between it and the values before it that the trace has; so three errors give
+    three differences, wherever they stand.
+    """
+    found: dict[str, Local] = {}
+
+    def change(name: str, computed: Tensor, call: int) -> Tensor:
+        whole = f"{name}@{call}" if call else name
+        if f"{whole}[0]" in sources:
+            return torch.stack([meet(f"{whole}[{i}]", part) for i, part in enumerate(computed)])
+        return meet(whole, computed)
+
+    def meet(native: str, computed: Tensor) -> Tensor:
+        source = _source(native, computed, trace, sources)
+        if source is None or native in found:
+            return computed
+        fitted = fit(source.read(trace), computed)
+        if fitted is None:
+            found[native] = Local(
+                native, source, f"{_shape(source, trace)} against {list(computed.shape)}", float("inf")
+            )
+            return computed
+        value = fitted.tensor.to(computed.device, computed.dtype)
+        found[native] = Local(native, source, fitted.how, relative_l2(value, computed))
+        return value if found[native].relative > 0 and bool(value.isfinite().all()) else computed
+
+    def visit(name: str, value: Any, call: int) -> Any:
+        return exchanged(name, value, lambda leaf, tensor: change(leaf, tensor, call))
+
+    with torch.no_grad(), watched(network, visit):
+        run(network)
+    return list(found.values())
+
+
+def _shape(source: Source, trace: Mapping[str, Tensor]) -> list[int]:
+    return list(source.read(trace).shape)
+
+
+def _source(native: str, computed: Tensor, trace: Mapping[str, Tensor], sources: Mapping[str, Source]) -> Source | None:
+    """The trace's tensor of this name; of two outputs that another implementation gives in the other order, the one that fits."""
+    own = sources.get(native)
+    base, _, index = native.rpartition(".")
+    other = sources.get(f"{base}.{1 - int(index)}") if index in ("0", "1") else None
+    if own is None or other is None:
+        return own
+    shapes = [_shape(source, trace) for source in (own, other)]
+    return other if shapes[0] != shapes[1] == list(computed.shape) else own
+
+
+def arguments_run(arguments: Mapping[str, Any], dtype: torch.dtype = torch.float64) -> Run:
+    """Calls the network with these arguments, floating ones in `dtype`."""
+    given = {name: _cast(value, dtype) for name, value in arguments.items()}
+    return lambda network: network(**given)
+
+
+def trace_run(
+    kind: type[nn.Module],
+    trace: Mapping[str, Tensor],
+    sources: Mapping[str, Source],
+    dtype: torch.dtype = torch.float64,
+) -> Run | None:
+    """Calls a network of this kind as the trace says that it was called: its `forward`, or `prepare` and each `step`; None if it does not."""
+
+    def arguments(function: str, network: nn.Module, call: str = "") -> dict[str, Any]:
+        known = inspect.signature(getattr(type(network), function)).parameters
+        names = {n: f"{function}:{n}{call}" for n in known}
+        return {n: _cast(sources[s].read(trace), dtype) for n, s in names.items() if s in sources}
+
+    steps = [name.removeprefix("step:latents") for name in sources if name.startswith("step:latents")]
+
+    def stepwise(network: Any) -> None:
+        prepared = network.prepare(**arguments("prepare", network))
+        for i, call in enumerate(steps):
+            given = arguments("step", network, call)
+            network.step(given["latents"], prepared, given.get("i", i))
+
+    def whole(network: nn.Module) -> None:
+        network(**arguments("forward", network))
+
+    def given(function: str) -> bool:
+        parameters = inspect.signature(getattr(kind, function)).parameters.values()
+        needed = [p.name for p in parameters if p.default is p.empty and p.name not in ("self", "run", "i")]
+        return all(f"{function}:{name}" in sources for name in needed)
+
+    if given("forward"):
+        return whole
+    return stepwise if hasattr(kind, "step") and given("prepare") and given("step") else None
+
+
+def _cast(value: Any, dtype: torch.dtype) -> Any:
+    if isinstance(value, Tensor) and not value.is_floating_point() and value.ndim < 2:
+        numbers = value.tolist()  # a grid, or the number of a step
+        return tuple(numbers) if isinstance(numbers, list) else numbers
+    return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
+
+
+def floors(
+    network: nn.Module, run: Callable[[torch.dtype], Run], dtype: torch.dtype, sources: Mapping[str, Source]
+) -> dict[str, float]:
+    """What rounding to `dtype` alone gives at each place on this network: the measure of what counts as an error there."""
+    narrow = copy.deepcopy(network).to(dtype)
+    with torch.no_grad(), record(narrow, calls="all") as recording:
+        run(dtype)(narrow)
+    own = {name: Source((name,)) for name in recording if name in sources or f"{name}[0]" in sources}
+    return {local.native: local.relative for local in replay(network, recording, own, run(torch.float64))}
+
+
+def explained(
+    network: nn.Module,
+    trace: Mapping[str, Tensor],
+    sources: Mapping[str, Source],
+    run: Run,
+    patch: AbstractContextManager[Any] | None = None,
+) -> dict[str, float]:
+    """The differences by name, with a known error planted into our network: where it falls to nothing, that was it."""
+    with patch or nullcontext():
+        try:
+            return {local.native: local.relative for local in replay(network, trace, sources, run)}
+        except (RuntimeError, ValueError, IndexError):  # an error that these shapes do not allow
+            return {}
