@@ -13,7 +13,7 @@ from types import FrameType
 from typing import Any
 
 import eridiff
-from eridiff.schedulers.guidance import Guidance
+from eridiff.request import Request
 
 PACKAGE = str(Path(eridiff.__file__).parent)
 BRANCHES = (ast.If, ast.IfExp, ast.While, ast.Try, ast.Assert)
@@ -69,7 +69,7 @@ def main() -> None:
     prompt = model.encode_prompt("a swan on mars")
     noise = model.noise([0], 64, 64)
     schedule = model.schedule(8, 64, 64)
-    predict = model.predictor(prompt, schedule, 64, 64, Guidance())
+    predict = model.predictor(prompt, schedule, Request(seed=0).checked(model))
     _, functions = traced(lambda: predict(noise, 0))
     counted = [size(*function) for function in sorted(functions)]
     counted = [c for c in counted if c[0]]

@@ -36,6 +36,7 @@ if TYPE_CHECKING:  # what type checkers and editors see; a test compares it with
     from eridiff.models.mmdit import MMDiTConfig as MMDiTConfig
     from eridiff.models.unet import UNet as UNet
     from eridiff.models.unet import UNetConfig as UNetConfig
+    from eridiff.request import Request as Request
     from eridiff.text import Conditioning as Conditioning
     from eridiff.text.encoders import ClipEncoder as ClipEncoder
     from eridiff.text.encoders import T5Encoder as T5Encoder
@@ -55,6 +56,7 @@ _PLACES = {
     "SD35Inference": "eridiff.inference",
     "SDXLInference": "eridiff.inference",
     "Prompt": "eridiff.inference",
+    "Request": "eridiff.request",
     "load_lora": "eridiff.lora",
     "attach_lora": "eridiff.lora",
     "inject_lora": "eridiff.lora",

@@ -1,10 +1,12 @@
-"""Files that appear whole or not at all, whenever the process is killed."""
+"""Files that appear whole or not at all, whenever the process is killed, and what they are known by."""
 
+import hashlib
 import os
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 from eridiff.errors import EridiffError
 
@@ -30,3 +32,23 @@ def replacing(target: Path) -> Iterator[Path]:
     finally:
         if temporary.parent.is_dir():
             temporary.unlink(missing_ok=True)
+
+
+def content_hash(path: str | os.PathLike[str]) -> str:
+    """The first 16 hexadecimal digits of a file's SHA-256."""
+    with open(path, "rb") as file:
+        return _digest(file)[:16]
+
+
+def tensors_hash(path: str | os.PathLike[str]) -> str:
+    """The first 12 hexadecimal digits of the SHA-256 of a safetensors file behind its header, as A1111 knows LoRAs by."""
+    with open(path, "rb") as file:
+        file.seek(8 + int.from_bytes(file.read(8), "little"))
+        return _digest(file)[:12]
+
+
+def _digest(file: BinaryIO) -> str:
+    found = hashlib.sha256()
+    while block := file.read(1 << 20):
+        found.update(block)
+    return found.hexdigest()

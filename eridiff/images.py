@@ -5,7 +5,7 @@ import logging
 import math
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -117,8 +117,18 @@ SCHEDULE_NAMES = {"karras": "Karras", "exponential": "Exponential"}
 
 
 def parameters_text(settings: Mapping[str, Any]) -> str:
-    """The settings as A1111's "parameters" text: prompt, negative prompt, one line of pairs."""
-    prompt, negative = (first_text(settings.get(key) or "").strip() for key in ("prompt", "negative_prompt"))
+    """The settings as A1111's "parameters" text: prompt, negative prompt, one line of pairs.
+
+    Its readers look for LoRAs in the prompt, as `<lora:NAME:SCALE>`, and for their hashes beside. Files are named, not
+    their folders, which are nobody's business.
+    """
+    prompt, negative = (first_text(settings.get(key) or "").strip() for key in ("prompt", "negative"))
+    loras = [
+        entry for entry in settings.get("loras") or () if entry["file"] and isinstance(entry["scale"], int | float)
+    ]
+    names = [Path(entry["file"]).stem for entry in loras]
+    prompt = " ".join([prompt, *(f"<lora:{n}:{e['scale']:g}>" for n, e in zip(names, loras, strict=True))]).strip()
+    hashes = ", ".join(f"{n}: {e['hash']}" for n, e in zip(names, loras, strict=True) if e.get("hash"))
     pairs = {
         "Steps": settings["steps"],
         "Sampler": SAMPLER_NAMES.get(settings["sampler"], settings["sampler"]),
@@ -127,7 +137,8 @@ def parameters_text(settings: Mapping[str, Any]) -> str:
         "Distilled CFG Scale": settings.get("guidance_scale"),
         "Seed": settings["seed"],
         "Size": f"{settings['width']}x{settings['height']}",
-        "Model": settings.get("model"),
+        "Model": Path(settings["model"]).stem if settings.get("model") else None,
+        "Lora hashes": hashes,
         "Denoising strength": settings.get("strength"),
         "RNG": "CPU",
         "Version": f"eridiff {settings['version']}",
@@ -161,10 +172,35 @@ def save_png(image: Image.Image, path: str | os.PathLike[str], settings: Mapping
     information = PngImagePlugin.PngInfo()
     if settings is not None:
         information.add_text("parameters", parameters_text(settings))
-        information.add_text(METADATA_KEY, json.dumps(dict(settings), ensure_ascii=False))
+        told = with_paths(settings, lambda file: relative(file, target.parent))
+        information.add_text(METADATA_KEY, json.dumps(told, ensure_ascii=False))
     with replacing(target) as temporary:
         image.save(temporary, format="PNG", pnginfo=information)
     return target
+
+
+PATHS = ("model", "parts", "refiner", "loras", "image", "mask", "control", "references")  # settings that name files
+
+
+def with_paths(settings: Mapping[str, Any], change: Callable[[str], str]) -> dict[str, Any]:
+    """Settings with every file's path changed."""
+
+    def changed(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {key: each if key in ("scale", "hash") else changed(each) for key, each in value.items()}
+        if isinstance(value, list | tuple):
+            return [changed(each) for each in value]
+        return change(value) if isinstance(value, str) else value
+
+    return {key: changed(value) if key in PATHS else value for key, value in settings.items()}
+
+
+def relative(file: str, folder: Path) -> str:
+    """A file as seen from a folder, so that both can be moved together; absolute where there is no way between them."""
+    try:
+        return os.path.relpath(file, folder)
+    except ValueError:  # on another drive
+        return os.path.abspath(file)
 
 
 def contact_sheet(images: Sequence[Image.Image], columns: int | None = None, gap: int = 4) -> Image.Image:

@@ -23,9 +23,10 @@ FLAGS: dict[str, tuple[str, type]] = {  # flag -> key of an entry, type of its v
     "s": ("sample_steps", int), "steps": ("sample_steps", int), "l": ("scale", float), "cfg": ("scale", float),
     "g": ("guidance_scale", float), "gr": ("cfg_rescale", float), "ss": ("sampler", str), "ref": ("hand_over", float),
     "m": ("lora_scale", float), "network_multiplier": ("lora_scale", float), "p2": ("prompt_2", str),
+    "ctrl_img": ("references", str),
 }  # fmt: skip
 UNUSED_FLAGS = {
-    **dict.fromkeys(["cn", "ctrl_img", "ctrl_idx", "a"], "there are no adapters"),
+    **dict.fromkeys(["cn", "ctrl_idx", "a"], "there are no adapters"),
     **dict.fromkeys(["ctr", "rcfg", "fs", "ev", "extra_values"], "no model here takes them"),
     **dict.fromkeys(["frames", "num_frames", "fps"], "pictures do not move"),
     **dict.fromkeys(["n2"], "a negative prompt is one for all encoders"),

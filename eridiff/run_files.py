@@ -13,7 +13,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from eridiff.config import SYNONYMS, RunConfig, parse_config, prompts_of
+from eridiff.config import FOR_TRAINING, SAID, RunConfig, parse_config, prompts_of
 from eridiff.errors import ConfigError
 from eridiff.prompt_files import read_json, read_prompt_file, split_flags
 from eridiff.yaml_reader import read_yaml
@@ -37,7 +37,7 @@ UNUSED_KEYS = {
     "device": "--device says where",
     "network": "a LoRA's own file says it",
     **dict.fromkeys(["quantize", "quantize_te", "qtype", "qtype_te"], "weights are used as they are stored"),
-    **dict.fromkeys(["assistant_lora_path"], "it is for training"),
+    **dict.fromkeys(["assistant_lora_path"], FOR_TRAINING),
     **dict.fromkeys(
         ["te_name_or_path", "unet_path", "name_or_path_original"], "--transformer, --clip, --clip-g and --t5 give parts"
     ),
@@ -91,7 +91,7 @@ def _with_environment(text: str) -> str:
 
 def parse_trainer(document: Mapping[str, Any]) -> RunConfig:
     """What a configuration of ai-toolkit or EriDiffusion means for drawing; raises ConfigError."""
-    unused = {key: "it is for training" for key in document if key != "config"}
+    unused = {key: FOR_TRAINING for key in document if key != "config"}
     config = document["config"]
     processes = config.get("process") if isinstance(config, dict) else None
     if not isinstance(processes, list) or not all(isinstance(process, dict) for process in processes):
@@ -107,7 +107,7 @@ def parse_trainer(document: Mapping[str, Any]) -> RunConfig:
 
     own, family = _model(_mapping(process, "model"), unused)
     train = _mapping(process, "train")
-    unused |= {"train": "it is for training"} if train else {}
+    unused |= {"train": FOR_TRAINING} if train else {}
     skip, never = (_flag(train, key, "train") for key in TRAIN_KEYS)
     notices: list[str] = []
     own["sample"] = _sample(process, "sample", family, unused, notices)
@@ -120,7 +120,7 @@ def parse_trainer(document: Mapping[str, Any]) -> RunConfig:
     training = replace(read.training, skip_first=skip or read.training.skip_first)
     if never:
         training = replace(training, sample_every=0, at_end=False)
-    return replace(read, family=family, training=training, notices=(*read.notices, *notices))
+    return replace(read, family=family, training=training, told=(*read.told, *notices))
 
 
 def _model(section: Mapping[str, Any], unused: dict[str, str]) -> tuple[dict[str, Any], str | None]:
@@ -194,7 +194,9 @@ def _entry(
             raise ConfigError(f"{where}: --p2 needs to know the model's family; say arch: flux, sd3 or sdxl")
         first = flagged["prompt"]
         flagged["prompt"] = {n: second if n == SECOND[family][1] else first for n in SECOND[family]}
-    said = {SYNONYMS.get(key, key): value for key, value in entry.items() if value is not None}
+    said, flagged = (
+        {SAID.get(key, key): value for key, value in given.items() if value is not None} for given in (entry, flagged)
+    )
     return _multiplier(said | flagged, unused)
 
 
@@ -252,7 +254,7 @@ def _unread(section: Mapping[str, Any], known: Sequence[str], where: str, prefix
         near = None if key in UNUSED_KEYS else get_close_matches(key, known, 1, 0.8)
         if near:
             raise ConfigError(f"'{key}' is no key of {where}; did you mean '{near[0]}'?")
-        unread[prefix + key] = UNUSED_KEYS.get(key, "it is for training")
+        unread[prefix + key] = UNUSED_KEYS.get(key, FOR_TRAINING)
     return unread
 
 

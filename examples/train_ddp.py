@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from eridiff.models.flux import patchify
+from eridiff.ranks import launched
 from eridiff.training import Sampler
-from eridiff.training.distributed import launched
 from eridiff.training.objective import flow_levels, logit_normal, noised, squared_error, target
 
 STEPS = int(sys.argv[1]) if len(sys.argv) > 1 else 200

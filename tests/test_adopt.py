@@ -374,5 +374,5 @@ def test_a_sampler_draws_what_a_trainer_of_diffusers_classes_trains(tmp_path: Pa
     assert adopted.copied_bytes == 0
     again = adopt(foreign, allow_copies=True).network
     plain = FluxInference(again, model.autoencoder, device="cpu", progress=False)
-    drawn = plain.generate("a swan", conditioning=told, steps=2, width=32, height=32, seed=1)
+    drawn = plain.generate(conditioning=told, steps=2, width=32, height=32, seed=1)
     assert drawn.images[0].tobytes() == pictures[1]

@@ -1,7 +1,6 @@
 """The command line draws, says what it did, and refuses in one sentence."""
 
 import json
-import logging
 from pathlib import Path
 
 import pytest
@@ -19,7 +18,7 @@ def test_without_anything_the_built_in_model_draws_and_says_so(
 ) -> None:
     assert main(["sample", "--steps", "1", "--out", str(tmp_path / "s")]) == 0
     out = capsys.readouterr().out
-    assert "the built-in small Flux draws" in out
+    assert "the built-in small Flux generates" in out
     assert len(pngs(tmp_path / "s")) == 10 and "0000-contact-sheet.png" in pngs(tmp_path / "s")
     assert all(name in out for name in pngs(tmp_path / "s"))
 
@@ -67,7 +66,8 @@ def test_the_plans_file_draws_with_its_notices(tmp_path: Path, capsys: pytest.Ca
     out = capsys.readouterr().out
     for notice in (
         "without effect here: sample_every (it is for training)",
-        "without effect here: use_lora, lora_scale (",
+        "without effect here: use_lora (",
+        "lora_scale has no effect without a LoRA",
         "cfg_scale 7.5 has no effect",
     ):
         assert out.count(notice) == 1
@@ -122,7 +122,7 @@ def test_an_unwritable_place_is_found_before_anything_is_loaded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "file").write_text("")
-    monkeypatch.setattr("eridiff.cli.load", lambda *a, **k: pytest.fail("loaded"))
+    monkeypatch.setattr("eridiff.cli.sample.load", lambda *a, **k: pytest.fail("loaded"))
     for out in ("file/a.png", "file/folder", "file"):
         assert main(["sample", "--prompt", "x", "--out", str(tmp_path / out)]) == 2
         assert "is no folder that takes new files" in capsys.readouterr().err
@@ -149,8 +149,8 @@ def test_list_shows_the_words(capsys: pytest.CaptureFixture[str]) -> None:
         (["--device", "hpu"], "the device 'hpu' is not there; this machine has cpu"),
         (["--out", "/proc/none"], "cannot be written|cannot be read"),
         (["--image", "none.png"], "'none.png' cannot be read"),
-        (["--mask", "none.png"], "needs the image that it is for"),
-        (["--strength", "0.5"], "needs the image that it is for"),
+        (["--mask", "none.png"], "mask has no effect without the image that it is for"),
+        (["--strength", "0.5"], "strength has no effect without the image that it is for"),
         (["--guidance", "nan"], "guidance_scale must be between 0 and 1000, not nan"),
         (["--prompt", "a", "--prompt", "b", "--out", "a.png"], "'a.png' is one file and there are 2 prompts"),
         (["none.yaml"], "none.yaml: cannot be read"),
@@ -171,20 +171,12 @@ def test_bad_input_is_one_sentence(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_negative_prompt_without_true_guidance_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.WARNING):
-        main(
-            [
-                "sample",
-                "--prompt",
-                "a fox on snow",
-                "--negative",
-                "x",
-                "--steps",
-                "1",
-                "--out",
-                str(tmp_path),
-                "--quiet",
-            ]
-        )
-    assert any("negative prompt has no effect" in record.getMessage() for record in caplog.records)
+def test_a_negative_prompt_without_guidance_is_refused_as_a_flag_and_told_from_a_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["sample", "--steps", "1", "--out", str(tmp_path / "out")]
+    assert main([*options, "--prompt", "a fox on snow", "--negative", "x"]) == 2
+    assert "negative has no effect without classifier-free guidance" in capsys.readouterr().err
+    (tmp_path / "run.yaml").write_text("sample: {prompts: [a fox on snow, a dog at night], neg: blurry}\n")
+    assert main([*options, str(tmp_path / "run.yaml")]) == 0
+    assert capsys.readouterr().out.count("negative has no effect without classifier-free guidance") == 1

@@ -9,8 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from eridiff.cli import main
-from eridiff.config import SampleSettings, parse_config, settle_guidance
+from eridiff.config import parse_config
 from eridiff.errors import ConfigError
+from eridiff.inference.section import settle_guidance
 from eridiff.run_files import load_config
 from eridiff.yaml_reader import read_yaml
 
@@ -29,12 +30,10 @@ sample:
 def test_the_plans_section_is_accepted_as_it_stands() -> None:
     config = parse_config(read_yaml(PLAN))
     sample = config.sample
-    assert (sample.prompts, sample.sample_steps, sample.cfg_scale, sample.seed) == (
-        ("a white swan on mars",),
-        30,
-        7.5,
-        42,
-    )
+    assert sample.each() == [
+        {"prompt": "a white swan on mars", "steps": 30, "cfg_scale": 7.5, "seed": 42, "lora_scale": 1.0}
+    ]
+    assert sample.use_lora is True
     assert config.notices == ("without effect here: sample_every (it is for training)",)
 
 
@@ -75,10 +74,10 @@ BAD = {
     "a number for a prompt": ("sample:\n  prompts: [42]\n", 'prompt 1 is read as a int; quote it: - "42"'),
     "a bool for a prompt": ("sample:\n  prompts: [true]\n", 'quote it: - "True"'),
     "no prompts": ("sample:\n  prompts: []\n", "list of prompts is empty"),
-    "a misspelt key": ("sample:\n  sample_step: 3\n", "'sample_step' is no key of sample; did you mean 'sample_steps'"),
-    "a capital": ("sample:\n  Seed: 3\n", "'Seed' is no key of sample; did you mean 'seed'"),
-    "an unknown key": ("sample:\n  qqqq: 3\n", "'qqqq' is no key of sample; there are"),
-    "an unknown section": ("samples:\n  seed: 3\n", "'samples' is no key of the file; did you mean 'sample'"),
+    "a misspelt key": ("sample:\n  sample_step: 3\n", "'sample_step' is not a key of sample; did you mean 'sample_steps'"),
+    "a capital": ("sample:\n  Seed: 3\n", "'Seed' is not a key of sample; did you mean 'seed'"),
+    "an unknown key": ("sample:\n  qqqq: 3\n", "'qqqq' is not a key of sample; there are"),
+    "an unknown section": ("samples:\n  seed: 3\n", "'samples' is not a key of the file; did you mean 'sample'"),
     "a tab": ("sample:\n\tseed: 1\n", "line 2: a tab where spaces are needed"),
     "a backslash": ('sample:\n  out: "C:\\models"\n', "line 2: a backslash in double quotes .* single quotes"),
     "two documents": ("sample:\n  seed: 1\n---\nsample: 2\n", "line 3: a second document"),
@@ -89,7 +88,7 @@ BAD = {
     "thousands": ("sample:\n  seed: 1_000\n", "must be a whole number, not '1_000'; write 1000"),
     "a float for steps": ("sample:\n  sample_steps: 4.5\n", "must be a whole number, not 4.5"),
     "yes for a bool": ("sample:\n  walk_seed: yes\n", "must be true or false, not 'yes'"),
-    "a synonym twice": ("sample:\n  neg: a\n  negative_prompt: b\n", "both mean negative_prompt"),
+    "a synonym twice": ("sample:\n  neg: a\n  negative_prompt: b\n", "both mean negative"),
     "a Python tag": ("sample: !!python/object/apply:os.system [x]\n", "line 1: "),
     "nested too deep": ("[" * 3000, "nested too deep|line 1"),
     "a control character": ("sample:\n  neg: a\x07b\n", "a character that YAML does not allow|special characters"),
@@ -129,13 +128,24 @@ def test_a_byte_order_mark_and_windows_line_ends_are_read(tmp_path: Path) -> Non
 
 
 def test_cfg_scale_means_what_the_network_has() -> None:
-    plain = SampleSettings(cfg_scale=7.5)
-    settled, notices = settle_guidance(plain, embedding=True)
-    assert (settled.guidance_scale, settled.true_cfg_scale) == (7.5, None) and "taken as guidance_scale" in notices[0]
-    settled, notices = settle_guidance(plain, embedding=False)
-    assert (settled.guidance_scale, settled.true_cfg_scale) == (None, None) and "no effect" in notices[0]
-    settled, notices = settle_guidance(SampleSettings(cfg_scale=2.0, guidance_scale=3.5), embedding=True)
-    assert (settled.guidance_scale, settled.true_cfg_scale, notices) == (3.5, 2.0, [])
+    class Net:
+        def __init__(self, family: str, embedding: bool) -> None:
+            self.family, self.guidance_embedding = family, embedding
+
+    def settled(words: dict[str, float], family: str, embedding: bool) -> tuple[dict[str, Any], str]:
+        values, notices = settle_guidance(words, Net(family, embedding))  # type: ignore[arg-type]
+        return values, " ".join(notices)
+
+    values, told = settled({"cfg_scale": 7.5}, "flux", True)
+    assert values == {"guidance_scale": 7.5} and "taken as guidance_scale" in told
+    values, told = settled({"cfg_scale": 7.5}, "flux", False)
+    assert values == {} and "no effect" in told
+    both = {"cfg_scale": 2.0, "guidance_scale": 3.5}
+    assert settled(both, "flux", True) == ({"guidance_scale": 3.5, "cfg_scale": 2.0}, "")
+    values, told = settled({"guidance_scale": 6.0}, "unet", False)
+    assert values == {"cfg_scale": 6.0} and "is taken as cfg_scale 6" in told
+    assert settled({"guidance_scale": 6.0}, "unet", True) == ({"guidance_scale": 6.0}, "")  # lcm-sdxl has an embedding
+    assert settled({"true_cfg_scale": 2.0}, "flux", False) == ({"cfg_scale": 2.0}, "")
 
 
 @given(
@@ -167,4 +177,4 @@ def test_sizes_that_cannot_be_read_end_in_a_sentence(written: str, says: str) ->
 
 def test_sizes_are_written_width_first_and_read_height_first() -> None:
     sample = parse_config(read_yaml("sample:\n  original_size: 1024x768\n  crop: [8, 16]\n")).sample
-    assert (sample.original_size, sample.crop, sample.target_size) == ((768, 1024), (8, 16), None)
+    assert sample.shared == {"original_size": (768, 1024), "crop": (8, 16)}

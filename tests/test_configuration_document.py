@@ -2,25 +2,26 @@
 
 import json
 import re
-from dataclasses import asdict, fields
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from docs import tables
 from eridiff.config import (
     ABSENT_SAMPLERS,
-    ENTRY,
     NO_EFFECT,
     SAMPLER_SYNONYMS,
-    SYNONYMS,
     TOP,
     RunConfig,
     SampleSettings,
     TrainingSchedule,
+    Words,
 )
 from eridiff.errors import ConfigError
 from eridiff.prompt_files import FLAGS, KOHYA_KEYS, UNUSED_FLAGS, UNUSED_KOHYA_KEYS
+from eridiff.request import FIELDS, WORDS
 from eridiff.run_files import MODEL_KEYS, PROCESS_KEYS, UNUSED_KEYS, load_config
 from eridiff.schedulers.samplers import SAMPLERS
 from eridiff.yaml_reader import read_yaml
@@ -61,6 +62,12 @@ def plain(value: Any) -> Any:
     return json.loads(json.dumps(value))
 
 
+def image(words: Words) -> dict[str, Any]:
+    """What is said of an image, as YAML writes it."""
+    kinds = {name: FIELDS[WORDS.get(name, name)].metadata["kind"] for name in words}
+    return plain({name: value if name == "prompt" else kinds[name].write(value) for name, value in words.items()})
+
+
 def loaded(folder: Path, document: Any, name: str = "run.json") -> RunConfig:
     (folder / name).write_text(document if isinstance(document, str) else json.dumps(document))
     return load_config(folder / name)
@@ -68,7 +75,7 @@ def loaded(folder: Path, document: Any, name: str = "run.json") -> RunConfig:
 
 def fulfils(config: RunConfig, key: str, cell: str) -> None:
     """Whether the first picture has what a cell says, and whether the key is told as without effect just when it says so."""
-    picture = plain(asdict(config.sample.each()[0]))
+    picture = plain(asdict(replace(config.sample, shared={}, entries=()))) | image(config.sample.each()[0])
     told = [notice for notice in config.notices if notice.startswith("without effect here: ")]
     assert len(told) <= 1
     words = re.findall(r"[-\w]+", told[0]) if told else []
@@ -100,9 +107,9 @@ def test_a_key_of_the_section_becomes_what_the_document_says(row: Row, tmp_path:
         config = loaded(tmp_path, entry)
         fulfils(config, key, here)
         first, second = config.sample.each()
-        assert all(getattr(first, name) != getattr(second, name) for name in wanted(here))
+        assert all(first.get(name) != second.get(name) for name in wanted(here))
     elif key not in NO_EFFECT:
-        with pytest.raises(ConfigError, match=f"'{key}' is no key of sample: entry 1"):
+        with pytest.raises(ConfigError, match=f"'{key}' is not a key of sample: entry 1"):
             loaded(tmp_path, entry)
 
 
@@ -110,12 +117,11 @@ def test_a_key_of_the_section_becomes_what_the_document_says(row: Row, tmp_path:
 def test_a_samplers_name_becomes_what_the_document_says(row: Row, tmp_path: Path) -> None:
     for name in re.findall(r"`([^`]+)`", row[0]):
         config = loaded(tmp_path, {"sample": {"prompts": ["a fox"], "sampler": name}})
-        sample = config.sample
+        sample = config.sample.shared
         if row[1].startswith("the model's own"):
-            assert (sample.sampler, sample.schedule) == (None, None) and f"'{name}' is not there" in config.notices[0]
+            assert sample == {} and f"'{name}' is not there" in config.notices[0]
         else:
-            expected = {"schedule": None} | wanted(row[1])
-            assert {"sampler": sample.sampler, "schedule": sample.schedule} == expected and not config.notices
+            assert sample == wanted(row[1]) and not config.notices
 
 
 @pytest.mark.parametrize("row", TOP_LEVEL, ids=names(TOP_LEVEL))
@@ -130,7 +136,8 @@ def test_a_key_beside_the_section_becomes_what_the_document_says(row: Row, tmp_p
 
 def agrees(config: RunConfig, key: str, here: str) -> None:
     """As `fulfils`, of a whole file."""
-    found = plain(asdict(config) | {"sample": asdict(config.sample.each()[0])})
+    found = plain(asdict(replace(config, sample=SampleSettings()))) | {"image": image(config.sample.each()[0])}
+    found["sample"] = plain(asdict(replace(config.sample, shared={}, entries=())))
     for name, value in wanted(here).items():
         assert (
             {k: found[name][k] for k in value} == value
@@ -196,12 +203,13 @@ def test_the_documents_example_is_read(tmp_path: Path) -> None:
     assert [len(loaded(tmp_path, text, "run.yaml").sample.each()) for text in examples] == [2]
 
 
+def test_the_tables_of_what_can_be_asked_are_made_from_the_code() -> None:
+    """`python docs/tables.py` writes them."""
+    assert tables.written(DOCUMENT) == DOCUMENT
+    assert tables.COMMANDS.read_text() == tables.command_line()
+
+
 def test_every_key_that_the_parser_knows_stands_in_the_document_and_no_other() -> None:
-    own = [field.name for field in fields(SampleSettings) if field.name != "own"]
-    assert sorted(names(SECTION)) == sorted({*own, "samples", *SYNONYMS, *NO_EFFECT})
-    assert {key for key, row in zip(names(SECTION), SECTION, strict=True) if row[2] == "yes" and key in own} == set(
-        ENTRY
-    )
     samplers = {name for row in table("Samplers", "name") for name in re.findall(r"`([^`]+)`", row[0])}
     assert {name for name in samplers if not name.startswith(("k_", "sample_"))} == {
         *SAMPLERS,

@@ -10,9 +10,10 @@ import pytest
 import torch
 from torch import nn
 
-from eridiff import cli
+from eridiff.cli import main, sample
 from eridiff.errors import ConfigError
-from eridiff.training.distributed import agreed, shard, spread
+from eridiff.ranks import agreed, spread
+from eridiff.training.distributed import shard
 from tests.families import FAMILIES
 
 ROOT = Path(__file__).parents[1]
@@ -56,6 +57,24 @@ def test_a_sampler_shares_the_prompts_out_unless_the_network_is_sharded(ranks: A
     assert dict(zip(*first["ddp"], strict=True)) == pictures and len(set(pictures.values())) == 3
 
 
+def test_what_one_rank_meets_all_are_told_and_the_run_goes_on(ranks: Any) -> None:
+    first, second = (rank["failures"] for rank in ranks)
+    assert "cannot be" in first["disk"] and second["disk"].startswith("TrainingError: rank 0: ")
+    assert first["late"] == second["late"] == "sample_max_seconds 1 had passed"
+    assert "not finite" in second["alone"][0] and first["alone"][0].startswith("TrainingError: rank 1: EridiffError")
+    assert (first["alone"][1], second["alone"][1]) == (2, 0)  # what was drawn is kept
+
+
+def test_networks_that_others_have_sharded_are_refused_by_name(ranks: Any) -> None:
+    for rank in ranks:
+        assert "sharded by fully_shard alone" in rank["failures"]["fully_shard"]
+        assert "sharded by FSDP1 (FullyShardedDataParallel)" in rank["failures"]["FSDP1"]
+
+
+def test_averages_of_a_schedule_free_optimizer_are_drawn_sharded_too(ranks: Any) -> None:
+    assert ranks[0]["schedule-free"] == (True, True) and ranks[1]["schedule-free"][1]
+
+
 def test_items_are_drawn_by_turns_and_gathered_in_order(ranks: Any) -> None:
     assert ranks[0]["spread"] == [(0, 0), (1, 1), (2, 0), (3, 1), (4, 0)] and ranks[1]["spread"] == []
     assert [rank["agreed"] for rank in ranks] == ["of rank 0"] * 2
@@ -75,7 +94,7 @@ def test_processes_draw_the_pictures_that_one_draws(tmp_path: Path, capsys: pyte
     assert result.returncode == 0, result.stderr[-4000:]
     torch.set_num_threads(1)
     try:
-        assert cli.main(["sample", *asked, "--out", str(tmp_path / "one")]) == 0
+        assert main(["sample", *asked, "--out", str(tmp_path / "one")]) == 0
     finally:
         torch.set_num_threads(threads)
     one, two = ({path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} for name in ("one", "two"))
@@ -86,9 +105,9 @@ def test_processes_draw_the_pictures_that_one_draws(tmp_path: Path, capsys: pyte
 def test_a_rank_draws_its_share_alone_under_the_numbers_of_the_whole_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cli, "spread", lambda count, draw: [draw(count - 1)])
+    monkeypatch.setattr(sample, "spread", lambda count, draw: [draw(count - 1)])
     asked = ["--prompt", "a swan on mars", "--prompt", "a fox at night", "--steps", "1", "--quiet"]
-    assert cli.main(["sample", *asked, "--out", str(tmp_path)]) == 0
+    assert main(["sample", *asked, "--out", str(tmp_path)]) == 0
     assert [path.name for path in tmp_path.iterdir()] == ["0001-a-fox-at-night.png"]
 
 

@@ -15,10 +15,10 @@ from PIL import Image
 from eridiff.errors import ConfigError, EridiffError
 from eridiff.images import contact_sheet, parameters_text, read_image, save_png, to_images, to_tensor, upright
 from eridiff.inference.again import read_settings
-from eridiff.inference.settings import settle_size
+from eridiff.request import settle_size
 
 SETTINGS: dict[str, Any] = {
-    "prompt": "a swan, 1: on mars", "negative_prompt": "blurry\ntext", "steps": 8, "sampler": "Euler", "cfg_scale": 1.0,
+    "prompt": "a swan, 1: on mars", "negative": "blurry\ntext", "steps": 8, "sampler": "Euler", "cfg_scale": 1.0,
     "guidance_scale": 3.5, "seed": 42, "width": 64, "height": 48, "model": "a, b: c.safetensors", "version": "0.1", "strength": None,
 }  # fmt: skip
 
@@ -40,13 +40,8 @@ def a1111(text: str) -> tuple[str, str, dict[str, str]]:
 
 def test_a1111s_reader_understands_the_text() -> None:
     prompt, negative, pairs = a1111(parameters_text(SETTINGS))
-    assert (prompt, negative) == (SETTINGS["prompt"], SETTINGS["negative_prompt"])
-    assert (
-        pairs["Seed"] == "42"
-        and pairs["Size"] == "64x48"
-        and pairs["Model"] == "a, b: c.safetensors"
-        and pairs["RNG"] == "CPU"
-    )
+    assert (prompt, negative) == (SETTINGS["prompt"], SETTINGS["negative"])
+    assert pairs["Seed"] == "42" and pairs["Size"] == "64x48" and pairs["Model"] == "a, b: c" and pairs["RNG"] == "CPU"
     assert "Denoising strength" not in pairs
 
 

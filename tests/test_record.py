@@ -22,6 +22,7 @@ from eridiff.errors import CheckpointError, ConfigError, EridiffError
 from eridiff.images import save_png
 from eridiff.training import EmbeddingCache, LatentCache, Sampler, write_page, write_strip
 from eridiff.training.record import drift, read_entries
+from eridiff.weights.save import write_tensors
 from tests import tiny
 
 
@@ -77,6 +78,7 @@ def test_other_encoders_keep_their_prompts_apart(model: Any, tmp_path: Path) -> 
         EmbeddingCache(model, tmp_path / "empty")
 
 
+ENCODERS = ("clip", "clip_g", "t5")
 KEYS = st.tuples(
     st.text(max_size=5) | st.dictionaries(st.sampled_from(["clip", "t5"]), st.text(max_size=3), min_size=1),
     st.none() | st.text(max_size=3),
@@ -91,8 +93,11 @@ def test_prompts_share_a_file_exactly_when_they_are_encoded_alike(model_once: An
         model_once.inference.t5_padding = key[3]
         return model_once.path(*key[:3])
 
+    def read(prompt: Any) -> Any:  # by each encoder: one without a text of its own reads the first
+        return [p if isinstance(p := prompt, str | None) else p.get(n, next(iter(p.values()))) for n in ENCODERS]
+
     def meaning(key: Any) -> Any:
-        return key[0], key[1], key[2] != 1, key[3]  # the variant's own scale steers
+        return read(key[0]), key[1], key[2] != 1, key[3]  # the variant's own scale steers
 
     assert (path(a) == path(b)) == (meaning(a) == meaning(b))
 
@@ -100,6 +105,24 @@ def test_prompts_share_a_file_exactly_when_they_are_encoded_alike(model_once: An
 @pytest.fixture(scope="module")
 def model_once(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> EmbeddingCache:
     return EmbeddingCache(eridiff.load(folder, device="cpu", progress=False), tmp_path_factory.mktemp("cache"))
+
+
+def test_a_lora_on_an_encoder_has_prompts_of_its_own(model: Any, tmp_path: Path) -> None:
+    """In its file, at each scale, and gone again: each state of the encoders is another file."""
+    generator = torch.Generator().manual_seed(0)
+    name, width = "lora_te1_text_model_encoder_layers_0_mlp_fc1", model.clip.module.config.hidden_size
+    up = torch.randn(model.clip.module.config.intermediate_size, 2, generator=generator)
+    tensors = {"lora_up.weight": up, "lora_down.weight": torch.randn(2, width, generator=generator)}
+    file = write_tensors({f"{name}.{key}": value for key, value in tensors.items()}, tmp_path / "te.safetensors", {})
+    cache = EmbeddingCache(model, tmp_path / "kept")
+    plain = cache.encode("a fox")
+    with model.apply_lora(file, 1.0) as handle:
+        for scale in (1.0, 0.5):
+            handle.set_scale(scale)
+            for kept in (cache, EmbeddingCache(model, tmp_path / "kept")):
+                assert equal(kept.encode("a fox"), model.encode_prompt("a fox"))
+                assert not equal(kept.encode("a fox"), plain)
+    assert equal(cache.encode("a fox"), plain) and len(list(tmp_path.rglob("kept/*/*.safetensors"))) == 3
 
 
 def test_a_damaged_file_is_named(model: Any, tmp_path: Path) -> None:
@@ -253,7 +276,7 @@ def test_the_strip_holds_every_picture_at_its_place(samples: Path, tmp_path: Pat
         top = 18 + 18
         for weights in ("live", "ema"):
             for column, step in enumerate((0, 5, 10)):
-                entry = next(e for e in read_entries(samples).values() if e.row[0] == json.dumps("") and (e.step, e.weights) == (step, weights))  # fmt: skip
+                entry = next(e for e in read_entries(samples).values() if e.row[1] == json.dumps("") and (e.step, e.weights) == (step, weights))  # fmt: skip
                 left, lower = 56 + column * 36, top + (0 if entry.settings["prompt"] == PROMPTS[0] else 118)
                 with Image.open(samples / entry.name) as image:
                     assert strip.crop((left, lower, left + 32, lower + 32)).tobytes() == image.tobytes()
@@ -261,6 +284,17 @@ def test_the_strip_holds_every_picture_at_its_place(samples: Path, tmp_path: Pat
     assert Image.open(write_strip(samples, columns=2, side=32)).width == 56 + 2 * 36
     with pytest.raises(EridiffError, match="holds no pictures that were drawn in training"):
         write_strip(tmp_path / "none")
+
+
+def test_a_row_is_an_entry_of_the_section(model: Any, tmp_path: Path) -> None:
+    """Two settings of one prompt and seed are compared with themselves, not with each other."""
+    entries = [{"prompt": "a swan", "true_cfg_scale": scale} for scale in (1.5, 9.0)]
+    section = {"samples": entries, "sample_steps": 1, "width": 32, "height": 32, "out": str(tmp_path)}
+    sampler = Sampler(model, section, raise_errors=True)
+    for step in (0, 5):
+        said = sampler.sample(step).settings
+    assert [one["training"]["drift"]["previous"]["rms"] for one in said] == [0, 0]
+    assert (tmp_path / "index.html").read_text().count("<img") == 4
 
 
 def test_a_page_that_cannot_be_written_is_one_sentence(samples: Path, tmp_path: Path) -> None:

@@ -123,20 +123,21 @@ def vectors(model: SDXLInference, **options: Any) -> Tensor:
 SIZES = {"original_size": (512, 768), "crop": (16, 32), "target_size": (1024, 640)}
 
 
-def test_the_network_is_told_of_sizes_height_before_width(folder: Path, whole: SDXLInference) -> None:
+def test_the_network_is_told_of_sizes_height_before_width(whole: SDXLInference) -> None:
     pooled = whole.encode_prompt("a swan").positive.pooled
     assert torch.equal(vectors(whole)[:1], told(pooled, [64, 96, 0, 0, 64, 96]))
-    model = load(folder, **SIZES)
-    assert torch.equal(vectors(model)[:1], told(pooled, [512, 768, 16, 32, 1024, 640]))
-    assert torch.equal(vectors(model)[1:, 8:], vectors(model)[:1, 8:])  # the negative prompt's row too
+    assert torch.equal(vectors(whole, **SIZES)[:1], told(pooled, [512, 768, 16, 32, 1024, 640]))
+    assert torch.equal(
+        vectors(whole, **SIZES)[1:, 8:], vectors(whole, **SIZES)[:1, 8:]
+    )  # the negative prompt's row too
 
 
-def test_what_the_network_is_told_of_sizes_changes_the_picture(folder: Path, whole: SDXLInference) -> None:
+def test_what_the_network_is_told_of_sizes_changes_the_picture(whole: SDXLInference) -> None:
     plain = draw(whole)
     assert plain.settings[0] | {"original_size": "96x64", "crop": [0, 0], "target_size": "96x64"} == plain.settings[0]
     for name, value in SIZES.items():
-        assert not torch.allclose(draw(load(folder, **{name: value})).latents, plain.latents, atol=1e-4)
-    same = draw(load(folder, original_size=(64, 96), target_size=(64, 96)))
+        assert not torch.allclose(draw(whole, **{name: value}).latents, plain.latents, atol=1e-4)
+    same = draw(whole, original_size=(64, 96), target_size=(64, 96))
     assert torch.equal(same.latents, plain.latents)
 
 
@@ -150,9 +151,11 @@ def test_what_the_network_is_told_of_sizes_changes_the_picture(folder: Path, who
         ({"negative_aesthetic_score": float("nan")}, "negative_aesthetic_score must be between 0 and 10, not nan"),
     ],
 )
-def test_impossible_sizes_and_scores_end_in_a_sentence(options: dict[str, Any], says: str) -> None:
+def test_impossible_sizes_and_scores_end_in_a_sentence(
+    options: dict[str, Any], says: str, whole: SDXLInference
+) -> None:
     with pytest.raises(ConfigError, match=says):
-        SDXLInference(**options)
+        draw(whole, **options)
 
 
 def test_a_run_handed_over_is_the_run_in_one(whole: SDXLInference) -> None:
@@ -195,11 +198,11 @@ def test_the_refiner_reads_clip_g_and_scores(tmp_path: Path, whole: SDXLInferenc
     expected = torch.cat([told(pooled, [64, 64, 0, 0, score]) for pooled, score in zip(p, (6.0, 2.5), strict=True)])
     assert torch.equal(vectors(refiner, **options), expected)
     for name in ("aesthetic_score", "negative_aesthetic_score"):
-        other = draw(load(tmp_path / "r", **{name: 4.0}), **options)
+        other = draw(refiner, **options, **{name: 4.0})
         assert not torch.allclose(other.latents, found.latents, atol=1e-6) and other.settings[0][name] == 4.0
-    with pytest.raises(ConfigError, match="the refiner finishes pictures: give it to a base as refiner"):
+    with pytest.raises(ConfigError, match="the refiner finishes images: give it to a base as refiner"):
         draw(refiner, width=64)
-    with pytest.raises(ConfigError, match="a base and a refiner draw together, not base and base"):
+    with pytest.raises(ConfigError, match="a base and a refiner work together, not base and base"):
         draw(whole, refiner=whole)
     with pytest.raises(ConfigError, match="hand_over must be between 0 and 1"):
         draw(whole, refiner=refiner, width=64, hand_over=1.0)
@@ -295,7 +298,7 @@ def test_published_variants_are_told_by_sizes_then_by_name(folder: Path, tmp_pat
     turbo = rewritten(folder, tmp_path / "sdxl-turbo", lambda s: None)
     assert (load(turbo).variant, load(turbo).sampling.sampler) == ("turbo", "euler_ancestral")
     assert load(folder, variant="lightning").sampling.schedule == "trailing"
-    with pytest.raises(ConfigError, match="the sizes of base or turbo or lightning, not of refiner"):
+    with pytest.raises(ConfigError, match="takes the inputs of base or turbo or lightning or lcm, not of refiner"):
         load(folder, variant="refiner")
 
 
@@ -395,11 +398,11 @@ def test_a_float16_autoencoder_decodes_in_float32(folder: Path) -> None:
     [
         ({"width": 80}, "the width must be a multiple of 32, not 80; the nearest is 64"),
         ({"schedule": "candle"}, "'candle' is no schedule of SDXL; there are leading"),
-        ({"schedule": [0.0, 14.0]}, "sigmas must be at least two numbers that fall to 0"),
-        ({"shift": 3.0}, "SDXL's schedules have no shift"),
+        ({"schedule": [0.0, 14.0], "steps": None}, "sigmas must be at least two numbers that fall to 0"),
+        ({"shift": 3.0}, "shift has no effect on the schedules of base"),
         ({"schedule": "turbo", "steps": 5}, "Turbo's own schedule has 1 to 4 steps, not 5"),
         ({"part": (0.8, 0.2)}, "part must be two rising shares"),
-        ({"skip_layers": True}, "no published skip-layer guidance for base"),
+        ({"skip_layers": True}, "skip_layers has no effect on base"),
     ],
 )
 def test_impossible_settings_end_in_a_sentence(options: dict[str, Any], says: str, whole: SDXLInference) -> None:
@@ -409,7 +412,7 @@ def test_impossible_settings_end_in_a_sentence(options: dict[str, Any], says: st
 
 def test_what_does_not_fit_together_is_named(tmp_path: Path, folder: Path) -> None:
     refiner = tiny.write_sdxl_model(tmp_path / "r", tiny.SDXL_REFINER, "refiner")
-    with pytest.raises(ConfigError, match="the sizes of refiner, not of base"):
+    with pytest.raises(ConfigError, match="takes the inputs of refiner, not of base"):
         load(refiner, variant="base")
     lone = rewritten(
         folder, tmp_path / "lone", lambda s: [s.pop(n) for n in list(s) if n.startswith("conditioner.embedders.1")]
@@ -460,10 +463,10 @@ def test_the_command_line_draws_with_sdxl(folder: Path, tmp_path: Path, capsys: 
         found = json.loads(Image.open(out).text["eridiff"])  # type: ignore[attr-defined]
         sizes = {"original_size": "512x768", "crop": [16, 32], "target_size": "64x64"}
         assert found | sizes | {"aesthetic_score": 5.0, "negative_aesthetic_score": 2.5} == found
-    assert main(["sample", *options, "--aesthetic-score", "5", "--out", str(out)]) == 0
-    assert "an aesthetic score has no effect: base is not told one" in capsys.readouterr().out
+    capsys.readouterr()
     refused = [
         (["--size", "80x64"], "a multiple of 32"), (["--variant", "refiner"], "not of refiner"),
+        (["--aesthetic-score", "5"], "aesthetic_score has no effect on base"),
         (["--original-size", "512"], "--original-size must be WIDTHxHEIGHT such as 1024x768, not '512'"),
         (["--crop", "-8", "0"], "crop must be two whole numbers"),
     ]  # fmt: skip
@@ -496,7 +499,7 @@ def test_single_denoising_step(whole: SDXLInference) -> None:
     """One leading step from timestep 1 to no noise: (x - sigma * noise) / alpha, with the noise of a plain forward call."""
     prompt = Prompt(Conditioning(torch.randn(1, 77, 16), torch.randn(1, 8)))
     noise = whole.noise([0], 64, 64)
-    found = whole.denoise(noise, prompt, 1, guidance=eridiff.schedulers.guidance.Guidance())
+    found = whole.denoise(noise, prompt, 1, cfg_scale=1.0)
     a = (1 - 0.00085) * (1 - (0.00085**0.5 + (0.012**0.5 - 0.00085**0.5) / 999) ** 2)
     with torch.no_grad():
         p = prompt.positive
@@ -534,25 +537,16 @@ def test_base_and_refiner_fit_one_device_together(tmp_path: Path) -> None:
 
 
 def test_a_hand_over_without_a_refiner_is_told(whole: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """An error in Python; one notice on the command line, as a configuration may hold it for another model."""
+    """An error in Python and as a flag; one notice where a configuration says it, which may be for another model."""
     for ask in (whole.generate, lambda prompt, **given: next(whole.generate_each([{"prompt": prompt, **given}]))):
-        with pytest.raises(ConfigError, match="hand_over needs the refiner that takes over"):
+        with pytest.raises(ConfigError, match="hand_over has no effect without a refiner"):
             ask("a swan", hand_over=0.5, steps=1)
-    model = tiny.write_sdxl_model(tmp_path / "model")
-    given = [
-        "--prompt",
-        "a swan",
-        "--hand-over",
-        "0.5",
-        "--steps",
-        "1",
-        "--device",
-        "cpu",
-        "--out",
-        str(tmp_path / "a.png"),
-    ]
-    assert main(["sample", "--model", str(model), *given]) == 0
+    model = ["--model", str(tiny.write_sdxl_model(tmp_path / "model")), "--steps", "1", "--device", "cpu"]
+    (tmp_path / "run.yaml").write_text("sample: {prompts: [a swan], hand_over: 0.5, width: 64, height: 64}\n")
+    assert main(["sample", *model, str(tmp_path / "run.yaml"), "--out", str(tmp_path / "a.png")]) == 0
     assert capsys.readouterr().out.count("hand_over has no effect without a refiner") == 1
+    assert main(["sample", *model, "--prompt", "a swan", "--hand-over", "0.5", "--out", str(tmp_path / "b.png")]) == 2
+    assert "hand_over has no effect without a refiner" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("schedule", ["karras", "exponential"])

@@ -2,6 +2,7 @@
 
 import gc
 import json
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,10 @@ from torch import nn
 
 import eridiff
 from eridiff.cli import main
-from eridiff.config import RunConfig
+from eridiff.config import RunConfig, parse_config
 from eridiff.errors import ConfigError, EridiffError, TrainingError
 from eridiff.inference import FluxInference, SD35Inference, SDXLInference
-from eridiff.inference.again import draw_again, load_again, read_settings
+from eridiff.inference.again import generate_again, load_again, read_settings
 from eridiff.training import Sampler, Samples
 from tests import tiny
 
@@ -105,7 +106,7 @@ def test_under_autocast_too(model: Any, tmp_path: Path) -> None:
     for in_training in (False, True):
         options: dict[str, Any] = {"autocast": torch.bfloat16, "text_in_training": in_training, "raise_errors": True}
         samples = Sampler(model, section(tmp_path, sample_steps=2), **options).sample(1)
-        again = draw_again(model, read_settings(samples.paths[0]))
+        again = generate_again(model, read_settings(samples.paths[0]))
         assert again.images[0].tobytes() == samples.images[0].tobytes()
         pictures.append(samples.images[0].tobytes())
     plain = Sampler(model, section(tmp_path, sample_steps=2)).sample(1).images[0].tobytes()
@@ -130,12 +131,13 @@ def test_a_picture_drawn_in_training_is_that_of_inference_from_the_checkpoint_sa
     checkpoint = eridiff.save_network(model.network, tmp_path / "step-1.safetensors")
 
     loaded = load_again(read_settings(second.paths[0]), {"transformer": checkpoint}, progress=False)
-    plain = loaded.generate("a swan on mars", seed=5, steps=2, width=64, height=32)
+    asked = {name: value for name, value in vars(sampler.requests[0]).items() if name in ("original_size", "crop")}
+    plain = loaded.generate("a swan on mars", seed=5, steps=2, width=64, height=32, **asked)
     assert plain.images[0].tobytes() == second.images[0].tobytes()
-    assert draw_again(loaded, read_settings(second.paths[0])).images[0].tobytes() == plain.images[0].tobytes()
+    assert generate_again(loaded, read_settings(second.paths[0])).images[0].tobytes() == plain.images[0].tobytes()
 
     command = ["resample", str(second.paths[0]), "--transformer", str(checkpoint), "--out", str(tmp_path / "again.png")]
-    assert main(command) == 0 and "the same picture, bit by bit" in capsys.readouterr().out
+    assert main(command) == 0 and "the same image, bit by bit" in capsys.readouterr().out
     assert main(["resample", str(second.paths[0])]) == 2
     assert "drawn in training, at step 1: give the checkpoint" in capsys.readouterr().err
 
@@ -163,9 +165,9 @@ def test_a_picture_drawn_in_training_is_that_of_inference_with_the_lora_saved_th
         plain = fresh.generate("a swan on mars", seed=5, steps=2, width=64, height=32)
         assert plain.images[0].tobytes() == second.images[0].tobytes()
         assert main(["resample", str(second.paths[0]), "--lora", str(file), "--out", str(tmp_path / "again.png")]) == 0
-        assert "the same picture, bit by bit" in capsys.readouterr().out
+        assert "the same image, bit by bit" in capsys.readouterr().out
     assert main(["resample", str(tmp_path / "again.png")]) == 0  # it says its LoRA itself
-    assert "the same picture, bit by bit" in capsys.readouterr().out
+    assert "the same image, bit by bit" in capsys.readouterr().out
     assert main(["resample", str(second.paths[0])]) == 2 and "or its LoRA as lora" in capsys.readouterr().err
 
 
@@ -262,11 +264,51 @@ def test_impossible_settings_are_refused_before_training(model: Any, tmp_path: P
     ):  # fmt: skip
         with pytest.raises(ConfigError, match=says):
             Sampler(model, section(tmp_path, **wrong))
-    for name, value in (("crop", [0, 8]), ("hand_over", 0.5)):
-        with pytest.raises(ConfigError, match=f"{name} has no meaning for FluxInference in training"):
-            Sampler(model, section(tmp_path, **{name: value}))
+    for wrong, says in (
+        ({"sampler": "eulr"}, "'eulr' is not a sampler"), ({"width": 100}, "multiple of 16"), ({"seed": -1}, "the seed"),
+        ({"sample_steps": 0}, "at least one step"), ({"cfg_interval": [0.8, 0.2]}, "two rising shares"),
+        ({"schedule": "karras"}, "Flux has one schedule"), ({"image": "none.png"}, "cannot be read"),
+        ({"lora": "a.safetensors"}, "lora has no meaning"),
+    ):  # fmt: skip
+        with pytest.raises(ConfigError, match=says):
+            Sampler(model, section(tmp_path, **wrong))
     with pytest.raises(ConfigError, match="no prompts are given"):
         Sampler(model, RunConfig())
+
+
+def test_what_has_no_effect_is_told_once_at_construction(
+    model: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    idle = {
+        "crop": [0, 8], "hand_over": 0.5, "network_multiplier": 0.5, "skip_layers": True, "strength": 0.5, "neg": "blurry",
+        "format": "jpg", "sampler": "pndm", "use_lora": False,
+    }  # fmt: skip
+    with caplog.at_level(logging.WARNING):
+        Sampler(model, section(tmp_path, **idle))
+    told = "\n".join(record.getMessage() for record in caplog.records)
+    for name in (
+        "crop",
+        "hand_over",
+        "lora_scale",
+        "skip_layers",
+        "strength",
+        "negative",
+        "format",
+        "pndm",
+        "use_lora",
+    ):
+        assert told.count(name) == 1, (name, told)
+    assert "sample_every" not in told  # which has its effect here
+
+
+def test_the_first_images_may_have_a_section_of_their_own(model: Any, tmp_path: Path) -> None:
+    first = {"prompts": ["a fox on snow"], "sample_steps": 1, "width": 32, "height": 32, "seed": 3}
+    config = parse_config({"sample": section(tmp_path, sample_steps=1), "first_sample": first})
+    sampler = Sampler(model, config, raise_errors=True)
+    assert not any("first_sample" in notice for notice in config.notices_in_training)
+    before, after = sampler.sample(0), sampler.sample(1)
+    assert [s["prompt"] for s in before.settings] == ["a fox on snow"] and before.settings[0]["seed"] == 3
+    assert [s["prompt"] for s in after.settings] == ["a swan on mars"]
 
 
 # what is drawn --------------------------------------------------------------------------------------------------------
@@ -350,7 +392,7 @@ def test_a_picture_of_the_command_line_is_drawn_again_by_its_own_png(
     command = ["sample", "--model", str(folders[family]), "--prompt", "a swan", "--steps", "3", "--out", str(path)]
     assert main([*command, *options]) == 0
     assert main(["resample", str(path)]) == 0
-    assert "the same picture, bit by bit" in capsys.readouterr().out
+    assert "the same image, bit by bit" in capsys.readouterr().out
     again = read_settings(tmp_path / "a.again.png")
     assert again == read_settings(path)
 
@@ -367,7 +409,7 @@ def test_a_picture_from_a_picture_is_drawn_again_as_long_as_that_is_there(tmp_pa
 def test_what_cannot_be_drawn_again_is_said(model: Any, tmp_path: Path) -> None:
     result = model.generate("a swan", noise=torch.zeros(1, 16, 4, 4), steps=1)
     with pytest.raises(ConfigError, match="with noise handed in, which its settings do not hold"):
-        draw_again(model, result.settings[0])
+        generate_again(model, result.settings[0])
     (tmp_path / "x.png").write_bytes(b"x")
     Image.new("RGB", (8, 8)).save(tmp_path / "plain.png")
     for name, says in (("x.png", "is not an image"), ("none.png", "cannot be read"), ("plain.png", "does not say how")):
@@ -385,6 +427,4 @@ def test_another_picture_is_said_with_what_was_different(model: Any, tmp_path: P
     with Image.open(tmp_path / "a.png") as image:
         eridiff.images.save_png(image.rotate(90), tmp_path / "b.png", settings | {"torch": "1.0", "batch": 3})
     assert main(["resample", str(tmp_path / "b.png")]) == 0
-    assert (
-        "another picture (then torch 1.0, now " in (said := capsys.readouterr().out) and "in one batch with 2" in said
-    )
+    assert "another image (then torch 1.0, now " in (said := capsys.readouterr().out) and "in one batch with 2" in said

@@ -17,6 +17,7 @@ import eridiff
 import eridiff.training.sampler
 from eridiff.blocks import checkpoint_blocks, unwrapped
 from eridiff.errors import ConfigError, TrainingError
+from eridiff.request import Request
 from eridiff.training import Sampler, averaged_weights, restore, undisturbed
 from eridiff.training.fingerprint import changed, fingerprint
 from tests import tiny
@@ -259,6 +260,48 @@ def test_a_schedule_free_optimizer_gives_its_averages_and_gets_its_weights_back(
     run.optimizer.eval()  # type: ignore[attr-defined]
     inner = drawn(run)["live"]
     assert samples.images[0].tobytes() == inner != live
+
+
+class Wrapped:
+    """A schedule-free wrapper around an optimizer: its mode is an attribute, not in the groups."""
+
+    def __init__(self, base: ScheduleFree) -> None:
+        self.base, self.train_mode, self.param_groups = base, True, [{"params": g["params"]} for g in base.param_groups]
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def eval(self) -> None:
+        self.base.eval()
+        self.train_mode = False
+
+    def train(self) -> None:
+        self.base.train()
+        self.train_mode = True
+
+
+@pytest.mark.parametrize("make", [lambda base: base, Wrapped])
+def test_an_optimizer_that_the_trainer_has_switched_to_its_averages_stays_there(run: Run, make: Any) -> None:
+    """As trainers do for a validation: eval, images, train."""
+    optimizer = make(ScheduleFree(run.model.network.parameters()))
+    run.optimizer = optimizer
+    optimizer.eval()
+    weight = run.model.network.image_in.weight.detach().clone()
+    run.sampler(lambda _: None).sample(1)
+    assert torch.equal(run.model.network.image_in.weight, weight)
+    trained = weight.lerp(torch.full_like(weight, 0.123), 1 - 1 / (1 - 0.3))
+    optimizer.train()
+    assert torch.allclose(run.model.network.image_in.weight, trained)
+
+
+def test_images_on_demand_leave_no_trace(run: Run) -> None:
+    before = run.fingerprint()
+    sampler = run.sampler(lambda _: None)
+    asked = {"prompt": "a swan", "steps": 1, "seed": 42, "width": 32, "height": 32}
+    results = sampler.draw([Request.of(asked), {**asked, "seed": 5}])
+    assert [r.settings[0]["seed"] for r in results] == [42, 5] and changed(before, run.fingerprint()) == []
+    with pytest.raises(ConfigError, match="'stps' is not a setting"):
+        sampler.draw([{"prompt": "a swan", "stps": 1}])
 
 
 def test_a_schedule_free_optimizer_that_computes_its_way_back_is_named(

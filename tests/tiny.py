@@ -172,8 +172,8 @@ def load(kind: type[Any], path: Any, **options: Any) -> Any:
 
 def draw(model: Any, prompt: Any, **options: Any) -> Any:
     """A small picture in four steps, with every intermediate."""
-    given = {"height": 32, "steps": 4, "seed": 1, "keep": ("latents", "noise", "conditioning")}
-    return model.generate(prompt, **given | options)
+    given = {"height": 32, "steps": 4, "seed": 1, "keep": ("latents", "noise", "conditioning")} | options
+    return model.generate("" if "conditioning" in options else prompt, **given)
 
 
 def every_tensor_is_in_its_place(parts: Any, modules: dict[str, nn.Module]) -> bool:

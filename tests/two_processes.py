@@ -2,6 +2,7 @@
 
 import os
 import sys
+import time
 import warnings
 from pathlib import Path
 from typing import Any
@@ -9,15 +10,18 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor
 
-from eridiff import Prompt
-from eridiff.errors import EridiffError
+from eridiff import FluxInference, Prompt
+from eridiff.errors import ConfigError, EridiffError
+from eridiff.ranks import agreed, launched, spread
 from eridiff.schedulers.guidance import SkipLayers
 from eridiff.training import Sampler
-from eridiff.training.distributed import agreed, launched, shard, spread
+from eridiff.training.distributed import shard
 from eridiff.training.objective import discrete_levels, flow_levels, noised, squared_error, target
 from tests.families import FAMILIES, conditioning, inference, inputs, packed, rows
+from tests.test_undisturbed import ScheduleFree
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -102,6 +106,62 @@ def sampled(out: Path) -> dict[str, Any]:
     return found
 
 
+def sampler_of(wrap: Any, out: Path, **options: Any) -> tuple[Any, Sampler]:
+    """A Flux in training, and what samples it."""
+    torch.manual_seed(0)
+    model = inference("flux")
+    told = Prompt(conditioning(model))
+    model.encode_prompt = lambda *_, told=told: told
+    model.network.requires_grad_(True)
+    wrap(model.network)
+    optimizer = options.pop("optimizer", lambda _: None)(model.network.parameters())
+    section = {"prompts": ["a", "b", "c"], "sample_steps": 2, "width": 32, "height": 32, "out": str(out), **options}
+    return model, Sampler(model, section, optimizer=optimizer)
+
+
+def failures(out: Path) -> dict[str, Any]:
+    """What each rank is told where one of them cannot go on, or comes late."""
+    found: dict[str, Any] = {}
+    rank = dist.get_rank()
+    found["disk"] = sampler_of(shard, Path("/dev/null/x"))[1].sample(0).failure
+    _, sampler = sampler_of(shard, out / "late", sample_max_seconds=1.0, sample_steps=4)
+    time.sleep(2.0 * (rank == 1))
+    found["late"] = sampler.sample(0).failure
+    model, sampler = sampler_of(nn.parallel.DistributedDataParallel, out / "alone")
+    if rank == 1:
+        model.network.image_in.weight.data.fill_(float("nan"))
+    samples = sampler.sample(0)
+    found["alone"] = samples.failure, len(samples.paths)
+    for name, wrap in (("fully_shard", foreign), ("FSDP1", fsdp1)):
+        try:
+            model = FluxInference(wrap(inference("flux").network), inference("flux").autoencoder, progress=False)
+            Sampler(model, {"prompts": ["a"], "out": str(out)})
+        except ConfigError as error:
+            found[name] = str(error)
+    return found
+
+
+def foreign(network: Any) -> Any:
+    """As accelerate shards."""
+    for block in [*network.double_blocks, *network.single_blocks]:
+        fully_shard(block)
+    return fully_shard(network)
+
+
+def fsdp1(network: Any) -> Any:
+    return FullyShardedDataParallel(network, use_orig_params=True, device_id=torch.device("cpu"))
+
+
+def schedule_free(out: Path) -> tuple[bool, bool]:
+    """Whether the averages of a sharded network are drawn, and its shards come back to the last bit."""
+    _, live = sampler_of(shard, out / "live")
+    model, sampler = sampler_of(shard, out / "averages", optimizer=ScheduleFree)
+    before = [p.to_local().clone() for p in model.network.parameters()]
+    images = [s.sample(0).images for s in (live, sampler)]
+    same = all(torch.equal(a, p.to_local()) for a, p in zip(before, model.network.parameters(), strict=True))
+    return all(a.tobytes() != b.tobytes() for a, b in zip(*images, strict=True)), same
+
+
 def main(out: Path) -> None:
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     found: dict[str, Any] = {}
@@ -109,6 +169,8 @@ def main(out: Path) -> None:
         for name in FAMILIES:
             found[name] = compare(name)
         found["sampled"] = sampled(out.parent)
+        found["failures"] = failures(out.parent / "failures")
+        found["schedule-free"] = schedule_free(out.parent / "free")
         found["spread"] = spread(5, lambda i: (i, dist.get_rank()))
         found["agreed"] = agreed(f"of rank {rank}")
         every: list[Any] = [None, None]

@@ -5,34 +5,21 @@ import os
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
 
 import eridiff
-from eridiff.config import size_of
 from eridiff.errors import ConfigError
-from eridiff.images import METADATA_KEY, read_image
+from eridiff.images import METADATA_KEY, read_image, with_paths
 from eridiff.inference.base import DiffusionInference
-from eridiff.inference.flux import FluxInference
 from eridiff.inference.result import Result
-from eridiff.schedulers.guidance import SkipLayers
+from eridiff.request import FIELDS, Request
 from eridiff.weights.locate import Model
 
-SAME = (
-    "sampler",
-    "guidance_scale",
-    "cfg_scale",
-    "cfg_rescale",
-    "shift",
-    "strength",
-    "width",
-    "height",
-    "steps",
-    "seed",
-)
 LOAD = (  # what a model is loaded with, of all families
-    "variant", "vae_rows", "t5_padding", "without_t5", "t5_mask", "clip_windows", "prediction", "zero_terminal_snr", "empty_negative",
+    "vae_rows", "t5_padding", "without_t5", "t5_mask", "clip_windows", "prediction", "zero_terminal_snr", "empty_negative",
 )  # fmt: skip
 CIRCUMSTANCES = ("version", "torch", "threads", "device", "dtype")  # beside the weights, what the last bits depend on
 
@@ -46,7 +33,13 @@ def read_settings(path: str | os.PathLike[str]) -> dict[str, Any]:
         settings = None
     if not isinstance(settings, dict) or "steps" not in settings:
         raise ConfigError(f"'{path}' does not say how it was drawn; eridiff's own PNGs do, unless they were edited")
-    return settings
+    folder = Path(path).parent
+
+    def found(file: str) -> str:  # older PNGs have paths as they were typed
+        beside = os.path.normpath(folder / file)
+        return beside if os.path.exists(beside) or not os.path.exists(file) else file
+
+    return with_paths(settings, found)
 
 
 def load_again(
@@ -75,17 +68,21 @@ def load_again(
     chosen = given or said
     if not chosen:
         raise ConfigError("its settings name no files that it was drawn with: give the model")
-    told = {name: settings[name] for name in LOAD if settings.get(name) is not None} | _sizes(settings)
+    told = {name: settings[name] for name in LOAD if settings.get(name) is not None}
     loaded = eridiff.load(chosen, **{"device": settings.get("device"), "dtype": _dtypes(settings), **told, **options})
-    sampling = settings.get("sampling") or {}  # a checkpoint of a training run may not say it again
-    loaded.sampling = replace(loaded.sampling, **sampling)
-    if isinstance(loaded, FluxInference) and loaded.t5 is not None:
-        loaded.t5.length = loaded.sampling.text_length
     for file, scale in _loras(settings) if loras is None else loras:
-        recorded = {entry["scale"] for entry in settings.get("loras") or ()}
-        loaded.apply_lora(
-            file, 1.0 if scale is None and len(recorded) != 1 else recorded.pop() if scale is None else scale
-        )
+        recorded = [entry["scale"] for entry in settings.get("loras") or ()]
+        own = recorded[0] if len(recorded) == 1 else 1.0
+        loaded.apply_lora(file, _scale(own) if scale is None else scale)
+    loaded.set_variant(
+        settings["variant"]
+    )  # of the network as its LoRAs have left it: a control LoRA changes its input
+    sampling = settings.get("sampling") or {}  # a checkpoint of a training run may not say it again
+    loaded.sample_as(loaded.variant, replace(loaded.sampling, **sampling))
+    if settings.get("refiner"):
+        dtype = getattr(torch, settings["dtype"])
+        refiner = eridiff.load(settings["refiner"], device=loaded.device, dtype=dtype, progress=loaded.progress)
+        loaded = loaded.with_refiner(refiner)  # type: ignore[attr-defined]  # SDXL's alone record one
     return loaded
 
 
@@ -101,49 +98,35 @@ def _scale(told: Any) -> Any:
     return torch.tensor(told) if isinstance(told, list) else told
 
 
-def _sizes(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """What SDXL was told of the picture."""
-    sizes = {n: size_of(n, settings[n]) for n in ("original_size", "target_size") if settings.get(n)}
-    scores = {n: settings[n] for n in ("aesthetic_score", "negative_aesthetic_score") if n in settings}
-    return sizes | scores | ({"crop": tuple(settings["crop"])} if settings.get("crop") else {})
-
-
 def _dtypes(settings: Mapping[str, Any]) -> Any:
     said = settings.get("dtypes")
     return {name: getattr(torch, dtype) for name, dtype in said.items()} if said else getattr(torch, settings["dtype"])
 
 
-def draw_again(inference: DiffusionInference, settings: Mapping[str, Any], **options: Any) -> Result:
-    """The picture that the settings describe. Raises ConfigError where they do not say all that it was drawn from."""
+def generate_again(inference: DiffusionInference, settings: Mapping[str, Any], **options: Any) -> Result:
+    """The image that the settings describe. Raises ConfigError where they do not say all that it was generated from."""
     lost = [name for name in settings.get("handed_in", ()) if not settings.get(name)]
     if lost:
         raise ConfigError(f"it was drawn with {' and '.join(lost)} handed in, which its settings do not hold")
-    skip, schedule = settings.get("skip_layers"), settings.get("schedule")
-    asked = {name: settings.get(name) for name in SAME} | {
-        "negative": settings.get("negative_prompt"),
-        "schedule": tuple(schedule) if isinstance(schedule, list) else schedule,
-        "skip_layers": SkipLayers(**{**skip, "blocks": tuple(skip["blocks"])}) if skip else False,
-        "cfg_interval": tuple(settings.get("cfg_interval", (0.0, 1.0))),
-        "part": tuple(settings.get("part", (0.0, 1.0))),
-        **{n: read_image(settings[n]) for n in ("image", "mask", "control") if settings.get(n)},
-    }
-    if settings.get("hand_over") is not None:
-        if not settings.get("refiner"):
-            raise ConfigError("its settings name no files of the refiner that it was drawn with")
-        dtype = getattr(torch, settings["dtype"])
-        refiner = eridiff.load(
-            settings["refiner"], device=inference.device, dtype=dtype, progress=inference.progress, **_sizes(settings)
-        )
-        asked |= {"hand_over": settings["hand_over"], "refiner": refiner}
+    if settings.get("hand_over") is not None and not settings.get("refiner"):
+        raise ConfigError("its settings name no files of the refiner that it was drawn with")
+    request = replace(Request.from_json(settings), lora_scale=None)  # which the LoRAs' own scales hold
+    idle = request.without_effect(inference)  # older records hold what had none
+    defaults: dict[str, Any] = {name: FIELDS[name].default for name in idle}
+    request = replace(request, **defaults)
     autocast = (settings.get("training") or {}).get("autocast")
     kind = inference.device.type
     with torch.autocast(kind, getattr(torch, autocast), cache_enabled=False) if autocast else nullcontext():
-        return inference.generate(settings["prompt"], **asked, **options)
+        return inference.generate(request, **options)
 
 
 def circumstances(settings: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """In words, what is not as it was when the picture was drawn."""
     found = [f"{n} {settings[n]}, now {now[n]}" for n in CIRCUMSTANCES if n in settings and settings[n] != now[n]]
+    hashes = settings.get("hashes") or {}
+    found += [
+        f"{name} with other content" for name, was in hashes.items() if (now.get("hashes") or {}).get(name) != was
+    ]
     if (settings.get("training") or {}).get("conditioning"):
         found.append("embeddings that the trainer handed in, now encoded")
     batch = settings.get("batch", 1)

@@ -6,23 +6,24 @@ Letters: B pictures, C latent channels, H x W the picture's size in pixels.
 import inspect
 import logging
 import os
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict
-from types import SimpleNamespace
+from dataclasses import dataclass, replace
+from itertools import groupby
 from typing import Any, ClassVar, TypeVar
 
 import torch
-from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 from typing_extensions import Self, Unpack
 
 from eridiff.blocks import evaluation, unwrapped
 from eridiff.errors import ConfigError
-from eridiff.images import to_images, to_tensor, upright
-from eridiff.inference.handed_in import check_dtypes, check_family, from_diffusers, own_autoencoder
+from eridiff.files import content_hash
+from eridiff.images import to_images, to_tensor
+from eridiff.inference.handed_in import check_dtypes, check_family, check_sharding, from_diffusers, own_autoencoder
 from eridiff.inference.latents import (  # fmt: skip
     LATENT_SCALE,
     device_of,
@@ -36,11 +37,11 @@ from eridiff.inference.latents import (  # fmt: skip
     seeded,
 )
 from eridiff.inference.loading import check_latents, fill
-from eridiff.inference.lora import LoraHandle, apply
+from eridiff.inference.lora import LoraHandle, apply, weighed
 from eridiff.inference.options import Options, check_names
 from eridiff.inference.provenance import provenance
 from eridiff.inference.result import Prompt, Result, Step
-from eridiff.inference.settings import Defaults, Table, Text, check_settings, listed, matched, plain, settle_size
+from eridiff.inference.settings import Defaults
 from eridiff.inference.words import Words
 from eridiff.lora.attach import Scale
 from eridiff.lora.load import Lora
@@ -48,10 +49,11 @@ from eridiff.memory.stages import Stages, on_device, together
 from eridiff.memory.strips import decode_in_strips, encode_in_strips
 from eridiff.models.autoencoder import Autoencoder
 from eridiff.precision import outside_autocast
+from eridiff.request import FIELDS, Checked, Request, Table, Text, is_file, known_names, listed, listed_pictures
 from eridiff.schedulers import Schedule
 from eridiff.schedulers.flow_match import flow_schedule
-from eridiff.schedulers.guidance import Guidance, SkipLayers, guided
-from eridiff.schedulers.samplers import SAMPLERS, STOCHASTIC, Predict, mixed
+from eridiff.schedulers.guidance import Guidance, guided
+from eridiff.schedulers.samplers import SAMPLERS, STOCHASTIC, Draw, Predict, mixed
 from eridiff.text import Conditioning
 from eridiff.weights.detect import DESCRIPTIONS
 from eridiff.weights.locate import Model, Parts, locate
@@ -62,6 +64,39 @@ KEEP = ("conditioning", "noise", "latents")
 
 Callback = Callable[[Step], object]
 T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class HandedIn:
+    """What a caller gives of an image's way and wants of it; the rest of what is asked is a `Request`."""
+
+    conditioning: Prompt | None = None
+    noise: Tensor | None = None
+    keep: Sequence[str] = ()
+    callback: Callback | None = None
+
+
+@dataclass
+class Run:
+    """How far a run has come; another network can take it over."""
+
+    x: Tensor  # latents [B, C, H / 8, W / 8] float32
+    noise: Tensor  # the same shape: what it began from
+    draw: Draw | None  # of samplers that draw noise on the way, which goes on
+    clean: Tensor | None = None  # what multi-step samplers remember
+    stopped: bool = False  # by the callback
+
+
+def check_conditioning(request: Request, given: object) -> None:
+    """Raises ConfigError for what cannot stand for a prompt, and for a prompt beside it."""
+    if not isinstance(given, Prompt):
+        raise ConfigError(
+            f"conditioning must be an eridiff.Prompt, not a {type(given).__name__}: "
+            "Prompt(Conditioning(text, pooled)), with the negative one behind it if there is guidance"
+        )
+    for name in ("prompt", "negative"):
+        if request.says(name):
+            raise ConfigError(f"{name} has no effect beside conditioning, which is what was encoded of it")
 
 
 class DiffusionInference(ABC):
@@ -75,9 +110,12 @@ class DiffusionInference(ABC):
     encoders: ClassVar[tuple[str, ...]]  # in the order of diffusers' text_encoder, text_encoder_2, text_encoder_3
     recorded: ClassVar[tuple[str, ...]] = ("variant", "vae_rows")  # attributes that a picture depends on, as options
     multiple: int = 16  # of which width and height must be multiples
+    takes: Collection[str] = ()  # fields of Request that have an effect on some networks alone
+    inpaints: bool = False  # whether the network itself is told the mask and the image around it
     network: Any
     autoencoder: Autoencoder
     sampling: Any  # the variant's Defaults
+    why: str = ""  # it is this variant
     words: Words | None = None  # that the model knows, if its file lists them; set None to end the check of prompts
 
     def __init__(self, network: nn.Module | None, autoencoder: Autoencoder | None, **options: Unpack[Options]) -> None:
@@ -139,6 +177,11 @@ class DiffusionInference(ABC):
 
     @staticmethod
     @abstractmethod
+    def variants_of_inputs(config: Any) -> list[str]:
+        """The published variants that take the same inputs as a network; they may differ in other sizes."""
+
+    @staticmethod
+    @abstractmethod
     def needed(config: Any) -> tuple[str, ...]:
         """The text encoders without which a network of these sizes cannot draw."""
 
@@ -181,10 +224,7 @@ class DiffusionInference(ABC):
         """The points of a run; None is the published variant's."""
 
     @abstractmethod
-    def prepare(
-        self, conditioning: Conditioning, negatives: int, times: Tensor, width: int, height: int,
-        guidance_scale: float | None,
-    ) -> Any:  # fmt: skip
+    def prepare(self, conditioning: Conditioning, negatives: int, times: Tensor, asked: Checked) -> Any:
         """The network's run for all rows of a conditioning, on its device and of its dtype; the last `negatives` are that."""
 
     @abstractmethod
@@ -193,11 +233,15 @@ class DiffusionInference(ABC):
     ) -> Tensor:
         """The network's raw output, float32: latents `[B, C, H / 8, W / 8]` -> the same shape."""
 
-    def condition(self, image: Tensor | None, mask: Tensor | None, control: Tensor | None) -> Tensor | None:
-        """What the network takes beside the latents, from pictures and a mask; None for most."""
-        if control is not None:
-            raise ConfigError(f"{self.variant} takes no control picture; Flux Canny and Depth do")
+    def condition(
+        self, image: Tensor | None, mask: Tensor | None, control: Tensor | None, references: Sequence[Tensor]
+    ) -> Tensor | None:
+        """What the network takes beside the latents, from images and a mask; None for most."""
         return None
+
+    def referred(self, references: Sequence[Any]) -> list[Tensor]:
+        """References `[1, 3, H, W]` in [-1, 1], of the sizes that the network was trained with."""
+        return []
 
     def load_model(self, model: Model | Parts) -> Self:
         """Fill the network, the autoencoder, the text encoders and their tokenizers; every key is accounted for.
@@ -208,12 +252,13 @@ class DiffusionInference(ABC):
         return self
 
     def apply_lora(
-        self, weights: str | os.PathLike[str] | Lora, scale: Scale | Mapping[str, Scale] = 1.0, *,
+        self, weights: str | os.PathLike[str] | Lora, scale: Scale | Mapping[str, Scale] | None = None, *,
         allow_partial: bool = False, part: str | None = None, dora: str = "peft",
     ) -> LoraHandle:  # fmt: skip
         """Put a LoRA beside the network and the text encoders: a file of any format, a peft folder, a hub id, or a `Lora`.
 
-        Several add up. `scale` is a number, `[B]` for the rows of a batch, or numbers by patterns of native module names.
+        Several add up. `scale` is a number, `[B]` for the rows of a batch, or numbers by patterns of native module names;
+        None is the `lora_scale` of each request, 1 when that is not said.
         The handle weighs it anew and takes it away. Raises LoraError, having changed nothing, for a file of which anything
         does not fit; `allow_partial` leaves that out, and the handle's ledger says what. `part`, "network" or
         "text_encoders", leaves the other part of the file out.
@@ -221,29 +266,51 @@ class DiffusionInference(ABC):
         return apply(self, weights, scale, allow_partial=allow_partial, part=part, dora=dora)
 
     def choose_variant(self, config: Any, name: str) -> str:
-        """The published variant: what was asked for, if the sizes allow it, else by sizes, then by the file's name."""
-        possible = self.possible_variants(config)
+        """The published variant whose defaults serve: the one asked for, else by sizes, among equal ones by a file's name.
+
+        Any variant that takes the same inputs may be asked for, as weights may be trained for another way of sampling.
+        """
+        self.why = "as asked"
         if self.asked_variant is not None:
-            if self.asked_variant not in possible:
-                raise ConfigError(f"the network has the sizes of {' or '.join(possible)}, not of {self.asked_variant}")
+            same = self.variants_of_inputs(config)
+            if self.asked_variant not in same:
+                raise ConfigError(f"the network takes the inputs of {' or '.join(same)}, not of {self.asked_variant}")
             return self.asked_variant
-        by_name = [v for v in possible if v.rsplit("-", 1)[-1] in name.lower()]
+        possible = self.possible_variants(config)
+        words = set(re.split(r"[^a-z0-9]+", name.lower()))
+        by_name = [v for v in possible if v.rsplit("-", 1)[-1] in words]
+        self.why = "by its sizes"
         if len(possible) > 1:
-            log.info("%s have the same sizes; the name '%s' decides", " and ".join(possible), name)
-        return (by_name or possible)[-1 if by_name else 0]
+            found = f"by the name '{name}'" if by_name else "as its name says no other"
+            self.why = f"{found}; {', '.join(possible)} have the same sizes"
+        return (by_name[::-1] or possible)[0]
+
+    def set_variant(self, variant: str) -> None:
+        """Sample with the defaults of this published variant. Raises ConfigError for one that takes other inputs."""
+        asked, self.asked_variant = self.asked_variant, variant
+        try:
+            self.sample_as(self.choose_variant(self.network.config, ""))
+        finally:
+            self.asked_variant = asked
+
+    def sample_as(self, variant: str, sampling: Any = None) -> None:
+        """Take a variant, and its defaults or others in their place."""
+        self.variant = variant
+        self.sampling = self.variants[variant] if sampling is None else sampling
 
     def set_network(self, network: nn.Module, name: str = "") -> None:
         """Take a network, out of the wrappers of a trainer, and its variant's defaults."""
         check_family(type(self), network)
+        check_sharding(network)
         self.network = unwrapped(network)
         if hasattr(self, "autoencoder"):
             check_latents(type(self), self.network.config, self.autoencoder.config)
         own, asked = device_of(self.network), self.asked_device
         if asked is not None and not self.offload and not same_device(own, asked):
             raise ConfigError(f"the network is on {own}, not on {asked}: move it there, or give no device")
-        self.variant = self.choose_variant(self.network.config, name)
-        self.sampling = self.variants[self.variant]
+        self.sample_as(self.choose_variant(self.network.config, name))
         self.words = None
+        log.info("the network is used as %s (%s)", self.variant, self.why)
 
     def defaults(self) -> Mapping[str, Any]:
         """width, height, steps and whatever else `generate` takes when it is not said."""
@@ -319,49 +386,71 @@ class DiffusionInference(ABC):
 
     @torch.no_grad()
     def denoise(
-        self, latents: Tensor, prompt: Prompt, steps: int | Schedule, *, guidance: Guidance | None = None,
-        guidance_scale: float | None = None, sampler: str | None = None, image: Tensor | None = None,
+        self, latents: Tensor, prompt: Prompt, steps: int | Schedule, *, image: Tensor | None = None,
         strength: float = 1.0, mask: Tensor | None = None, condition: Tensor | None = None,
-        part: tuple[float, float] = (0.0, 1.0), seeds: Sequence[int] | None = None, callback: Callback | None = None,
+        seeds: Sequence[int] | None = None, callback: Callback | None = None, **asked: Any,
     ) -> Tensor:  # fmt: skip
         """Noise -> latents, both `[B, C, H / 8, W / 8]`; float32 between steps whatever the network's dtype.
 
-        `guidance` and `sampler` None are the variant's. `image` (latents) with `strength` in [0, 1] starts from that picture
-        with as much noise; with a `mask` `[B, 1, H / 8, W / 8]` only where the mask is 1 is painted, the rest follows the
-        picture. `part`, shares of the run, begins with latents that another network has brought so far, or stops for one.
-        `seeds`, one a picture, are needed by samplers that draw noise on the way. A callback that returns something true ends
-        the run there. Raises EridiffError when the network gives values that are not finite.
+        - steps: how many, or the schedule itself.
+        - image, strength: latents to begin from, with the noise of the share `strength` of the run, 0 to 1.
+        - mask: `[B, 1, H / 8, W / 8]`; only where it is 1 is painted, the rest follows the image.
+        - condition: what the network takes beside the latents, of `condition`.
+        - seeds: one an image, for samplers that draw noise on the way.
+        - callback: is called with a `Step` after each; the run ends where it returns something true.
+        - asked: further fields of `Request`, such as sampler, cfg_scale and part.
+
+        Raises ConfigError for settings that are impossible, EridiffError when the network gives values that are not finite.
         """
         height, width = (side * LATENT_SCALE for side in latents.shape[-2:])
         schedule = self.schedule(steps, width, height) if isinstance(steps, int) else steps
-        guidance = Guidance(self.sampling.cfg_scale) if guidance is None else guidance
-        sampler = sampler or self.sampling.sampler
-        move = SAMPLERS[sampler]
+        request = Request.of({**asked, "width": width, "height": height, "steps": schedule.steps})
+        settled = request.checked(self, len(latents))
+        if settled.sampler in STOCHASTIC and seeds is None:
+            raise ConfigError(f"{settled.sampler} draws noise on the way: give seeds, one an image")
+        first, last = self.ends(schedule, settled.part, 1.0 if image is None else strength)
+        run = self.begun(latents, schedule, first, image, seeds)
+        self.walk(run, prompt, schedule, settled, first, last, image, mask, condition, callback)
+        return finite(run.x, "denoising")
+
+    def ends(self, schedule: Schedule, part: tuple[float, float], strength: float) -> tuple[int, int]:
+        """The first step of a run and the one behind its last."""
         first, last = (self.place(schedule, share) for share in part)
-        first = max(first, first_step(schedule.steps, 1.0 if image is None else strength))
-        noise = latents.to(self.device, torch.float32)
+        return max(first, first_step(schedule.steps, strength)), last
+
+    def begun(
+        self, noise: Tensor, schedule: Schedule, first: int, image: Tensor | None, seeds: Sequence[int] | None
+    ) -> Run:
+        """A run before its step `first`: of an image's latents, or of noise, which may be the latents of a part before."""
+        noise = noise.to(self.device, torch.float32)
+        done = first if image is None else 0  # steps of the part before have drawn their noise
+        draw = noise_of_steps(seeds, noise, done) if seeds is not None else None
+        return Run(noise if image is None else mixed(image.to(self.device), noise, schedule, first), noise, draw)
+
+    @torch.no_grad()
+    def walk(
+        self, run: Run, prompt: Prompt, schedule: Schedule, asked: Checked, first: int, last: int, image: Tensor | None = None,
+        mask: Tensor | None = None, condition: Tensor | None = None, callback: Callback | None = None,
+    ) -> None:  # fmt: skip
+        """Take a run from step `first` to before `last`; arguments as in `denoise`, `asked` as of `Request.checked`."""
+        move = SAMPLERS[asked.sampler]
         image, mask, condition = (None if t is None else t.to(self.device) for t in (image, mask, condition))
-        if sampler in STOCHASTIC and seeds is None:
-            raise ConfigError(f"{sampler} draws noise on the way: give seeds, one a picture")
-        draw = noise_of_steps(seeds, noise) if seeds is not None else None
-        x = noise if image is None else mixed(image, noise, schedule, first)
-        clean: Tensor | None = None
         with self._stage(self.network):
-            predict = self.predictor(prompt, schedule, width, height, guidance, guidance_scale, condition, first)
+            predict = self.predictor(prompt, schedule, asked, condition, first)
             for i in tqdm(range(first, last), desc="denoising", unit="step", **self._bar):
-                x, clean = move(predict, x, schedule, i, clean, draw)
+                run.x, run.clean = move(predict, run.x, schedule, i, run.clean, run.draw)
                 if mask is not None and image is not None:
-                    x = mask * x + (1 - mask) * mixed(image, noise, schedule, i + 1)
-                if callback and callback(Step(i, schedule.steps, float(schedule.sigmas[i + 1]), x, clean)):
+                    run.x = mask * run.x + (1 - mask) * mixed(image, run.noise, schedule, i + 1)
+                if callback and callback(Step(i, schedule.steps, float(schedule.sigmas[i + 1]), run.x, run.clean)):
+                    run.stopped = True
                     break
-        return finite(x, "denoising")
 
     def predictor(
-        self, prompt: Prompt, schedule: Schedule, width: int, height: int, guidance: Guidance,
-        guidance_scale: float | None = None, condition: Tensor | None = None, first: int = 0,
-    ) -> Predict:  # fmt: skip
+        self, prompt: Prompt, schedule: Schedule, asked: Checked, condition: Tensor | None = None, first: int = 0
+    ) -> Predict:
         """A function from latents `[B, C, H / 8, W / 8]` and a step to the guided network's raw output of that shape."""
         rows = [prompt.positive]
+        guidance = Guidance(asked.cfg_scale, asked.cfg_rescale, asked.cfg_interval, asked.skip_layers or None)
         if guidance.cfg_scale != 1:
             if prompt.negative is None:
                 raise ConfigError(f"cfg_scale {guidance.cfg_scale:g} needs a negative prompt; an empty one is ''")
@@ -371,8 +460,7 @@ class DiffusionInference(ABC):
         dtype = dtype_of(self.network)
         conditioning = Conditioning.joined([part.to(self.device, dtype) for part in rows])
         times = schedule.times.to(self.device, torch.promote_types(dtype, torch.float32))
-        negatives = len(conditioning) - len(prompt.positive)
-        run = self.prepare(conditioning, negatives, times, width, height, guidance_scale)
+        run = self.prepare(conditioning, len(conditioning) - len(prompt.positive), times, asked)
 
         def ask(x: Tensor, run: Any, i: int, skip_blocks: Collection[int]) -> Tensor:
             return self.step(x, run, i, skip_blocks, condition)
@@ -406,62 +494,53 @@ class DiffusionInference(ABC):
         return torch.stack([drawn(shape, seeded(seed)) for seed in seeds])
 
     def generate(
-        self,
-        prompt: Text | Sequence[Text] = "",
-        *,
-        negative: Text | Sequence[Text] | None = None,
-        width: int | None = None,
-        height: int | None = None,
-        steps: int | None = None,
-        sampler: str | None = None,
-        schedule: Table | None = None,
-        shift: float | None = None,
-        guidance_scale: float | None = None,
-        cfg_scale: float | None = None,
-        cfg_rescale: float = 0.0,
-        cfg_interval: tuple[float, float] = (0.0, 1.0),
-        skip_layers: bool | SkipLayers = False,
-        part: tuple[float, float] = (0.0, 1.0),
-        seed: int | Sequence[int] | None = None,
-        image: Image.Image | Tensor | None = None,
-        strength: float | None = None,
-        mask: Image.Image | Tensor | None = None,
-        control: Image.Image | Tensor | None = None,
-        noise: Tensor | None = None,
-        conditioning: Prompt | None = None,
-        keep: Sequence[str] = (),
-        callback: Callback | None = None,
-    ) -> Result:
-        """Draw one picture for each prompt and seed, all in one batch; one of either serves all of the other.
+        self, prompt: Request | Text | Sequence[Text] = "", *, conditioning: Prompt | None = None,
+        noise: Tensor | None = None, keep: Sequence[str] = (), callback: Callback | None = None, **asked: Any,
+    ) -> Result:  # fmt: skip
+        """Generate one image for each prompt and seed, all in one batch; one of either serves all of the other.
 
-        What is None is the published variant's (`defaults`). sampler is a name of `SAMPLERS`; schedule a table's name or its
-        sigmas, shift a number for it; part, shares of the run, stops early or goes on with another network's latents, given
-        as noise. guidance_scale is what the network's guidance embedding is told; cfg_scale other
-        than 1 asks the network for `negative` too and steers away from it (true classifier-free guidance), within
-        cfg_interval, shares of the steps; cfg_rescale puts as much of the deviation back; skip_layers True is the published
-        setting. seed None draws one. image with strength begins from a picture, with a mask (white is painted) it fills in;
-        control is the picture that Canny and Depth follow. noise and conditioning replace what would be drawn and encoded;
-        keep returns any of "conditioning", "noise", "latents". Pictures are PIL images or tensors `[B, 3, H, W]` in [-1, 1],
-        masks `[B, 1, H, W]` in [0, 1]. Raises ConfigError for settings that are impossible, EridiffError for values that are
-        not finite.
+        - prompt: a text, one for each text encoder by name, several of either, or a whole `Request`.
+        - conditioning: an encoded prompt in place of a text.
+        - noise: `[B, C, H / 8, W / 8]` in place of the seeds', or the latents of the part of a run before.
+        - keep: which of "conditioning", "noise", "latents" the result shall hold.
+        - callback: is called with a `Step` after each step; the run ends where it returns something true.
+        - asked: the fields of `Request`: negative, width, height, steps, seed, sampler, guidance_scale, cfg_scale, image, ...
+          What is not said is the published variant's (`defaults`), and a seed is drawn.
+
+        Raises ConfigError for settings that are impossible or would have no effect, EridiffError for values that are not
+        finite.
         """
-        return self._finished(self._stages(SimpleNamespace(**{n: v for n, v in locals().items() if n != "self"})))
+        handed_in = HandedIn(conditioning, noise, keep, callback)
+        return next(self._generated([(self._request(prompt, asked), handed_in)]))
 
-    def generate_each(self, requests: Sequence[Mapping[str, Any]]) -> Iterator[Result]:
-        """What `generate(**request)` gives for each request, in their order and bit for bit.
+    def generate_each(self, requests: Sequence[Request | Mapping[str, Any]]) -> Iterator[Result]:
+        """What `generate` gives for each request, or for each set of its arguments, in their order and bit for bit.
 
         With `offload` each component is moved to the device once for all requests: all prompts are encoded, then all latents
         denoised, then all decoded. Raises what `generate` raises; the requests before the one that failed are finished first.
         """
-        signature = inspect.signature(DiffusionInference.generate)
-        runs = []
+        own = inspect.signature(HandedIn).parameters
+        pairs = []
         for request in requests:
-            bound = signature.bind(self, **request)
-            bound.apply_defaults()
-            bound.arguments.pop("self")
-            runs.append(self._stages(SimpleNamespace(**bound.arguments)))
-        for group in [runs] if self.offload else [[run] for run in runs]:
-            yield from self._together(group)
+            given: dict[str, Any] = {"prompt": request} if isinstance(request, Request) else dict(request)
+            handed_in = HandedIn(**{name: given.pop(name) for name in list(given) if name in own})
+            pairs.append((self._request(given.pop("prompt", ""), given), handed_in))
+        yield from self._generated(pairs)
+
+    @staticmethod
+    def _request(prompt: Request | Text | Sequence[Text], asked: Mapping[str, Any]) -> Request:
+        if not isinstance(prompt, Request):
+            return Request.of({**asked, "prompt": prompt})
+        known_names(asked, FIELDS, "a request", "is not a setting of")
+        return replace(prompt, **asked)
+
+    def _generated(self, pairs: Sequence[tuple[Request, HandedIn]]) -> Iterator[Result]:
+        """Those with the same weights of LoRAs in one go, so that `offload` moves each component once."""
+        for scale, group in groupby(pairs, key=lambda pair: pair[0].lora_scale):
+            runs = [self._stages(*pair) for pair in group]
+            with weighed(self.loras, scale):
+                for some in [runs] if self.offload else [[run] for run in runs]:
+                    yield from self._together(some)
 
     def _finished(self, run: Stages[T]) -> T:
         return next(self._together([run]))
@@ -469,106 +548,112 @@ class DiffusionInference(ABC):
     def _together(self, runs: Sequence[Stages[T]]) -> Iterator[T]:
         return together(runs, self._stage, last=self.network)
 
-    def _stages(self, asked: SimpleNamespace) -> Stages[Result]:
-        """`generate` in stages; `asked` has its arguments."""
-        for name, value in vars(asked).items():
-            setattr(asked, name, plain(value))
-        if asked.conditioning is not None and not isinstance(asked.conditioning, Prompt):
-            raise ConfigError(
-                f"conditioning must be an eridiff.Prompt, not a {type(asked.conditioning).__name__}: "
-                "Prompt(Conditioning(text, pooled)), with the negative one behind it if there is guidance"
-            )
-        prompts, seeds = matched(
-            asked.prompt, asked.seed, len(asked.conditioning.positive) if asked.conditioning else 1
-        )
-        asked.image, asked.mask, asked.control = (
-            upright(picture) for picture in (asked.image, asked.mask, asked.control)
-        )
-        handed_in = [n for n in ("image", "mask", "control", "noise", "conditioning") if getattr(asked, n) is not None]
-        defaults, conditioning, noise, part = self.sampling, asked.conditioning, asked.noise, asked.part
-        given = next((picture for picture in (asked.image, asked.control) if picture is not None), None)
-        width, height = settle_size(asked.width, asked.height, given, self.defaults(), self.multiple)
-        sampler = defaults.sampler if asked.sampler is None else asked.sampler
-        cfg_scale = defaults.cfg_scale if asked.cfg_scale is None else asked.cfg_scale
-        unknown = sorted(set(asked.keep) - set(KEEP))
+    def _stages(self, request: Request, given: HandedIn) -> Stages[Result]:
+        """`generate` in stages."""
+        if given.conditioning is not None:
+            check_conditioning(request, given.conditioning)
+        unknown = sorted(set(given.keep) - set(KEEP))
         if unknown:
             raise ConfigError(f"'{unknown[0]}' cannot be kept; there are {', '.join(KEEP)}")
-        check_settings(
-            steps=asked.steps, cfg_scale=cfg_scale, guidance_scale=asked.guidance_scale, strength=asked.strength,
-            cfg_rescale=asked.cfg_rescale, cfg_interval=asked.cfg_interval, sampler=sampler, shift=asked.shift,
-        )  # fmt: skip
-        if (asked.mask is not None or asked.strength is not None) and asked.image is None:
-            raise ConfigError("a mask or a strength needs the image that it is for")
-        if not 0 <= part[0] < part[1] <= 1:
-            raise ConfigError(f"part must be two rising shares of the run such as 0 and 0.8, not {part}")
-        table = self.table_of(sampler) if asked.schedule is None else asked.schedule
-        points = self.schedule(
-            defaults.steps if asked.steps is None else asked.steps, width, height, table, asked.shift
-        )
-        guidance = Guidance(cfg_scale, asked.cfg_rescale, asked.cfg_interval, self._skip_layers(asked.skip_layers))
+        asked = request.checked(self, len(given.conditioning.positive) if given.conditioning else 1)
+        width, height, count = asked.width, asked.height, len(asked.prompt)
+        points = self.schedule(asked.steps, width, height, asked.schedule, asked.shift)
         image, control = (None if p is None else to_tensor(p, width, height) for p in (asked.image, asked.control))
         mask = None if asked.mask is None else to_tensor(asked.mask, width, height, mask=True)
-        for name, rows in (("noise", noise), ("image", image), ("control", control), ("mask", mask)):
-            if rows is not None and len(rows) not in (len(seeds),) + ((1,) if name != "noise" else ()):
-                raise ConfigError(f"{len(rows)} rows of {name} for {len(seeds)} prompts and seeds: give as many")
-
-        if conditioning is None:
-            self.check_words(prompts)
-            steered = cfg_scale != 1
-            same = all(p == prompts[0] for p in prompts) and (
-                asked.negative is None or len(listed(asked.negative)) == 1
-            )
-            conditioning = yield from self._encoding(
-                prompts[:1] if same else prompts, asked.negative if steered else None, steered
-            )
-        if len(conditioning.positive) == 1:
-            repeated = conditioning.negative and conditioning.negative.repeat(len(seeds))
-            conditioning = Prompt(conditioning.positive.repeat(len(seeds)), repeated)
-        if image is not None or control is not None:
+        for name, rows in (("image", image), ("control", control), ("mask", mask)):
+            if rows is not None and len(rows) not in (1, count):
+                raise ConfigError(f"{len(rows)} rows of {name} for {count} prompts and seeds: give as many")
+        conditioning = yield from self._conditioned(asked, given.conditioning)
+        if image is not None or control is not None or asked.references:
             yield self.autoencoder
-        condition = self.condition(image, mask, control)
-        start = self.encode_vae(image) if image is not None and condition is None else None
-        noise = self.noise(seeds, width, height) if noise is None else noise
-        strength = (1.0 if mask is not None else 0.75) if asked.strength is None else asked.strength
-        yield self.network
-        latents = self.denoise(
-            noise, conditioning, points, guidance=guidance, guidance_scale=asked.guidance_scale, sampler=sampler,
-            image=start, strength=strength, condition=condition, callback=asked.callback, part=part, seeds=seeds,
-            mask=None if start is None or mask is None else latent_mask(mask),
-        )  # fmt: skip
+        condition = self.condition(image, mask, control, asked.references or ())
+        start = None  # a network that is told the image begins from noise alone, if nothing of the image shall stay
+        if image is not None and not (self.inpaints and asked.strength == 1):
+            start = self.encode_vae(image)
+        noise = self._noise(asked, given.noise)
+        blended = None if start is None or mask is None or self.inpaints else latent_mask(mask)
+        latents = yield from self._denoised(
+            noise, conditioning, points, asked, start, blended, condition, given.callback
+        )
         yield self.autoencoder
         decoded = self.decode_vae(latents).cpu()
         if image is not None and mask is not None:
             decoded = mask * decoded + (1 - mask) * image
-        table = table if table is None or isinstance(table, str) else points.sigmas.tolist()
-        settings = {
-            **provenance(self), "negative_prompt": asked.negative, "width": width, "height": height, "steps": points.steps,
-            "sampler": sampler, "schedule": table, "shift": asked.shift, "guidance_scale": self.guidance(asked.guidance_scale),
-            "cfg_scale": cfg_scale, "cfg_rescale": asked.cfg_rescale, "cfg_interval": list(asked.cfg_interval),
-            "skip_layers": guidance.skip_layers and asdict(guidance.skip_layers), "part": list(part),
-            "strength": None if start is None else strength, "batch": len(seeds),
-            "loras": [handle.record() for handle in self.loras] or None, "handed_in": handed_in,
-            **self.told_sizes(width, height),
-        }  # fmt: skip
-        each = [{"prompt": p, "seed": s, **settings} for p, s in zip(prompts, seeds, strict=True)]
         kept: dict[str, Any] = {"conditioning": conditioning, "noise": noise, "latents": latents}
-        return Result(to_images(decoded), each, **{name: kept[name] for name in asked.keep})
+        settings = self._record(request, asked, given)
+        return Result(to_images(decoded), settings, **{name: kept[name] for name in given.keep})
 
-    def _skip_layers(self, given: bool | SkipLayers) -> SkipLayers | None:
-        """True is the variant's published setting; ConfigError where there is none."""
-        published = getattr(self.sampling, "skip_layers", None)
-        if given is not True:
-            return given or None
-        if published is None:
-            raise ConfigError(f"there is no published skip-layer guidance for {self.variant}; sd3.5-medium has one")
-        return published
+    def _conditioned(self, asked: Checked, given: Prompt | None) -> Stages[Prompt]:
+        """The prompts of a batch, encoded; one of its rows serves all."""
+        prompts, count = asked.prompt, len(asked.prompt)
+        found = given
+        if found is None:
+            self.check_words(prompts)
+            negative, steered = asked.negative, asked.cfg_scale != 1
+            same = all(p == prompts[0] for p in prompts) and (negative is None or len(negative) == 1)
+            found = yield from self._encoding(prompts[:1] if same else prompts, negative if steered else None, steered)
+        if len(found.positive) == 1:
+            found = Prompt(found.positive.repeat(count), found.negative and found.negative.repeat(count))
+        return found
+
+    def _noise(self, asked: Checked, given: Tensor | None) -> Tensor:
+        """Of the seeds, or what was handed in; raises ConfigError for noise of another shape."""
+        seeds, height, width = asked.seed, asked.height, asked.width
+        shape = [len(seeds), self.latent_channels, height // LATENT_SCALE, width // LATENT_SCALE]
+        if given is not None and list(given.shape) != shape:
+            raise ConfigError(
+                f"the noise has the shape {list(given.shape)}, and an image of {width}x{height} needs {shape}"
+            )
+        return self.noise(seeds, width, height) if given is None else given
+
+    def _denoised(
+        self, noise: Tensor, prompt: Prompt, points: Schedule, asked: Checked, image: Tensor | None,
+        mask: Tensor | None, condition: Tensor | None, callback: Callback | None,
+    ) -> Stages[Tensor]:  # fmt: skip
+        """As `denoise`, in stages."""
+        first, last = self.ends(points, asked.part, 1.0 if image is None else asked.strength)
+        run = self.begun(noise, points, first, image, asked.seed)
+        yield self.network
+        self.walk(run, prompt, points, asked, first, last, image, mask, condition, callback)
+        return finite(run.x, "denoising")
+
+    def _record(self, request: Request, asked: Checked, given: HandedIn) -> list[dict[str, Any]]:
+        """For each image all that is needed to generate it again, as a PNG holds it."""
+        pictures = {name: getattr(request, name) for name in ("image", "mask", "control", "references")}
+        handed_in = [
+            name for name, picture in pictures.items()
+            if picture is not None and not all(map(is_file, listed_pictures(picture)))
+        ]  # fmt: skip
+        handed_in += [name for name in ("noise", "conditioning") if getattr(given, name) is not None]
+        prompts, seeds = asked.prompt, asked.seed
+        negatives = asked.negative or [None]
+        rest = {
+            **provenance(self), "batch": len(seeds), "loras": [handle.record() for handle in self.loras] or None,
+            "handed_in": handed_in,
+            "hashes": {
+                name: [content_hash(file) for file in listed_pictures(picture)] for name, picture in pictures.items()
+                if picture is not None and name not in handed_in
+            },
+        }  # fmt: skip
+        rows = [
+            replace(asked, prompt=p, seed=s, negative=negatives[i % len(negatives)], **pictures)
+            for i, (p, s) in enumerate(zip(prompts, seeds, strict=True))
+        ]
+        return [{**row.to_json(), **rest} for row in rows]
+
+    @property
+    def guidance_embedding(self) -> bool:
+        """Whether the network is told a guidance scale."""
+        return bool(getattr(self.network.config, "guidance", False))
 
     def guidance(self, guidance_scale: float | None) -> float | None:
         """What the guidance embedding is told; None where there is none."""
-        return None
+        if not self.guidance_embedding:
+            return None
+        return self.sampling.guidance_scale if guidance_scale is None else guidance_scale
 
-    def told_sizes(self, width: int, height: int) -> dict[str, Any]:
-        """What the network is told of an image's size, for the record; SDXL is."""
+    def told(self, asked: Checked) -> dict[str, Any]:
+        """Fields of a request that only this family settles."""
         return {}
 
     @contextmanager

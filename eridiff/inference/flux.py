@@ -1,6 +1,5 @@
 """Flux: CLIP-L's pooled state and T5's features, the guidance embedding, and the extra channels of Fill, Canny, Depth."""
 
-import logging
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -10,20 +9,24 @@ from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from eridiff.errors import ConfigError
+from eridiff.images import to_tensor
 from eridiff.inference.base import DiffusionInference
 from eridiff.inference.handed_in import check_encoders
 from eridiff.inference.latents import dtype_of, finite_features
 from eridiff.inference.options import Options
-from eridiff.inference.settings import Defaults, Text, spoken
+from eridiff.inference.settings import Defaults, spoken
 from eridiff.memory.stages import Stages
 from eridiff.models.autoencoder import Autoencoder
-from eridiff.models.flux import Flux, FluxConfig, FluxRun, fill_condition, patchify, unpatchify
+from eridiff.models.flux import Flux, FluxConfig, FluxRun, fill_condition, patchify, position_ids, unpatchify
+from eridiff.request import Checked, Text, check_side
 from eridiff.schedulers import Schedule
 from eridiff.schedulers.flow_match import flux_schedule
 from eridiff.text import Conditioning
 from eridiff.text.encoders import ClipEncoder, T5Encoder
 
-log = logging.getLogger(__name__)
+# width and height that Kontext was trained with (black-forest-labs/flux, src/flux/util.py)
+WIDE = [(1568, 672), (1504, 688), (1456, 720), (1392, 752), (1328, 800), (1248, 832), (1184, 880), (1104, 944)]
+KONTEXT_SIZES = [*WIDE, (1024, 1024), *((height, width) for width, height in WIDE)]
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,7 @@ class FluxInference(DiffusionInference):
         "fill": FluxDefaults(steps=50, guidance_scale=30.0),
         "canny": FluxDefaults(steps=50, guidance_scale=30.0),
         "depth": FluxDefaults(steps=50, guidance_scale=10.0),
+        "kontext": FluxDefaults(guidance_scale=2.5),
     }
     network: Flux
 
@@ -72,13 +76,24 @@ class FluxInference(DiffusionInference):
         check_encoders(type(self), clip=clip, t5=t5)
         self.clip, self.t5, self.t5_mask = clip, t5, t5_mask
 
+    @property
+    def takes(self) -> Collection[str]:  # type: ignore[override]
+        follows = "canny" in self.variants_of_inputs(self.network.config)
+        return ("control",) if follows else ("references",) if self.variant == "kontext" else ()
+
+    @property
+    def inpaints(self) -> bool:  # type: ignore[override]
+        return self.variants_of_inputs(self.network.config) == ["fill"]
+
+    @staticmethod
+    def variants_of_inputs(config: FluxConfig) -> list[str]:
+        found = {6: ["fill"], 2: ["canny", "depth"]}
+        return found.get(config.in_channels // config.out_channels, ["dev", "kontext", "schnell"])
+
     @staticmethod
     def possible_variants(config: FluxConfig) -> list[str]:
-        if config.in_channels == config.out_channels * 6:
-            return ["fill"]
-        if config.in_channels == config.out_channels * 2:
-            return ["canny", "depth"]
-        return ["dev" if config.guidance else "schnell"]
+        found = FluxInference.variants_of_inputs(config)
+        return found if "dev" not in found else ["dev", "kontext"] if config.guidance else ["schnell"]
 
     @staticmethod
     def channels_drawn(config: FluxConfig) -> int:
@@ -92,6 +107,13 @@ class FluxInference(DiffusionInference):
     @staticmethod
     def text_widths(configs: Mapping[str, Mapping[str, Any]]) -> tuple[int, int]:
         return configs["t5"]["d_model"], configs["clip"]["hidden_size"]
+
+    def sample_as(self, variant: str, sampling: Any = None) -> None:
+        """As DiffusionInference.sample_as; T5 gives as many tokens, unless it was handed in with another number."""
+        before, t5 = getattr(self, "sampling", None), getattr(self, "t5", None)
+        super().sample_as(variant, sampling)
+        if t5 is not None and before is not None and t5.length == before.text_length:
+            t5.length = self.sampling.text_length
 
     def set_encoders(self, modules: Mapping[str, nn.Module], tokenizers: Mapping[str, Any]) -> None:
         self.clip = ClipEncoder(modules["clip"], tokenizers["clip"])
@@ -118,43 +140,58 @@ class FluxInference(DiffusionInference):
             )
         return flux_schedule(steps, (width // 16) * (height // 16), self.sampling.shift)
 
-    def guidance(self, guidance_scale: float | None) -> float | None:
-        if not self.network.config.guidance:
-            if guidance_scale is not None:
-                log.warning("this Flux has no guidance embedding: guidance_scale %g has no effect", guidance_scale)
-            return None
-        return self.sampling.guidance_scale if guidance_scale is None else guidance_scale
-
-    def prepare(
-        self, conditioning: Conditioning, negatives: int, times: Tensor, width: int, height: int,
-        guidance_scale: float | None,
-    ) -> FluxRun:  # fmt: skip
-        scale = self.guidance(guidance_scale) if self.network.config.guidance else None
+    def prepare(self, conditioning: Conditioning, negatives: int, times: Tensor, asked: Checked) -> FluxRun:
+        scale = asked.guidance_scale
         told = (
             None if scale is None else torch.full((len(conditioning),), scale, dtype=torch.float32, device=self.device)
         )
-        grid = height // 16, width // 16
-        return self.network.prepare(conditioning.text, conditioning.pooled, times, grid, told, mask=conditioning.mask)
+        grids = [(asked.height // 16, asked.width // 16)]
+        grids += [(picture.shape[2] // 16, picture.shape[3] // 16) for picture in asked.references or ()]
+        ids = torch.cat([position_ids(grid, index) for index, grid in enumerate(grids)]) if asked.references else None
+        return self.network.prepare(
+            conditioning.text, conditioning.pooled, times, grids[0], told, ids=ids, mask=conditioning.mask
+        )
 
     def step(
         self, latents: Tensor, run: FluxRun, i: int, skip_blocks: Collection[int] = (), condition: Tensor | None = None
     ) -> Tensor:
         tokens = patchify(latents)
-        if condition is not None:
-            tokens = torch.cat([tokens, condition.repeat(len(tokens) // len(condition), 1, 1)], dim=-1)
-        velocity = self.network.step(tokens.to(dtype_of(self.network)), run, i)
+        count = tokens.shape[1]
+        if condition is not None:  # channels beside each token, or further tokens
+            further = "references" in self.takes
+            tokens = torch.cat([tokens, condition.repeat(len(tokens) // len(condition), 1, 1)], dim=1 if further else 2)
+        velocity = self.network.step(tokens.to(dtype_of(self.network)), run, i)[:, :count]
         return unpatchify(velocity.float(), (latents.shape[2] // 2, latents.shape[3] // 2))
 
-    def condition(self, image: Tensor | None, mask: Tensor | None, control: Tensor | None) -> Tensor | None:
-        """Fill: the picture without what shall be painted, and the mask; Canny and Depth: the control picture's latents."""
-        if self.variant == "fill":
+    def referred(self, references: Sequence[Any]) -> list[Tensor]:
+        """Images resized to the nearest of Kontext's sizes by their aspect; tensors as they are."""
+        found = []
+        for picture in references:
+            size = (picture.shape[-1], picture.shape[-2]) if isinstance(picture, Tensor) else picture.size
+            nearest = min(KONTEXT_SIZES, key=lambda s: (abs(size[0] / size[1] - s[0] / s[1]), s))
+            width, height = size if isinstance(picture, Tensor) else nearest
+            check_side("width of a reference", width, 16)
+            check_side("height of a reference", height, 16)
+            found.append(to_tensor(picture, width, height))
+        return found
+
+    def condition(
+        self, image: Tensor | None, mask: Tensor | None, control: Tensor | None, references: Sequence[Tensor]
+    ) -> Tensor | None:
+        """Fill: the image without what shall be painted, and the mask; Canny and Depth: the control image's latents.
+
+        Kontext: the tokens of its references, `[B, M, 64]`, behind each other.
+        """
+        if references:
+            return torch.cat([patchify(self.encode_vae(picture)) for picture in references], dim=1)
+        if self.inpaints:
             if image is None or mask is None:
                 raise ConfigError("Flux Fill needs an image and a mask (white is painted)")
             hard = (mask > 0.5).float()
             latents = self.encode_vae(image * (1 - hard))
             return fill_condition(latents, hard.to(latents.device))
-        if self.variant in ("canny", "depth"):
+        if "control" in self.takes:
             if control is None:
                 raise ConfigError(f"Flux {self.variant.title()} needs a control picture")
             return patchify(self.encode_vae(control))
-        return super().condition(image, mask, control)
+        return None

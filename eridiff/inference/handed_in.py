@@ -4,7 +4,9 @@ Nothing of diffusers is imported: a pipeline is whatever has its attributes.
 """
 
 import logging
+import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -58,15 +60,20 @@ def from_diffusers(kind: type[Drawer], pipeline: Any, given: Mapping[str, Any], 
     said = {**_config(pipeline), **_config(held["scheduler"])}
     drawer = kind(None, None, **options)
     drawer.autoencoder = own_autoencoder(kind, adopted[1].network)
-    drawer.set_network(
-        adopted[0].network, str(said.get("_name_or_path") or _config(adopted[0].foreign).get("_name_or_path") or "")
-    )
+    drawer.set_network(adopted[0].network, _name(pipeline, said, _config(adopted[0].foreign)))
     drawer.follow(said, options)
     _set_encoders(drawer, held)
     drawer.adopted = adopted
     for one in adopted:
         one.release()  # copies that the caller wants are made for an image, and given back after it
     return drawer
+
+
+def _name(pipeline: Any, *configs: Mapping[str, Any]) -> str:
+    """What a variant is told by: where the modules came from, by its last component, and the pipeline's class."""
+    source = next((str(path) for config in configs if (path := config.get("_name_or_path"))), "")
+    words = re.findall("[A-Z]+[a-z0-9]*", "" if pipeline is None else type(pipeline).__name__)
+    return "-".join([Path(source).name, *words])
 
 
 def _config(module: Any) -> Mapping[str, Any]:
@@ -118,6 +125,18 @@ def check_family(kind: "type[DiffusionInference]", module: Any, foreign: bool = 
         )
     if not foreign:
         raise ConfigError(_refusal(kind, "network", wanted, module))
+
+
+def check_sharding(network: nn.Module) -> None:
+    """Raises ConfigError for a network that others have sharded in a way in which it cannot be asked step by step."""
+    own = isinstance(network, tuple(NETWORKS.values()))
+    if any(type(module).__name__ == "FullyShardedDataParallel" for module in network.modules()):
+        how = "FSDP1 (FullyShardedDataParallel)"
+    elif own and "prepare" not in vars(network) and any(hasattr(p, "device_mesh") for p in network.parameters()):
+        how = "fully_shard alone, which gathers for `forward` and not for `prepare` and `step`"
+    else:
+        return
+    raise ConfigError(f"the network is sharded by {how}: shard it by eridiff.training.distributed.shard(network)")
 
 
 def check_inference(given: Any) -> None:

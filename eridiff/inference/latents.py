@@ -32,14 +32,19 @@ def drawn(shape: Sequence[int], generator: torch.Generator) -> Tensor:
     return torch.randn(shape, generator=generator, device="cpu", dtype=torch.float32)
 
 
-def noise_of_steps(seeds: Sequence[int], start: Tensor) -> Draw:
-    """New noise like `start` at every call, each picture from its own seed, going on where its start was drawn."""
+def noise_of_steps(seeds: Sequence[int], start: Tensor, done: int = 0) -> Draw:
+    """New noise like `start` at every call, each image from its own seed, going on where its start was drawn.
+
+    `done` is how many steps another part of the run has drawn noise for.
+    """
     generators = [seeded(seed) for seed in seeds]
 
     def draw() -> Tensor:
         return torch.stack([drawn(start.shape[1:], generator) for generator in generators]).to(start.device)
 
     draw()
+    for generator in generators * done:
+        torch.empty(start.shape[1:], dtype=torch.float32, device="cpu").normal_(generator=generator)
     return draw
 
 

@@ -36,8 +36,8 @@ def fill(drawer: "DiffusionInference", parts: Parts) -> None:
     readers = {"clip": clip_tokenizer, "clip_g": clip_tokenizer, "t5": t5_tokenizer}
     tokenizers = {n: readers[n](parts.tokenizers.get("t5" if n == "t5" else "clip")) for n in text}
     own = components[drawer.family]
-    path = own.checkpoint.path  # a folder is known by the pipeline's or the hub's above it, a file by its own
-    name = str(path) if path.is_dir() else "/".join(path.parts[-2:])
+    path = own.checkpoint.path
+    name = f"{'' if path.is_dir() else path.stem} {parts.name}".strip()
     sampling = own_sampling(own, drawer.choose_variant(own.config, name), drawer.variants)
     words = read_words(own)
 
@@ -54,7 +54,8 @@ def fill(drawer: "DiffusionInference", parts: Parts) -> None:
     drawer.autoencoder = build(components["vae"], **options("vae"))  # type: ignore[assignment]
     install_slots(network)  # so that a LoRA may come after compiling
     drawer.set_network(network, name)
-    drawer.sampling, drawer.words = sampling, words
+    drawer.sample_as(drawer.variant, sampling)
+    drawer.words = words
     drawer.set_encoders({n: build_encoder(components[n], **options(n)) for n in text}, tokenizers)
     drawer.source = {"model": str(path), "parts": _places(parts)}
 

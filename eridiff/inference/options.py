@@ -42,11 +42,6 @@ class LoadOptions(Options, total=False):
     prediction: str | None  # SDXL
     zero_terminal_snr: bool | None
     empty_negative: str
-    original_size: tuple[int, int] | None
-    crop: tuple[int, int]
-    target_size: tuple[int, int] | None
-    aesthetic_score: float
-    negative_aesthetic_score: float
 
 
 def check_names(owner: str, given: Iterable[str], known: Collection[str]) -> None:

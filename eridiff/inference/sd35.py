@@ -17,10 +17,11 @@ from eridiff.inference.base import DiffusionInference
 from eridiff.inference.handed_in import check_encoders
 from eridiff.inference.latents import beside, dtype_of, finite_features
 from eridiff.inference.options import Options
-from eridiff.inference.settings import Defaults, Text, spoken
+from eridiff.inference.settings import Defaults, spoken
 from eridiff.memory.stages import Stages
 from eridiff.models.autoencoder import Autoencoder
 from eridiff.models.mmdit import MMDiT, MMDiTConfig, MMDiTRun
+from eridiff.request import Checked, Text
 from eridiff.schedulers import Schedule
 from eridiff.schedulers.flow_match import candle_sigmas, diffusers_sigmas, flow_schedule, sd3_sigmas
 from eridiff.schedulers.guidance import SkipLayers
@@ -60,6 +61,7 @@ class SD35Inference(DiffusionInference):
         "sd3.5-large": SD35Defaults(steps=40, cfg_scale=4.5),
         "sd3.5-large-turbo": SD35Defaults(steps=4, cfg_scale=1.0, sampler="euler"),
     }
+    takes = ("shift", "skip_layers")
     network: MMDiT
 
     def __init__(
@@ -96,6 +98,10 @@ class SD35Inference(DiffusionInference):
         self.clip, self.clip_g, self.t5 = clip, clip_g, t5
         self.t5_padding, self.without_t5, self.clip_windows = t5_padding, without_t5, clip_windows
         self.t5_mask = t5_mask
+
+    @staticmethod
+    def variants_of_inputs(config: MMDiTConfig) -> list[str]:
+        return [*SD35Inference.variants]
 
     @staticmethod
     def possible_variants(config: MMDiTConfig) -> list[str]:
@@ -161,11 +167,8 @@ class SD35Inference(DiffusionInference):
         usual = self.sampling.script_shift if name == "script" else self.sampling.shift
         return flow_schedule(TABLES[name or "original"](steps, usual if shift is None else shift))
 
-    def prepare(
-        self, conditioning: Conditioning, negatives: int, times: Tensor, width: int, height: int,
-        guidance_scale: float | None,
-    ) -> MMDiTRun:  # fmt: skip
-        grid = height // 16, width // 16
+    def prepare(self, conditioning: Conditioning, negatives: int, times: Tensor, asked: Checked) -> MMDiTRun:
+        grid = asked.height // 16, asked.width // 16
         return self.network.prepare(conditioning.text, conditioning.pooled, times, grid, conditioning.mask)
 
     def step(

@@ -3,9 +3,9 @@
 Sources: Stability-AI/generative-models; Podell et al. 2023; the schedulers that diffusers publishes with the checkpoints.
 """
 
-import logging
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+import copy
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -14,15 +14,16 @@ from torch import Tensor, nn
 from typing_extensions import Self, Unpack
 
 from eridiff.errors import ConfigError
-from eridiff.inference.base import DiffusionInference
+from eridiff.inference.base import Callback, DiffusionInference
 from eridiff.inference.handed_in import check_encoders
-from eridiff.inference.latents import beside, dtype_of, finite_features
+from eridiff.inference.latents import beside, dtype_of, finite, finite_features
 from eridiff.inference.options import Options
 from eridiff.inference.result import Prompt, Result
-from eridiff.inference.settings import Defaults, Text, matched, spoken
+from eridiff.inference.settings import Defaults, spoken
 from eridiff.memory.stages import Stages
 from eridiff.models.autoencoder import Autoencoder
 from eridiff.models.unet import UNet, UNetConfig, UNetRun, size_vector
+from eridiff.request import Checked, Request, Text
 from eridiff.schedulers import Schedule, discrete
 from eridiff.text import Conditioning
 from eridiff.text.encoders import ClipEncoder, ClipFeatures
@@ -30,7 +31,6 @@ from eridiff.weights.detect import Component
 from eridiff.weights.header import read_json_file
 from eridiff.weights.locate import Model, Parts, locate
 
-log = logging.getLogger(__name__)
 TIMESTEPS = {
     "leading": discrete.leading_timesteps, "trailing": discrete.trailing_timesteps, "legacy": discrete.legacy_timesteps,
     "linspace": discrete.linspace_timesteps, "ddim": discrete.leading_timesteps, "lcm": discrete.lcm_timesteps,
@@ -80,11 +80,6 @@ class SDXLInference(DiffusionInference):
         zero_terminal_snr: bool | None = None,
         empty_negative: str = "zeros",
         clip_windows: str = "first",
-        original_size: tuple[int, int] | None = None,
-        crop: tuple[int, int] = (0, 0),
-        target_size: tuple[int, int] | None = None,
-        aesthetic_score: float = 6.0,
-        negative_aesthetic_score: float = 2.5,
         **options: Unpack[Options],
     ) -> None:
         """Use these modules as they are, or leave them out and call `load_model`.
@@ -96,9 +91,6 @@ class SDXLInference(DiffusionInference):
         - empty_negative: what a missing negative prompt is: "zeros", as in sgm and diffusers (the refiner always encodes the
           empty prompt), or "encoded", as in kohya's scripts and ComfyUI.
         - clip_windows: of a prompt longer than CLIP's 77 tokens the "first" window or "all", 77 rows each.
-        - original_size, target_size: (height, width) in pixels, given to the network as conditioning; None is the image's size.
-        - crop: (top, left) in pixels, given to the network as conditioning.
-        - aesthetic_score, negative_aesthetic_score: 0 to 10, given to the refiner in place of the target size.
         - variant: base, refiner, inpaint, turbo, lightning or lcm.
         - device, dtype, offload, vae_rows, progress, allow_unknown: as in `eridiff.inference.options.Options`.
         """
@@ -108,27 +100,19 @@ class SDXLInference(DiffusionInference):
         ):  # fmt: skip
             if value not in known:
                 raise ConfigError(f"{name} must be {' or '.join(str(k) for k in known if k)}, not '{value}'")
-        for name, pair, least in (
-            ("original_size", original_size, 1),
-            ("crop", crop, 0),
-            ("target_size", target_size, 1),
-        ):
-            if pair is not None and (len(pair) != 2 or any(type(n) is not int or n < least for n in pair)):
-                raise ConfigError(f"{name} must be two whole numbers of pixels, at least {least}, not {pair}")
-        for name, score in (
-            ("aesthetic_score", aesthetic_score),
-            ("negative_aesthetic_score", negative_aesthetic_score),
-        ):
-            if not 0 <= score <= 10:
-                raise ConfigError(f"{name} must be between 0 and 10, not {score}")
         super().__init__(network, autoencoder, **options)
         check_encoders(type(self), clip=clip, clip_g=clip_g)
         self.clip, self.clip_g = clip, clip_g
         self.asked_prediction, self.asked_zero_snr = prediction, zero_terminal_snr
         self.prediction, self.zero_terminal_snr = prediction or "epsilon", bool(zero_terminal_snr)
         self.empty_negative, self.clip_windows = empty_negative, clip_windows
-        self.original_size, self.crop, self.target_size = original_size, crop, target_size
-        self.aesthetic_score, self.negative_aesthetic_score = aesthetic_score, negative_aesthetic_score
+        self.refiner: SDXLInference | None = None  # which finishes the images of this one
+
+    @staticmethod
+    def variants_of_inputs(config: UNetConfig) -> list[str]:
+        if config.in_channels == 9:
+            return ["inpaint"]
+        return ["refiner"] if _is_refiner(config) else ["base", "turbo", "lightning", "lcm"]
 
     @staticmethod
     def possible_variants(config: UNetConfig) -> list[str]:
@@ -137,11 +121,8 @@ class SDXLInference(DiffusionInference):
                 f"the UNet is told {config.vector_width} features beside the text, which have no room for a pooled vector and the "
                 f"numbers of an image's size, {SIZES} features each: it is of another kind than SDXL"
             )
-        if config.in_channels == 9:
-            return ["inpaint"]
-        if _is_refiner(config):
-            return ["refiner"]
-        return ["lcm"] if config.guidance else ["base", "turbo", "lightning"]
+        found = SDXLInference.variants_of_inputs(config)
+        return found if "base" not in found else ["lcm"] if config.guidance else ["base", "turbo", "lightning"]
 
     @staticmethod
     def needed(config: UNetConfig) -> tuple[str, ...]:
@@ -159,7 +140,8 @@ class SDXLInference(DiffusionInference):
     @property
     def multiple(self) -> int:  # type: ignore[override]
         """Every stage halves the latents' sides: 32 pixels, 64 for the refiner."""
-        return int(8 * 2 ** (self.network.config.levels - 1))
+        own = int(8 * 2 ** (self.network.config.levels - 1))
+        return own if self.refiner is None else max(own, self.refiner.multiple)
 
     def load_model(self, model: Model | Parts) -> Self:
         """As DiffusionInference.load_model; what the file says of its prediction wins over the usual and forbids another."""
@@ -181,58 +163,81 @@ class SDXLInference(DiffusionInference):
         if config.get("force_zeros_for_empty_prompt") is False and "empty_negative" not in given:
             self.empty_negative = "encoded"
 
+    @property
+    def refines(self) -> bool:
+        """Whether this is a refiner, which goes on with what a base has begun."""
+        return _is_refiner(self.network.config)
+
+    @property
+    def takes(self) -> Collection[str]:  # type: ignore[override]
+        if self.refines:
+            return ("original_size", "crop", "aesthetic_score")
+        return ("original_size", "crop", "target_size", *(["aesthetic_score"] if self.refiner else []))
+
+    @property
+    def inpaints(self) -> bool:  # type: ignore[override]
+        return self.variants_of_inputs(self.network.config) == ["inpaint"]
+
     def generate(
-        self, prompt: Text | Sequence[Text] = "", *, refiner: "SDXLInference | None" = None,
-        hand_over: float | None = None,
-        **options: Any,
-    ) -> Result:  # fmt: skip
+        self, prompt: Request | Text | Sequence[Text] = "", *, refiner: "SDXLInference | None" = None, **given: Any
+    ) -> Result:
         """As DiffusionInference.generate; with a `refiner`, which takes over after the share `hand_over` of the run (0.8).
 
-        The refiner gets the latents as they are and reads the prompts by its own encoder. Raises ConfigError for a refiner
-        that is asked to begin from noise, and for a hand-over that leaves one of both nothing to do or has no refiner.
+        The refiner gets the latents as they are and reads the prompts by its own encoder. It stays with the model as its
+        attribute `refiner` where it is set there. Raises ConfigError for a refiner that is asked to begin from noise.
         """
         if refiner is None:
-            if hand_over is not None:
-                raise ConfigError("hand_over needs the refiner that takes over")
-            return super().generate(prompt, **options)
-        hand_over = HAND_OVER if hand_over is None else hand_over
-        if refiner.variant != "refiner" or self.variant == "refiner":
-            raise ConfigError(f"a base and a refiner draw together, not {self.variant} and {refiner.variant}")
-        if options.get("conditioning") is not None or not 0 < hand_over < 1:
-            raise ConfigError("with a refiner hand_over must be between 0 and 1, and prompts are given as text")
-        options["seed"] = seeds = matched(prompt, options.get("seed"))[1]
-        options["steps"] = self.sampling.steps if options.get("steps") is None else options["steps"]
-        keep = options.pop("keep", ())
-        first = super().generate(prompt, **options, part=(0.0, hand_over), keep=("latents",))
-        options |= {"width": first.images[0].width, "height": first.images[0].height, "seed": seeds}
-        options.pop("image", None), options.pop("strength", None), options.pop("mask", None)
-        result = refiner.generate(prompt, **options, part=(hand_over, 1.0), noise=first.latents, keep=keep)
-        own = {name: first.settings[0][name] for name in (*self.source, *self.recorded, "dtypes", "handed_in")}
-        both = [{**settings, **self.told_sizes(settings["width"], settings["height"]), **own, "refiner": refiner.source.get("parts"), "hand_over": hand_over, "part": [0.0, 1.0]}
-                for settings in result.settings]  # fmt: skip
-        return replace(result, settings=both)
+            return super().generate(prompt, **given)
+        return self.with_refiner(refiner).generate(prompt, **given)
 
-    def generate_each(self, requests: Sequence[Mapping[str, Any]]) -> Iterator[Result]:
-        """As DiffusionInference.generate_each; where a refiner takes part, one after the other."""
-        if any({"refiner", "hand_over"} & request.keys() for request in requests):
-            yield from (self.generate(**request) for request in requests)
-        else:
-            yield from super().generate_each(requests)
+    def with_refiner(self, refiner: "SDXLInference") -> Self:
+        """The same model, whose images a refiner finishes. Raises ConfigError unless one is a base and one a refiner."""
+        if not refiner.refines or self.refines:
+            raise ConfigError(f"a base and a refiner work together, not {self.variant} and {refiner.variant}")
+        both = copy.copy(self)
+        both.refiner = refiner
+        return both
 
-    def _stages(self, asked: Any) -> Stages[Result]:
-        if self.variant == "refiner" and asked.part[0] == 0 and asked.image is None:
-            raise ConfigError(
-                "the refiner finishes pictures: give it to a base as refiner, or an image with a strength"
-            )
-        return (yield from super()._stages(asked))
+    def _conditioned(self, asked: Checked, given: Prompt | None) -> Stages[Prompt]:
+        if self.refiner is not None and given is not None:
+            raise ConfigError("the refiner reads prompts by its own encoder: give them as text, not as conditioning")
+        return (yield from super()._conditioned(asked, given))
 
-    def told_sizes(self, width: int, height: int) -> dict[str, Any]:
-        """What the network is told of an image, as the `sample:` section and the command line write it."""
-        size = height, width
-        original, target = (f"{w}x{h}" for h, w in (self.original_size or size, self.target_size or size))
-        scores = {n: getattr(self, n) for n in ("aesthetic_score", "negative_aesthetic_score")}
-        rest = scores if self.variant == "refiner" else {"target_size": target}
-        return {"original_size": original, "crop": list(self.crop), **rest}
+    def _denoised(
+        self, noise: Tensor, prompt: Prompt, points: Schedule, asked: Checked, image: Tensor | None,
+        mask: Tensor | None, condition: Tensor | None, callback: Callback | None,
+    ) -> Stages[Tensor]:  # fmt: skip
+        """The base as far as it goes, then the refiner, which takes over latents, noise and memory of the sampler."""
+        first, last = self.ends(points, asked.part, 1.0 if image is None else asked.strength)
+        if self.refines and first == 0 and image is None:
+            raise ConfigError("the refiner finishes images: give it to a base as refiner, or an image with a strength")
+        if self.refiner is None:
+            return (yield from super()._denoised(noise, prompt, points, asked, image, mask, condition, callback))
+        refiner = self.refiner
+        own = yield from refiner._encoding(asked.prompt, asked.negative, asked.cfg_scale != 1)
+        cut = min(max(first, self.place(points, asked.hand_over)), last)
+        run = self.begun(noise, points, first, image, asked.seed)
+        yield self.network
+        self.walk(run, prompt, points, asked, first, cut, image, mask, condition, callback)
+        yield refiner.network
+        if not run.stopped:
+            table = refiner.schedule(points.steps, asked.width, asked.height, asked.schedule)
+            refiner.walk(run, own, table, asked, cut, last, image, mask, None, callback)
+        return finite(run.x, "denoising")
+
+    def told(self, asked: Checked) -> dict[str, Any]:
+        """What the network is told of an image's size, and the refiner of its beauty."""
+        size = asked.height, asked.width
+        found: dict[str, Any] = {"original_size": asked.original_size or size, "crop": asked.crop or (0, 0)}
+        if not self.refines:
+            found["target_size"] = asked.target_size or size
+        if "aesthetic_score" in self.takes:
+            for name, usual in (("aesthetic_score", 6.0), ("negative_aesthetic_score", 2.5)):
+                score = getattr(asked, name)
+                found[name] = usual if score is None else score
+        if self.refiner is not None:
+            found["hand_over"] = HAND_OVER if asked.hand_over is None else asked.hand_over
+        return found
 
     def set_encoders(self, modules: Mapping[str, nn.Module], tokenizers: Mapping[str, Any]) -> None:
         self.clip = ClipEncoder(modules["clip"], tokenizers["clip"]) if "clip" in modules else None
@@ -257,7 +262,7 @@ class SDXLInference(DiffusionInference):
         return joined(*features)
 
     def default_negative(self, prompts: list[Text]) -> Stages[Prompt]:
-        if self.empty_negative == "encoded" or self.variant == "refiner":
+        if self.empty_negative == "encoded" or self.refines:
             return (yield from super().default_negative(prompts))
         positive = yield from self.encoding(prompts)
         return Prompt(positive, Conditioning(torch.zeros_like(positive.text), torch.zeros_like(positive.pooled)))
@@ -296,25 +301,17 @@ class SDXLInference(DiffusionInference):
         """By timestep, as diffusers hands over from the base to the refiner: those below the cut are the refiner's."""
         return int((schedule.times >= round(discrete.LEVELS * (1 - share))).sum()) if share < 1 else schedule.steps
 
-    def guidance(self, guidance_scale: float | None) -> float | None:
-        if not self.network.config.guidance:
-            if guidance_scale is not None:
-                log.warning("this SDXL has no guidance embedding: guidance_scale %g has no effect", guidance_scale)
-            return None
-        return self.sampling.guidance_scale if guidance_scale is None else guidance_scale
-
-    def prepare(
-        self, conditioning: Conditioning, negatives: int, times: Tensor, width: int, height: int,
-        guidance_scale: float | None,
-    ) -> UNetRun:  # fmt: skip
-        rows = len(conditioning)
-        size = height, width
-        numbers = [*(self.original_size or size), *self.crop, *(self.target_size or size)]
+    def prepare(self, conditioning: Conditioning, negatives: int, times: Tensor, asked: Checked) -> UNetRun:
+        rows, scale = len(conditioning), asked.guidance_scale
+        numbers = [
+            *asked.original_size,
+            *asked.crop,
+            *(() if self.refines else asked.target_size),
+        ]
         table = torch.tensor([numbers] * rows, dtype=torch.float32, device=self.device)
-        if _is_refiner(self.network.config):
-            scores = [self.aesthetic_score] * (rows - negatives) + [self.negative_aesthetic_score] * negatives
-            table = torch.cat([table[:, :4], table.new_tensor(scores)[:, None]], dim=1)
-        scale = self.guidance(guidance_scale) if self.network.config.guidance else None
+        if self.refines:
+            scores = [asked.aesthetic_score] * (rows - negatives) + [asked.negative_aesthetic_score] * negatives
+            table = torch.cat([table, table.new_tensor(scores)[:, None]], dim=1)
         told = None if scale is None else torch.full((rows,), scale, dtype=torch.float32, device=self.device)
         return self.network.prepare(conditioning.text, size_vector(conditioning.pooled, table), times, told)
 
@@ -325,10 +322,12 @@ class SDXLInference(DiffusionInference):
             latents = torch.cat([latents, condition.repeat(len(latents) // len(condition), 1, 1, 1)], dim=1)
         return self.network.step(latents.to(dtype_of(self.network)), run, i).float()
 
-    def condition(self, image: Tensor | None, mask: Tensor | None, control: Tensor | None) -> Tensor | None:
+    def condition(
+        self, image: Tensor | None, mask: Tensor | None, control: Tensor | None, references: Sequence[Tensor]
+    ) -> Tensor | None:
         """The inpainting variant: the mask, and the latents of the picture without what shall be painted."""
-        if self.variant != "inpaint":
-            return super().condition(image, mask, control)
+        if not self.inpaints:
+            return None
         if image is None or mask is None:
             raise ConfigError("SDXL inpainting needs an image and a mask (white is painted)")
         hard = (mask > 0.5).float()

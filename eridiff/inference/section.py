@@ -1,69 +1,85 @@
-"""A `sample:` section becomes the calls that draw its pictures, one at a time, so that none depends on its neighbours."""
+"""What a file says of its images becomes the requests that a model can fulfil, with a notice of all that is not as it says."""
 
-import logging
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Collection, Mapping
 from typing import Any
 
-from eridiff.config import SampleSettings, settle_guidance
-from eridiff.images import read_image
+from eridiff.config import SampleSettings, Words
+from eridiff.errors import ConfigError
 from eridiff.inference.base import DiffusionInference
-from eridiff.schedulers.guidance import SkipLayers
-
-log = logging.getLogger(__name__)
+from eridiff.request import GUIDANCE, Request
 
 
-def fitted(
-    model: DiffusionInference, settings: SampleSettings, multiple: int
-) -> tuple[list[SampleSettings], list[str]]:
-    """The settings of each picture in what the model has, sides in multiples of so many pixels, and notices of changes."""
-    found = [_fitted(entry, model, multiple) for entry in settings.each()]
-    return [entry for entry, _ in found], list(dict.fromkeys(notice for _, notices in found for notice in notices))
+def requests_of(
+    settings: SampleSettings, model: DiffusionInference, explicit: Collection[str] = ()
+) -> tuple[list[Request], list[str]]:
+    """A request for each image of a section, and notices of what has no effect on this model or is changed for it.
+
+    - explicit: fields that must have an effect, as they were asked for by hand.
+
+    Raises ConfigError for what is impossible, and for an explicit field without effect.
+    """
+    found, notices = [], []
+    for words in settings.each():
+        request, told = _request(words, model, settings.lenient, explicit)
+        asked = request.checked(model)
+        model.schedule(asked.steps, asked.width, asked.height, asked.schedule, asked.shift)  # which may not be there
+        found.append(request)
+        notices += told
+    return found, list(dict.fromkeys(notices))
 
 
-def _fitted(entry: SampleSettings, model: DiffusionInference, multiple: int) -> tuple[SampleSettings, list[str]]:
-    embedding = bool(getattr(model.network.config, "guidance", False))
-    entry, notices = settle_guidance(entry, embedding, by_cfg=model.family != "flux")
-    if not entry.lenient:
-        return entry, notices
-    for name in ("width", "height"):
-        side = getattr(entry, name)
-        if side is not None and (fitting := max(64, side // multiple * multiple)) != side:
-            notices.append(f"the {name} {side} becomes {fitting}, a multiple of {multiple}")
-            entry = replace(entry, **{name: fitting})
-    if entry.schedule == "karras" and model.family != "unet":
-        notices.append(f"Karras' noise levels have no effect: {model.variant} has its own")
-        entry = replace(entry, schedule=None)
-    return entry, notices
+def _request(
+    words: Words, model: DiffusionInference, lenient: bool, explicit: Collection[str]
+) -> tuple[Request, list[str]]:
+    values, notices = settle_guidance(words, model)
+    if lenient:
+        for name in ("width", "height"):
+            side = values.get(name)
+            if side is not None and (fitting := max(64, side // model.multiple * model.multiple)) != side:
+                notices.append(f"the {name} {side} becomes {fitting}, a multiple of {model.multiple}")
+                values[name] = fitting
+        if values.get("schedule") == "karras" and model.family != "unet":
+            notices.append(f"Karras' noise levels have no effect: {model.variant} has its own")
+            del values["schedule"]
+    request = Request.of(values)
+    request.check()
+    for name, reason in request.without_effect(model).items():
+        if name in explicit:
+            raise ConfigError(f"{name} has no effect {reason}")
+        notices.append(f"{name} has no effect {reason}")
+        del values[name]
+    return Request.of(values), notices
 
 
-def picture_requests(model: DiffusionInference, entries: Sequence[SampleSettings]) -> list[dict[str, Any]]:
-    """What `generate` is told for each picture, of `fitted` settings."""
-    requests: list[dict[str, Any]] = []
-    for entry in entries:
-        cfg = model.sampling.cfg_scale if entry.true_cfg_scale is None else entry.true_cfg_scale
-        skip = entry.skip_layers
-        requests.append({
-            "prompt": entry.prompts[0], "seed": entry.seed, "negative": entry.negative_prompt if cfg != 1 else None,
-            "width": entry.width, "height": entry.height, "steps": entry.sample_steps,
-            "guidance_scale": entry.guidance_scale, "cfg_scale": cfg, "cfg_rescale": entry.cfg_rescale,
-            "cfg_interval": entry.cfg_interval, "skip_layers": skip if isinstance(skip, bool) else SkipLayers(**skip),
-            "sampler": entry.sampler, "schedule": entry.schedule, "shift": entry.shift, "strength": entry.strength,
-            **{name: read_image(path) for name, path in picture_paths(entry).items()},
-        })  # fmt: skip
-    if any(
-        entry.negative_prompt and request["cfg_scale"] == 1 for entry, request in zip(entries, requests, strict=True)
-    ):
-        log.warning("the negative prompt has no effect without true guidance (--cfg, true_cfg_scale)")
-    return requests
+def settle_guidance(words: Mapping[str, Any], model: DiffusionInference) -> tuple[Words, list[str]]:
+    """What the words of guidance mean for a network, as fields of `Request`, and notices that say so.
+
+    `true_cfg_scale` is classifier-free guidance everywhere. `guidance_scale` is what a guidance embedding is told, and
+    `cfg_scale` classifier-free guidance, but trainers write either for the one way in which a network is steered: alone,
+    `guidance_scale` is classifier-free guidance for a network without the embedding whose variants have such guidance, and
+    `cfg_scale` is told to the embedding of a network that has one.
+    """
+    values = {name: value for name, value in words.items() if name not in GUIDANCE}
+    told, cfg, true = (words.get(name) for name in ("guidance_scale", "cfg_scale", "true_cfg_scale"))
+    embedding, by_cfg = model.guidance_embedding, model.family != "flux"
+    notices = []
+    if cfg is not None and embedding and told is None:
+        notices.append(f"cfg_scale {cfg:g} is taken as guidance_scale, the guidance embedding (true_cfg_scale asks for true guidance)")  # fmt: skip
+        cfg, told = None, cfg
+    elif cfg is not None and not embedding and not by_cfg:
+        notices.append(f"cfg_scale {cfg:g} has no effect: this Flux has no guidance embedding (true_cfg_scale asks for true guidance)")  # fmt: skip
+        cfg = None
+    true = cfg if true is None else true
+    if told is not None and not embedding and by_cfg:
+        meaning = f"is taken as cfg_scale {told:g}" if true is None else f"has no effect beside cfg_scale {true:g}"
+        notices.append(f"guidance_scale {told:g} {meaning}: this model has no guidance embedding")
+        true, told = told if true is None else true, None
+    given = {"guidance_scale": told, "cfg_scale": true}
+    return values | {name: value for name, value in given.items() if value is not None}, notices
 
 
-def told_sizes(settings: SampleSettings) -> dict[str, Any]:
-    """What an SDXL is told of the picture, as far as the section says it: options and attributes of SDXLInference."""
-    names = ("original_size", "crop", "target_size", "aesthetic_score", "negative_aesthetic_score")
-    return {name: value for name in names if (value := getattr(settings, name)) is not None}
-
-
-def picture_paths(settings: SampleSettings) -> dict[str, str]:
-    """Where the pictures that a run begins from are, for the record."""
-    return {n: path for n in ("image", "mask", "control") if (path := getattr(settings, n))}
+def early(words: Words) -> Request:
+    """What can be known of an image before a model is loaded, to be checked."""
+    values = {name: value for name, value in words.items() if name not in GUIDANCE}
+    true = words.get("true_cfg_scale", words.get("cfg_scale"))
+    return Request.of(values | {"guidance_scale": words.get("guidance_scale"), "cfg_scale": true})

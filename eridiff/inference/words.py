@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 from eridiff.errors import ConfigError
-from eridiff.inference.settings import Text
+from eridiff.request import Text
 from eridiff.weights.detect import Component
 
 log = logging.getLogger(__name__)

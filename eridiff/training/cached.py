@@ -11,6 +11,7 @@ from torch import Tensor
 from eridiff.errors import ConfigError, quoted
 from eridiff.inference import DiffusionInference, Prompt
 from eridiff.memory.stages import Stages
+from eridiff.request import Request
 from eridiff.text import Conditioning
 
 # what a list of so many tensors holds: diffusers' `encode_prompt` and its scripts, kohya's `encode_tokens`
@@ -33,7 +34,7 @@ class _Missing(Exception):
 
 
 def handed_in_prompts(
-    inference: DiffusionInference, given: Mapping[str, Any] | Sequence[Any], requests: Sequence[Mapping[str, Any]]
+    inference: DiffusionInference, given: Mapping[str, Any] | Sequence[Any], requests: Sequence[Request]
 ) -> list[Prompt]:
     """What a trainer's embeddings give for each request of a section, negative prompts by the family's rules.
 
@@ -44,7 +45,7 @@ def handed_in_prompts(
             raise ConfigError(
                 f"conditioning must be a mapping from prompts to embeddings, or a list of as many as there are prompts ({len(requests)})"
             )
-        given = {str(request["prompt"]): value for request, value in zip(requests, given, strict=True)}
+        given = {str(request.prompt): value for request, value in zip(requests, given, strict=True)}
     table = {text: prompt_of(inference, text, value) for text, value in given.items()}
 
     def encoding(texts: Sequence[Any]) -> Stages[Conditioning]:
@@ -59,14 +60,14 @@ def handed_in_prompts(
     found: list[Prompt] = []
     missing: dict[str, None] = {}
     for request in requests:
-        own = table.get(request["prompt"]) if isinstance(request["prompt"], str) else None
-        if own is not None and own.negative is not None and request["negative"] not in table:
-            if request["cfg_scale"] != 1:
-                _joined([request["prompt"]], [own.positive, own.negative])
+        own = table.get(request.prompt) if isinstance(request.prompt, str) else None
+        if own is not None and own.negative is not None and request.negative not in table:
+            if (inference.sampling.cfg_scale if request.cfg_scale is None else request.cfg_scale) != 1:
+                _joined([str(request.prompt)], [own.positive, own.negative])
             found.append(own)
             continue
         try:
-            found.append(reader.encode_prompt(request["prompt"], request["negative"], request["cfg_scale"]))
+            found.append(reader.encode_prompt(request.prompt, request.negative, request.cfg_scale))
         except _Missing as error:
             missing |= dict.fromkeys(error.args)
     if missing:

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from eridiff.errors import CheckpointError, ConfigError
 from eridiff.inference import DiffusionInference, Prompt
-from eridiff.inference.settings import Text
+from eridiff.inference.settings import spoken
+from eridiff.request import Text
 from eridiff.text import Conditioning
 from eridiff.training.fingerprint import digest
 from eridiff.weights.locate import TEXT_ENCODERS
@@ -64,8 +65,9 @@ class EmbeddingCache:
         inference = self.inference
         steered = (inference.sampling.cfg_scale if cfg_scale is None else cfg_scale) != 1
         text_width, _ = inference.told_widths(inference.network.config)
+        read = [None if text is None else read_by(inference, text) for text in (prompt, negative)]
         key = {
-            "prompt": prompt, "negative": negative, "steered": steered, "family": inference.family, "width": text_width,
+            "prompt": read[0], "negative": read[1], "loras": loras_digest(self.encoders), "steered": steered, "family": inference.family, "width": text_width,
             "length": getattr(inference.sampling, "text_length", None),
             "refiner": inference.variant == "refiner",
             **{name: getattr(inference, name, None) for name in OPTIONS},
@@ -85,6 +87,28 @@ def encoders_digest(encoders: Mapping[str, Any]) -> str:
         backend = getattr(tokenizer, "backend_tokenizer", None)
         found.update((backend.to_str() if backend else repr(sorted(tokenizer.get_vocab().items()))).encode())
     return found.hexdigest()
+
+
+def read_by(inference: DiffusionInference, prompt: Text) -> dict[str, str]:
+    """What each text encoder reads of a prompt: one that has no text of its own reads the first."""
+    return {name: spoken([prompt], name, inference.encoders)[0] for name in inference.encoders}
+
+
+def loras_digest(encoders: Mapping[str, Any]) -> str | None:
+    """Of the LoRAs on the encoders as they are now: branches, scales, and what is changed in place; None without any."""
+    found = hashlib.blake2b(digest_size=16)
+    changed = False
+    for name, encoder in encoders.items():
+        for path, module in encoder.module.named_modules():
+            for branch in vars(module).get("lora_branches", ()):
+                tensors = {**dict(branch.named_parameters()), **dict(branch.named_buffers()), "scale": branch.scale}
+                told = " ".join(f"{key} {digest(tensor)}" for key, tensor in tensors.items())
+                found.update(f"{name} {path} {type(branch).__name__} {told}".encode())
+                changed = True
+            for short in vars(module).get("lora_in_place", ()):
+                found.update(f"{name} {path} {short} {digest(getattr(module, short))}".encode())
+                changed = True
+    return found.hexdigest() if changed else None
 
 
 def on_cpu(prompt: Prompt) -> Prompt:

@@ -75,6 +75,8 @@ def _of_optimizer(optimizer: Any) -> dict[str, Any]:
 
     if optimizer is not None:
         walk("optimizer", optimizer.state_dict())
+        inner = getattr(optimizer, "optimizer", optimizer)
+        found["mode of the optimizer"] = getattr(inner, "train_mode", None)  # of a schedule-free wrapper
     return found
 
 

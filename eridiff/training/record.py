@@ -40,8 +40,10 @@ class Entry:
 
     @property
     def row(self) -> tuple[str, ...]:
-        """What pictures of one row share: prompt, noise, size and which weights drew them."""
-        return (*(json.dumps(self.settings.get(n)) for n in ("prompt", "seed", "width", "height")), self.weights)
+        """What images of one row share: the entry of the section, its prompt, noise and size, and which weights drew them."""
+        told = (json.dumps(self.settings.get(n)) for n in ("prompt", "seed", "width", "height"))
+        number = self.settings["training"].get("entry", self.name[14:16])  # older ones have it in their name alone
+        return (f"{number:0>2}", *told, self.weights)
 
 
 def read_entries(folder: str | os.PathLike[str]) -> dict[str, Entry]:

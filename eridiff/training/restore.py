@@ -212,26 +212,37 @@ def checkpointing(modules: Mapping[str, nn.Module]) -> Iterator[None]:
 def schedule_free(optimizer: Any) -> Iterator[None]:
     """The averaged weights of a schedule-free optimizer (Defazio et al. 2024), and the trained ones back bit by bit.
 
-    Such an optimizer turns one into the other in place, by arithmetic that does not come back exactly. So it works on copies.
+    Such an optimizer turns one into the other in place, by arithmetic that does not come back exactly. So it works on copies;
+    a shard of FSDP2, which is read where it lies, is copied away instead and put back.
     """
     inner = getattr(optimizer, "optimizer", optimizer)  # accelerate's wrapper
     able = callable(getattr(inner, "eval", None)) and callable(getattr(inner, "train", None))
-    if not able or not all(group.get("train_mode", True) for group in inner.param_groups):
+    if not able or not trains(inner):
         yield
         return
     trained = tuple(p for group in inner.param_groups for p in group["params"])
-    kept = [p.data for p in trained]
+    shards = [p.to_local() if hasattr(p, "to_local") else None for p in trained]
+    kept = [p.data if shard is None else shard.clone() for p, shard in zip(trained, shards, strict=True)]
     # the in-place arithmetic must not count as a change for a graph that is under construction
     with torch.autograd._unsafe_preserve_version_counter(trained):  # type: ignore[attr-defined]
         try:
-            for p in trained:
-                p.data = p.data.clone()
+            for p, shard in zip(trained, shards, strict=True):
+                if shard is None:
+                    p.data = p.data.clone()
             inner.eval()
             yield
         finally:
             inner.train()
-            for p, data in zip(trained, kept, strict=True):
-                p.data = data
+            for p, shard, data in zip(trained, shards, kept, strict=True):
+                if shard is None:
+                    p.data = data
+                else:
+                    shard.copy_(data)
+
+
+def trains(optimizer: Any) -> bool:
+    """Whether a schedule-free optimizer's weights are the trained ones; a wrapper keeps that in an attribute of its own."""
+    return getattr(optimizer, "train_mode", True) and all(g.get("train_mode", True) for g in optimizer.param_groups)
 
 
 def _plain_name(name: str) -> str:

@@ -7,7 +7,7 @@ import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +19,14 @@ from eridiff.blocks import unwrapped
 from eridiff.config import RunConfig, parse_config
 from eridiff.errors import ConfigError, TrainingError
 from eridiff.images import save_png, slug
-from eridiff.inference import DiffusionInference, Prompt, Step
-from eridiff.inference.handed_in import check_dtypes, check_inference
-from eridiff.inference.section import fitted, picture_paths, picture_requests, told_sizes
-from eridiff.inference.settings import plain
+from eridiff.inference import DiffusionInference, Prompt, Result, Step
+from eridiff.inference.handed_in import check_dtypes, check_inference, check_sharding
+from eridiff.inference.section import requests_of
+from eridiff.ranks import agreed, collected, everyones, ranks
+from eridiff.request import Request, plain
 from eridiff.training.adopt import Adopted
 from eridiff.training.cached import handed_in_prompts
-from eridiff.training.distributed import collected, ranks, sharded
+from eridiff.training.distributed import sharded
 from eridiff.training.embeddings import EmbeddingCache, on_cpu
 from eridiff.training.fingerprint import changed, fingerprint
 from eridiff.training.record import Entry, drift_of, read_entries, write_page
@@ -38,6 +39,13 @@ LIVE = "live"  # the weights as they are in training
 
 class _TimedOut(Exception):
     """Ends a picture between two steps."""
+
+
+def _reason(failure: Exception, max_seconds: float | None) -> str:
+    """What a failure says of itself."""
+    if isinstance(failure, _TimedOut):
+        return f"sample_max_seconds {max_seconds:g} had passed"
+    return f"{type(failure).__name__}: {failure}"
 
 
 @dataclass
@@ -94,19 +102,17 @@ class Sampler:
         with raise_errors. Raises ConfigError for settings that cannot be.
         """
         check_inference(inference)
+        check_sharding(inference.network)
         if conditioning is not None and (embeddings is not None or text_in_training):
             raise ConfigError("conditioning replaces the text encoders: leave out embeddings and text_in_training")
         if autocast is None:
             check_dtypes(inference)
         config = sample if isinstance(sample, RunConfig) else parse_config({"sample": plain(dict(sample))})
-        if not config.sample.prompts:
+        if not config.sample.entries:
             raise ConfigError("sample: no prompts are given")
         training = config.training
-        foreign = [name for name in told_sizes(config.sample) if not hasattr(inference, name)]
-        foreign += ["hand_over"] if config.sample.hand_over is not None else []
-        foreign += ["lora"] if config.sample.lora else []
-        if foreign:
-            raise ConfigError(f"sample: {foreign[0]} has no meaning for {type(inference).__name__} in training")
+        if config.sample.lora:
+            raise ConfigError(f"sample: lora has no meaning for {type(inference).__name__} in training")
         self.inference, self.optimizer, self.ema = inference, optimizer, ema
         self.modules, self.autocast, self.callbacks = dict(modules or {}), autocast, list(callbacks)
         if adopted is None:
@@ -116,7 +122,7 @@ class Sampler:
             self.modules["adopted"] = adopted.foreign
             adopted.release()
         self.verify, self.raise_errors, self.text_in_training = verify, raise_errors, text_in_training
-        self.out, self.told = Path(config.sample.out), told_sizes(config.sample)
+        self.out = Path(config.sample.out)
         self.on_demand = os.fspath(self.out / "now" if on_demand is None else on_demand)
         self.every, self.max_seconds, self.at_end = training.sample_every, training.max_seconds, training.at_end
         self.first = self.first_step(self.every, training.start_step, training.skip_first)
@@ -139,23 +145,35 @@ class Sampler:
             self.weights["ema"] = lambda: averaged_weights(self._trained(), averages())
             places_of(self._trained(), averages())  # names and shapes are checked before training begins
         drawer = self._drawer()
-        self.entries, notices = fitted(drawer, config.sample, drawer.multiple)
-        for notice in notices:
-            log.info("%s", notice)
-        self.requests = picture_requests(drawer, self.entries)
-        inference.check_words([request["prompt"] for request in self.requests])
+        self.requests, notices = requests_of(config.sample, drawer)
         self.prompts: list[Prompt] = []
+        self._first = None  # requests and prompts of the first time alone
+        first: list[Request] = []
+        if config.first_sample is not None:
+            first, more = requests_of(config.first_sample, drawer)
+            notices += more
+        if config.sample.use_lora is not None:
+            notices.append("use_lora has no effect in training: the weights are drawn with as they are")
+        for notice in dict.fromkeys((*config.notices_in_training, *notices)):
+            log.warning("%s", notice)
+        every = [*self.requests, *first]
+        inference.check_words([request.prompt for request in every])  # type: ignore[misc]  # each has one
         self._handed_in = conditioning is not None
+        prompts: list[Prompt] = []
         if conditioning is not None:
-            self.prompts = [on_cpu(p) for p in handed_in_prompts(drawer, conditioning, self.requests)]
+            prompts = [on_cpu(p) for p in handed_in_prompts(drawer, conditioning, every)]
         elif not text_in_training:
             with undisturbed(self._modules(), device=inference.device):
                 cache = None if embeddings is None else EmbeddingCache(self._drawer(), embeddings)
-                self.prompts = self._encoded(inference.encode_prompt if cache is None else cache.encode)
+                prompts = self._encoded(inference.encode_prompt if cache is None else cache.encode, every)
+        self.prompts = prompts[: len(self.requests)]
+        if first:
+            self._first = first, prompts[len(self.requests) :]
 
-    def _encoded(self, encode: Callable[..., Prompt]) -> list[Prompt]:
+    @staticmethod
+    def _encoded(encode: Callable[..., Prompt], requests: Sequence[Request]) -> list[Prompt]:
         """Every prompt with what it is steered away from, alone, as `generate` would."""
-        return [on_cpu(encode(r["prompt"], r["negative"], r["cfg_scale"])) for r in self.requests]
+        return [on_cpu(encode(r.prompt, r.negative, r.cfg_scale)) for r in requests]
 
     @staticmethod
     def first_step(every: int, start: int, skip_first: bool) -> int:
@@ -212,14 +230,14 @@ class Sampler:
                 for callback in self.callbacks:
                     callback(samples)
         except _TimedOut:
-            samples.failure = f"sample_max_seconds {self.max_seconds:g} had passed"
+            samples.failure = _reason(_TimedOut(), self.max_seconds)
             log.warning("sampling at step %d stopped: %s; training goes on", step, samples.failure)
             if self.raise_errors:
                 raise TrainingError(f"sampling at step {step} stopped: {samples.failure}") from None
         except Exception as error:
             if self.raise_errors:
                 raise
-            samples.failure = f"{type(error).__name__}: {error}"
+            samples.failure = _reason(error, self.max_seconds)
             log.warning("sampling at step %d failed, training goes on", step, exc_info=True)
             traceback.clear_frames(error.__traceback__)  # they hold tensors
         finally:
@@ -232,11 +250,25 @@ class Sampler:
             raise TrainingError(f"sampling at step {step} changed the {found[0]}{more}: {', '.join(found[:8])}")
         return samples
 
+    def draw(self, requests: Sequence[Request | Mapping[str, Any]]) -> list[Result]:
+        """Generate these images now, with the live weights; the run is afterwards as it was, and nothing is written.
+
+        - requests: each a `Request`, or the arguments of `generate`. Texts need the text encoders.
+
+        Raises what `generate` raises. Of several processes each has its own; a sharded network they ask together.
+        """
+        with undisturbed(self._modules(), self.optimizer, autocast=self.autocast, device=self.inference.device):
+            try:
+                if self.adopted is not None:
+                    self.adopted.refresh()
+                return list(self._drawer().generate_each(requests))
+            finally:
+                if self.adopted is not None:
+                    self.adopted.release()
+
     def _drawer(self) -> DiffusionInference:
-        """The inference with its modules out of their wrappers, told what the section says of the picture."""
+        """The inference with its modules out of their wrappers."""
         drawer = copy.copy(self.inference)
-        for name, value in self.told.items():
-            setattr(drawer, name, value)
         drawer.adopted = tuple(one for one in drawer.adopted if one is not self.adopted)  # which is refreshed here
         drawer.network, drawer.autoencoder = unwrapped(drawer.network), unwrapped(drawer.autoencoder)
         return drawer
@@ -258,18 +290,32 @@ class Sampler:
     def _draw(self, samples: Samples, start: float) -> None:
         """Every picture by every kind of weights, one at a time; PNGs, then the page.
 
-        Of several processes each draws its share of the prompts, and the first has all; a sharded network they ask together.
+        Of several processes each draws its share of the prompts, and the first has all; a sharded network they ask together,
+        by the first one's clock, and files are written when none of them needs another any more. What fails on one rank is
+        raised on all.
         """
         drawer = self._drawer()
+        requests, encoded = (self.requests, self.prompts) if self._first is None else self._first
+        self._first = None
         entries = read_entries(self.out) if self._entries is None else self._entries
         self._entries = entries
 
+        (rank, size), together = ranks(), sharded(drawer.network)
+
         def in_time(step: Step | None = None) -> None:
-            if self.max_seconds is not None and time.monotonic() - start > self.max_seconds:
+            late = self.max_seconds is not None and time.monotonic() - start > self.max_seconds
+            if self.max_seconds is not None and (agreed(late) if together else late):
                 raise _TimedOut
 
-        (rank, size), together = ranks(), sharded(drawer.network)
-        own = [i for i in range(len(self.requests)) if together or i % size == rank]
+        own = [i for i in range(len(requests)) if together or i % size == rank]
+        kept: list[tuple[int, str, Result]] = []  # not yet written
+        failure: Exception | None = None
+
+        def write() -> None:
+            while kept:
+                i, name, result = kept.pop(0)
+                self._keep(samples, i, requests[i], name, result.images[0], result.settings[0], entries)
+
         try:
             for name, enter in self.weights.items():
                 entered = enter()
@@ -280,39 +326,61 @@ class Sampler:
                 with entered:
                     if self.adopted is not None:  # each kind has tensors and adapters of its own
                         self.adopted.refresh()
-                    prompts = self._encoded(drawer.encode_prompt) if self.text_in_training else self.prompts
-                    told = [{**self.requests[i], "conditioning": prompts[i], "callback": in_time} for i in own]
+                    prompts = self._encoded(drawer.encode_prompt, requests) if self.text_in_training else encoded
+                    told = [
+                        {"prompt": replace(requests[i], prompt="", negative=None), "conditioning": prompts[i], "callback": in_time}
+                        for i in own
+                    ]  # fmt: skip
                     for i, result in zip(own, drawer.generate_each(told), strict=True):
-                        if rank == 0 or not together:
-                            self._keep(samples, i, name, result.images[0], result.settings[0], entries)
+                        kept.append((i, name, result))
+                        if not together:
+                            write()
+        except _TimedOut as error:
+            failure = error
+        except Exception as error:
+            if together:  # the others fail alike, or wait where nothing helps: nothing collective from here on
+                raise
+            failure = error
         finally:
             if self.adopted is not None:
                 self.adopted.release()
-            for other in collected(samples)[1:]:
-                samples.paths += other.paths
-                samples.images += other.images
-                samples.settings += other.settings
-                entries |= {
-                    path.name: Entry(path.name, said) for path, said in zip(other.paths, other.settings, strict=True)
-                }
-            if samples.paths and rank == 0:
-                write_page(self.out, entries)
+        try:
+            if rank == 0 or not together:
+                write()
+        except Exception as error:
+            failure = error
+        said = everyones(None if failure is None else _reason(failure, self.max_seconds))
+        for other in [] if together else collected(samples)[1:]:
+            samples.paths += other.paths
+            samples.images += other.images
+            samples.settings += other.settings
+            entries |= {
+                path.name: Entry(path.name, told) for path, told in zip(other.paths, other.settings, strict=True)
+            }
+        if samples.paths and rank == 0:
+            write_page(self.out, entries)
+        if failure is not None:
+            raise failure
+        elsewhere = next((f"rank {r}: {reason}" for r, reason in enumerate(said) if reason is not None), None)
+        if elsewhere is not None:
+            raise TrainingError(elsewhere)
 
     def _keep(
-        self, samples: Samples, i: int, weights: str, image: Image.Image, drawn: Mapping[str, Any],
+        self, samples: Samples, i: int, request: Request, weights: str, image: Image.Image, drawn: Mapping[str, Any],
         entries: dict[str, Entry],
     ) -> None:  # fmt: skip
         """A picture's PNG, with its step and its drift."""
         suffix = "" if weights == LIVE else f"-{weights}"
-        name = f"step-{samples.step:08d}-{i:02d}-{slug(drawn['prompt'])}{suffix}.png"
-        training: dict[str, Any] = {"step": samples.step, "weights": weights}
+        name = f"step-{samples.step:08d}-{i:02d}-{slug(request.prompt)}{suffix}.png"
+        training: dict[str, Any] = {"step": samples.step, "weights": weights, "entry": i}
         if self.autocast is not None:
             training["autocast"] = str(self.autocast).removeprefix("torch.")
         if self._handed_in:
             training["conditioning"] = "the trainer's"
         # the conditioning is the prompt's own, so the prompt is all that is needed to draw it again
         handed_in = [thing for thing in drawn["handed_in"] if thing != "conditioning"]
-        settings = {**drawn, **picture_paths(self.entries[i]), "handed_in": handed_in, "training": training}
+        asked = {"prompt": request.prompt, "negative": request.negative}
+        settings = {**drawn, **asked, "handed_in": handed_in, "training": training}
         training["drift"] = drift_of(image, Entry(name, settings), entries, self.out)
         path = save_png(image, self.out / name, settings)
         entries[name] = Entry(name, settings)

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from eridiff.errors import CheckpointError, ConfigError, quoted
@@ -27,6 +27,7 @@ class Parts:
 
     components: dict[str, Component] = field(default_factory=dict)
     tokenizers: dict[str, Path] = field(default_factory=dict)
+    name: str = ""  # of the folder or the hub id that the network is in; nothing for a network given as a file
 
 
 def locate(model: Model | Parts, allow_unknown: bool = False) -> Parts:
@@ -53,8 +54,18 @@ def locate(model: Model | Parts, allow_unknown: bool = False) -> Parts:
             file = open_checkpoint(resolve(_path(name, model[name])))
             found = component_of(file, *networks, allow_unknown=allow_unknown)
             kept = {n: c for n, c in parts.components.items() if n not in networks}
-            parts = Parts({found.network: found, **kept}, parts.tokenizers)
-    return _with_statistics(Parts(parts.components, parts.tokenizers | _tokenizers(model.get("tokenizers"))))
+            name_of_all = parts.name if name != "transformer" else _name(file.path) if file.path.is_dir() else ""
+            parts = Parts({found.network: found, **kept}, parts.tokenizers, name_of_all)
+    tokenizers = parts.tokenizers | _tokenizers(model.get("tokenizers"))
+    return _with_statistics(replace(parts, tokenizers=tokenizers))
+
+
+def _name(folder: Path) -> str:
+    """What a folder is called: a network's in a pipeline as the pipeline, one in the hub's cache as the hub calls it."""
+    folder = folder.parent if folder.name in ("transformer", "unet") else folder
+    if folder.parent.name == "snapshots":  # models--ORGANISATION--NAME/snapshots/REVISION
+        return folder.parent.parent.name.rsplit("--", 1)[-1]
+    return folder.name
 
 
 def _with_statistics(parts: Parts) -> Parts:
@@ -62,7 +73,7 @@ def _with_statistics(parts: Parts) -> Parts:
     vae = parts.components.get("vae")
     if vae is None or "mmdit" not in parts.components:
         return parts
-    return Parts({**parts.components, "vae": with_statistics(vae, "sd3")}, parts.tokenizers)
+    return replace(parts, components={**parts.components, "vae": with_statistics(vae, "sd3")})
 
 
 def _path(name: str, value: object) -> str | os.PathLike[str]:
@@ -131,4 +142,4 @@ def _search(path: Path, allow_unknown: bool) -> Parts:
                     f"{quoted(path)} holds {DESCRIPTIONS[component.network]} twice, in {quoted(first.name, 60)} and {quoted(place.name, 60)}; give the parts by name"
                 )
             components[component.network] = component
-    return Parts(components, _beside(path))
+    return Parts(components, _beside(path), _name(path))

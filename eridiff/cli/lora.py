@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from eridiff.cli.common import dtype_of, scaled
 from eridiff.errors import ConfigError
 from eridiff.lora.decompose import extract_lora, resize_lora
 from eridiff.lora.decompose import table as energy_table
@@ -27,7 +28,7 @@ PUBLISHED: dict[str, tuple[str, Any, tuple[str, ...]]] = {  # name -> network, c
     **{name: ("mmdit", config, TEXT_ENCODERS) for name, config in mmdit.PRESETS.items()},
     **{f"sdxl-{name}": ("unet", config, ("clip", "clip_g")) for name, config in unet.PRESETS.items()},
 }
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = ("float32", "bfloat16", "float16")
 MODEL_HELP = (
     f"for what it is: a checkpoint or a folder, which also gives |dW|/|W|, or by name one of {', '.join(PUBLISHED)}"
 )
@@ -77,15 +78,6 @@ def add_parser(commands: Any) -> None:
     output(resize, "kohya")
 
 
-def scaled(text: str) -> tuple[str, float | None]:
-    """FILE[:SCALE] -> both; None when no scale is given."""
-    file, colon, scale = text.rpartition(":")
-    try:
-        return (file, float(scale)) if colon and file else (text, None)
-    except ValueError:
-        return text, None  # a colon in the name
-
-
 def _check(options: argparse.Namespace) -> int:
     try:
         lora = load_lora(
@@ -110,7 +102,7 @@ def _convert(options: argparse.Namespace) -> int:
         "ss_network_args",
     ):  # of the old file's matrices
         kept.pop(name, None)
-    print(save_lora(lora, options.out, networks, format=options.format, dtype=DTYPES.get(options.dtype), metadata=kept))
+    print(save_lora(lora, options.out, networks, format=options.format, dtype=dtype_of(options.dtype), metadata=kept))
     return 0
 
 
@@ -121,7 +113,7 @@ def _merge(options: argparse.Namespace) -> int:
     (network, module), *_ = networks.items()
     state = module.state_dict()
     if options.dtype:
-        state = {name: tensor.to(DTYPES[options.dtype]) for name, tensor in state.items()}
+        state = {name: tensor.to(dtype_of(options.dtype)) for name, tensor in state.items()}
     loras = []
     for text in options.lora:
         file, scale = scaled(text)
@@ -142,7 +134,7 @@ def _extract(options: argparse.Namespace) -> int:
     tuned, base = (_only(_networks(path), path) for path in (options.tuned, options.base))
     lora, kept = extract_lora(tuned, base, options.rank, tuple(options.targets))
     print("\n".join(energy_table(kept)))
-    print(save_lora(lora, options.out, base, format=options.format, dtype=DTYPES.get(options.dtype)))
+    print(save_lora(lora, options.out, base, format=options.format, dtype=dtype_of(options.dtype)))
     return 0
 
 
@@ -152,7 +144,7 @@ def _resize(options: argparse.Namespace) -> int:
     shapes = {name: {n: tuple(t.shape) for n, t in module.state_dict().items()} for name, module in networks.items()}
     resized, kept = resize_lora(lora, options.rank, shapes)
     print("\n".join(energy_table(kept)))
-    print(save_lora(resized, options.out, networks, format=options.format, dtype=DTYPES.get(options.dtype)))
+    print(save_lora(resized, options.out, networks, format=options.format, dtype=dtype_of(options.dtype)))
     return 0
 
 

@@ -1,0 +1,268 @@
+"""`eridiff sample`: generate images. The flags of an image are the fields of `Request`."""
+
+import argparse
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from eridiff.cli.common import DTYPES, check_writable, device_of, dtype_of, scaled
+from eridiff.config import MODEL_OPTIONS, RunConfig, SampleSettings, Words
+from eridiff.errors import ConfigError, EridiffError
+from eridiff.images import contact_sheet, save_png, slug
+from eridiff.inference import BUILT_IN, DiffusionInference, SDXLInference, load
+from eridiff.inference.sd35 import OPTIONS as TEXT_OPTIONS
+from eridiff.inference.sdxl import PREDICTIONS
+from eridiff.inference.section import early, requests_of
+from eridiff.inference.words import read_words
+from eridiff.lora.ledger import counted
+from eridiff.ranks import agreed, launched, ranks, spread
+from eridiff.request import FIELDS, Request, size_of
+from eridiff.run_files import load_config
+from eridiff.weights.locate import DENOISERS, PART_NAMES, locate
+
+BUILT_IN_PROMPTS = (
+    "a swan on mars", "a big pumpkin at night", "a robot on the sea", "a small pizza in a cave", "a guitar on snow",
+    "a parrot on grass", "a rocket at sunset", "a panda in the desert", "a unicorn in a cave",
+)  # fmt: skip
+PARTS = {
+    "transformer": "the network", "vae": "the autoencoder", "clip": "CLIP-L", "clip_g": "CLIP-G, of SD 3", "t5": "T5-XXL",
+}  # fmt: skip
+
+
+def add_parser(commands: Any) -> None:
+    """Put the command beside the others."""
+    parser = commands.add_parser(
+        "sample", help="generate images", description="Generate images; options win over the file."
+    )
+    parser.set_defaults(run=_sample_on_every_rank)
+    parser.add_argument(
+        "config",
+        nargs="?",
+        type=Path,
+        metavar="FILE",
+        help="what to load and to generate: YAML, a trainer's too, or a prompt file",
+    )
+    _add_model(parser.add_argument_group("model"))
+    _add_request(parser.add_argument_group("image"))
+    run = parser.add_argument_group("run")
+    run.add_argument(
+        "--out", metavar="FOLDER", help="where images are written (samples); a name ending in .png is one file"
+    )
+    run.add_argument("--quiet", action="store_true", help="print nothing but errors")
+    run.add_argument("--list", action="store_true", help="show the words that the built-in model knows, or --model")
+
+
+def _add_model(group: Any) -> None:
+    def switch(name: str, help: str) -> None:
+        group.add_argument(name, action="store_true", default=None, help=help)
+
+    group.add_argument(
+        "--model", metavar="PATH|ID", help="a checkpoint, a folder or a hub id; the built-in small Flux otherwise"
+    )
+    for name, what in PARTS.items():
+        flag = f"--{name.replace('_', '-')}"
+        group.add_argument(flag, metavar="PATH", help=f"{what}, if the model lacks it or it shall be replaced")
+    group.add_argument(
+        "--tokenizers", metavar="FOLDER", help="holds tokenizer/ (CLIP, may be absent) and tokenizer_2/ (T5)"
+    )
+    group.add_argument(
+        "--variant", help="whose defaults to sample with, where sizes cannot tell: sd3.5-large-turbo, depth"
+    )
+    for name, values in TEXT_OPTIONS.items():
+        what = f"of SD 3's text; {values[0]} by default"
+        group.add_argument(f"--{name.replace('_', '-')}", choices=values, help=what)
+    switch("--t5-mask", "hide T5's padding, for a network trained so")
+    group.add_argument("--prediction", choices=PREDICTIONS, help="what an SDXL predicts, where its file does not say")
+    switch("--zero-terminal-snr", "an SDXL whose last noise level is pure noise, where its file does not say")
+    group.add_argument(
+        "--empty-negative", choices=["zeros", "encoded"], help="SDXL's negative prompt when none is given"
+    )
+    group.add_argument("--device", help="cpu, cuda, cuda:1, ...; a GPU if there is one")
+    group.add_argument(
+        "--dtype", choices=DTYPES, help="of the computation; the file's on a GPU, float32 on a CPU with room"
+    )
+    group.add_argument("--refiner", metavar="PATH|ID", help="an SDXL refiner, which finishes the base's images")
+    group.add_argument(
+        "--lora",
+        action="append",
+        metavar="FILE[:SCALE]",
+        help="a LoRA of any format, or a peft folder; may be given several times",
+    )
+    switch("--lora-partial", "leave out what of a LoRA does not fit")
+    switch("--allow-unknown", "leave out what of a model's file its network does not use")
+    group.add_argument("--vae-rows", type=int, metavar="N", help="decode in strips of N rows: exact, in less memory")
+    group.add_argument("--offload", choices=["stages"], help="only the component at work is on the device")
+
+
+def _add_request(group: Any) -> None:
+    group.add_argument("--prompt", action="append", metavar="TEXT", help=FIELDS["prompt"].metadata["help"])
+    group.add_argument(
+        "--prompts-file",
+        type=Path,
+        metavar="FILE",
+        help="kohya's .txt, .toml or .json; in place of the configuration's prompts",
+    )
+    group.add_argument("--size", metavar="WxH", help="width and height at once")
+    group.add_argument("--walk-seed", action="store_true", default=None, help="seed, seed + 1, ... over the prompts")
+    for name, told in FIELDS.items():
+        if name == "prompt" or told.metadata["python"]:
+            continue
+        flags = [f"--{flag.replace('_', '-')}" for flag in (*told.metadata["flags"], name)]
+        group.add_argument(*flags, dest=name, default=None, help=told.metadata["help"], **told.metadata["kind"].flag)
+
+
+def _asked(options: argparse.Namespace) -> Words:
+    """What the command line says of every image, in a file's words."""
+    found: Words = {}
+    for name, told in FIELDS.items():
+        value = getattr(options, name, None)
+        if value is not None and name != "prompt" and not told.metadata["python"]:
+            word = "true_cfg_scale" if name == "cfg_scale" else name
+            found[word] = told.metadata["kind"].read(f"--{name.replace('_', '-')}", value)
+    if options.size is not None:
+        if {"width", "height"} & found.keys():
+            raise ConfigError("--size and --width or --height both say the size; keep one")
+        found["height"], found["width"] = size_of("--size", options.size)
+    return found
+
+
+def _sample_on_every_rank(options: argparse.Namespace) -> int:
+    """A process alone generates all images; those of `torchrun` generate their shares, and the first speaks."""
+    with launched() as rank:
+        options.quiet = options.quiet or rank > 0
+        return _sample(options)
+
+
+def _sample(options: argparse.Namespace) -> int:
+    say = (lambda *_: None) if options.quiet else print
+    if options.list:
+        return _list_words(BUILT_IN if options.model is None else options.model)
+    asked = _asked(options)
+    read = load_config(options.config) if options.config else RunConfig()
+    config: RunConfig = agreed(_merged(read, options, asked))  # random seeds too
+    if config.model is None and not config.sample.entries:
+        entries = tuple({"prompt": prompt} for prompt in BUILT_IN_PROMPTS)
+        config = replace(config, sample=replace(config.sample, entries=entries))
+    settings = config.sample
+    _check(settings, config)
+    for notice in config.notices:
+        say(f"eridiff: {notice}")
+    if config.model is None:
+        say("eridiff: no model is given, so the built-in small Flux generates; --list shows its words")
+    common: dict[str, Any] = {
+        "device": device_of(config.device), "dtype": dtype_of(config.dtype), "offload": config.offload,
+        "progress": not options.quiet,
+    }  # fmt: skip
+    model = load(config.model, family=config.family, **common, **config.options)
+    if config.refiner:
+        if not isinstance(model, SDXLInference):
+            raise ConfigError("a refiner works with an SDXL base alone")
+        model = model.with_refiner(load(config.refiner, **common))  # type: ignore[arg-type]
+    _apply_loras(model, settings, say)
+    if config.model is not None:
+        dtype = str(next(model.network.parameters()).dtype).removeprefix("torch.")
+        say(f"eridiff: {model.variant} ({model.why}), {dtype} on {model.device}")
+    explicit = {"cfg_scale" if word == "true_cfg_scale" else word for word in asked}
+    requests, notices = requests_of(settings, model, explicit)
+    for notice in notices:
+        say(f"eridiff: {notice}")
+    for path in _generate(model, requests, Path(settings.out)):
+        say(path)
+    return 0
+
+
+def _list_words(model: str) -> int:
+    components = locate(model).components
+    words = next((read_words(components[name]) for name in DENOISERS if name in components), None)
+    if words is None:
+        raise ConfigError(f"'{model}' lists no words that it knows; the built-in model does")
+    for name, entries in vars(words).items():
+        print(f"{name.replace('_', ' ')}: {', '.join(entries)}")
+    print(f'a prompt is "{words.pattern}", such as "a {words.sizes[0]} {words.nouns[0]} {words.backgrounds[0]}"')
+    return 0
+
+
+def _apply_loras(model: DiffusionInference, settings: SampleSettings, say: Callable[[str], None]) -> None:
+    """Put the files on the model; those without a scale of their own are weighed by each request's `lora_scale`."""
+    if not settings.lora and settings.use_lora:
+        say("eridiff: without effect here: use_lora (no LoRA file is given)")
+    for file, scale in settings.lora if settings.use_lora is not False else ():
+        handle = model.apply_lora(file, scale, allow_partial=settings.lora_partial)
+        say(f"eridiff: {file}: {counted(handle.ledger)}")
+
+
+def _generate(model: DiffusionInference, requests: list[Request], out: Path) -> list[Path]:
+    """One image at a time, so that none depends on its neighbours; then the contact sheet of several. Of a rank: its share."""
+    single = out.suffix.lower() == ".png"
+    if single and len(requests) > 1:
+        raise ConfigError(f"'{out}' is one file and there are {len(requests)} prompts; give a folder")
+    start = agreed(0 if single else _next_number(out))
+    model.check_words([request.prompt for request in requests])  # type: ignore[misc]  # of a section each has one
+    model.words = None  # `generate` need not say it again for each image
+    rank, size = ranks()
+    generated = model.generate_each(requests[rank::size])
+
+    def save(i: int) -> tuple[Path, Image.Image]:
+        result = next(generated)
+        path = out if single else out / f"{start + i:04d}-{slug(requests[i].prompt)}.png"
+        return save_png(result.images[0], path, result.settings[0]), result.images[0]
+
+    saved = spread(len(requests), save)
+    paths = [path for path, _ in saved]
+    if len(saved) > 1:
+        paths.append(save_png(contact_sheet([image for _, image in saved]), out / f"{start:04d}-contact-sheet.png"))
+    return paths
+
+
+def _next_number(folder: Path) -> int:
+    """One more than the highest number that an image in the folder begins with: nothing is overwritten."""
+    try:
+        names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    except OSError as error:
+        raise EridiffError(f"'{folder}' cannot be read: {error.strerror}") from None
+    return max((int(found[1]) + 1 for name in names if (found := re.match(r"(\d{4,})-.*\.png$", name))), default=0)
+
+
+def _merged(config: RunConfig, options: argparse.Namespace, asked: Words) -> RunConfig:
+    """The file's configuration with what the command line says in its place."""
+    sample = config.sample
+    if options.prompts_file is not None:
+        if options.prompt:
+            raise ConfigError("--prompt and --prompts-file both say what to generate; keep one")
+        read = load_config(options.prompts_file)
+        sample = replace(sample, entries=read.sample.entries, lenient=True)
+        config = replace(config, unused=config.unused | read.unused, told=(*config.told, *read.told))
+    if options.prompt:
+        sample = replace(sample, entries=tuple({"prompt": prompt} for prompt in options.prompt))
+    sample = sample.over(asked)
+    if options.lora:
+        sample = replace(sample, lora=tuple(scaled(text) for text in options.lora), use_lora=True)
+    sample = replace(sample, **_given(options, ("walk_seed", "lora_partial", "out")))
+    parts = _given(options, (*PART_NAMES, "tokenizers"))
+    model: str | dict[str, Any] | None = options.model or config.model
+    if parts:
+        model = {**({"path": model} if isinstance(model, str) else model or {}), **parts}
+    family = None if options.model or options.transformer else config.family
+    chosen = config.options | _given(options, MODEL_OPTIONS)
+    rest = _given(options, ("device", "dtype", "offload", "refiner"))
+    return replace(config, model=model, family=family, sample=sample, options=chosen, **rest)
+
+
+def _given(options: argparse.Namespace, names: Any) -> dict[str, Any]:
+    return {name: getattr(options, name) for name in names if getattr(options, name) is not None}
+
+
+def _check(settings: SampleSettings, config: RunConfig) -> None:
+    """What can be known to be impossible before anything is loaded."""
+    if not settings.entries:
+        raise ConfigError("no prompt is given: use --prompt, or prompts in the sample section")
+    for words in settings.each():
+        early(words).check(None if settings.lenient else 16)
+    dtype_of(config.dtype)
+    if config.offload not in (None, "stages"):
+        raise ConfigError(f"offload must be 'stages', not '{config.offload}'")
+    check_writable(Path(settings.out))

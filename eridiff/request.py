@@ -1,0 +1,485 @@
+"""Everything that can be asked of an image, in one place.
+
+The keywords of `generate`, the keys of a `sample:` section, the flags of the command line, the checks, the JSON in a PNG and
+drawing again are all derived from the fields of `Request`. A new option is one field, its use and its test.
+"""
+
+import os
+import re
+import secrets
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from difflib import get_close_matches
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from torch import Tensor
+
+from eridiff.errors import ConfigError
+from eridiff.images import read_image, upright
+from eridiff.schedulers.guidance import SkipLayers
+from eridiff.schedulers.samplers import SAMPLERS
+
+Text = str | Mapping[str, str]  # a prompt, or one for each text encoder by name: clip, clip_g, t5
+Table = str | Sequence[float] | Tensor  # a schedule by name, or its sigmas
+Picture = (
+    str | os.PathLike[str] | Image.Image | Tensor
+)  # a file, an image, or `[B, 3, H, W]` in [-1, 1]; masks in [0, 1]
+Checked = Any  # a `Request` as `checked` gives it: all that the model decides is settled, so that types are narrower
+ENCODERS = ("clip", "clip_g", "t5")
+SEEDS = 2**63
+GUIDANCE = frozenset({"guidance_scale", "cfg_scale", "true_cfg_scale"})  # words for how strongly a prompt is followed
+NUMBERS = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
+
+
+@dataclass(frozen=True)
+class Kind:
+    """How the values of a field are read and written."""
+
+    read: Callable[[str, Any], Any]  # (name for messages, value in a file) -> the field's value; raises ConfigError
+    flag: Mapping[str, Any]  # how argparse takes it
+    example: str  # as YAML
+    write: Callable[[Any], Any] = lambda value: value  # the field's value -> JSON
+
+
+def scalar(name: str, value: Any, kind: type) -> Any:
+    """A value of the type wanted; whole numbers serve as floats. Raises ConfigError."""
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if type(value) is kind:
+        return value
+    digits = isinstance(value, str) and re.fullmatch(r"[\d_, ]+", value)
+    hint = f"; write {re.sub('[^0-9]', '', value)}" if digits else ""
+    hint = "; write true or false" if kind is bool else hint
+    raise ConfigError(f"{name} must be {NUMBERS[kind]}, not {value!r}{hint}")
+
+
+def size_of(name: str, text: Any) -> tuple[int, int]:
+    """(height, width) of a size written as WIDTHxHEIGHT."""
+    found = re.fullmatch(r"(\d+)[xX](\d+)", text) if isinstance(text, str) else None
+    if not found:
+        raise ConfigError(f"{name} must be WIDTHxHEIGHT such as 1024x768, not {text!r}")
+    return int(found[2]), int(found[1])
+
+
+def _pair(kind: type, what: str, such_as: str) -> Callable[[str, Any], Any]:
+    def read(name: str, value: Any) -> Any:
+        if not isinstance(value, list | tuple) or len(value) != 2:
+            raise ConfigError(f"{name} must be {what}, such as {such_as}, not {value!r}")
+        return tuple(scalar(name, number, kind) for number in value)
+
+    return read
+
+
+def _schedule(name: str, value: Any) -> Any:
+    if isinstance(value, list | tuple):
+        return tuple(scalar(name, number, float) for number in value)
+    return scalar(name, value, str)
+
+
+def _skip_layers(name: str, value: Any) -> Any:
+    if not isinstance(value, dict):
+        return scalar(name, value, bool)
+    known_names(value, ("blocks", "scale", "start", "end"), "skip_layers")
+    blocks = value.get("blocks")
+    if not isinstance(blocks, list) or not all(type(block) is int and block >= 0 for block in blocks):
+        raise ConfigError(f"{name} needs blocks, a list of numbers such as [7, 8, 9], not {blocks!r}")
+    numbers = {"scale": 2.5, "start": 0.01, "end": 0.2} | {k: v for k, v in value.items() if k != "blocks"}
+    return SkipLayers(tuple(blocks), **{k: scalar(f"skip_layers: {k}", v, float) for k, v in numbers.items()})
+
+
+def _files(name: str, value: Any) -> Any:
+    return tuple(scalar(name, file, str) for file in (value if isinstance(value, list | tuple) else [value]))
+
+
+def listed_pictures(value: Any) -> list[Any]:
+    """A picture, or several, as a list."""
+    return list(value) if isinstance(value, list | tuple) else [value]
+
+
+def _path(value: Any) -> str | None:
+    return os.fspath(value) if is_file(value) else None
+
+
+def _reads(kind: type) -> Callable[[str, Any], Any]:
+    return lambda name, value: scalar(name, value, kind)
+
+
+TEXT = Kind(_reads(str), {"metavar": "TEXT"}, "blurry")
+WHOLE = Kind(_reads(int), {"type": int, "metavar": "N"}, "64")
+NUMBER = Kind(_reads(float), {"type": float, "metavar": "X"}, "0.5")
+METHOD = Kind(_reads(str), {"choices": SAMPLERS}, "heun")
+SWITCH = Kind(
+    _skip_layers, {"action": "store_true"}, "true", lambda v: asdict(v) if isinstance(v, SkipLayers) else v or None
+)
+NAME = Kind(_schedule, {"metavar": "NAME"}, "karras", lambda v: v.tolist() if isinstance(v, Tensor) else v)
+SIZE = Kind(size_of, {"metavar": "WxH"}, "1024x768", lambda value: value and f"{value[1]}x{value[0]}")
+CORNER = Kind(
+    _pair(int, "two numbers, top and left", "[0, 64]"), {"type": int, "nargs": 2, "metavar": ("TOP", "LEFT")}, "[0, 64]",
+    lambda v: v and list(v),
+)  # fmt: skip
+SHARES = Kind(
+    _pair(float, "two rising shares of the steps", "[0, 0.8]"), {"type": float, "nargs": 2, "metavar": ("START", "END")},
+    "[0.0, 0.8]", list,
+)  # fmt: skip
+FILE = Kind(_reads(str), {"metavar": "FILE"}, "in.png", _path)
+FILES = Kind(_files, {"metavar": "FILE", "action": "append"}, "[in.png, other.png]", lambda v: None if v is None else [_path(p) for p in listed_pictures(v)])  # fmt: skip
+
+
+def option(
+    default: Any, kind: Kind, help: str, *, low: float | None = None, high: float | None = None,
+    words: Sequence[str] = (), flags: Sequence[str] = (), effect: Any = None, python: bool = False,
+) -> Any:  # fmt: skip
+    """A field of `Request`.
+
+    - low, high: what numbers must lie between.
+    - words: other tools' names for the key of a file.
+    - flags: shorter names on the command line.
+    - effect: a function of request and model: why the value has no effect, or None where it has one.
+    - python: whether only a program can give it, because it goes with tensors.
+    """
+    told = {"kind": kind, "help": help, "low": low, "high": high, "words": words, "flags": flags}
+    return field(default=default, metadata={**told, "effect": effect, "python": python})
+
+
+def _guided(request: "Request", model: Any) -> str | None:
+    scale = model.sampling.cfg_scale if request.cfg_scale is None else request.cfg_scale
+    return "without classifier-free guidance (cfg_scale)" if scale == 1 else None
+
+
+def _embedded(request: "Request", model: Any) -> str | None:
+    if model.guidance_embedding:
+        return None
+    return "as this network has no guidance embedding; cfg_scale asks for classifier-free guidance"
+
+
+def _shifted(request: "Request", model: Any) -> str | None:
+    if "shift" not in model.takes:
+        return f"on the schedules of {model.variant}"
+    return None if request.schedule is None or isinstance(request.schedule, str) else "on sigmas that are given"
+
+
+def _counted(request: "Request", model: Any) -> str | None:
+    if request.schedule is None or isinstance(request.schedule, str) or request.steps == len(request.schedule) - 1:
+        return None
+    return f"beside {len(request.schedule)} sigmas, which are {len(request.schedule) - 1} steps"
+
+
+def _taken(name: str) -> Callable[["Request", Any], str | None]:
+    def effect(request: "Request", model: Any) -> str | None:
+        return None if name in model.takes else f"on {model.variant}"
+
+    return effect
+
+
+def _followed(request: "Request", model: Any) -> str | None:
+    return None if "control" in model.takes else f"on {model.variant}: Flux Canny and Depth follow a control image"
+
+
+def _referred(request: "Request", model: Any) -> str | None:
+    return None if "references" in model.takes else f"on {model.variant}: Flux Kontext edits references"
+
+
+def _edited(request: "Request", model: Any) -> str | None:
+    if "references" not in model.takes or request.strength is not None:
+        return None
+    return "on kontext without a strength: what it edits are references"
+
+
+def _handed_over(request: "Request", model: Any) -> str | None:
+    return None if getattr(model, "refiner", None) is not None else "without a refiner"
+
+
+def _begun(request: "Request", model: Any) -> str | None:
+    return "without the image that it is for" if request.image is None else None
+
+
+def _weighed(request: "Request", model: Any) -> str | None:
+    return (
+        None if any(handle.scale is None for handle in model.loras) else "without a LoRA that has no scale of its own"
+    )
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is asked of an image, or of several in one batch; None is the model's own.
+
+    Sizes are (height, width), corners (top, left), in pixels.
+    """
+
+    prompt: Text | Sequence[Text] = option("", TEXT, "may be given several times", words=("prompts",))
+    negative: Text | Sequence[Text] | None = option(
+        None, TEXT, "what to steer away from", words=("negative_prompt", "neg"), effect=_guided
+    )
+    width: int | None = option(None, WHOLE, "in pixels, a multiple of 16", low=8)
+    height: int | None = option(None, WHOLE, "in pixels, a multiple of 16", low=8)
+    steps: int | None = option(
+        None, WHOLE, "how often the network is asked", low=1, words=("sample_steps",), effect=_counted
+    )
+    seed: int | Sequence[int] | None = option(None, WHOLE, "of the noise; 42 when not said")
+    sampler: str | None = option(None, METHOD, "how to move from one noise level to the next")
+    schedule: Table | None = option(None, NAME, "SD 3: original, script, diffusers, candle; SDXL: leading, karras, ...")
+    shift: float | None = option(
+        None, NUMBER, "of SD 3's schedule; 3 when not said", low=0.01, high=100, effect=_shifted
+    )
+    guidance_scale: float | None = option(
+        None, NUMBER, "what the guidance embedding is told (Flux dev: 3.5)", low=0, high=1000, flags=("guidance",),
+        effect=_embedded,
+    )  # fmt: skip
+    cfg_scale: float | None = option(
+        None, NUMBER, "classifier-free guidance; asks the network twice a step", low=0, high=1000,
+        words=("true_cfg_scale",), flags=("cfg",),
+    )  # fmt: skip
+    cfg_rescale: float = option(
+        0.0, NUMBER, "share of the deviation that is put back after guidance", low=0, high=1,
+        words=("guidance_rescale",), effect=_guided,
+    )  # fmt: skip
+    cfg_interval: tuple[float, float] = option(
+        (0.0, 1.0), SHARES, "shares of the steps between which there is guidance", effect=_guided
+    )
+    skip_layers: bool | SkipLayers = option(
+        False, SWITCH, "sd3.5-medium's published guidance by skipped layers", effect=_taken("skip_layers")
+    )
+    part: tuple[float, float] = option(
+        (0.0, 1.0), SHARES, "shares of the run; latents of the first part are the noise of the second", python=True
+    )
+    hand_over: float | None = option(
+        None, NUMBER, "share of the run after which the refiner goes on (0.8)", low=0, high=1,
+        words=("refiner_start_at",), effect=_handed_over,
+    )  # fmt: skip
+    original_size: tuple[int, int] | None = option(
+        None, SIZE, "SDXL is told that the image had it before it was scaled and cropped", low=1,
+        effect=_taken("original_size"),
+    )  # fmt: skip
+    crop: tuple[int, int] | None = option(None, CORNER, "and what was cut away (0 0)", low=0, effect=_taken("crop"))
+    target_size: tuple[int, int] | None = option(
+        None, SIZE, "and what it should have; the image's size when not said", low=1,
+        effect=_taken("target_size"),
+    )  # fmt: skip
+    aesthetic_score: float | None = option(
+        None, NUMBER, "SDXL's refiner is told (6)", low=0, high=10, effect=_taken("aesthetic_score")
+    )
+    negative_aesthetic_score: float | None = option(
+        None, NUMBER, "the same of the negative prompt (2.5)", low=0, high=10,
+        effect=_taken("aesthetic_score"),
+    )  # fmt: skip
+    image: Picture | None = option(None, FILE, "begin from this image", effect=_edited)
+    strength: float | None = option(
+        None, NUMBER, "0 keeps the image, 1 keeps nothing of it (0.75)", low=0, high=1, effect=_begun
+    )
+    mask: Picture | None = option(None, FILE, "paint only where it is white", effect=_begun)
+    control: Picture | None = option(None, FILE, "the image that Canny or Depth follows", effect=_followed)
+    references: Picture | Sequence[Picture] | None = option(
+        None, FILES, "an image that Kontext edits; may be given several times", words=("ctrl_img",),
+        flags=("reference",), effect=_referred,
+    )  # fmt: skip
+    lora_scale: float | None = option(
+        None, NUMBER, "weight of the LoRAs without a scale of their own (1)", low=-1000, high=1000,
+        words=("network_multiplier",), effect=_weighed,
+    )  # fmt: skip
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> "Request":
+        """Of values by field. Raises ConfigError, with the nearest name, for one that is not a field."""
+        known_names(values, FIELDS, "a request", "is not a setting of")
+        return cls(**values)
+
+    def check(self, multiple: int | None = None) -> None:
+        """What no model can do: numbers and names that are impossible. Raises ConfigError.
+
+        - multiple: of which the sides must be; None leaves them to the model.
+        """
+        for name, told in FIELDS.items():
+            value, low, high = getattr(self, name), told.metadata["low"], told.metadata["high"]
+            if value is None or low is None:
+                continue
+            if told.metadata["kind"] in (WHOLE, NUMBER):
+                scalar(name, value, int if told.metadata["kind"] is WHOLE else float)
+            if name == "steps" and value < 1:
+                raise ConfigError(f"a run needs at least one step, not {value}")
+            if told.metadata["kind"] in (SIZE, CORNER):
+                if len(value) != 2 or any(type(n) is not int or n < low for n in value):
+                    raise ConfigError(f"{name} must be two whole numbers of pixels, at least {low}, not {value}")
+            elif high is not None and not low <= value <= high:
+                raise ConfigError(f"{name} must be between {low} and {high}, not {value}")
+        for name, what in (("cfg_interval", "shares of the steps"), ("part", "shares of the run")):
+            pair = getattr(self, name)
+            if len(pair) != 2 or not 0 <= pair[0] < pair[1] <= 1:
+                raise ConfigError(f"{name} must be two rising {what} such as 0 and 0.8, not {pair}")
+        if self.sampler is not None and self.sampler not in SAMPLERS:
+            raise ConfigError(f"'{self.sampler}' is not a sampler; there are {', '.join(SAMPLERS)}")
+        if self.hand_over is not None and self.hand_over in (0, 1):
+            raise ConfigError(f"hand_over must be between 0 and 1, not {self.hand_over}: base and refiner both work")
+        for seed in seeds_of(self):
+            if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < SEEDS:
+                raise ConfigError(f"the seed must be a whole number from 0 to 2^63 - 1, not {seed!r}")
+        if multiple is not None:
+            for name in ("width", "height"):
+                if (side := getattr(self, name)) is not None:
+                    check_side(name, side, multiple)
+
+    def says(self, name: str) -> bool:
+        """Whether a field is set to something that is not its default."""
+        value, default = getattr(self, name), FIELDS[name].default
+        return value is not default and not (isinstance(value, str | int | float | tuple) and value in ("", default))
+
+    def without_effect(self, model: Any) -> dict[str, str]:
+        """Of the fields that are set, those that would change nothing on the way that this model takes, and why."""
+        found = {}
+        for name, told in FIELDS.items():
+            effect = told.metadata["effect"]
+            if effect is not None and self.says(name) and (reason := effect(self, model)):
+                found[name] = reason
+        return found
+
+    def checked(self, model: Any, rows: int = 1) -> Checked:
+        """The request with everything settled that the model decides: no None but where there is nothing.
+
+        Prompts and seeds become lists of equal length, images are opened. `rows` is how many rows of conditioning are
+        handed in. Raises ConfigError for what is impossible, and for a value without effect on this model.
+        """
+        asked = replace(self, **{name: plain(getattr(self, name)) for name in FIELDS})
+        asked.check()
+        for name, reason in asked.without_effect(model).items():
+            raise ConfigError(f"{name} has no effect {reason}")
+        prompts, seeds = matched(asked, rows)
+        opened: dict[str, Any] = {name: _opened(getattr(asked, name)) for name in ("image", "mask", "control")}
+        if asked.references is not None:
+            opened["references"] = model.referred([_opened(p) for p in listed_pictures(asked.references)])
+        begun = [opened[name] for name in ("image", "control") if opened[name] is not None]
+        given = next(iter([*begun, *opened.get("references", ())]), None)
+        width, height = settle_size(asked.width, asked.height, given, model.defaults(), model.multiple)
+        sampler = model.sampling.sampler if asked.sampler is None else asked.sampler
+        schedule = model.table_of(sampler) if asked.schedule is None else asked.schedule
+        steps = model.sampling.steps if asked.steps is None else asked.steps
+        if schedule is not None and not isinstance(schedule, str):
+            schedule = tuple(float(sigma) for sigma in schedule)
+            steps = len(schedule) - 1
+        strength = None
+        if opened["image"] is not None:
+            whole = opened["mask"] is not None or model.inpaints
+            strength = (1.0 if whole else 0.75) if asked.strength is None else asked.strength
+        skip: Any = asked.skip_layers
+        if skip is True:
+            skip = getattr(model.sampling, "skip_layers", None)
+            if skip is None:
+                raise ConfigError(
+                    f"there is no published skip-layer guidance for {model.variant}; sd3.5-medium has one"
+                )
+        settled = replace(
+            asked, prompt=prompts, seed=seeds, width=width, height=height, sampler=sampler, schedule=schedule,
+            steps=steps, strength=strength, skip_layers=skip, guidance_scale=model.guidance(asked.guidance_scale),
+            cfg_scale=model.sampling.cfg_scale if asked.cfg_scale is None else asked.cfg_scale,
+            negative=None if asked.negative is None else listed(asked.negative), **opened,
+        )  # fmt: skip
+        return replace(settled, **model.told(settled))
+
+    def to_json(self) -> dict[str, Any]:
+        """For a PNG: of images their files, None where they were no files."""
+        return {name: told.metadata["kind"].write(getattr(self, name)) for name, told in FIELDS.items()}
+
+    @classmethod
+    def from_json(cls, settings: Mapping[str, Any]) -> "Request":
+        """What a PNG says, older ones too; raises ConfigError where it cannot be read."""
+        values = {}
+        for name, told in FIELDS.items():
+            key = next((word for word in (name, *told.metadata["words"]) if settings.get(word) is not None), None)
+            if key is not None:
+                text = name in ("prompt", "negative")
+                values[name] = settings[key] if text else told.metadata["kind"].read(key, settings[key])
+        return cls(**values)
+
+
+FIELDS = {told.name: told for told in fields(Request)}
+WORDS = {word: name for name, told in FIELDS.items() for word in told.metadata["words"]}  # other tools' -> ours
+
+
+def merged(*layers: Mapping[str, Any]) -> dict[str, Any]:
+    """Values by field or word of guidance, weakest layer first.
+
+    A layer that says one of several settings that exclude each other removes the others from the weaker ones: words of
+    guidance, and the number of steps beside a list of sigmas.
+    """
+    result: dict[str, Any] = {}
+    for layer in layers:
+        if GUIDANCE & layer.keys():
+            result = {name: value for name, value in result.items() if name not in GUIDANCE}
+        if "steps" in layer and not isinstance(result.get("schedule"), str):
+            result.pop("schedule", None)
+        if "schedule" in layer and not isinstance(layer["schedule"], str):
+            result.pop("steps", None)
+        result |= layer
+    return result
+
+
+def known_names(given: Mapping[str, Any], known: Any, where: str, what: str = "is not a key of") -> None:
+    """Raises ConfigError, with the nearest known name, unless all names are known."""
+    for name in given:
+        if name not in known:
+            near = get_close_matches(str(name).lower(), list(known), 1, 0.5)
+            hint = f"did you mean '{near[0]}'?" if near else f"there are {', '.join(known)}"
+            raise ConfigError(f"'{name}' {what} {where}; {hint}")
+
+
+def check_side(name: str, side: int, multiple: int) -> None:
+    """Raises ConfigError unless a side of an image is a positive multiple."""
+    if side < multiple or side % multiple:
+        near = max(multiple, round(side / multiple) * multiple)
+        raise ConfigError(f"the {name} must be a multiple of {multiple}, not {side}; the nearest is {near}")
+
+
+def settle_size(
+    width: int | None, height: int | None, given: Any, defaults: Mapping[str, Any], multiple: int = 16
+) -> tuple[int, int]:
+    """Said, else the given image's rounded down to the multiple, else the default."""
+    if given is not None:
+        found = (given.shape[-1], given.shape[-2]) if isinstance(given, Tensor) else given.size
+        sides = (max(multiple, side // multiple * multiple) for side in found)
+        defaults = dict(zip(("width", "height"), sides, strict=True))
+    width = defaults["width"] if width is None else width
+    height = defaults["height"] if height is None else height
+    check_side("width", width, multiple)
+    check_side("height", height, multiple)
+    return width, height
+
+
+def plain(value: Any) -> Any:
+    """Numbers of NumPy as Python's, also in lists; everything else as it is."""
+    if isinstance(value, np.generic | np.ndarray):
+        return value.tolist()
+    if isinstance(value, dict):
+        return {name: plain(entry) for name, entry in value.items()}
+    return type(value)(map(plain, value)) if type(value) in (list, tuple) else value
+
+
+def listed(prompt: Text | Sequence[Text]) -> list[Text]:
+    """A prompt, or several, as a list."""
+    return [prompt] if isinstance(prompt, str | Mapping) else list(prompt)
+
+
+def seeds_of(request: "Request") -> list[Any]:
+    """One seed, or several, as a list."""
+    seed = request.seed
+    return [] if seed is None else list(seed) if isinstance(seed, list | tuple) else [seed]
+
+
+def is_file(picture: Any) -> bool:
+    """Whether a picture is given by its file."""
+    return isinstance(picture, str | os.PathLike)
+
+
+def matched(request: Request, rows: int = 1) -> tuple[list[Text], list[int]]:
+    """Prompts and seeds of equal number, as many as there are `rows` of conditioning; one of either is repeated."""
+    prompts = listed(request.prompt)
+    seeds = [secrets.randbits(32)] if request.seed is None else seeds_of(request)
+    if not prompts or not seeds:
+        raise ConfigError(f"no {'seed' if prompts else 'prompt'} was given")
+    count = max(len(prompts), len(seeds), rows)
+    if any(n not in (1, count) for n in (len(prompts), len(seeds), rows)):
+        raise ConfigError(f"{len(prompts)} prompts and {len(seeds)} seeds do not match; give as many, or one of either")
+    return prompts * (count // len(prompts)), seeds * (count // len(seeds))
+
+
+def _opened(picture: Any) -> Any:
+    return read_image(picture) if is_file(picture) else upright(picture)

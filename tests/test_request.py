@@ -1,0 +1,262 @@
+"""One `Request`: what can be asked of an image is asked by one name at every door, has an effect, or is an error."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+import eridiff
+from eridiff.cli import _parser, main
+from eridiff.cli.sample import _asked
+from eridiff.config import SAID, parse_config
+from eridiff.errors import ConfigError
+from eridiff.files import tensors_hash
+from eridiff.images import read_image
+from eridiff.inference.section import early
+from eridiff.lora.save import save_lora
+from eridiff.request import FIELDS, GUIDANCE, WORDS, Request, merged
+from eridiff.run_files import load_config
+from eridiff.schedulers.guidance import SkipLayers
+from eridiff.yaml_reader import read_yaml
+from tests import families, tiny
+from tests.loras import some_lora
+
+ASKED = [name for name, told in FIELDS.items() if not told.metadata["python"] and name != "prompt"]
+
+
+def example(name: str) -> Any:
+    """A value of a field that is not its default, as a file has it."""
+    return read_yaml(f"v: {FIELDS[name].metadata['kind'].example}")["v"]
+
+
+def said(config: Any) -> Request:
+    return early(config.sample.each()[0])
+
+
+@pytest.mark.parametrize("name", ASKED)
+def test_a_field_is_the_same_at_every_door(name: str, tmp_path: Path) -> None:
+    """Python, section, entry, flag, PNG, ai-toolkit's file and kohya's: each gives one value."""
+    told = FIELDS[name].metadata
+    expected = getattr(Request.of({name: told["kind"].read(name, example(name))}), name)
+    assert expected != FIELDS[name].default
+    found = {}
+    for key in (key for key, field in SAID.items() if WORDS.get(field, field) == name):
+        found[f"section {key}"] = said(parse_config({"sample": {"prompts": ["a"], key: example(name)}}))
+        found[f"entry {key}"] = said(parse_config({"sample": {"samples": [{"prompt": "a", key: example(name)}]}}))
+        process = {"sample": {"prompts": ["a"], key: example(name)}}
+        (tmp_path / "run.json").write_text(json.dumps({"config": {"process": [process]}}))
+        if key != "refiner_start_at":  # which needs the refiner that such a file names
+            found[f"ai-toolkit {key}"] = said(load_config(tmp_path / "run.json"))
+        (tmp_path / "prompts.json").write_text(json.dumps([{"prompt": "a", key: example(name)}]))
+        found[f"kohya {key}"] = said(load_config(tmp_path / "prompts.json"))
+    values = example(name) if isinstance(example(name), list) else [example(name)]
+    for flag in (*told["flags"], name):
+        flag_ = f"--{flag.replace('_', '-')}"
+        line = ["sample", flag_, *(str(v) for v in values if v is not True)]
+        if told["kind"].flag.get("action") == "append":
+            line = ["sample", *(word for v in values for word in (flag_, v))]
+        found[f"flag {flag}"] = early(_asked(_parser().parse_args(line)))
+    found["PNG"] = Request.from_json(json.loads(json.dumps(Request.of({name: expected}).to_json())))
+    assert {door: getattr(request, name) for door, request in found.items()} == dict.fromkeys(found, expected)
+
+
+def test_names_of_settings_are_checked_in_python_with_the_nearest() -> None:
+    with pytest.raises(ConfigError, match="'widht' is not a setting of a request; did you mean 'width'"):
+        families.inference("flux").generate("a", widht=3)
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"steps": "4"}, "steps must be a whole number, not '4'"), ({"width": 64.0}, "width must be a whole number, not 64.0"),
+        ({"cfg_scale": "high"}, "cfg_scale must be a number, not 'high'"), ({"shift": True}, "shift must be a number, not True"),
+        ({"steps": 0}, "a run needs at least one step, not 0"), ({"seed": "x"}, "the seed must be a whole number"),
+        ({"strength": -0.1}, "strength must be between 0 and 1, not -0.1"), ({"hand_over": 1.0}, "hand_over must be between 0 and 1"),
+        ({"crop": (1, 2, 3)}, "crop must be two whole numbers"), ({"part": (0.5, 0.5)}, "part must be two rising shares"),
+    ],
+)  # fmt: skip
+def test_an_impossible_value_is_one_sentence(settings: dict[str, Any], says: str) -> None:
+    with pytest.raises(ConfigError, match=f"^{says}"):
+        Request(**settings).check()
+
+
+# merging --------------------------------------------------------------------------------------------------------------
+
+LAYERS = st.lists(
+    st.dictionaries(st.sampled_from([*sorted(GUIDANCE), "steps", "seed", "width"]), st.integers(1, 9), max_size=4),
+    min_size=1, max_size=4,
+)  # fmt: skip
+
+
+@given(LAYERS)
+def test_the_strongest_layer_that_says_a_setting_decides(layers: list[dict[str, int]]) -> None:
+    found = merged(*layers)
+    for name in ("steps", "seed", "width"):
+        assert found.get(name) == next((layer[name] for layer in reversed(layers) if name in layer), None)
+    strongest = next((layer for layer in reversed(layers) if GUIDANCE & layer.keys()), {})
+    assert {n: v for n, v in found.items() if n in GUIDANCE} == {n: v for n, v in strongest.items() if n in GUIDANCE}
+
+
+@given(LAYERS)
+def test_merging_by_twos_is_merging_at_once(layers: list[dict[str, int]]) -> None:
+    assert merged(merged(*layers[:2]), *layers[2:]) == merged(*layers)
+
+
+def test_steps_and_sigmas_remove_each_other() -> None:
+    sigmas = {"schedule": (1.0, 0.5, 0.0)}
+    assert merged({"steps": 8}, sigmas) == sigmas and merged(sigmas, {"steps": 8}) == {"steps": 8}
+    assert merged({"schedule": "karras"}, {"steps": 8}) == {"schedule": "karras", "steps": 8}
+
+
+# nothing is silent ----------------------------------------------------------------------------------------------------
+
+PICTURE = Image.new("RGB", (32, 32), "teal")
+IDLE: list[tuple[str, str, dict[str, Any], str]] = [  # field, family, settings, why
+    ("negative", "flux", {"negative": "x"}, "without classifier-free guidance"),
+    ("negative", "mmdit", {"negative": ["x"], "cfg_scale": 1.0}, "without classifier-free guidance"),
+    ("cfg_rescale", "unet", {"cfg_rescale": 0.5, "cfg_scale": 1}, "without classifier-free guidance"),
+    ("cfg_interval", "flux", {"cfg_interval": (0, 0.5)}, "without classifier-free guidance"),
+    ("guidance_scale", "mmdit", {"guidance_scale": 3.0}, "this network has no guidance embedding"),
+    ("guidance_scale", "unet", {"guidance_scale": 3.0}, "this network has no guidance embedding"),
+    ("shift", "flux", {"shift": 3.0}, "on the schedules of dev"),
+    ("shift", "mmdit", {"shift": 2.0, "schedule": (1.0, 0.0)}, "on sigmas that are given"),
+    ("steps", "flux", {"steps": 4, "schedule": (1.0, 0.5, 0.0)}, "beside 3 sigmas, which are 2 steps"),
+    ("skip_layers", "flux", {"skip_layers": SkipLayers((1,), 2.5, 0, 1)}, "on dev"),
+    ("skip_layers", "unet", {"skip_layers": True}, "on base"),
+    ("hand_over", "unet", {"hand_over": 0.5}, "without a refiner"), ("crop", "flux", {"crop": (0, 8)}, "on dev"),
+    ("original_size", "mmdit", {"original_size": (64, 64)}, "on sd3"),
+    ("target_size", "flux", {"target_size": (64, 64)}, "on dev"),
+    ("aesthetic_score", "unet", {"aesthetic_score": 5.0}, "on base"),
+    ("negative_aesthetic_score", "flux", {"negative_aesthetic_score": 5.0}, "on dev"),
+    ("strength", "flux", {"strength": 0.5}, "without the image that it is for"),
+    ("mask", "flux", {"mask": PICTURE.convert("L")}, "without the image that it is for"),
+    ("control", "mmdit", {"control": PICTURE}, "Flux Canny and Depth follow a control image"),
+    ("references", "flux", {"references": [PICTURE]}, "Flux Kontext edits references"),
+    ("image", "kontext", {"image": PICTURE}, "without a strength: what it edits are references"),
+    ("lora_scale", "flux", {"lora_scale": 0.5}, "without a LoRA that has no scale of its own"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "family", "settings", "why"), IDLE)
+def test_a_setting_without_effect_is_an_error_that_says_why(
+    name: str, family: str, settings: dict[str, Any], why: str
+) -> None:
+    model = families.inference("flux" if family == "kontext" else family)
+    if family == "kontext":
+        model.set_variant("kontext")
+    with pytest.raises(ConfigError, match=f"^{name} has no effect .*{why}"):
+        model.generate("a", width=32, height=32, **settings)
+
+
+def test_every_field_with_a_condition_is_tried_where_it_has_no_effect() -> None:
+    assert {name for name, told in FIELDS.items() if told.metadata["effect"]} == {name for name, *_ in IDLE}
+
+
+@pytest.mark.parametrize("settings", [{"prompt": "a swan"}, {"negative": "x", "cfg_scale": 2.0}])
+def test_a_prompt_beside_its_conditioning_is_an_error(settings: dict[str, Any]) -> None:
+    model = families.inference("flux")
+    prompt = eridiff.Prompt(families.conditioning(model), families.conditioning(model, seed=5))
+    with pytest.raises(ConfigError, match="has no effect beside conditioning"):
+        model.generate(conditioning=prompt, **settings)
+
+
+def test_noise_of_another_size_is_an_error_that_gives_both() -> None:
+    model = families.inference("flux")
+    with pytest.raises(
+        ConfigError, match=r"the noise has the shape \[1, 16, 4, 4\], and an image of 64x32 needs \[1, 16, 4, 8\]"
+    ):
+        model.generate(conditioning=eridiff.Prompt(families.conditioning(model)), width=64, height=32, noise=torch.zeros(1, 16, 4, 4))  # fmt: skip
+
+
+# records --------------------------------------------------------------------------------------------------------------
+
+
+def test_each_image_of_a_batch_records_its_own_prompts_and_is_generated_again(tmp_path: Path) -> None:
+    model = eridiff.load(tiny.write_sd3_model(tmp_path), device="cpu", progress=False)
+    asked = {"negative": ["x", "y"], "seed": [1, 2], "steps": 2, "width": 32, "height": 32}
+    found = model.generate(["a swan", "a fox"], **asked)
+    for image, settings, texts in zip(found.images, found.settings, (("a swan", "x"), ("a fox", "y")), strict=True):
+        assert (settings["prompt"], settings["negative"]) == texts
+        again = model.generate(Request.from_json(settings)).images[0]
+        difference = torch.tensor(list(again.tobytes())).float() - torch.tensor(list(image.tobytes())).float()
+        assert float(difference.abs().max()) <= 2  # another batch
+
+
+def test_files_are_recorded_and_images_are_not(tmp_path: Path) -> None:
+    PICTURE.save(tmp_path / "in.png")
+    model = families.inference("flux")
+    asked = {"conditioning": eridiff.Prompt(families.conditioning(model)), "steps": 2, "seed": 1}
+    by_path = model.generate(image=tmp_path / "in.png", **asked)
+    by_hand = model.generate(image=read_image(tmp_path / "in.png"), **asked)
+    assert by_path.images[0].tobytes() == by_hand.images[0].tobytes()
+    assert by_path.settings[0]["image"] == str(tmp_path / "in.png") and by_hand.settings[0]["image"] is None
+    assert (by_path.settings[0]["handed_in"], by_hand.settings[0]["handed_in"]) == (
+        ["conditioning"], ["image", "conditioning"],
+    )  # fmt: skip
+
+
+def test_a_png_names_no_folder_and_can_be_moved_with_its_files(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A1111's text has names alone; the JSON has paths as seen from the PNG, and hashes of what was read."""
+    home = tmp_path / "home"
+    model = eridiff.load(tiny.write_model(home / "model"), device="cpu", progress=False)
+    lora = save_lora(some_lora(model.network), home / "style.safetensors", model.network, format="kohya")
+    PICTURE.save(home / "in.png")
+    asked = [
+        *["--prompt", "swan", "--steps", "2", "--size", "32x32", "--strength", "0.5", "--image"],
+        str(home / "in.png"),
+    ]
+    line = [*asked, "--model", str(home / "model"), "--lora", str(lora), "--lora-scale", "0.5", "--device", "cpu"]
+    assert main(["sample", *line, "--out", str(home / "out" / "a.png")]) == 0
+    text = Image.open(home / "out" / "a.png").text  # type: ignore[attr-defined]
+    assert text["parameters"].startswith("swan <lora:style:0.5>\n")
+    assert f"Lora hashes: style: {tensors_hash(lora)}" in text["parameters"].replace('"', "")
+    assert str(tmp_path) not in text["parameters"] + text["eridiff"]
+    home.rename(tmp_path / "elsewhere")
+    moved = tmp_path / "elsewhere" / "out" / "a.png"
+    assert main(["resample", str(moved)]) == 0
+    assert "the same image, bit by bit" in capsys.readouterr().out
+    Image.new("RGB", (32, 32), "red").save(tmp_path / "elsewhere" / "in.png")
+    assert main(["resample", str(moved)]) == 0
+    said = capsys.readouterr().out
+    assert "another image (then image with other content)" in said
+
+
+def test_older_pngs_are_read_too() -> None:
+    old = {
+        "prompt": "a swan", "negative_prompt": "x", "seed": 5, "steps": 3, "original_size": "96x64", "crop": [0, 8],
+        "skip_layers": {"blocks": [7], "scale": 2.5, "start": 0.01, "end": 0.2}, "cfg_interval": [0.0, 0.5],
+        "schedule": [1.0, 0.5, 0.0], "guidance_scale": None, "family": "mmdit",
+    }  # fmt: skip
+    assert Request.from_json(old) == Request(
+        prompt="a swan", negative="x", seed=5, steps=3, original_size=(64, 96), crop=(0, 8),
+        skip_layers=SkipLayers((7,), 2.5, 0.01, 0.2), cfg_interval=(0.0, 0.5), schedule=(1.0, 0.5, 0.0),
+    )  # fmt: skip
+
+
+# conditions that take effect ------------------------------------------------------------------------------------------
+
+
+def test_a_loras_weight_is_that_of_each_request_unless_it_has_its_own(tmp_path: Path) -> None:
+    model = eridiff.load(tiny.write_model(tmp_path), device="cpu", progress=False)
+    lora = some_lora(model.network)
+    asked = {"prompt": "a swan", "steps": 1, "seed": 1, "width": 32, "height": 32, "keep": ("latents",)}
+    expected = {}
+    for scale in (1.0, 0.5):
+        with model.apply_lora(lora, scale):
+            expected[scale] = model.generate(**asked).latents
+            with pytest.raises(ConfigError, match="lora_scale has no effect"):
+                model.generate(**asked, lora_scale=0.3)
+    assert not torch.equal(expected[1.0], expected[0.5])
+    with model.apply_lora(lora):
+        results = list(model.generate_each([asked, {**asked, "lora_scale": 0.5}, asked]))
+        assert [torch.equal(r.latents, expected[s]) for r, s in zip(results, (1.0, 0.5, 1.0), strict=True)] == [
+            True
+        ] * 3
+        assert [r.settings[0]["loras"][0]["scale"] for r in results] == [1.0, 0.5, 1.0]
