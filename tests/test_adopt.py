@@ -278,6 +278,21 @@ def test_fsdp1_and_zero_3_are_refused_too(case: Case) -> None:
         adopted.refresh()
 
 
+def test_blocks_that_are_elsewhere_are_named(case: Case) -> None:
+    """As kohya's scripts swap them and accelerate offloads them; on a CPU the only other place is the meta device."""
+    foreign = case[0]
+    adopted = adopt(foreign)
+    name, block = next(
+        (n, m) for n, m in foreign.named_children() if isinstance(m, nn.ModuleList | nn.Linear | nn.Conv2d)
+    )
+    block.to("meta")
+    for ask in (lambda: adopt(foreign), adopted.refresh):
+        with pytest.raises(
+            ConfigError, match=rf"has .*'{name}\.\S+' on meta.*: ours computes in one place, so put blocks"
+        ):
+            ask()
+
+
 def test_what_is_no_network_that_is_known_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(CheckpointError, match="'Linear' is no model that eridiff knows"):
         adopt(nn.Linear(2, 3))

@@ -14,6 +14,7 @@ from torch import Tensor
 from eridiff import Prompt, SDXLInference
 from eridiff.errors import ConfigError
 from eridiff.inference.again import circumstances, read_settings
+from eridiff.request import Request
 from eridiff.text import Conditioning
 from eridiff.training import Sampler
 from eridiff.training.cached import handed_in_prompts
@@ -222,7 +223,7 @@ def test_every_tensor_that_cannot_be_drawn_with_is_named_when_the_sampler_is_mad
     assert tried >= 7 * 2 * 4
 
 
-REQUESTS = [{"prompt": "a swan", "negative": None, "cfg_scale": 1}]
+REQUESTS = [Request(prompt="a swan", cfg_scale=1.0)]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -269,7 +270,7 @@ def test_masks_that_do_not_fit_are_named(family: str) -> None:
 def test_a_negative_prompt_of_another_number_of_tokens_is_named(family: str) -> None:
     model, swan, short = inference(family), embeddings(family, 1), embeddings(family, 2)
     short = Conditioning(short.text[:, :50], short.pooled)
-    asked = {"prompt": "a swan", "negative": "blurry", "cfg_scale": 4.0}
+    asked = Request(prompt="a swan", negative="blurry", cfg_scale=4.0)
     says = "the prompt has 83 rows of text and the negative one 50"
     with pytest.raises(ConfigError, match=f"conditioning of 'a swan' and 'blurry': {says}"):
         handed_in_prompts(model, {"a swan": swan, "blurry": short}, [asked])

@@ -139,12 +139,22 @@ def adopt(module: nn.Module, *, allow_copies: bool = False) -> Adopted:
 
 
 def _check_whole(module: nn.Module, foreign: nn.Module) -> None:
-    """ConfigError for parameters of which each process has a part: of FSDP2 (by their mesh), FSDP1 and DeepSpeed's ZeRO-3."""
+    """ConfigError for parameters of which each process has a part: of FSDP2 (by their mesh), FSDP1 and DeepSpeed's ZeRO-3.
+
+    And for parameters in several places, which the trainer's forward moves block by block.
+    """
     parted = any(hasattr(p, "device_mesh") or hasattr(p, "ds_id") for p in foreign.parameters())
     if parted or any(type(inner).__name__ == "FullyShardedDataParallel" for inner in module.modules()):
         raise ConfigError(
             f"the parameters of this {type(foreign).__name__} are sharded, so ours cannot share them: train eridiff's own network by "
             "`shard`, or draw with a module that is not sharded"
+        )
+    places = {p.device: name for name, p in foreign.named_parameters()}
+    if len(places) > 1:
+        held = " and ".join(f"'{name}' on {device}" for device, name in places.items())
+        raise ConfigError(
+            f"this {type(foreign).__name__} has {held}: ours computes in one place, so put blocks that are swapped or offloaded onto "
+            "the device while images are drawn"
         )
 
 
