@@ -343,6 +343,30 @@ def test_the_shift_is_said_as_published(name: str, shift: float, dynamic: bool |
     )
 
 
+def test_words_stay_in_a_copy_and_not_in_what_was_trained(tmp_path: Path) -> None:
+    """A small model's file lists the words that it knows; a trained one may know others."""
+    source = tiny.write_model(tmp_path / "model")
+    own = open_checkpoint(source / "flux.safetensors")
+    tensors = {name: own.read(name).clone() for name in own.tensors}
+    write_tensors(tensors, source / "flux.safetensors", own.metadata | {"eridiff.words": "{}"})
+    convert(source / "flux.safetensors", tmp_path / "copy.safetensors", "original")
+    save_network(load_network(source / "flux.safetensors"), tmp_path / "trained.safetensors")
+    told = [open_checkpoint(tmp_path / f"{name}.safetensors").metadata for name in ("copy", "trained")]
+    assert ["eridiff.words" in metadata for metadata in told] == [True, False]
+    assert all("eridiff.sampling" in metadata for metadata in told)
+
+
+def test_tensors_lie_at_multiples_of_64_bytes_as_in_memory(tmp_path: Path) -> None:
+    """A kernel's sum may depend on where its numbers lie, and a saved network draws what it drew."""
+    sizes = {"a": 3, "b": 64, "c": 16, "d": 1, "e": 1024}
+    tensors = {name: torch.arange(size, dtype=torch.float32) for name, size in sizes.items()}
+    tensors |= {f"half {name}": tensor.half() for name, tensor in tensors.items()}
+    file = open_checkpoint(write_tensors(tensors, tmp_path / "x.safetensors", {"a": "b"}))
+    assert all(entry.begin % 64 == 0 for entry in file.tensors.values() if (entry.end - entry.begin) % 64 == 0)
+    assert all(entry.begin % entry.dtype.itemsize == 0 for entry in file.tensors.values())
+    assert all(torch.equal(file.read(name), tensor) for name, tensor in tensors.items())
+
+
 # networks as trainers hold them ---------------------------------------------------------------------------------------
 
 

@@ -20,7 +20,7 @@ from eridiff.lora.deltas import Item, check_dora_rule, widened
 from eridiff.lora.inplace import Part, changed_by, changed_tensor, check_last_change, exchange, parts_of, tensors_of
 from eridiff.lora.load import Lora
 from eridiff.weights.detect import Component, sizes_of
-from eridiff.weights.load import native_reader, said_by_file
+from eridiff.weights.load import WORDS, native_reader, said_by_file
 from eridiff.weights.locate import DENOISERS
 from eridiff.weights.save import Stored, stored, write_file
 
@@ -133,6 +133,7 @@ def merge_file(
             said_by_file(component) | metadata if network not in DENOISERS else metadata | said_by_file(component)
         )
         configs[network] = dict(config) if isinstance(config, Mapping) else asdict(config)
+    metadata.pop(WORDS, None)  # a LoRA may have brought others
     written = write_file(tensors, path, {**metadata, "eridiff.config": json.dumps(configs, sort_keys=True)})
     return written, Merged({}, tuple(count.tensors), count.changed, count.lost)
 

@@ -30,6 +30,7 @@ SCALES = (".scale_weight", ".weight_scale")  # of fp8 weights: older and newer C
 NOTES = (*SCALES, ".scale_input", ".input_scale", ".comfy_quant")  # of activations, for fp8 matrix products; the format
 FORMATS = ("float8_e4m3fn", "float8_e5m2")  # of comfy_quant
 MARKERS = "eridiff.markers"  # in metadata: markers of the file that the layout has no place for
+WORDS = "eridiff.words"  # in metadata: which words a small model knows
 VARIANT = "eridiff.variant"  # in metadata: the published model, of those with the same sizes
 UNTRUE = (
     "_quantization_metadata",

@@ -17,8 +17,9 @@ from eridiff.files import replacing
 from eridiff.weights.detect import DESCRIPTIONS, sizes_of
 from eridiff.weights.header import DTYPES
 from eridiff.weights.keymap import Layout, key_map, unwrapped, without_wrappers
-from eridiff.weights.load import MARKERS, NETWORKS
+from eridiff.weights.load import MARKERS, NETWORKS, WORDS
 
+ALIGNED = 64  # bytes
 FP8 = torch.float8_e4m3fn
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
@@ -91,8 +92,8 @@ def save_network(
 
 
 def carried(module: nn.Module) -> dict[str, str]:
-    """What a network's file said beside its weights: `weights.load.build` leaves it at the network."""
-    return dict(vars(module).get("said_by_file", {}))
+    """What a network's file said beside its weights, as `weights.load.build` left it, but for words: it may have learned others."""
+    return {name: text for name, text in vars(module).get("said_by_file", {}).items() if name != WORDS}
 
 
 def marked(names: str) -> list[Stored]:
@@ -191,7 +192,9 @@ def write_tensors(tensors: Mapping[str, Tensor], path: str | os.PathLike[str], m
 def write_file(tensors: Sequence[Stored], path: str | os.PathLike[str], metadata: Mapping[str, str]) -> Path:
     """A safetensors file of tensors that are made one by one; it appears whole or not at all, and its folder is made."""
     target = Path(path).expanduser()
-    ordered = sorted(tensors, key=lambda tensor: -tensor.dtype.itemsize)  # wide ones first, so that all are aligned
+    # a mapped tensor lies where it lies in the file, and the order of a sum may depend on that: at multiples of 64, as in memory,
+    # what can, and the rest behind it, wide ones first
+    ordered = sorted(tensors, key=lambda tensor: (tensor.bytes % ALIGNED != 0, -tensor.dtype.itemsize))
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     end = 0
     for tensor in ordered:
@@ -202,7 +205,7 @@ def write_file(tensors: Sequence[Stored], path: str | os.PathLike[str], metadata
             "data_offsets": [begin, end],
         }
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
+    text += b" " * (-(8 + len(text)) % ALIGNED)
     with replacing(target) as temporary, open(temporary, "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for tensor in ordered:
