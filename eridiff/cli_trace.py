@@ -101,17 +101,29 @@ def text(report: Report, case: Case | None = None, whole: bool = False) -> str:
     carried = sum(row.verdict not in (HERE, BROKEN, "equal") for row in report.rows)
     if groups:
         kind = "error" if all(group[0].cause for group in groups) else "place"  # of which several may be one error
-        errors = f"1 {kind}" if len(groups) == 1 else f"{len(groups)} {kind}s"
-        lines.append(f"{errors}, {carried} tensors only carry {'it' if len(groups) == 1 else 'them'} on")
+        lines.append(
+            f"{_count(len(groups), kind)}; {_count(carried, 'tensor')} behind {'it' if len(groups) == 1 else 'them'} differ"
+            + _known(report)
+        )
     elif carried:
         lines.append(
-            f"{carried} tensors differ, though each follows from those before it: other inputs, or other weights"
+            f"{_count(carried, 'tensor')} differ, though each follows from those before it: other inputs, or other weights"
         )
     else:
         lines.append("equal")
     if case is not None and not groups and "eps" not in case.name:
         lines.append(f"a wrong epsilon may not show in {case.name}: compare with {case.epsilons} too")
     return "\n".join(lines)
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}" + ("s" if number != 1 else "")
+
+
+def _known(report: Report) -> str:
+    if report.replayed:
+        return " by what is carried on alone"
+    return "; whether by more than what is carried on, the weights would tell: give --weights FILE, or compare with a golden case"
 
 
 def _some(names: Any) -> str:
