@@ -137,3 +137,17 @@ def test_what_is_no_case_is_refused(command: tuple[str, ...], says: str, tmp_pat
     monkeypatch.chdir(tmp_path)
     code, lines = run(capsys, *command)
     assert code == 2 and len(lines) == 1 and says in lines[0] and [*tmp_path.iterdir()] == []
+
+
+@pytest.mark.parametrize("name", ["flux-dev-tiny", "ae-eps"])
+def test_the_ladder_says_what_rounding_does_at_each_place(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """A single operation loses what its dtype's last place says, within a factor that its sums explain."""
+    assert main(["ladder", name]) == 0
+    head, *lines = capsys.readouterr().out.splitlines()
+    rows = {line.split()[0]: list(map(float, line.split()[1:])) for line in lines}
+    assert head.split() == ["float32", "bfloat16", "float16"] and len(rows) > 50
+    linear = rows["double_blocks.0.image.qkv" if name == "flux-dev-tiny" else "decoder.middle.block_1.conv1"]
+    for found, eps in zip(linear, (2.0**-23, 2.0**-7, 2.0**-10), strict=True):
+        assert 0.05 * eps < found < 5 * eps
+    if name == "flux-dev-tiny":
+        assert rows["prepare.rope"][1] < 1e-6  # which stays in float32

@@ -65,17 +65,33 @@ def causes_of(
 
     - local: the difference at each name, and what rounding may do there; causes are tried until all is explained to that.
 
-    A name is absent where no cause takes away nine tenths of the difference.
+    Where a cause leaves more than rounding, a second one is tried beside it: two errors in one stretch without a value of the
+    trace between them. A name is absent where no cause takes away nine tenths of the difference.
     """
-    best: dict[str, tuple[str, float]] = {}
-    for cause in CAUSES:
-        left = explained(network, trace, sources, run, cause.planted())
-        for name, (difference, _) in local.items():
-            if left.get(name, difference) < min(0.1 * difference, best.get(name, ("", difference))[1]):
-                best[name] = cause.says, left[name]
-        if all(name in best and best[name][1] <= bound for name, (_, bound) in local.items()):
-            break
-    return best
+    best: dict[str, tuple[tuple[Cause, ...], float]] = {
+        name: ((), difference) for name, (difference, _) in local.items()
+    }
+
+    def try_beside(known: tuple[Cause, ...]) -> None:
+        """Every cause, with those planted that were found, at the names that they leave a rest of."""
+        rest = {name: left for name, (causes, left) in best.items() if causes == known and left > local[name][1]}
+        for cause in CAUSES:
+            with ExitStack() as stack:
+                for planted in dict.fromkeys((*known, cause)):
+                    stack.enter_context(planted.planted())
+                left = explained(network, trace, sources, run)
+            for name, difference in rest.items():
+                if left.get(name, difference) < min(0.1 * difference, best[name][1]):
+                    best[name] = (*known, cause), left[name]
+            if all(best[name][1] <= local[name][1] for name in rest):
+                break
+
+    try_beside(())
+    for known in dict.fromkeys(causes for name, (causes, left) in best.items() if causes and left > local[name][1]):
+        try_beside(known)
+    return {
+        name: ("; and ".join(cause.says for cause in causes), left) for name, (causes, left) in best.items() if causes
+    }
 
 
 def _anew(self: layers.Last, asked: Any, make: Callable[[], Any]) -> Any:
@@ -218,6 +234,12 @@ def _conditioning(**left_out: bool) -> Callable[[Wrong], Wrong]:
         return vector
 
     return make
+
+
+def _guidance_divided(right: Wrong) -> Wrong:
+    return lambda self, pooled, times, guidance=None: right(
+        self, pooled, times, None if guidance is None else guidance / 1000
+    )
 
 
 def _heads_inside(_: Wrong) -> Wrong:
@@ -405,6 +427,7 @@ CAUSES: tuple[Cause, ...] = (
     Cause("the sinusoid is computed in float32", "sinusoid", lambda _: lambda values, width=256: sinusoid(values.float(), width).double()),
     Cause("the sinusoid is computed in float32", "sinusoid", lambda _: _rounded_frequencies),
     Cause("the sinusoid is rounded to bfloat16", "sinusoid", _bfloat16),
+    Cause("the guidance is on the scale of 1 in place of 1000", "Flux.conditioning_vector", _guidance_divided),
     Cause("the guidance embedding is left out", "Flux.conditioning_vector", _conditioning(guidance=True)),
     Cause("the pooled text is left out", "Flux.conditioning_vector", _conditioning(pooled=True)),
     Cause("the pooled text is left out", "MMDiT.conditioning_vector", _conditioning(pooled=True)),

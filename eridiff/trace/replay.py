@@ -3,7 +3,6 @@
 import copy
 import inspect
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -142,15 +141,10 @@ def floors(
 
 
 def explained(
-    network: nn.Module,
-    trace: Mapping[str, Tensor],
-    sources: Mapping[str, Source],
-    run: Run,
-    patch: AbstractContextManager[Any] | None = None,
+    network: nn.Module, trace: Mapping[str, Tensor], sources: Mapping[str, Source], run: Run
 ) -> dict[str, float]:
-    """The differences by name, with a known error planted into our network: where it falls to nothing, that was it."""
-    with patch or nullcontext():
-        try:
-            return {local.native: local.relative for local in replay(network, trace, sources, run)}
-        except (RuntimeError, ValueError, IndexError):  # an error that these shapes do not allow
-            return {}
+    """The differences by name while a known error is planted: where one falls to nothing, that was it; empty if it cannot be."""
+    try:
+        return {local.native: local.relative for local in replay(network, trace, sources, run)}
+    except (RuntimeError, ValueError, IndexError):  # an error that these shapes do not allow
+        return {}
