@@ -118,8 +118,8 @@ class SDXLInference(DiffusionInference):
     def possible_variants(config: UNetConfig) -> list[str]:
         if config.vector_width <= 5 * SIZES:
             raise ConfigError(
-                f"the UNet is told {config.vector_width} features beside the text, which have no room for a pooled vector and the "
-                f"numbers of an image's size, {SIZES} features each: it is of another kind than SDXL"
+                f"the UNet is told {config.vector_width} features beside the text, which have no room for a pooled vector and "
+                f"the numbers of an image's size, {SIZES} features each: it is of another kind than SDXL"
             )
         found = SDXLInference.variants_of_inputs(config)
         return found if "base" not in found else ["lcm"] if config.guidance else ["base", "turbo", "lightning"]

@@ -71,8 +71,8 @@ class LoraSet(nn.Module):
                 )
                 if packed(base) and not branch.is_product:
                     raise LoraError(
-                        f"{item.target} is quantised and keeps no matrix that can be read, which a {item.kind}{' with DoRA' * item.dora} "
-                        "needs: load the base unquantised"
+                        f"{item.target} is quantised and keeps no matrix that can be read, which a {item.kind}"
+                        f"{' with DoRA' * item.dora} needs: load the base unquantised"
                     )
                 self.branches[name] = branch
         if trainable and self.patches:

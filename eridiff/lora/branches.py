@@ -81,7 +81,7 @@ class Branch(nn.Module):
 
     @property
     def is_product(self) -> bool:
-        """Whether the change beside an `nn.Linear` is a product with the input alone, for which no weight of the base is read."""
+        """Whether the change beside an `nn.Linear` is a product with the input alone, which reads no weight of the base."""
         return not self.has_lengths and (self.told.kind == "lora" or self.thin)
 
     @property

@@ -84,7 +84,7 @@ class ClipEncoder:
         first_end = (windows[:, 0] == self.end).int().argmax(dim=1)  # 0 where there is none
         pooled = last[torch.arange(len(ids), device=ids.device), first_end]
         projection = getattr(self.module, "text_projection", nn.Identity())
-        # a trainer's wrapper may give float32 of a bfloat16 module; weights that are only stored in 8 bits compute in another dtype
+        # a trainer's wrapper may give float32 of a bfloat16 module; weights of 8 bits are only stored so
         dtype = embedding.dtype if embedding.dtype.itemsize > 1 else pooled.dtype
         projected = projection(pooled.to(dtype))
         return ClipFeatures(hidden, last, pooled, projected)

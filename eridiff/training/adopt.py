@@ -146,15 +146,15 @@ def _check_whole(module: nn.Module, foreign: nn.Module) -> None:
     parted = any(hasattr(p, "device_mesh") or hasattr(p, "ds_id") for p in foreign.parameters())
     if parted or any(type(inner).__name__ == "FullyShardedDataParallel" for inner in module.modules()):
         raise ConfigError(
-            f"the parameters of this {type(foreign).__name__} are sharded, so ours cannot share them: train eridiff's own network by "
-            "`shard`, or draw with a module that is not sharded"
+            f"the parameters of this {type(foreign).__name__} are sharded, so ours cannot share them: train eridiff's own "
+            "network by `shard`, or draw with a module that is not sharded"
         )
     places = {p.device: name for name, p in foreign.named_parameters()}
     if len(places) > 1:
         held = " and ".join(f"'{name}' on {device}" for device, name in places.items())
         raise ConfigError(
-            f"this {type(foreign).__name__} has {held}: ours computes in one place, so put blocks that are swapped or offloaded onto "
-            "the device while images are drawn"
+            f"this {type(foreign).__name__} has {held}: ours computes in one place, so put blocks that are swapped or offloaded "
+            "onto the device while images are drawn"
         )
 
 

@@ -23,8 +23,8 @@ def shard(network: Network, **options: Any) -> Network:
 
     if hasattr(network, "adopted_from"):
         raise ConfigError(
-            f"this {type(network).__name__} was adopted and has the parameters of the trainer's {network.adopted_from}, so it cannot be "
-            "sharded: train eridiff's own network by `shard`, or draw with a module that is not sharded"
+            f"this {type(network).__name__} was adopted and has the parameters of the trainer's {network.adopted_from}, so it "
+            "cannot be sharded: train eridiff's own network by `shard`, or draw with a module that is not sharded"
         )
     blocks = [block for block in repeated_blocks(network) if any(True for _ in block.parameters())]
     modules: list[nn.Module] = [*blocks, network]

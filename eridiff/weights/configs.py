@@ -31,8 +31,8 @@ def flux_config(shape_of: ShapeOf, checkpoint: Checkpoint) -> FluxConfig:
     sizes = axes if isinstance(axes, list | tuple) and all(type(n) is int and n >= 0 for n in axes) else ()
     if axes is not usual and (len(sizes) != 3 or sum(sizes) != head or any(size % 2 for size in sizes)):
         raise ConfigError(
-            f"{quoted(checkpoint.path)}: {checkpoint.config_name} says axes_dims_rope {quoted(axes)}, three even sizes are needed "
-            f"that add up to the {head} features of a head"
+            f"{quoted(checkpoint.path)}: {checkpoint.config_name} says axes_dims_rope {quoted(axes)}, three even sizes are "
+            f"needed that add up to the {head} features of a head"
         )
     found = FluxConfig(
         in_channels=in_channels,

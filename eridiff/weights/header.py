@@ -78,8 +78,8 @@ class Checkpoint:
     """A safetensors file or a sharded folder: headers checked, no data read yet.
 
     `metadata` of several shards is merged, the first shard by name wins. `config` is the folder's config.json, also of a file
-    given alone that its folder would be read from, and `{}` where there is none. `module`: not a file but a module that a trainer
-    holds, `path` its class.
+    given alone that its folder would be read from, and `{}` where there is none. `module`: not a file but a module that
+    a trainer holds, `path` its class.
     """
 
     path: Path

@@ -71,8 +71,8 @@ def load_network(
     config = components[0].config
     if components[0].network == "vae" and family is None and not config.stated and config.latent_channels == 16:
         log.warning(
-            "%s does not say its latents' statistics: Flux's are taken, scale %g and shift %g; family='sd3' takes SD 3's, and so "
-            "does an SD35Inference that it is handed to",
+            "%s does not say its latents' statistics: Flux's are taken, scale %g and shift %g; family='sd3' takes SD 3's, and "
+            "so does an SD35Inference that it is handed to",
             path, config.scale, config.shift,
         )  # fmt: skip
     return build(components[0], dtype=dtype, device=device, progress=progress)
