@@ -272,7 +272,7 @@ ATTEMPTS: dict[str, tuple[Callable[[], Any], str]] = {
     ),
     "two rows of noise": (
         lambda: flux().generate(conditioning=Prompt(conditioning()), seed=1, noise=torch.zeros(2, 16, 4, 4), width=32, height=32),
-        "2 rows of noise for 1 prompts and seeds",
+        r"the noise has the shape \[2, 16, 4, 4\], and an image of 32x32 needs \[1, 16, 4, 4\]",
     ),
     "two images": (
         lambda: flux().generate(conditioning=Prompt(conditioning()), seed=1, image=torch.zeros(2, 3, 32, 32)),
@@ -324,17 +324,21 @@ def test_numbers_of_numpy_are_taken_and_recorded(tmp_path: Path) -> None:
         "steps": 2,
         "guidance_scale": 3.5,
         "cfg_interval": (0.0, 0.5),
+        "cfg_scale": 2.0,
         "shift": None,
     }
     theirs = {
         "seed": np.int64(7), "width": np.int32(32), "height": np.uint16(48), "steps": np.int64(2),
-        "guidance_scale": np.float32(3.5), "cfg_interval": tuple(np.float64([0.0, 0.5])), "shift": None,
+        "guidance_scale": np.float32(3.5), "cfg_interval": tuple(np.float64([0.0, 0.5])), "cfg_scale": np.float16(2),
+        "shift": None,
     }  # fmt: skip
     model = flux()
-    expected, found = (model.generate(conditioning=Prompt(conditioning()), **n) for n in (numbers, theirs))
+    expected, found = (
+        model.generate(conditioning=Prompt(conditioning(), conditioning()), **n) for n in (numbers, theirs)
+    )
     assert found.images[0].tobytes() == expected.images[0].tobytes()
     assert json.dumps(found.settings) == json.dumps(expected.settings)
-    both = model.generate(conditioning=Prompt(conditioning()), **{**numbers, "seed": np.arange(2)})
+    both = model.generate(conditioning=Prompt(conditioning(), conditioning()), **{**numbers, "seed": np.arange(2)})
     assert [said["seed"] for said in both.settings] == [0, 1]
     section = {**SECTION, "seed": np.int64(7), "sample_steps": np.int64(2), "out": str(tmp_path)}
     Sampler(model, section, conditioning={"a swan": conditioning()})
