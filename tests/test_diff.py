@@ -371,7 +371,9 @@ def test_a_right_port_of_sd35_is_equal(name: str, dtype: type) -> None:
     assert report.equal and report.unknown == () and len([row for row in report.rows if row.other]) >= 25
 
 
-@pytest.mark.parametrize("dtype", [np.float64, np.float32], ids=["float64", "float32"])
+@pytest.mark.parametrize(
+    "dtype", [np.float64, pytest.param(np.float32, marks=pytest.mark.slow)], ids=["float64", "float32"]
+)
 @pytest.mark.parametrize("name", SD35)
 def test_one_error_in_sd35_is_found_where_it_is_made(name: str, dtype: type) -> None:
     if dtype is np.float32 and name in ONLY_IN_FLOAT64:
