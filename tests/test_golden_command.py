@@ -53,7 +53,7 @@ def test_the_wheel_holds_the_cases_that_are_listed(capsys: pytest.CaptureFixture
 @pytest.mark.parametrize(
     "name", [n for n in cases() if n not in ("sdxl-refiner-tiny", "sdxl-inpaint-tiny", "sd3-medium-tiny")]
 )
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("dtype", [pytest.param(torch.float64, marks=pytest.mark.slow), torch.float32])
 def test_our_own_networks_pass_and_the_originals_values_do(name: str, dtype: torch.dtype) -> None:
     case = open_case(cases()[name])
     network = case.network.to(dtype)
