@@ -109,7 +109,7 @@ SAID = {  # key of a section or an entry -> field of Request; words of guidance 
     **{name: name for name, told in FIELDS.items() if not told.metadata["python"] and name != "prompt"},
     **{word: word if word in GUIDANCE else name for word, name in WORDS.items() if name != "prompt"},
 }
-SAMPLER_SYNONYMS = {  # of ai-toolkit and kohya; `k_` before a name asks for Karras' noise levels
+SAMPLER_SYNONYMS = {  # of ai-toolkit and kohya
     "flowmatch": "euler", "euler_a": "euler_ancestral", "ddpm": "euler_ancestral", "dpmsolver++": "dpmpp_2m",
     "custom_lcm": "lcm",
 }  # fmt: skip
@@ -226,13 +226,15 @@ def _mapping(name: str, value: Any) -> dict[str, Any]:
 
 
 def _sampler(name: str, notices: list[str]) -> dict[str, str]:
-    """The sampler that a trainer's name means, with its schedule; nothing, and a notice, for one that is not there."""
+    """The sampler that a trainer's name means; nothing, and a notice, for one that is not there.
+
+    kohya's `k_euler` is its `euler`: diffusers' scheduler without Karras' levels (library/train_util.py, get_my_scheduler).
+    """
     plain = name.removeprefix("k_")
     if plain in ABSENT_SAMPLERS or name.startswith("sample_"):
         notices.append(f"the sampler '{name}' is not there: the model's own draws")
         return {}
-    found = {"sampler": SAMPLER_SYNONYMS.get(plain, plain)}
-    return found if plain == name else found | {"schedule": "karras"}
+    return {"sampler": SAMPLER_SYNONYMS.get(plain, plain)}
 
 
 def prompts_of(value: Any) -> tuple[str | dict[str, str], ...]:

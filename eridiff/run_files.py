@@ -19,7 +19,7 @@ from eridiff.prompt_files import read_json, read_prompt_file, split_flags
 from eridiff.yaml_reader import read_yaml
 
 PROMPT_FILES = (".txt", ".toml")  # and .json that holds a list
-ARCHITECTURES = {"flux": "flux", "sd3": "mmdit", "sdxl": "unet"}  # ai-toolkit's name -> family
+ARCHITECTURES = {"flux": "flux", "flex1": "flux", "sd3": "mmdit", "sdxl": "unet"}  # ai-toolkit's name -> family
 FLAGGED = {"is_flux": "flux", "is_v3": "mmdit", "is_xl": "unet", "is_sdxl": "unet"}  # a key that is true -> family
 DTYPES = {
     "bf16": "bfloat16", "bfloat16": "bfloat16", "fp16": "float16", "float16": "float16", "fp32": "float32",

@@ -399,8 +399,7 @@ def test_kohyas_prompt_files_draw(name: str, text: str, models: dict[str, Path],
 def test_kohyas_scale_is_the_guidance_of_other_families(family: str, models: dict[str, Path], tmp_path: Path) -> None:
     (tmp_path / "p.txt").write_text("a heron --n blurry --l 5.5 --s 3 --w 64 --h 64 --ss k_euler\n")
     pictures = drawn(tmp_path / "out", tmp_path / "p.txt", "--model", models[family])
-    schedule = "karras" if family == "sdxl" else None
-    assert values(pictures, "cfg_scale", "negative", "schedule") == [(5.5, "blurry", schedule)]
+    assert values(pictures, "cfg_scale", "negative", "sampler", "schedule") == [(5.5, "blurry", "euler", None)]
 
 
 def test_options_win_over_every_prompts_own_settings(models: dict[str, Path], tmp_path: Path) -> None:
@@ -662,7 +661,7 @@ BAD = {
     "an unknown key of an entry": (toolkit("{samples: [{prompt: a, widht: 3}]}"), "'widht' is not a key of sample: entry 1; did you mean 'width'"),
     "a misspelt key of the process": (toolkit("{prompts: [a]}", triger_word="x"), "did you mean 'trigger_word'"),
     "a misspelt key of the model": (toolkit("{prompts: [a]}", model={"name_or_pth": "x"}), "did you mean 'name_or_path'"),
-    "another family": (toolkit("{prompts: [a]}", model={"arch": "wan21"}), "model: arch: wan21 is none of the families that are drawn here: flux, sd3, sdxl"),
+    "another family": (toolkit("{prompts: [a]}", model={"arch": "wan21"}), "model: arch: wan21 is none of the families that are drawn here: flux, flex1, sd3, sdxl"),
     "an old family": (toolkit("{prompts: [a]}", model={"is_v2": True}), "model: is_v2 is none of the families"),
     "two families": (toolkit("{prompts: [a]}", model={"is_v3": True, "arch": "flux"}), "is_v3, arch contradict each other"),
     "an unknown dtype": (toolkit("{prompts: [a]}", model={"dtype": "fp4"}), "model: dtype must be one of bf16, .*, not 'fp4'"),

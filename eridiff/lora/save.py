@@ -255,9 +255,12 @@ def _metadata(items: list[tuple[str, Item]], format: str, denoiser: str) -> dict
     for prefix in dict.fromkeys(prefix for prefix, _ in items):
         own = [item for p, item in items if p == prefix]
         rank = max(item.rank or 0 for item in own)
-        names = {f"^{item.key.replace('.', r'[.]')}": item for item in own}
+        # a CLIP of transformers 5 has no `text_model.` before its modules, one of transformers 4 has: the rest fits both
+        keys = {item.key.removeprefix("text_model."): item for item in own}
+        anchor = {key: "" if item.key.startswith("text_model.") else "^" for key, item in keys.items()}
+        names = {f"{anchor[key]}{key.replace('.', r'[.]')}": item for key, item in keys.items()}
         said = {
-            "r": rank, "lora_alpha": rank, "target_modules": sorted(item.key for item in own),
+            "r": rank, "lora_alpha": rank, "target_modules": sorted(keys),
             "rank_pattern": {name: item.rank for name, item in names.items() if item.rank != rank},
             "alpha_pattern": {
                 name: _whole(item.ratio * (item.rank or 0)) for name, item in names.items() if item.ratio * (item.rank or 0) != rank
