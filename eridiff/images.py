@@ -123,12 +123,12 @@ def parameters_text(settings: Mapping[str, Any]) -> str:
     their folders, which are nobody's business.
     """
     prompt, negative = (first_text(settings.get(key) or "").strip() for key in ("prompt", "negative"))
-    loras = [
-        entry for entry in settings.get("loras") or () if entry["file"] and isinstance(entry["scale"], int | float)
-    ]
-    names = [Path(entry["file"]).stem for entry in loras]
-    prompt = " ".join([prompt, *(f"<lora:{n}:{e['scale']:g}>" for n, e in zip(names, loras, strict=True))]).strip()
-    hashes = ", ".join(f"{n}: {e['hash']}" for n, e in zip(names, loras, strict=True) if e.get("hash"))
+    given = settings.get("loras") or ()
+    known = (settings.get("hashes") or {}).get("loras") or [None] * len(given)
+    loras = [(Path(e["file"]).stem, e["scale"], h) for e, h in zip(given, known, strict=True) if e["file"]]
+    shown = [f"<lora:{name}:{scale:g}>" for name, scale, _ in loras if isinstance(scale, int | float)]
+    prompt = " ".join([prompt, *shown]).strip()
+    hashes = ", ".join(f"{name}: {known_by}" for name, _, known_by in loras if known_by)
     pairs = {
         "Steps": settings["steps"],
         "Sampler": SAMPLER_NAMES.get(settings["sampler"], settings["sampler"]),
@@ -187,7 +187,7 @@ def with_paths(settings: Mapping[str, Any], change: Callable[[str], str]) -> dic
 
     def changed(value: Any) -> Any:
         if isinstance(value, Mapping):
-            return {key: each if key in ("scale", "hash") else changed(each) for key, each in value.items()}
+            return {key: each if key == "scale" else changed(each) for key, each in value.items()}
         if isinstance(value, list | tuple):
             return [changed(each) for each in value]
         return change(value) if isinstance(value, str) else value

@@ -234,7 +234,7 @@ class DiffusionInference(ABC):
         """The network's raw output, float32: latents `[B, C, H / 8, W / 8]` -> the same shape."""
 
     def condition(
-        self, image: Tensor | None, mask: Tensor | None, control: Tensor | None, references: Sequence[Tensor]
+        self, image: Tensor | None, mask: Tensor | None, control: Tensor | None, references: Sequence[Tensor] = ()
     ) -> Tensor | None:
         """What the network takes beside the latents, from images and a mask; None for most."""
         return None
@@ -633,7 +633,7 @@ class DiffusionInference(ABC):
             "hashes": {
                 name: [content_hash(file) for file in listed_pictures(picture)] for name, picture in pictures.items()
                 if picture is not None and name not in handed_in
-            },
+            } | ({"loras": [handle.hash for handle in self.loras]} if self.loras else {}),
         }  # fmt: skip
         rows = [
             replace(asked, prompt=p, seed=s, negative=negatives[i % len(negatives)], **pictures)

@@ -176,7 +176,7 @@ class FluxInference(DiffusionInference):
         return found
 
     def condition(
-        self, image: Tensor | None, mask: Tensor | None, control: Tensor | None, references: Sequence[Tensor]
+        self, image: Tensor | None, mask: Tensor | None, control: Tensor | None, references: Sequence[Tensor] = ()
     ) -> Tensor | None:
         """Fill: the image without what shall be painted, and the mask; Canny and Depth: the control image's latents.
 

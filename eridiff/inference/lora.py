@@ -69,9 +69,14 @@ class LoraHandle:
         """For a picture's settings."""
         scale = self._weight
         told = {p: _plain(s) for p, s in scale.items()} if isinstance(scale, Mapping) else _plain(scale)
+        return {"file": str(self.path) if self.path else None, "scale": told}
+
+    @property
+    def hash(self) -> str | None:
+        """What the file's tensors are known by, read once; None for a LoRA that is not of one file."""
         if self._hash is None and self.path is not None and os.path.isfile(self.path):
             self._hash = tensors_hash(self.path)
-        return {"file": str(self.path) if self.path else None, "scale": told, "hash": self._hash}
+        return self._hash
 
     def __enter__(self) -> "LoraHandle":
         return self

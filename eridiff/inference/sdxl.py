@@ -323,7 +323,7 @@ class SDXLInference(DiffusionInference):
         return self.network.step(latents.to(dtype_of(self.network)), run, i).float()
 
     def condition(
-        self, image: Tensor | None, mask: Tensor | None, control: Tensor | None, references: Sequence[Tensor]
+        self, image: Tensor | None, mask: Tensor | None, control: Tensor | None, references: Sequence[Tensor] = ()
     ) -> Tensor | None:
         """The inpainting variant: the mask, and the latents of the picture without what shall be painted."""
         if not self.inpaints:
