@@ -18,7 +18,7 @@ from eridiff.inference import FAMILIES
 from eridiff.lora.save import DIFFUSERS_ENCODERS
 from eridiff.text.encoders import empty, empty_encoder
 from eridiff.text.tokenizers import clip_tokenizer, t5_tokenizer
-from eridiff.weights.configs import diffusers_config
+from eridiff.weights.configs import config_json
 from eridiff.weights.detect import Component
 from eridiff.weights.keymap import key_map
 from eridiff.weights.load import MARKERS, NETWORKS, VARIANT, native_reader, prediction_told, said_by_file
@@ -208,7 +208,7 @@ def _write_folders(
         folder = target / places[name] if several else target
         stem = "diffusion_pytorch_model" if name in NETWORKS else "model"
         if name in NETWORKS:
-            config = diffusers_config(name, component.config)
+            config = config_json(name, component.config)
             index[places[name]] = ["diffusers", config["_class_name"]]
         else:
             config = _transformers_config(component, tensors)

@@ -362,7 +362,7 @@ def _autoencoder_said(config: AutoencoderConfig) -> dict[str, Any]:
     }
 
 
-def diffusers_config(network: str, config: Any) -> dict[str, Any]:
+def config_json(network: str, config: Any) -> dict[str, Any]:
     """The config.json with which diffusers builds a flux, mmdit, unet or vae of this configuration.
 
     Raises ConfigError for sizes that diffusers' settings cannot say.
