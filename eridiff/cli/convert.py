@@ -15,6 +15,7 @@ from torch import nn
 
 from eridiff.errors import ConfigError, quoted
 from eridiff.inference import FAMILIES
+from eridiff.inference.loading import model_name
 from eridiff.lora.save import DIFFUSERS_ENCODERS
 from eridiff.text.encoders import empty, empty_encoder
 from eridiff.text.tokenizers import clip_tokenizer, t5_tokenizer
@@ -119,7 +120,7 @@ def convert(
     if not parts.components:
         raise ConfigError("there is nothing to convert: the model holds no network")
     denoiser = next((name for name in DENOISERS if name in parts.components), "")
-    variant = _variant(parts.components[denoiser]) if denoiser else ""
+    variant = _variant(parts.components[denoiser], parts) if denoiser else ""
     limit = UNSHARDED if shard is None else int(shard * 1e9)
     if to == "diffusers":
         return _write_folders(parts, denoiser, variant, target, dtype, limit)
@@ -134,12 +135,10 @@ def convert(
     return [*written, *_write_tokenizers(parts, denoiser, target)]
 
 
-def _variant(component: Component) -> str:
+def _variant(component: Component, parts: Parts) -> str:
     """Which of the published models with these sizes it is, told as when it is loaded."""
     family = next(family for family in FAMILIES if family.family == component.network)
-    path = component.checkpoint.path
-    name = component.checkpoint.metadata.get(VARIANT) or (str(path) if path.is_dir() else "/".join(path.parts[-2:]))
-    return family().choose_variant(component.config, name)  # type: ignore[call-arg]
+    return family().choose_variant(component.config, model_name(component, parts))  # type: ignore[call-arg]
 
 
 def _part(

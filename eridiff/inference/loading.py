@@ -37,7 +37,7 @@ def fill(drawer: "DiffusionInference", parts: Parts) -> None:
     tokenizers = {n: readers[n](parts.tokenizers.get("t5" if n == "t5" else "clip")) for n in text}
     own = components[drawer.family]
     path = own.checkpoint.path
-    name = own.checkpoint.metadata.get(VARIANT) or f"{'' if path.is_dir() else path.stem} {parts.name}".strip()
+    name = model_name(own, parts)
     sampling = own_sampling(own, drawer.choose_variant(own.config, name), drawer.variants)
     words = read_words(own)
 
@@ -59,6 +59,12 @@ def fill(drawer: "DiffusionInference", parts: Parts) -> None:
     drawer.words = words
     drawer.set_encoders({n: build_encoder(components[n], **options(n)) for n in text}, tokenizers)
     drawer.source = {"model": str(path), "parts": _places(parts)}
+
+
+def model_name(own: Component, parts: Parts) -> str:
+    """What a network's variant is told by: what its file says, else the file's stem and the model folder's own name."""
+    path = own.checkpoint.path
+    return own.checkpoint.metadata.get(VARIANT) or f"{'' if path.is_dir() else path.stem} {parts.name}".strip()
 
 
 def _places(parts: Parts) -> dict[str, Any]:
