@@ -125,7 +125,8 @@ def test_recordings_are_compared_across_devices(gpu: PretendedGPU) -> None:
     on_gpu = [t.to("cuda") if isinstance(t, Tensor) and t.dtype != torch.float64 else t for t in given]
     with record(network) as found, record(network, device=None) as kept:
         network.step(latents.to("cuda"), network.prepare(*on_gpu), 0)
-    there = {t.device for name, t in kept.items() if not name.endswith((":times", ":guidance"))}  # float64, on the CPU
+    on_the_cpu = (":times", ":guidance", "prepare:grid", "step:i")  # float64, and plain numbers
+    there = {t.device for name, t in kept.items() if not name.endswith(on_the_cpu)}
     assert {t.device.type for t in found.values()} == {"cpu"} and there == {CUDA}
     assert first_difference(found, expected, 1e-5) is None and first_difference(kept, expected, 1e-5) is None
     assert relative_l2(kept["final"], found["final"]) == 0.0

@@ -38,13 +38,10 @@ def ported(name: str, folder: Path, *options: str) -> Path:
 def test_the_wheel_holds_the_cases_that_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
     code, lines = run(capsys, "list")
     names = [line.split()[0] for line in lines]
-    said = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]["build"]["targets"]["wheel"][
-        "force-include"
-    ]
+    said = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]["build"]["targets"]["wheel"]
     assert code == 0 and names == list(cases())
-    assert said == {"weights_map": "eridiff/weights_map"} | {
-        f"tests/goldens/{n}": f"eridiff/goldens/{n}" for n in names
-    }
+    places = {"weights_map": "eridiff/weights_map"} | {f"tests/goldens/{n}": f"eridiff/goldens/{n}" for n in names}
+    assert said["sources"] == places and set(said["only-include"]) == {"eridiff", *places}
     assert [line.endswith("shows wrong epsilons: run this one too") for line in lines] == [
         n.endswith("-eps") for n in names
     ]
