@@ -67,6 +67,6 @@ wheel: .venv/.dev
 	build/wheel/bin/pip install -q "torch==2.13.0"
 	build/wheel/bin/pip install -q $(PINS) dist/*.whl
 	cd build && wheel/bin/eridiff sample --prompt "a swan on mars" --out wheel/swan.png
-	build/wheel/bin/pip uninstall -q -y eridiff && build/wheel/bin/pip install -q --no-deps -e .
+	build/wheel/bin/pip uninstall -q -y eridiff && build/wheel/bin/pip install -q $(PINS) -e .
 	cd build && wheel/bin/python -c 'import importlib.util as i, eridiff; \
 	    found = [n for n in ("tests", "docs", "benchmarks", "examples", "weights_map") if i.find_spec(n)]; assert not found, found'
