@@ -110,7 +110,7 @@ TEXT = Kind(_reads(str), {"metavar": "TEXT"}, "blurry")
 WHOLE = Kind(_reads(int), {"type": int, "metavar": "N"}, "64")
 NUMBER = Kind(_reads(float), {"type": float, "metavar": "X"}, "0.5")
 METHOD = Kind(_reads(str), {"choices": SAMPLERS}, "heun")
-SWITCH = Kind(
+SKIPPED = Kind(
     _skip_layers, {"action": "store_true"}, "true", lambda v: asdict(v) if isinstance(v, SkipLayers) else v or None
 )
 NAME = Kind(_schedule, {"metavar": "NAME"}, "karras", lambda v: v.tolist() if isinstance(v, Tensor) else v)
@@ -239,7 +239,7 @@ class Request:
         (0.0, 1.0), SHARES, "shares of the steps between which there is guidance", effect=_guided
     )
     skip_layers: bool | SkipLayers = option(
-        False, SWITCH, "sd3.5-medium's published guidance by skipped layers", effect=_taken("skip_layers")
+        False, SKIPPED, "sd3.5-medium's published guidance by skipped layers", effect=_taken("skip_layers")
     )
     part: tuple[float, float] = option(
         (0.0, 1.0), SHARES, "shares of the run; latents of the first part are the noise of the second", python=True

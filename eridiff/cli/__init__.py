@@ -8,10 +8,10 @@ import sys
 import torch
 
 from eridiff import __version__
-from eridiff.cli import convert, diff, golden, inspect, lora, resample, sample
+from eridiff.cli import convert, diff, golden, inspect, ladder, lora, resample, sample
 from eridiff.errors import EridiffError
 
-COMMANDS = (sample, resample, inspect, convert, lora, diff, golden)
+COMMANDS = (sample, resample, inspect, convert, lora, diff, ladder, golden)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -7,22 +7,18 @@ from typing import Any
 
 import torch
 
-from eridiff.errors import TraceError, quoted
+from eridiff.errors import TraceError
 from eridiff.files import replacing
 from eridiff.trace.cases import Case, find_case
 from eridiff.trace.compare import BROKEN, HERE, NAMED, Report, Row, compare
 from eridiff.trace.format import Trace, read_trace
-from eridiff.trace.names import Source, parse_map
+from eridiff.trace.names import parse_map
 from eridiff.trace.page import page
-from eridiff.trace.record import record
-from eridiff.trace.replay import floors
 from eridiff.weights.load import load_network
-
-RUNGS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def add_parser(commands: Any) -> None:
-    """Put `diff` and `ladder` beside the other commands."""
+    """Put `diff` beside the other commands."""
     parser = commands.add_parser(
         "diff",
         help="find the first tensor that differs",
@@ -44,31 +40,6 @@ def add_parser(commands: Any) -> None:
         "--html", type=Path, metavar="FILE", help="write a report: error over depth, heat maps, the table"
     )
     parser.add_argument("--json", action="store_true", help="everything, for programs")
-
-    ladder = commands.add_parser(
-        "ladder",
-        help="what rounding does in a network",
-        description="What rounding to each dtype does at each place of a golden case's network, by itself.",
-    )
-    ladder.set_defaults(run=_ladder)
-    ladder.add_argument("case", metavar="CASE", help="a golden case by name or folder")
-
-
-def _ladder(options: argparse.Namespace) -> int:
-    case = find_case(options.case)
-    if case is None:
-        raise TraceError(f"there is no case {quoted(options.case)}; `eridiff golden list` names those there are")
-    with record(case.network) as recording, torch.no_grad():
-        case.run(torch.float64)(case.network)
-    sources = {
-        name: Source((name,)) for name, value in recording.items() if ":" not in name and value.is_floating_point()
-    }
-    columns = [floors(case.network, case.run, dtype, sources) for dtype in RUNGS]
-    width = max(map(len, sources))
-    print(f"{'':{width}}" + "".join(f"  {str(dtype).removeprefix('torch.'):>9}" for dtype in RUNGS))
-    for name in sources:
-        print(f"{name:{width}}" + "".join(f"  {column.get(name, 0.0):9.1e}" for column in columns))
-    return 0
 
 
 def _diff(options: argparse.Namespace) -> int:

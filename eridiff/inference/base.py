@@ -8,9 +8,9 @@ import logging
 import os
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import groupby
 from typing import Any, ClassVar, TypeVar
 
@@ -21,7 +21,6 @@ from typing_extensions import Self, Unpack
 
 from eridiff.blocks import evaluation, unwrapped
 from eridiff.errors import ConfigError
-from eridiff.files import content_hash
 from eridiff.images import to_images, to_tensor
 from eridiff.inference.handed_in import check_dtypes, check_family, check_sharding, from_diffusers, own_autoencoder
 from eridiff.inference.latents import (  # fmt: skip
@@ -39,8 +38,8 @@ from eridiff.inference.latents import (  # fmt: skip
 from eridiff.inference.loading import check_latents, fill
 from eridiff.inference.lora import LoraHandle, apply, weighed
 from eridiff.inference.options import Options, check_names
-from eridiff.inference.provenance import provenance
-from eridiff.inference.result import Prompt, Result, Step
+from eridiff.inference.provenance import records
+from eridiff.inference.result import Callback, HandedIn, Prompt, Result, Run, Step
 from eridiff.inference.settings import Defaults
 from eridiff.inference.words import Words
 from eridiff.lora.attach import Scale
@@ -49,42 +48,18 @@ from eridiff.memory.stages import Stages, on_device, together
 from eridiff.memory.strips import decode_in_strips, encode_in_strips
 from eridiff.models.autoencoder import Autoencoder
 from eridiff.precision import outside_autocast
-from eridiff.request import FIELDS, Checked, Request, Table, Text, is_file, known_names, listed, listed_pictures
+from eridiff.request import FIELDS, Checked, Request, Table, Text, known_names, listed
 from eridiff.schedulers import Schedule
 from eridiff.schedulers.flow_match import flow_schedule
 from eridiff.schedulers.guidance import Guidance, guided
-from eridiff.schedulers.samplers import SAMPLERS, STOCHASTIC, Draw, Predict, mixed
+from eridiff.schedulers.samplers import SAMPLERS, STOCHASTIC, Predict, mixed
 from eridiff.text import Conditioning
 from eridiff.weights.detect import DESCRIPTIONS
 from eridiff.weights.locate import Model, Parts, locate
 
 log = logging.getLogger(__name__)
 KEEP = ("conditioning", "noise", "latents")
-
-
-Callback = Callable[[Step], object]
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class HandedIn:
-    """What a caller gives of an image's way and wants of it; the rest of what is asked is a `Request`."""
-
-    conditioning: Prompt | None = None
-    noise: Tensor | None = None
-    keep: Sequence[str] = ()
-    callback: Callback | None = None
-
-
-@dataclass
-class Run:
-    """How far a run has come; another network can take it over."""
-
-    x: Tensor  # latents [B, C, H / 8, W / 8] float32
-    noise: Tensor  # the same shape: what it began from
-    draw: Draw | None  # of samplers that draw noise on the way, which goes on
-    clean: Tensor | None = None  # what multi-step samplers remember
-    stopped: bool = False  # by the callback
 
 
 def check_conditioning(request: Request, given: object) -> None:
@@ -580,7 +555,7 @@ class DiffusionInference(ABC):
         if image is not None and mask is not None:
             decoded = mask * decoded + (1 - mask) * image
         kept: dict[str, Any] = {"conditioning": conditioning, "noise": noise, "latents": latents}
-        settings = self._record(request, asked, given)
+        settings = records(self, request, asked, given)
         return Result(to_images(decoded), settings, **{name: kept[name] for name in given.keep})
 
     def _conditioned(self, asked: Checked, given: Prompt | None) -> Stages[Prompt]:
@@ -616,30 +591,6 @@ class DiffusionInference(ABC):
         yield self.network
         self.walk(run, prompt, points, asked, first, last, image, mask, condition, callback)
         return finite(run.x, "denoising")
-
-    def _record(self, request: Request, asked: Checked, given: HandedIn) -> list[dict[str, Any]]:
-        """For each image all that is needed to generate it again, as a PNG holds it."""
-        pictures = {name: getattr(request, name) for name in ("image", "mask", "control", "references")}
-        handed_in = [
-            name for name, picture in pictures.items()
-            if picture is not None and not all(map(is_file, listed_pictures(picture)))
-        ]  # fmt: skip
-        handed_in += [name for name in ("noise", "conditioning") if getattr(given, name) is not None]
-        prompts, seeds = asked.prompt, asked.seed
-        negatives = asked.negative or [None]
-        rest = {
-            **provenance(self), "batch": len(seeds), "loras": [handle.record() for handle in self.loras] or None,
-            "handed_in": handed_in,
-            "hashes": {
-                name: [content_hash(file) for file in listed_pictures(picture)] for name, picture in pictures.items()
-                if picture is not None and name not in handed_in
-            } | ({"loras": [handle.hash for handle in self.loras]} if self.loras else {}),
-        }  # fmt: skip
-        rows = [
-            replace(asked, prompt=p, seed=s, negative=negatives[i % len(negatives)], **pictures)
-            for i, (p, s) in enumerate(zip(prompts, seeds, strict=True))
-        ]
-        return [{**row.to_json(), **rest} for row in rows]
 
     @property
     def guidance_embedding(self) -> bool:

@@ -1,11 +1,13 @@
-"""What goes into a picture's drawing and what comes out of it: plain tensors in frozen dataclasses."""
+"""What goes into the generation of an image, what is on the way and what comes out: plain tensors in dataclasses."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from PIL import Image
 from torch import Tensor
 
+from eridiff.schedulers.samplers import Draw
 from eridiff.text import Conditioning
 
 
@@ -26,6 +28,30 @@ class Step:
     sigma: float  # the noise that is left
     latents: Tensor  # [B, C, H / 8, W / 8] float32, not a copy
     clean: Tensor  # the same shape: the clean latents that the network saw in this step
+
+
+Callback = Callable[[Step], object]
+
+
+@dataclass(frozen=True)
+class HandedIn:
+    """What a caller gives of an image's way and wants of it; the rest of what is asked is a `Request`."""
+
+    conditioning: Prompt | None = None
+    noise: Tensor | None = None
+    keep: Sequence[str] = ()
+    callback: Callback | None = None
+
+
+@dataclass
+class Run:
+    """How far a run has come; another network can take it over."""
+
+    x: Tensor  # latents [B, C, H / 8, W / 8] float32
+    noise: Tensor  # the same shape: what it began from
+    draw: Draw | None  # of samplers that draw noise on the way, which goes on
+    clean: Tensor | None = None  # what multi-step samplers remember
+    stopped: bool = False  # by the callback
 
 
 @dataclass(frozen=True)

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from typing_extensions import Self, Unpack
 
 from eridiff.errors import ConfigError
-from eridiff.inference.base import Callback, DiffusionInference
+from eridiff.inference.base import DiffusionInference
 from eridiff.inference.handed_in import check_encoders
 from eridiff.inference.latents import beside, dtype_of, finite, finite_features
 from eridiff.inference.options import Options
-from eridiff.inference.result import Prompt, Result
+from eridiff.inference.result import Callback, Prompt, Result
 from eridiff.inference.settings import Defaults, spoken
 from eridiff.memory.stages import Stages
 from eridiff.models.autoencoder import Autoencoder
