@@ -4,7 +4,7 @@ OLDEST = transformers==4.54.1 huggingface_hub==0.34.3 safetensors==0.4.5
 # versions that pass the tests; some of them need Python 3.11, so on 3.10 pip chooses
 PINS = $(shell $(PYTHON) -c 'import sys; print("-c constraints.txt" if sys.version_info >= (3, 11) else "")')
 
-.PHONY: sample test fuzz check slow test-full gpu oldest wheel
+.PHONY: sample test fuzz check slow test-full gpu oldest wheel docs
 
 .venv/.base:
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("eridiff needs Python 3.10 or later, and $(PYTHON) is %d.%d: run make sample PYTHON=python3.12" % sys.version_info[:2])'
@@ -16,6 +16,10 @@ PINS = $(shell $(PYTHON) -c 'import sys; print("-c constraints.txt" if sys.versi
 .venv/.dev: .venv/.base
 	$(BIN)/pip install -q $(PINS) -e ".[dev]"
 	$(BIN)/pip install -q --no-deps "diffsynth==1.1.7"  # for its copy of the published T5 tokenizer alone
+	touch $@
+
+.venv/.docs: .venv/.base
+	$(BIN)/pip install -q $(PINS) -e ".[docs]"
 	touch $@
 
 # images by the built-in model
@@ -70,3 +74,9 @@ wheel: .venv/.dev
 	build/wheel/bin/pip uninstall -q -y eridiff && build/wheel/bin/pip install -q $(PINS) -e .
 	cd build && wheel/bin/python -c 'import importlib.util as i, eridiff; \
 	    found = [n for n in ("tests", "docs", "benchmarks", "examples", "weights_map") if i.find_spec(n)]; assert not found, found'
+
+# the documentation site in build/site; once its tools are installed nothing is fetched, and no page loads anything from elsewhere
+docs: .venv/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+	! grep -rE '(src|<link[^>]* href)="https?:' build/site --include '*.html'
+	@echo "Open build/site/index.html; search needs a server: python3 -m http.server -d build/site"

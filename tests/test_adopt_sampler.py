@@ -172,8 +172,8 @@ def test_other_weights_must_be_functions_that_give_context_managers(tmp_path: Pa
 
 
 def recipes() -> dict[str, Any]:
-    """The functions of docs/training.md that switch an adapter off."""
-    text = (Path(__file__).parents[1] / "docs" / "training.md").read_text(encoding="utf-8")
+    """The functions of docs/embed.md that switch an adapter off."""
+    text = (Path(__file__).parents[1] / "docs" / "embed.md").read_text(encoding="utf-8")
     blocks = [part.partition("```")[0] for part in text.split("```python\n")[1:]]
     found: dict[str, Any] = {}
     exec(next(block for block in blocks if "def without_peft" in block), found)
