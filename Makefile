@@ -77,6 +77,6 @@ wheel: .venv/.dev
 
 # the documentation site in build/site; once its tools are installed nothing is fetched, and no page loads anything from elsewhere
 docs: .venv/.docs
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 	! grep -rE '(src|<link[^>]* href)="https?:' build/site --include '*.html'
 	@echo "Open build/site/index.html; search needs a server: python3 -m http.server -d build/site"

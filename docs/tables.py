@@ -103,7 +103,7 @@ def _usage(action: argparse.Action) -> str:
     metavar = action.metavar or ("{" + ", ".join(map(str, action.choices)) + "}" if action.choices else "")
     value = " ".join(metavar) if isinstance(metavar, tuple) else metavar
     names = ", ".join(f"`{name}`" for name in action.option_strings)
-    taken = f" `{value}`".replace("|", "\\|") if value and action.nargs != 0 else ""
+    taken = f" `{value}`".replace("|", " or ") if value and action.nargs != 0 else ""
     return f"{names}{taken}".strip()
 
 

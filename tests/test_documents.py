@@ -2,9 +2,12 @@
 
 import re
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 import yaml
+
+from docs import figures
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
@@ -50,3 +53,18 @@ def test_the_site_shows_every_page() -> None:
     site = yaml.safe_load((ROOT / "mkdocs.yml").read_text())
     pages = {str(path.relative_to(ROOT / "docs")) for path in PAGES if path.is_relative_to(ROOT / "docs")}
     assert set(entries(site["nav"])) == {page for page in pages if not page.startswith("adr/")}
+
+
+def test_the_figures_are_those_that_the_script_writes() -> None:
+    for figure in figures.FIGURES:
+        assert (figures.FOLDER / f"{figure.name}.svg").read_text() == figure.svg(), "run python docs/figures.py"
+    assert {f"{figure.name}.svg" for figure in figures.FIGURES} == {path.name for path in figures.FOLDER.glob("*.svg")}
+
+
+@pytest.mark.parametrize("figure", figures.FIGURES, ids=lambda figure: figure.name)
+def test_a_figure_is_well_formed_and_its_words_are_inside(figure: figures.Figure) -> None:
+    root = ElementTree.fromstring(figure.svg())
+    places = [
+        (float(text.attrib["x"]), float(text.attrib["y"])) for text in root.iter("{http://www.w3.org/2000/svg}text")
+    ]
+    assert places and all(0 < x < figures.WIDTH and 0 < y < figure.height for x, y in places)
