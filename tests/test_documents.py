@@ -6,8 +6,9 @@ from xml.etree import ElementTree
 
 import pytest
 import yaml
+from PIL import Image, ImageChops, ImageStat
 
-from docs import figures
+from docs import figures, one_image
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
@@ -68,3 +69,28 @@ def test_a_figure_is_well_formed_and_its_words_are_inside(figure: figures.Figure
         (float(text.attrib["x"]), float(text.attrib["y"])) for text in root.iter("{http://www.w3.org/2000/svg}text")
     ]
     assert places and all(0 < x < figures.WIDTH and 0 < y < figure.height for x, y in places)
+
+
+@pytest.fixture(scope="module")
+def numbers() -> one_image.Numbers:
+    return one_image.Numbers()
+
+
+def values(text: str) -> list[float]:
+    return [float(number) for number in re.findall(r"(?<=\| )-?\d+\.\d+(?= \|)", text)]
+
+
+def test_the_numbers_of_the_page_are_those_of_a_new_run(numbers: one_image.Numbers) -> None:
+    """Within the last printed place or a hundredth of the value: other processors round otherwise."""
+    page = one_image.DOCUMENT.read_text()
+    found, printed = values(one_image.written(page, numbers)), values(page)
+    assert len(found) == len(printed) > 80, "run python docs/one_image.py"
+    assert found == pytest.approx(printed, abs=0.011, rel=0.01), "run python docs/one_image.py"
+
+
+def test_the_images_of_the_page_are_those_of_a_new_run(numbers: one_image.Numbers) -> None:
+    for name, image in one_image.made(numbers).items():
+        with Image.open(one_image.FOLDER / name) as shown:
+            assert shown.size == image.size
+            difference = ImageStat.Stat(ImageChops.difference(shown.convert("RGB"), image))
+        assert max(difference.mean) < 1.0, f"{name}: run python docs/one_image.py"

@@ -28,9 +28,7 @@ PUBLISHED: dict[str, tuple[str, Any, tuple[str, ...]]] = {  # name -> network, c
     **{f"sdxl-{name}": ("unet", config, ("clip", "clip_g")) for name, config in unet.PRESETS.items()},
 }
 DTYPES = ("float32", "bfloat16", "float16")
-MODEL_HELP = (
-    f"for what it is: a checkpoint or a folder, which also gives |dW|/|W|, or by name one of {', '.join(PUBLISHED)}"
-)
+MODEL_HELP = f"for what it is: a checkpoint or a folder, which also gives the relative change of each weight, or by name one of {', '.join(PUBLISHED)}"
 
 
 def add_parser(commands: Any) -> None:
