@@ -2,10 +2,12 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from difflib import get_close_matches
 from typing import Any
 
 from eridiff.errors import ConfigError
 from eridiff.request import ENCODERS, FIELDS, GUIDANCE, WORDS, Text, known_names, merged, scalar
+from eridiff.schedulers.samplers import SAMPLERS
 
 Words = dict[
     str, Any
@@ -130,6 +132,9 @@ def parse_config(document: Any, without_effect: Mapping[str, str] | None = None)
         raise ConfigError("the file is empty; it needs a section 'sample'")
     if not isinstance(document, dict):
         raise ConfigError(f"a mapping with a section 'sample' is expected, not {type(document).__name__}")
+    lost = next((name for name in document if name not in TOP and name in ("prompts", "samples", *SAID, *KEYS)), None)
+    if lost is not None:
+        raise ConfigError(f"'{lost}' belongs under 'sample:'")
     known_names(document, TOP, "the file")
     model = document.get("model")
     if model is not None and not isinstance(model, str | dict):
@@ -234,7 +239,12 @@ def _sampler(name: str, notices: list[str]) -> dict[str, str]:
     if plain in ABSENT_SAMPLERS or name.startswith("sample_"):
         notices.append(f"the sampler '{name}' is not there: the model's own draws")
         return {}
-    return {"sampler": SAMPLER_SYNONYMS.get(plain, plain)}
+    found = SAMPLER_SYNONYMS.get(plain, plain)
+    if found not in SAMPLERS:
+        near = get_close_matches(found.lower().replace("+", "p"), SAMPLERS, 1, 0.5)
+        hint = f"did you mean '{near[0]}'?" if near else f"there are {', '.join(SAMPLERS)}"
+        raise ConfigError(f"sampler: '{name}' is not a sampler; {hint}")
+    return {"sampler": found}
 
 
 def prompts_of(value: Any) -> tuple[str | dict[str, str], ...]:

@@ -34,6 +34,25 @@ def replacing(target: Path) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
+BEGINNINGS = (  # of files -> what they are
+    (b"\x89PNG", "a PNG image"), (b"\xff\xd8\xff", "a JPEG image"), (b"GIF8", "a GIF image"), (b"RIFF", "a WebP image or another RIFF file"),
+    (b"%PDF", "a PDF"),
+)  # fmt: skip
+
+
+def kind_by_content(path: Path) -> str | None:
+    """What a file that is not a checkpoint holds, "a PNG image" or "text ('# README')"; None for all others."""
+    try:
+        with open(path, "rb") as file:
+            start = file.read(16)
+    except OSError:
+        return None
+    kind = next((kind for beginning, kind in BEGINNINGS if start.startswith(beginning)), None)
+    if kind is None and len(start) >= 8 and all(32 <= byte < 127 or byte in b"\t\r\n" for byte in start):
+        return f"text, which begins with {start.decode('ascii')!r}"
+    return kind
+
+
 def content_hash(path: str | os.PathLike[str]) -> str:
     """The first 16 hexadecimal digits of a file's SHA-256."""
     with open(path, "rb") as file:

@@ -208,74 +208,79 @@ class Request:
     Sizes are (height, width), corners (top, left), in pixels.
     """
 
-    prompt: Text | Sequence[Text] = option("", TEXT, "may be given several times", words=("prompts",))
+    prompt: Text | Sequence[Text] = option("", TEXT, "what to generate; repeatable", words=("prompts",))
     negative: Text | Sequence[Text] | None = option(
-        None, TEXT, "what to steer away from", words=("negative_prompt", "neg"), effect=_guided
+        None, TEXT, "negative prompt", words=("negative_prompt", "neg"), effect=_guided
     )
     width: int | None = option(None, WHOLE, "in pixels, a multiple of 16", low=8)
     height: int | None = option(None, WHOLE, "in pixels, a multiple of 16", low=8)
     steps: int | None = option(
-        None, WHOLE, "how often the network is asked", low=1, words=("sample_steps",), effect=_counted
+        None,
+        WHOLE,
+        "number of sampling steps",
+        low=1,
+        words=("sample_steps", "num_inference_steps"),
+        effect=_counted,
     )
-    seed: int | Sequence[int] | None = option(None, WHOLE, "of the noise; 42 when not said")
-    sampler: str | None = option(None, METHOD, "how to move from one noise level to the next")
-    schedule: Table | None = option(None, NAME, "SD 3: original, script, diffusers, candle; SDXL: leading, karras, ...")
-    shift: float | None = option(
-        None, NUMBER, "of SD 3's schedule; 3 when not said", low=0.01, high=100, effect=_shifted
+    seed: int | Sequence[int] | None = option(None, WHOLE, "seed of the noise (42)")
+    sampler: str | None = option(None, METHOD, "sampler")
+    schedule: Table | None = option(
+        None, NAME, "noise levels. SD 3: original, script, diffusers, candle; SDXL: leading, karras, ..."
     )
+    shift: float | None = option(None, NUMBER, "SD 3: shift of the schedule (3)", low=0.01, high=100, effect=_shifted)
     guidance_scale: float | None = option(
-        None, NUMBER, "what the guidance embedding is told (Flux dev: 3.5)", low=0, high=1000, flags=("guidance",),
+        None, NUMBER, "Flux: value of the guidance embedding (dev: 3.5)", low=0, high=1000, flags=("guidance",),
         effect=_embedded,
     )  # fmt: skip
     cfg_scale: float | None = option(
-        None, NUMBER, "classifier-free guidance; asks the network twice a step", low=0, high=1000,
+        None, NUMBER, "scale of classifier-free guidance; two network calls per step", low=0, high=1000,
         words=("true_cfg_scale",), flags=("cfg",),
     )  # fmt: skip
     cfg_rescale: float = option(
-        0.0, NUMBER, "share of the deviation that is put back after guidance", low=0, high=1,
+        0.0, NUMBER, "share of the standard deviation that is restored after guidance", low=0, high=1,
         words=("guidance_rescale",), effect=_guided,
     )  # fmt: skip
     cfg_interval: tuple[float, float] = option(
-        (0.0, 1.0), SHARES, "shares of the steps between which there is guidance", effect=_guided
+        (0.0, 1.0), SHARES, "first and last share of the steps with guidance", effect=_guided
     )
     skip_layers: bool | SkipLayers = option(
-        False, SKIPPED, "sd3.5-medium's published guidance by skipped layers", effect=_taken("skip_layers")
+        False, SKIPPED, "skip-layer guidance, as published for sd3.5-medium", effect=_taken("skip_layers")
     )
     part: tuple[float, float] = option(
         (0.0, 1.0), SHARES, "shares of the run; latents of the first part are the noise of the second", python=True
     )
     hand_over: float | None = option(
-        None, NUMBER, "share of the run after which the refiner goes on (0.8)", low=0, high=1,
+        None, NUMBER, "share of the run after which the refiner continues (0.8)", low=0, high=1,
         words=("refiner_start_at",), effect=_handed_over,
     )  # fmt: skip
     original_size: tuple[int, int] | None = option(
-        None, SIZE, "SDXL is told that the image had it before it was scaled and cropped", low=1,
+        None, SIZE, "SDXL's conditioning: size before scaling and cropping", low=1,
         effect=_taken("original_size"),
     )  # fmt: skip
-    crop: tuple[int, int] | None = option(None, CORNER, "and what was cut away (0 0)", low=0, effect=_taken("crop"))
+    crop: tuple[int, int] | None = option(None, CORNER, "SDXL's conditioning: crop (0 0)", low=0, effect=_taken("crop"))
     target_size: tuple[int, int] | None = option(
-        None, SIZE, "and what it should have; the image's size when not said", low=1,
+        None, SIZE, "SDXL's conditioning: target size (the image's)", low=1,
         effect=_taken("target_size"),
     )  # fmt: skip
     aesthetic_score: float | None = option(
-        None, NUMBER, "SDXL's refiner is told (6)", low=0, high=10, effect=_taken("aesthetic_score")
+        None, NUMBER, "conditioning of SDXL's refiner (6)", low=0, high=10, effect=_taken("aesthetic_score")
     )
     negative_aesthetic_score: float | None = option(
-        None, NUMBER, "the same of the negative prompt (2.5)", low=0, high=10,
+        None, NUMBER, "the same for the negative prompt (2.5)", low=0, high=10,
         effect=_taken("aesthetic_score"),
     )  # fmt: skip
-    image: Picture | None = option(None, FILE, "begin from this image", effect=_edited)
+    image: Picture | None = option(None, FILE, "start from this image", effect=_edited)
     strength: float | None = option(
         None, NUMBER, "0 keeps the image, 1 keeps nothing of it (0.75)", low=0, high=1, effect=_begun
     )
-    mask: Picture | None = option(None, FILE, "paint only where it is white", effect=_begun)
-    control: Picture | None = option(None, FILE, "the image that Canny or Depth follows", effect=_followed)
+    mask: Picture | None = option(None, FILE, "repaint only where this image is white", effect=_begun)
+    control: Picture | None = option(None, FILE, "the edges or depth map for Canny or Depth", effect=_followed)
     references: Picture | Sequence[Picture] | None = option(
-        None, FILES, "an image that Kontext edits; may be given several times", words=("ctrl_img",),
+        None, FILES, "an image that Kontext edits; repeatable", words=("ctrl_img",),
         flags=("reference",), effect=_referred,
     )  # fmt: skip
     lora_scale: float | None = option(
-        None, NUMBER, "weight of the LoRAs without a scale of their own (1)", low=-1000, high=1000,
+        None, NUMBER, "scale of the LoRAs that have none of their own (1)", low=-1000, high=1000,
         words=("network_multiplier",), effect=_weighed,
     )  # fmt: skip
 
@@ -413,9 +418,24 @@ def merged(*layers: Mapping[str, Any]) -> dict[str, Any]:
     return result
 
 
+ELSEWHERE = {  # names that other programs have, and what does the same here
+    "size": "pass width and height",
+    "resolution": "pass width and height",
+    **dict.fromkeys(
+        ("n_iter", "batch_size", "num_images_per_prompt"), "repeat the prompt, each time with its own seed"
+    ),
+    **dict.fromkeys(("generator", "seeds"), "pass seed, one per prompt"),
+    "denoising_strength": "it is called strength",
+    "init_image": "it is called image",
+    "scheduler": "it is called sampler, and the noise levels schedule",
+}
+
+
 def known_names(given: Mapping[str, Any], known: Any, where: str, what: str = "is not a key of") -> None:
     """Raises ConfigError, with the nearest known name, unless all names are known."""
     for name in given:
+        if name in ELSEWHERE and name not in known:
+            raise ConfigError(f"'{name}' {what} {where}; {ELSEWHERE[name]}")
         if name not in known:
             near = get_close_matches(str(name).lower(), list(known), 1, 0.5)
             hint = f"did you mean '{near[0]}'?" if near else f"there are {', '.join(known)}"

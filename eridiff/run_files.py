@@ -15,9 +15,11 @@ from typing import Any
 
 from eridiff.config import FOR_TRAINING, SAID, RunConfig, parse_config, prompts_of
 from eridiff.errors import ConfigError
+from eridiff.files import kind_by_content
 from eridiff.prompt_files import read_json, read_prompt_file, split_flags
 from eridiff.yaml_reader import read_yaml
 
+WEIGHTS = (".safetensors", ".sft", ".gguf", ".ckpt", ".pt", ".pth", ".bin")
 PROMPT_FILES = (".txt", ".toml")  # and .json that holds a list
 ARCHITECTURES = {"flux": "flux", "flex1": "flux", "sd3": "mmdit", "sdxl": "unet"}  # ai-toolkit's name -> family
 FLAGGED = {"is_flux": "flux", "is_v3": "mmdit", "is_xl": "unet", "is_sdxl": "unet"}  # a key that is true -> family
@@ -51,10 +53,22 @@ def load_config(path: str | Path) -> RunConfig:
     YAML), a trainer's configuration by its section `config`.
     """
     path = Path(path)
+    if path.suffix.lower() in WEIGHTS:
+        raise ConfigError(f"{path}: is a checkpoint; pass it as --model")
     try:
         text = path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
+        kind = kind_by_content(path)
+        if kind == "a PNG image":
+            raise ConfigError(
+                f"{path}: is an image; eridiff resample generates it again, --image begins from it"
+            ) from None
+        if kind is not None:
+            raise ConfigError(f"{path}: is {kind}, not a configuration; --image begins from an image") from None
         raise ConfigError(f"{path}: is not UTF-8 at byte {error.start}; save it as UTF-8") from None
+    except FileNotFoundError:
+        hint = "; pass a prompt with --prompt" if " " in path.name and not path.suffix else ""
+        raise ConfigError(f"{path}: is not a file{hint}") from None
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
     try:

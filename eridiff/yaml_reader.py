@@ -90,5 +90,8 @@ def _explained(error: yaml.MarkedYAMLError, text: str) -> str:
     if "but found another document" in problem:
         return f"line {number + 1}: a second document begins; one is expected"
     body = re.sub(r"^(- |\w+:\s+)+", "", line)
+    found = f"line {min(number, len(lines) - 1) + 1}: {problem}".replace("'<stream end>'", "the end of the file")
+    if not body:  # an open bracket or quote before it
+        return found
     quoted = f"'{body.replace(chr(39), chr(39) * 2)}'"
-    return f"line {number + 1}: {problem}; text with : # [ ] {{ }} & * ! or quotes in it must be quoted, here perhaps {quoted}"
+    return f"{found}; text with : # [ ] {{ }} & * ! or quotes in it must be quoted, here perhaps {quoted}"

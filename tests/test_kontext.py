@@ -123,13 +123,13 @@ def test_the_file_by_its_name_a_prompts_own_reference_and_the_png(
     document = {"config": {"process": [{"model": {"name_or_path": str(model), "arch": "flux"}, "sample": {"samples": entries, "sample_steps": 1}}]}}  # fmt: skip
     (tmp_path / "run.json").write_text(json.dumps(document))
     assert main(["sample", str(tmp_path / "run.json"), "--device", "cpu", "--out", str(tmp_path / "out")]) == 0
-    said = capsys.readouterr().out
+    said = capsys.readouterr().err
     assert "kontext" in said and "has no effect" not in said
     first = Image.open(tmp_path / "out" / "0000-make-it-night.png")
     settings = json.loads(first.info["eridiff"])
     assert (settings["variant"], settings["references"], first.size) == ("kontext", ["../a.png"], (48, 64))
     assert main(["resample", str(tmp_path / "out" / "0000-make-it-night.png")]) == 0
-    assert "the same image, bit by bit" in capsys.readouterr().out
+    assert "the same image, bit for bit" in capsys.readouterr().err
     flags = ["--reference", str(tmp_path / "a.png"), "--reference", str(tmp_path / "b.png"), "--prompt", "x"]
     assert main(["sample", "--model", str(model), *flags, "--steps", "1", "--device", "cpu", "--out", str(tmp_path / "c.png")]) == 0  # fmt: skip
     assert len(json.loads(Image.open(tmp_path / "c.png").info["eridiff"])["references"]) == 2

@@ -139,7 +139,7 @@ def test_files_and_scales_come_from_yaml_and_the_command_line(folder: Path, tmp_
     plain, none = drawn()
     line, told = drawn("--lora", f"{lora}/kohya.safetensors:0.5", "--lora", f"{lora}/diffusers.safetensors")
     assert none is None and plain != line and [entry["scale"] for entry in told] == [0.5, 1.0]
-    assert "modules: " in capsys.readouterr().out
+    assert "modules: " in capsys.readouterr().err
     config = tmp_path / "run.yaml"
     text = f"sample:\n  lora: [{lora}/kohya.safetensors, {{file: {lora}/diffusers.safetensors, scale: 1}}]\n  lora_scale: 0.5\n"
     config.write_text(text)
@@ -159,10 +159,12 @@ def test_the_command_line_checks_converts_merges_extracts_and_resizes(
 
     lora = folder.parent / "lora"
     assert main(["lora", "check", str(lora / "kohya.safetensors"), "--model", "sdxl-bas"]) == 2
-    assert capsys.readouterr().err.endswith("'sdxl-bas' is no file and no published model; did you mean 'sdxl-base'?\n")
+    assert capsys.readouterr().err.endswith(
+        "'sdxl-bas' is not a file and not a published model; did you mean 'sdxl-base'?\n"
+    )
     model = ("--model", folder)
     modules = modules_of(tiny.load(DiffusionInference, folder))
-    ledger = run("check", lora / "kohya.safetensors", *model).splitlines()
+    ledger = run("check", lora / "kohya.safetensors", *model, "--wide").splitlines()
     count = len(load_lora(lora / "kohya.safetensors", modules).items)
     assert len(ledger) == count + 2 and "|dW|/|W|" in ledger[0] and ledger[-1] == f"{count} modules: {count} applied"
     run("convert", lora / "kohya.safetensors", *model, "--format", "diffusers", "--out", tmp_path / "d.safetensors")

@@ -99,7 +99,7 @@ def test_the_record_is_the_runs_own_and_generates_it_again(
     assert (said["strength"], said["hand_over"], said["loras"][0]["scale"], said["part"]) == (0.6, 0.7, 0.9, [0.0, 1.0])
     assert set(said["dtypes"]) == {"unet", "vae", "clip", "clip_g"} and said["variant"] == "base"
     assert main(["resample", str(tmp_path / "a.png")]) == 0
-    assert "the same image, bit by bit" in capsys.readouterr().out
+    assert "the same image, bit for bit" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("scale", [{"*": 0.5}, torch.tensor([0.5])])

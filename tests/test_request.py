@@ -221,10 +221,10 @@ def test_a_png_names_no_folder_and_can_be_moved_with_its_files(
     home.rename(tmp_path / "elsewhere")
     moved = tmp_path / "elsewhere" / "out" / "a.png"
     assert main(["resample", str(moved)]) == 0
-    assert "the same image, bit by bit" in capsys.readouterr().out
+    assert "the same image, bit for bit" in capsys.readouterr().err
     Image.new("RGB", (32, 32), "red").save(tmp_path / "elsewhere" / "in.png")
     assert main(["resample", str(moved)]) == 0
-    said = capsys.readouterr().out
+    said = capsys.readouterr().err
     assert "another image (then image with other content)" in said
 
 

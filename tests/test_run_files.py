@@ -301,7 +301,7 @@ def test_ai_toolkits_flux_run_draws(
 ) -> None:
     monkeypatch.setenv("RUNS", "/somewhere")
     pictures = drawn(tmp_path / "out", written(tmp_path, FLUX, models["flux"]))
-    out = capsys.readouterr().out
+    out = capsys.readouterr().err
     assert values(pictures, "prompt", "seed", "width", "height", "steps", "guidance_scale", "cfg_scale", "sampler") == [
         ("gl4ssheron standing in a marsh at dawn, mist, long lens", 42, 64, 96, 4, 3.5, 1.0, "euler"),
         ("poster: a paper-cut gl4ssheron", 7, 96, 64, 4, 3.5, 1.0, "euler"),
@@ -335,7 +335,7 @@ def test_ai_toolkits_sd35_run_draws(
         (5, 96, 64, 4, 4.5, "blurry, watermark", "euler"),
         (1234, 64, 64, 5, 3.0, None, "euler"),
     ]
-    out = capsys.readouterr().out
+    out = capsys.readouterr().err
     assert "prompt 3 has no seed and takes the section's; ai-toolkit would go on with 5" in out
     assert pictures[1][1] == again(SD35Inference, models["sd3"], pictures[1][0])
 
@@ -355,7 +355,7 @@ def test_eridiffusions_run_draws(models: dict[str, Path], tmp_path: Path, capsys
         ("a bench in a garden of m0ss", 42, 3, 7.0, "ugly", "ddim"),
         ("m0ss on a stone lantern, rain", 43, 3, 7.0, "ugly", "ddim"),
     ]
-    assert capsys.readouterr().out.count("without effect here") == 1
+    assert capsys.readouterr().err.count("without effect here") == 1
     assert pictures[0][1] == again(SDXLInference, models["sdxl"], pictures[0][0])
 
 
@@ -372,7 +372,7 @@ def test_the_plans_section_draws(models: dict[str, Path], tmp_path: Path, capsys
     assert values(pictures, "prompt", "seed", "steps", "guidance_scale", "cfg_scale") == [
         ("a white swan on mars", 42, 4, 7.5, 1.0)
     ]
-    told = capsys.readouterr().out
+    told = capsys.readouterr().err
     assert "without effect here: sample_every (it is for training)" in told
     assert "without effect here: use_lora (no LoRA file is given)" in told
     assert "lora_scale has no effect without a LoRA that has no scale of its own" in told
@@ -428,7 +428,7 @@ def test_a_file_whose_family_is_not_the_models_is_refused(
 ) -> None:
     assert main(["sample", str(written(tmp_path, SDXL, models["flux"])), "--out", str(tmp_path / "out")]) == 2
     error = capsys.readouterr().err
-    assert "the model holds" in error and "is expected" in error and error.count("\n") == 1
+    assert "the model holds" in error and "is expected" in error.splitlines()[-1]
     other = written(tmp_path, SDXL, Path("nowhere"))
     assert len(drawn(tmp_path / "out", other, "--model", models["flux"])) == 2
 

@@ -544,7 +544,7 @@ def test_a_hand_over_without_a_refiner_is_told(whole: Any, tmp_path: Path, capsy
     model = ["--model", str(tiny.write_sdxl_model(tmp_path / "model")), "--steps", "1", "--device", "cpu"]
     (tmp_path / "run.yaml").write_text("sample: {prompts: [a swan], hand_over: 0.5, width: 64, height: 64}\n")
     assert main(["sample", *model, str(tmp_path / "run.yaml"), "--out", str(tmp_path / "a.png")]) == 0
-    assert capsys.readouterr().out.count("hand_over has no effect without a refiner") == 1
+    assert capsys.readouterr().err.count("hand_over has no effect without a refiner") == 1
     assert main(["sample", *model, "--prompt", "a swan", "--hand-over", "0.5", "--out", str(tmp_path / "b.png")]) == 2
     assert "hand_over has no effect without a refiner" in capsys.readouterr().err
 

@@ -137,7 +137,7 @@ def test_a_picture_drawn_in_training_is_that_of_inference_from_the_checkpoint_sa
     assert generate_again(loaded, read_settings(second.paths[0])).images[0].tobytes() == plain.images[0].tobytes()
 
     command = ["resample", str(second.paths[0]), "--transformer", str(checkpoint), "--out", str(tmp_path / "again.png")]
-    assert main(command) == 0 and "the same image, bit by bit" in capsys.readouterr().out
+    assert main(command) == 0 and "the same image, bit for bit" in capsys.readouterr().err
     assert main(["resample", str(second.paths[0])]) == 2
     assert "drawn in training, at step 1: give the checkpoint" in capsys.readouterr().err
 
@@ -165,9 +165,9 @@ def test_a_picture_drawn_in_training_is_that_of_inference_with_the_lora_saved_th
         plain = fresh.generate("a swan on mars", seed=5, steps=2, width=64, height=32)
         assert plain.images[0].tobytes() == second.images[0].tobytes()
         assert main(["resample", str(second.paths[0]), "--lora", str(file), "--out", str(tmp_path / "again.png")]) == 0
-        assert "the same image, bit by bit" in capsys.readouterr().out
+        assert "the same image, bit for bit" in capsys.readouterr().err
     assert main(["resample", str(tmp_path / "again.png")]) == 0  # it says its LoRA itself
-    assert "the same image, bit by bit" in capsys.readouterr().out
+    assert "the same image, bit for bit" in capsys.readouterr().err
     assert main(["resample", str(second.paths[0])]) == 2 and "or its LoRA as lora" in capsys.readouterr().err
 
 
@@ -267,7 +267,7 @@ def test_impossible_settings_are_refused_before_training(model: Any, tmp_path: P
     for wrong, says in (
         ({"sampler": "eulr"}, "'eulr' is not a sampler"), ({"width": 100}, "multiple of 16"), ({"seed": -1}, "the seed"),
         ({"sample_steps": 0}, "at least one step"), ({"cfg_interval": [0.8, 0.2]}, "two rising shares"),
-        ({"schedule": "karras"}, "Flux has one schedule"), ({"image": "none.png"}, "cannot be read"),
+        ({"schedule": "karras"}, "'karras' is not a schedule of Flux: it has one"), ({"image": "none.png"}, "cannot be read"),
         ({"lora": "a.safetensors"}, "lora has no meaning"),
     ):  # fmt: skip
         with pytest.raises(ConfigError, match=says):
@@ -392,7 +392,7 @@ def test_a_picture_of_the_command_line_is_drawn_again_by_its_own_png(
     command = ["sample", "--model", str(folders[family]), "--prompt", "a swan", "--steps", "3", "--out", str(path)]
     assert main([*command, *options]) == 0
     assert main(["resample", str(path)]) == 0
-    assert "the same image, bit by bit" in capsys.readouterr().out
+    assert "the same image, bit for bit" in capsys.readouterr().err
     again = read_settings(tmp_path / "a.again.png")
     assert again == read_settings(path)
 
@@ -401,7 +401,7 @@ def test_a_picture_from_a_picture_is_drawn_again_as_long_as_that_is_there(tmp_pa
     Image.new("RGB", (64, 64), "red").save(tmp_path / "red.png")
     command = ["sample", "--prompt", "a fox on snow", "--image", str(tmp_path / "red.png"), "--steps", "2"]
     assert main([*command, "--out", str(tmp_path / "a.png"), "--quiet"]) == 0
-    assert main(["resample", str(tmp_path / "a.png")]) == 0 and "bit by bit" in capsys.readouterr().out
+    assert main(["resample", str(tmp_path / "a.png")]) == 0 and "bit for bit" in capsys.readouterr().err
     (tmp_path / "red.png").unlink()
     assert main(["resample", str(tmp_path / "a.png")]) == 2 and "red.png' cannot be read" in capsys.readouterr().err
 
@@ -427,4 +427,4 @@ def test_another_picture_is_said_with_what_was_different(model: Any, tmp_path: P
     with Image.open(tmp_path / "a.png") as image:
         eridiff.images.save_png(image.rotate(90), tmp_path / "b.png", settings | {"torch": "1.0", "batch": 3})
     assert main(["resample", str(tmp_path / "b.png")]) == 0
-    assert "another image (then torch 1.0, now " in (said := capsys.readouterr().out) and "in one batch with 2" in said
+    assert "another image (then torch 1.0, now " in (said := capsys.readouterr().err) and "in one batch with 2" in said

@@ -1,11 +1,15 @@
-"""What several commands share: a device, a place to write to, a LoRA with its scale."""
+"""What several commands share: a device, a place to write to, a model that is there, a LoRA with its scale."""
 
 import os
+import sys
+import tempfile
+from difflib import get_close_matches
 from pathlib import Path
 
 import torch
 
-from eridiff.errors import ConfigError, EridiffError
+from eridiff.errors import CheckpointError, ConfigError, EridiffError, quoted
+from eridiff.files import kind_by_content
 
 DTYPES = {
     "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64,
@@ -13,13 +17,55 @@ DTYPES = {
 }  # fmt: skip
 
 
+PUBLISHED = {  # names by which sizes are known -> the repository of the weights
+    "flux-dev": "black-forest-labs/FLUX.1-dev", "flux-schnell": "black-forest-labs/FLUX.1-schnell",
+    "flux-krea": "black-forest-labs/FLUX.1-Krea-dev", "flux-kontext": "black-forest-labs/FLUX.1-Kontext-dev",
+    "flux-fill": "black-forest-labs/FLUX.1-Fill-dev", "flux-canny": "black-forest-labs/FLUX.1-Canny-dev",
+    "flux-depth": "black-forest-labs/FLUX.1-Depth-dev", "sd3-medium": "stabilityai/stable-diffusion-3-medium-diffusers",
+    "sd3.5-medium": "stabilityai/stable-diffusion-3.5-medium", "sd3.5-large": "stabilityai/stable-diffusion-3.5-large",
+    "sd3.5-large-turbo": "stabilityai/stable-diffusion-3.5-large-turbo",
+    "sdxl-base": "stabilityai/stable-diffusion-xl-base-1.0", "sdxl-refiner": "stabilityai/stable-diffusion-xl-refiner-1.0",
+}  # fmt: skip
+OTHER_IMAGES = (".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".jxl")
+
+
+def note(text: str) -> None:
+    """A notice, on stderr, so that stdout holds only paths."""
+    print(f"eridiff: {text}", file=sys.stderr)
+
+
 def check_writable(out: Path) -> None:
-    """Before hours of work, and without making anything: the nearest folder that exists must take new files."""
+    """Before hours of work, and without leaving anything: the nearest folder that exists must take new files."""
+    if out.suffix.lower() in OTHER_IMAGES:
+        raise EridiffError(f"'{out}' cannot be written: images are PNG; pass a name ending in .png, or a folder")
     home = out.absolute().parent if out.suffix.lower() == ".png" else out.absolute()
     while not home.exists():
         home = home.parent
-    if not home.is_dir() or not os.access(home, os.W_OK):
-        raise EridiffError(f"'{out}' cannot be written: '{home}' is no folder that takes new files")
+    try:
+        tempfile.TemporaryFile(dir=home).close()
+    except OSError as error:
+        why = "is not a folder" if not home.is_dir() else f"takes no new files ({error.strerror})"
+        raise EridiffError(f"'{out}' cannot be written: '{home}' {why}") from None
+
+
+def check_model(name: str) -> None:
+    """Raises CheckpointError, with what may be meant, for a path that is not there, and for a file that is not a checkpoint.
+
+    What may be a hub id is left to the hub.
+    """
+    path = Path(name).expanduser()
+    if path.is_file():
+        kind = (
+            kind_by_content(path) if path.suffix.lower() != ".safetensors" else None
+        )  # damaged ones are told when read
+        if kind is not None:
+            raise CheckpointError(f"{quoted(name)} is not a safetensors file: it is {kind}")
+    elif not path.exists() and name in PUBLISHED:
+        raise CheckpointError(f"'{name}' names sizes, not weights; pass a file, a folder or {PUBLISHED[name]}")
+    elif not path.exists() and path.suffix and path.parent.is_dir():
+        near = get_close_matches(path.name, sorted(entry.name for entry in path.parent.iterdir()), 1, 0.6)
+        if near:
+            raise CheckpointError(f"{quoted(name)} does not exist; did you mean {quoted(path.with_name(near[0]))}?")
 
 
 def device_of(name: str | None) -> torch.device | None:

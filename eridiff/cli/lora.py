@@ -1,7 +1,9 @@
 """`eridiff lora check | convert | merge | extract | resize`."""
 
 import argparse
-from collections.abc import Callable
+import re
+import textwrap
+from collections.abc import Callable, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -9,11 +11,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from eridiff.cli.common import dtype_of, scaled
+from eridiff.cli.common import check_model, dtype_of, scaled
 from eridiff.errors import ConfigError
 from eridiff.lora.decompose import extract_lora, resize_lora
 from eridiff.lora.decompose import table as energy_table
-from eridiff.lora.ledger import table
+from eridiff.lora.ledger import APPLIED, Row, counted, table
 from eridiff.lora.load import PARTS, Refusal, load_lora
 from eridiff.lora.merge import merge_file
 from eridiff.lora.save import FORMATS, save_lora
@@ -52,8 +54,9 @@ def add_parser(commands: Any) -> None:
         made.add_argument("--format", choices=FORMATS, default=default, help=f"{default} when not said")
         made.add_argument("--dtype", choices=DTYPES, help="of the matrices; theirs when not said")
 
-    check = command("check", _check, "print a row for each module: what becomes of it, and how much it changes")
+    check = command("check", _check, "show what becomes of each module, and how much it changes")
     check.add_argument("file")
+    check.add_argument("--wide", action="store_true", help="one line per module, as wide as its names are")
     convert = command("convert", _convert, "write a LoRA in another format")
     convert.add_argument("file")
     output(convert, "kohya")
@@ -76,16 +79,62 @@ def add_parser(commands: Any) -> None:
 
 
 def _check(options: argparse.Namespace) -> int:
+    check_model(options.file)
+    shown = table if options.wide else grouped
     try:
         lora = load_lora(
             options.file, _networks(options.model), part=options.part, allow_partial=options.partial, measure=True
         )
     except Refusal as error:
         if error.ledger:
-            print(table(error.ledger))
+            print(shown(error.ledger))
         raise
-    print(table(lora.ledger))
+    print(shown(lora.ledger))
     return 0
+
+
+def grouped(rows: Sequence[Row], width: int = 80) -> str:
+    """The rows in lines of at most `width` characters: modules that differ in numbers alone are one line, with their count."""
+    groups: dict[tuple[object, ...], list[Row]] = {}
+    for row in rows:
+        pattern = re.sub(r"\d+", "#", row.module or row.key)
+        groups.setdefault((row.status not in APPLIED, row.status, pattern, row.kind, row.rank, row.scale), []).append(
+            row
+        )
+    lines = [f"{'module':36} count  kind   rank   scale  |dW|/|W|"]
+    said = ""
+    for (refused, status, _, *_), members in sorted(groups.items(), key=lambda group: bool(group[0][0])):
+        if status != said:
+            lines.append(f"{status}:")
+            said = str(status)
+        lines += _line(members)
+        note = members[0].note
+        if refused and note:
+            others = f" ({len(members) - 1} more like it)" if len(members) > 1 else ""
+            lines += textwrap.wrap(note + others, width, initial_indent="      ", subsequent_indent="      ")
+    return "\n".join([*lines, counted(rows)])
+
+
+def _line(rows: Sequence[Row]) -> list[str]:
+    """The columns of modules that differ in numbers alone; a long name has a line of its own."""
+    names = [row.module or row.key for row in rows]
+    numbers = zip(*(re.findall(r"\d+", name) for name in names), strict=True)
+    ranges = iter(
+        [
+            f"{low}-{high}" if low != high else f"{low}"
+            for low, high in ((min(n), max(n)) for n in (list(map(int, c)) for c in numbers))
+        ]
+    )
+    name = "  " + re.sub(r"\d+", lambda _: next(ranges), names[0])
+    changes = sorted(row.change for row in rows if row.change is not None)
+    change = "" if not changes else f"{changes[0]:.2g}" if len(changes) == 1 else f"{changes[0]:.2g}-{changes[-1]:.2g}"
+    row = rows[0]
+    rank, scale = (f"{value:.4g}" if value is not None else "-" for value in (row.rank, row.scale))
+    cells = f"{len(rows):5}  {row.kind:5}  {rank:>4}  {scale:>6}  {change}".rstrip()
+    if len(name) <= 36:
+        return [f"{name:36} {cells}"]
+    pieces = textwrap.wrap(name.strip(), 76, break_on_hyphens=False)
+    return [*(f"  {piece}" for piece in pieces), f"{'':36} {cells}"]
 
 
 def _convert(options: argparse.Namespace) -> int:
@@ -157,9 +206,10 @@ def _networks(model: str, weights: bool = True) -> dict[str, nn.Module]:
         with torch.device("meta"):
             module = NETWORKS[network](config)
         return {network: module} | {name: published_encoder(name) for name in encoders}
-    if "/" not in model and not Path(model).exists():
+    if not Path(model).suffix and "/" not in model and not Path(model).exists():
         near = get_close_matches(model, PUBLISHED, 1)
-        raise ConfigError(f"'{model}' is no file and no published model" + (f"; did you mean '{near[0]}'?" if near else f"; there are {', '.join(PUBLISHED)}"))  # fmt: skip
+        raise ConfigError(f"'{model}' is not a file and not a published model" + (f"; did you mean '{near[0]}'?" if near else f"; there are {', '.join(PUBLISHED)}"))  # fmt: skip
+    check_model(model)
     components = {n: c for n, c in locate(model).components.items() if n in (*DENOISERS, *TEXT_ENCODERS)}
     if not weights:
         return {name: empty(component) for name, component in components.items()}

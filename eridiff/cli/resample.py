@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from eridiff.cli.common import check_writable, device_of, scaled
+from eridiff.cli.common import check_writable, device_of, note, scaled
 from eridiff.images import read_image, save_png
 from eridiff.inference.again import circumstances, generate_again, load_again, read_settings
 from eridiff.weights.locate import PART_NAMES
@@ -48,8 +48,8 @@ def _resample(options: argparse.Namespace) -> int:
     if not options.quiet:
         print(out)
         if image.tobytes() == original.convert("RGB").tobytes():
-            print("eridiff: the same image, bit by bit")
+            note("the same image, bit for bit")
         else:
             others = "; ".join(circumstances(settings, now))
-            print("eridiff: another image" + (f" (then {others})" if others else ""))
+            note("another image" + (f" (then {others})" if others else ""))
     return 0

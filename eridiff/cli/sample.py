@@ -9,7 +9,7 @@ from typing import Any
 
 from PIL import Image
 
-from eridiff.cli.common import DTYPES, check_writable, device_of, dtype_of, scaled
+from eridiff.cli.common import DTYPES, check_model, check_writable, device_of, dtype_of, note, scaled
 from eridiff.config import MODEL_OPTIONS, RunConfig, SampleSettings, Words
 from eridiff.errors import ConfigError, EridiffError
 from eridiff.images import contact_sheet, save_png, slug
@@ -29,90 +29,106 @@ BUILT_IN_PROMPTS = (
     "a parrot on grass", "a rocket at sunset", "a panda in the desert", "a unicorn in a cave",
 )  # fmt: skip
 PARTS = {
-    "transformer": "the network", "vae": "the autoencoder", "clip": "CLIP-L", "clip_g": "CLIP-G, of SD 3", "t5": "T5-XXL",
+    "transformer": "the network", "vae": "the autoencoder", "clip": "CLIP-L", "clip_g": "CLIP-G (SD 3, SDXL)", "t5": "T5-XXL",
 }  # fmt: skip
+TEXT_HELP = {  # of SD 3's options; the first value is the default
+    "t5_padding": "pad T5 to what the prompt needs, as the original does, or always to 256 tokens, as diffusers does",
+    "without_t5": "if no T5 is loaded, put zeros in place of its tokens, or leave them out",
+    "clip_windows": "if a prompt is longer than CLIP's 77 tokens, read the first 77, or all in windows of 77",
+}
+GROUPS = {  # heading of the help -> the fields of `Request` in it; all others are in "image"
+    "image to image": ("image", "strength", "mask"),
+    "Flux": ("guidance_scale", "control", "references"),
+    "SD 3": ("shift", "skip_layers"),
+    "SDXL": (
+        "hand_over", "original_size", "crop", "target_size", "aesthetic_score", "negative_aesthetic_score",
+    ),
+    "LoRA": ("lora_scale",),
+}  # fmt: skip
+EXAMPLES = """examples:
+  eridiff sample --prompt "a big robot at sunset" --seed 7
+  eridiff sample --model black-forest-labs/FLUX.1-schnell --prompt "a swan on mars" --offload stages
+  eridiff sample --model sd_xl_base_1.0.safetensors --lora fox.safetensors:0.8 --prompt "a fox"
+  eridiff sample run.yaml --steps 20 --out samples
+"""
 
 
 def add_parser(commands: Any) -> None:
     """Put the command beside the others."""
     parser = commands.add_parser(
-        "sample", help="generate images", description="Generate images; options win over the file."
+        "sample",
+        help="generate images",
+        usage="%(prog)s [options] [FILE]",
+        description="Generate images. Options override the file.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.set_defaults(run=_sample_on_every_rank)
+    titles = ("image", *GROUPS, "model", "device and memory")
+    groups = {title: parser.add_argument_group(title) for title in titles}
     parser.add_argument(
         "config",
         nargs="?",
         type=Path,
         metavar="FILE",
-        help="what to load and to generate: YAML, a trainer's too, or a prompt file",
+        help="what to load and to generate: a YAML or JSON configuration, also of a trainer, or a prompt file",
     )
-    _add_model(parser.add_argument_group("model"))
-    _add_request(parser.add_argument_group("image"))
-    run = parser.add_argument_group("run")
+    _add_request(groups)
+    _add_model(groups)
+    run = groups["image"]
     run.add_argument(
-        "--out", metavar="FOLDER", help="where images are written (samples); a name ending in .png is one file"
+        "--out", metavar="FOLDER", help="folder of the images (samples); a name ending in .png is one file"
     )
-    run.add_argument("--quiet", action="store_true", help="print nothing but errors")
-    run.add_argument("--list", action="store_true", help="show the words that the built-in model knows, or --model")
+    run.add_argument("--quiet", action="store_true", help="print only errors")
+    run.add_argument("--list", action="store_true", help="show the words that the built-in model, or --model, knows")
 
 
-def _add_model(group: Any) -> None:
-    def switch(name: str, help: str) -> None:
+def _add_request(groups: dict[str, Any]) -> None:
+    image = groups["image"]
+    image.add_argument("--prompt", action="append", metavar="TEXT", help=FIELDS["prompt"].metadata["help"])
+    image.add_argument("--prompts-file", type=Path, metavar="FILE", help="prompts in place of the configuration's, from kohya's .txt, .toml or .json")  # fmt: skip
+    image.add_argument("--size", metavar="WxH", help="width and height at once")
+    image.add_argument("--walk-seed", action="store_true", default=None, help="seed, seed + 1, ... over the prompts")
+    for name, field in FIELDS.items():
+        if name == "prompt" or field.metadata["python"]:
+            continue
+        title = next((title for title, names in GROUPS.items() if name in names), "image")
+        flags = [f"--{flag.replace('_', '-')}" for flag in (*field.metadata["flags"], name)]
+        groups[title].add_argument(
+            *flags, dest=name, default=None, help=field.metadata["help"], **field.metadata["kind"].flag
+        )
+
+
+def _add_model(groups: dict[str, Any]) -> None:
+    model, device, sd3, sdxl, lora = (groups[t] for t in ("model", "device and memory", "SD 3", "SDXL", "LoRA"))
+
+    def switch(group: Any, name: str, help: str) -> None:
         group.add_argument(name, action="store_true", default=None, help=help)
 
-    group.add_argument(
-        "--model", metavar="PATH|ID", help="a checkpoint, a folder or a hub id; the built-in small Flux otherwise"
+    model.add_argument(
+        "--model", metavar="PATH|ID", help="a checkpoint, a folder or a hub id (the built-in small Flux)"
     )
     for name, what in PARTS.items():
         flag = f"--{name.replace('_', '-')}"
-        group.add_argument(flag, metavar="PATH", help=f"{what}, if the model lacks it or it shall be replaced")
-    group.add_argument(
-        "--tokenizers", metavar="FOLDER", help="holds tokenizer/ (CLIP, may be absent) and tokenizer_2/ (T5)"
-    )
-    group.add_argument(
-        "--variant", help="whose defaults to sample with, where sizes cannot tell: sd3.5-large-turbo, depth"
-    )
+        model.add_argument(flag, metavar="PATH", help=f"{what}, if it is missing in the model or to replace it")
+    model.add_argument("--tokenizers", metavar="FOLDER", help="holds tokenizer/ (CLIP, optional) and tokenizer_2/ (T5)")
+    model.add_argument("--variant", help="whose defaults to use if several variants have these sizes: depth, sd3.5-large-turbo")  # fmt: skip
     for name, values in TEXT_OPTIONS.items():
-        what = f"of SD 3's text; {values[0]} by default"
-        group.add_argument(f"--{name.replace('_', '-')}", choices=values, help=what)
-    switch("--t5-mask", "hide T5's padding, for a network trained so")
-    group.add_argument("--prediction", choices=PREDICTIONS, help="what an SDXL predicts, where its file does not say")
-    switch("--zero-terminal-snr", "an SDXL whose last noise level is pure noise, where its file does not say")
-    group.add_argument(
-        "--empty-negative", choices=["zeros", "encoded"], help="SDXL's negative prompt when none is given"
+        sd3.add_argument(f"--{name.replace('_', '-')}", choices=values, help=TEXT_HELP[name])
+    switch(model, "--t5-mask", "Flux, SD 3: mask T5's padding, for a network that was trained with a mask")
+    switch(model, "--allow-unknown", "skip tensors of the file that the network does not use")
+    sdxl.add_argument("--refiner", metavar="PATH|ID", help="a refiner, which finishes the base's images")
+    sdxl.add_argument(
+        "--prediction", choices=PREDICTIONS, help="what the network predicts, if its file does not say it"
     )
-    group.add_argument("--device", help="cpu, cuda, cuda:1, ...; a GPU if there is one")
-    group.add_argument(
-        "--dtype", choices=DTYPES, help="of the computation; the file's on a GPU, float32 on a CPU with room"
-    )
-    group.add_argument("--refiner", metavar="PATH|ID", help="an SDXL refiner, which finishes the base's images")
-    group.add_argument(
-        "--lora",
-        action="append",
-        metavar="FILE[:SCALE]",
-        help="a LoRA of any format, or a peft folder; may be given several times",
-    )
-    switch("--lora-partial", "leave out what of a LoRA does not fit")
-    switch("--allow-unknown", "leave out what of a model's file its network does not use")
-    group.add_argument("--vae-rows", type=int, metavar="N", help="decode in strips of N rows: exact, in less memory")
-    group.add_argument("--offload", choices=["stages"], help="only the component at work is on the device")
-
-
-def _add_request(group: Any) -> None:
-    group.add_argument("--prompt", action="append", metavar="TEXT", help=FIELDS["prompt"].metadata["help"])
-    group.add_argument(
-        "--prompts-file",
-        type=Path,
-        metavar="FILE",
-        help="kohya's .txt, .toml or .json; in place of the configuration's prompts",
-    )
-    group.add_argument("--size", metavar="WxH", help="width and height at once")
-    group.add_argument("--walk-seed", action="store_true", default=None, help="seed, seed + 1, ... over the prompts")
-    for name, told in FIELDS.items():
-        if name == "prompt" or told.metadata["python"]:
-            continue
-        flags = [f"--{flag.replace('_', '-')}" for flag in (*told.metadata["flags"], name)]
-        group.add_argument(*flags, dest=name, default=None, help=told.metadata["help"], **told.metadata["kind"].flag)
+    switch(sdxl, "--zero-terminal-snr", "the last noise level is pure noise, if the file does not say it")
+    sdxl.add_argument("--empty-negative", choices=["zeros", "encoded"], help="the default of the negative prompt")
+    lora.add_argument("--lora", action="append", metavar="FILE[:SCALE]", help="a LoRA of any format, or a peft folder; repeatable")  # fmt: skip
+    switch(lora, "--lora-partial", "skip what of a LoRA does not fit")
+    device.add_argument("--device", help="cpu, cuda, cuda:1, ...; by default a GPU if there is one")
+    device.add_argument("--dtype", choices=DTYPES, help="of the computation; by default the file's on a GPU, float32 on a CPU if it fits")  # fmt: skip
+    device.add_argument("--offload", choices=["stages"], help="keep only the component at work on the device")
+    device.add_argument("--vae-rows", type=int, metavar="N", help="decode in strips of N rows: exact, in less memory")
 
 
 def _asked(options: argparse.Namespace) -> Words:
@@ -138,7 +154,7 @@ def _sample_on_every_rank(options: argparse.Namespace) -> int:
 
 
 def _sample(options: argparse.Namespace) -> int:
-    say = (lambda *_: None) if options.quiet else print
+    say: Callable[[str], object] = (lambda _: None) if options.quiet else note
     if options.list:
         return _list_words(BUILT_IN if options.model is None else options.model)
     asked = _asked(options)
@@ -150,9 +166,9 @@ def _sample(options: argparse.Namespace) -> int:
     settings = config.sample
     _check(settings, config)
     for notice in config.notices:
-        say(f"eridiff: {notice}")
-    if config.model is None:
-        say("eridiff: no model is given, so the built-in small Flux generates; --list shows its words")
+        say(notice)
+    if any(entry["prompt"] == "" for entry in settings.entries):
+        say("a prompt is empty; the image follows from the model alone")
     common: dict[str, Any] = {
         "device": device_of(config.device), "dtype": dtype_of(config.dtype), "offload": config.offload,
         "progress": not options.quiet,
@@ -163,16 +179,31 @@ def _sample(options: argparse.Namespace) -> int:
             raise ConfigError("a refiner works with an SDXL base alone")
         model = model.with_refiner(load(config.refiner, **common))  # type: ignore[arg-type]
     _apply_loras(model, settings, say)
-    if config.model is not None:
-        dtype = str(next(model.network.parameters()).dtype).removeprefix("torch.")
-        say(f"eridiff: {model.variant} ({model.why}), {dtype} on {model.device}")
     explicit = {"cfg_scale" if word == "true_cfg_scale" else word for word in asked}
     requests, notices = requests_of(settings, model, explicit)
     for notice in notices:
-        say(f"eridiff: {notice}")
+        say(notice)
+    say(_what_runs(model, requests, config.model is None))
     for path in _generate(model, requests, Path(settings.out)):
-        say(path)
+        if not options.quiet:
+            print(path)
     return 0
+
+
+def _what_runs(model: DiffusionInference, requests: list[Request], built_in: bool) -> str:
+    """One line: model, variant and why, dtype, device, and the numbers in which all images agree."""
+    name = "the built-in small Flux (--list shows its words)" if built_in else f"{model.variant} ({model.why})"
+    dtype = str(next(model.network.parameters()).dtype).removeprefix("torch.")
+    each = [request.checked(model) for request in requests]
+    numbers: dict[str, set[tuple[Any, ...]]] = {
+        "{} x {}": {(r.width, r.height) for r in each}, "{} step{}": {(r.steps, "s" * (r.steps != 1)) for r in each},
+        "guidance {:g}": {(r.guidance_scale,) for r in each}, "cfg {:g}": {(r.cfg_scale if r.cfg_scale != 1 else None,) for r in each},
+    }  # fmt: skip
+    said = [
+        text.format(*next(iter(found))) for text, found in numbers.items() if len(found) == 1 and (None,) not in found
+    ]
+    count = f"{len(requests)} image{'s' * (len(requests) > 1)}"
+    return ", ".join([name, f"{dtype} on {model.device}", count, *said])
 
 
 def _list_words(model: str) -> int:
@@ -186,13 +217,13 @@ def _list_words(model: str) -> int:
     return 0
 
 
-def _apply_loras(model: DiffusionInference, settings: SampleSettings, say: Callable[[str], None]) -> None:
+def _apply_loras(model: DiffusionInference, settings: SampleSettings, say: Callable[[str], object]) -> None:
     """Put the files on the model; those without a scale of their own are weighed by each request's `lora_scale`."""
     if not settings.lora and settings.use_lora:
-        say("eridiff: without effect here: use_lora (no LoRA file is given)")
+        say("without effect here: use_lora (no LoRA file is given)")
     for file, scale in settings.lora if settings.use_lora is not False else ():
         handle = model.apply_lora(file, scale, allow_partial=settings.lora_partial)
-        say(f"eridiff: {file}: {counted(handle.ledger)}")
+        say(f"{file}: {counted(handle.ledger)}")
 
 
 def _generate(model: DiffusionInference, requests: list[Request], out: Path) -> list[Path]:
@@ -266,3 +297,7 @@ def _check(settings: SampleSettings, config: RunConfig) -> None:
     if config.offload not in (None, "stages"):
         raise ConfigError(f"offload must be 'stages', not '{config.offload}'")
     check_writable(Path(settings.out))
+    named = config.model.values() if isinstance(config.model, dict) else [config.model, config.refiner]
+    for file in [*named, *(file for file, _ in settings.lora)]:
+        if isinstance(file, str):
+            check_model(file)

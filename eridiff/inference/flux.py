@@ -135,8 +135,9 @@ class FluxInference(DiffusionInference):
     def named_schedule(self, steps: int, width: int, height: int, name: str | None, shift: float | None) -> Schedule:
         """The original's points, shifted by the number of tokens for all variants but schnell."""
         if name not in (None, "original") or shift is not None:
+            wrong = f"'{name}' is not a schedule of Flux" if name not in (None, "original") else "Flux takes no shift"
             raise ConfigError(
-                "Flux has one schedule, 'original', whose shift follows from the size; give sigmas for another"
+                f"{wrong}: it has one, 'original', whose shift follows from the size; pass sigmas for another"
             )
         return flux_schedule(steps, (width // 16) * (height // 16), self.sampling.shift)
 

@@ -128,15 +128,14 @@ def t5_tokenizer(path: Path | None = None) -> Any:
     found = path if path is not None else _cached_t5()
     if found is None:
         raise CheckpointError(
-            "no T5 tokenizer was found: give a tokenizer.json or a folder with it (tokenizer_2 of "
-            "black-forest-labs/FLUX.1-dev) as 'tokenizers: {t5: PATH}' in the model section, or place it beside the model as "
-            "'tokenizer_2'"
+            "no T5 tokenizer was found: pass --tokenizers FOLDER, which holds tokenizer_2/ (of black-forest-labs/FLUX.1-dev), or "
+            "'tokenizers: {t5: PATH}' in the model section, or place it beside the model as 'tokenizer_2'"
         )
     file = found / "tokenizer.json" if found.is_dir() else found
     if not file.exists() and (found / "spiece.model").exists():
         return _from_sentencepiece(found)
     if not file.is_file():
-        raise CheckpointError(f"'{found}' is no T5 tokenizer: there is no tokenizer.json")
+        raise CheckpointError(f"'{found}' is not a T5 tokenizer: there is no tokenizer.json")
     return _checked_t5(file, _read_t5(file))
 
 
