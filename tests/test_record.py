@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 import subprocess
 import sys
@@ -235,7 +236,7 @@ def test_the_page_shows_every_picture_and_fetches_nothing_else(samples: Path, tm
     assert not page.open and page.cells == [4] * 5
     names = {unquote(link) for link in page.fetched}
     assert names == set(read_entries(samples)) and all((moved / name).is_file() for name in names)
-    assert "@import" not in text and "url(" not in text and "<script" not in text and "http" not in text
+    assert "@import" not in text and "url(" not in text and "<script>" in text and "http" not in text
     assert PROMPTS[0] in page.text and "step 10" in page.text and "ema" in page.text
     browser = next(
         (found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None
@@ -253,6 +254,23 @@ def test_the_page_shows_every_picture_and_fetches_nothing_else(samples: Path, tm
         subprocess.run([*command, (moved / "index.html").as_uri()], check=True, timeout=120, capture_output=True)
         with Image.open(shot) as seen:
             assert len(seen.convert("RGB").getcolors(1 << 24) or []) > 50
+
+
+def test_the_page_has_the_newest_step_first_and_the_common_settings_on_top(samples: Path) -> None:
+    text = (samples / "index.html").read_text()
+    assert re.findall(r"<th>step (\d+)</th>", text) == ["10", "5", "0"]
+    assert re.search(r"<h1>[^<]*sd3\.5-medium, \d+ x \d+, 1 steps?, dpmpp_2m, cfg [\d.]+, float32</h1>", text)
+
+
+def test_the_curves_of_the_page_have_one_scale(samples: Path) -> None:
+    """Each ends as high as its difference is beside the largest of all rows."""
+    text = (samples / "index.html").read_text()
+    largest = float(re.search(r"one scale, 0 to\s+(\d+\.\d)", text)[1])  # type: ignore[index]
+    curves = re.findall(r'up to ([\d.]+)</title><polyline points="([^"]+)"', text)
+    assert len(curves) == 4 and max(float(up) for up, _ in curves) == largest > 0
+    for up, points in curves:
+        top = min(float(point.split(",")[1]) for point in points.split())
+        assert top == pytest.approx(29 - 28 * float(up) / largest, abs=0.2)
 
 
 def test_drift_is_measured_from_the_first_picture_of_a_row_after_a_restart_too(samples: Path) -> None:
@@ -294,7 +312,7 @@ def test_a_row_is_an_entry_of_the_section(model: Any, tmp_path: Path) -> None:
     for step in (0, 5):
         said = sampler.sample(step).settings
     assert [one["training"]["drift"]["previous"]["rms"] for one in said] == [0, 0]
-    assert (tmp_path / "index.html").read_text().count("<img") == 4
+    assert (tmp_path / "index.html").read_text().count("<img loading") == 4
 
 
 def test_a_page_that_cannot_be_written_is_one_sentence(samples: Path, tmp_path: Path) -> None:

@@ -98,41 +98,106 @@ def drift_of(picture: Image.Image, entry: Entry, entries: Mapping[str, Entry], f
 
 
 def write_page(folder: str | os.PathLike[str], entries: Mapping[str, Entry] | None = None) -> Path:
-    """`index.html` beside the pictures: a row for each prompt and weights, a column for each step, drift below each picture.
+    """`index.html` beside the images: a row per prompt and weights, a column per step, the newest first.
 
-    Styles stand in the page and pictures are linked relatively, so that the folder can be moved and opened anywhere.
+    Styles and script are in the page and images are linked relatively, so that the folder can be moved and opened anywhere.
     Raises EridiffError when it cannot be written.
     """
     entries = read_entries(folder) if entries is None else entries
-    steps = sorted({entry.step for entry in entries.values()})
+    steps = sorted({entry.step for entry in entries.values()}, reverse=True)
+    found = rows(entries)
+    highest = max((y for row in found.values() for _, y in _points(row)), default=0.0)
     head = "".join(f"<th>step {step}</th>" for step in steps)
-    body = "\n".join(_row(row, steps) for row in rows(entries).values())
-    text = PAGE.format(style=STYLE, count=len(entries), steps=len(steps), head=head, body=body)
+    body = "\n".join(_row(row, steps, highest) for row in found.values())
+    text = PAGE.format(
+        style=STYLE, script=SCRIPT, about=escape(_about(list(entries.values()))), count=len(entries), steps=len(steps),
+        highest=f"{highest:.1f}", head=head, body=body,
+    )  # fmt: skip
     return write_text(Path(folder) / "index.html", text)
 
 
 STYLE = """
-body { font: 14px/1.4 system-ui, sans-serif; margin: 1.5em; color: #222; background: #fff }
-table { border-collapse: collapse }
+:root { color-scheme: light dark; --page: #fff; --text: #222; --faint: #666; --line: #bbb; --curve: #36c }
+@media (prefers-color-scheme: dark) { :root { --page: #16191d; --text: #e4e7eb; --faint: #9aa5b1; --line: #555; --curve: #7aa7ff } }
+* { box-sizing: border-box }
+body { font: 14px/1.4 system-ui, sans-serif; margin: 0; height: 100dvh; display: flex; flex-direction: column; color: var(--text); background: var(--page) }
+header { padding: 10px 16px } h1 { font-size: 18px; margin: 0 } header p { margin: 2px 0; color: var(--faint) }
+.scroll { flex: 1; overflow: auto; border-top: 1px solid var(--line) }
+table { border-collapse: separate; border-spacing: 0 }
 th, td { padding: 4px 6px; vertical-align: top; text-align: left; font-weight: normal }
-thead th { position: sticky; top: 0; background: #fff; border-bottom: 1px solid #999 }
-th:first-child { position: sticky; left: 0; background: #fff; min-width: 12em; max-width: 16em }
-img { display: block; width: 160px; height: auto; background: #eee }
-small { color: #666 } svg { display: block; margin-top: 6px } .scroll { overflow-x: auto }
+thead th { position: sticky; top: 0; z-index: 1; background: var(--page); border-bottom: 1px solid var(--line) }
+th:first-child { position: sticky; left: 0; background: var(--page); width: 200px; min-width: 200px; overflow-wrap: anywhere; border-right: 1px solid var(--line) }
+thead th:first-child { z-index: 2 }
+td img { display: block; width: 160px; height: auto; background: #8883; cursor: zoom-in }
+small { color: var(--faint) } svg { display: block; margin-top: 6px; max-width: 100% }
+dialog { border: 0; padding: 12px; max-width: 96vw; max-height: 96dvh; color: var(--text); background: var(--page) }
+dialog img { display: block; max-width: 100%; width: min(88vw, 74dvh); height: auto } dialog::backdrop { background: #000b }
+dialog p { margin: 0 0 8px } dialog button { font: inherit; padding: 4px 12px }
+@media (max-width: 600px) {
+  header { padding: 8px 10px } th:first-child { width: 36vw; min-width: 36vw; font-size: 12px } td img { width: 52vw }
+}
+"""
+SCRIPT = """
+const dialog = document.querySelector("dialog"), [large, words] = [dialog.querySelector("img"), dialog.querySelector("span")];
+let row = [], at = 0;
+const show = (i) => { at = Math.min(Math.max(i, 0), row.length - 1); large.src = row[at].src; words.textContent = row[at].alt; };
+document.querySelector("tbody").addEventListener("click", (event) => {
+  const link = event.target.closest("a");
+  if (!link || event.ctrlKey || event.metaKey) return;
+  event.preventDefault();
+  row = [...link.closest("tr").querySelectorAll("img")];
+  show(row.indexOf(link.querySelector("img")));
+  dialog.showModal();
+});
+const [newer, older, close] = dialog.querySelectorAll("button");
+newer.onclick = () => show(at - 1); older.onclick = large.onclick = () => show(at + 1 < row.length ? at + 1 : 0);
+close.onclick = () => dialog.close();
+dialog.addEventListener("keydown", (event) => {
+  if (event.key === "ArrowLeft") show(at - 1);
+  if (event.key === "ArrowRight") show(at + 1);
+});
 """
 PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>Samples</title>
-<meta name="viewport" content="width=device-width"><style>{style}</style></head><body>
-<h1>Samples</h1>
-<p>{count} pictures at {steps} steps, each row from the same noise. Below a picture: how far it is from the first of its row,
-in levels of 255 (root mean square over pixels; over 8 &times; 8 blocks, which leave texture out).</p>
+<html lang="en"><head><meta charset="utf-8"><title>Samples: {about}</title>
+<meta name="viewport" content="width=device-width, initial-scale=1"><style>{style}</style></head><body>
+<header><h1>{about}</h1>
+<p>{count} images at {steps} steps, the newest first. Each row starts from the same noise. Below an image: its difference from the
+first of its row, in levels of 255 (root mean square over pixels; over blocks of 8 &times; 8). All curves have one scale, 0 to
+{highest}.</p></header>
 <div class="scroll"><table><thead><tr><th>prompt, seed, weights</th>{head}</tr></thead><tbody>
 {body}
-</tbody></table></div></body></html>
+</tbody></table></div>
+<dialog><p><button>newer</button> <button>older</button> <button>close</button> <span></span></p><img alt="the image that was chosen"></dialog>
+<script>{script}</script></body></html>
 """
 
 
-def _row(row: Sequence[Entry], steps: Sequence[int]) -> str:
+def _about(entries: Sequence[Entry]) -> str:
+    """The model and the settings in which all images agree: "flux schnell, 64 x 64, 8 steps, euler, float32"."""
+    if not entries:
+        return "Samples"
+
+    def common(*names: str) -> list[Any]:
+        found = {json.dumps([entry.settings.get(name) for name in names]) for entry in entries}
+        return json.loads(next(iter(found))) if len(found) == 1 else [None] * len(names)
+
+    model, variant, width, height = common("model")[0], common("variant")[0], *common("width", "height")
+    name = Path(model).stem if isinstance(model, str) else model and "several files"
+    said = [name, variant if variant != name else None, width and height and f"{width} x {height}"]
+    texts = {
+        "steps": "{} steps",
+        "sampler": "{}",
+        "guidance_scale": "guidance {:g}",
+        "cfg_scale": "cfg {:g}",
+        "dtype": "{}",
+    }
+    for key, text in texts.items():
+        (value,) = common(key)
+        said.append(text.format(value) if value is not None and (key, value) != ("cfg_scale", 1.0) else None)
+    return ", ".join(str(text) for text in said if text) or "Samples"
+
+
+def _row(row: Sequence[Entry], steps: Sequence[int], highest: float) -> str:
     first = row[0]
     by_step = {entry.step: entry for entry in row}
     cells = []
@@ -144,26 +209,30 @@ def _row(row: Sequence[Entry], steps: Sequence[int]) -> str:
         moved = entry.settings["training"].get("drift", {}).get("first")
         figures = f"{moved['rms']:.1f}; {moved['coarse']:.1f}" if moved else "&nbsp;"
         link = quote(entry.name)
+        what = f"{first_text(entry.settings['prompt'])}, {entry.weights}, step {step}"
         cells.append(
-            f'<td><a href="{link}"><img loading="lazy" src="{link}" alt="{escape(first_text(entry.settings["prompt"]))}, '
-            f'step {step}"></a><small>{figures}</small></td>'
+            f'<td><a href="{link}"><img loading="lazy" src="{link}" alt="{escape(what)}"></a><small>{figures}</small></td>'
         )
     title = escape(first_text(first.settings["prompt"])) or "<i>empty prompt</i>"
-    label = f"{title}<br><small>seed {first.settings['seed']}, {escape(first.weights)}</small>{_curve(row)}"
+    label = f"{title}<br><small>seed {first.settings['seed']}, {escape(first.weights)}</small>{_curve(row, highest)}"
     return f"<tr><th>{label}</th>{''.join(cells)}</tr>"
 
 
-def _curve(row: Sequence[Entry]) -> str:
-    """The drift from the first picture over the steps, as a small drawing."""
-    points = [(e.step, e.settings["training"].get("drift", {}).get("first", {}).get("rms", 0.0)) for e in row]
+def _points(row: Sequence[Entry]) -> list[tuple[int, float]]:
+    """Step and difference from the first image of each image of a row."""
+    return [(e.step, e.settings["training"].get("drift", {}).get("first", {}).get("rms", 0.0)) for e in row]
+
+
+def _curve(row: Sequence[Entry], highest: float) -> str:
+    """The difference from the first image over the steps, as a small figure whose height is `highest`, the largest of all rows."""
+    points = _points(row)
     if len(points) < 2:
         return ""
-    first, span = points[0][0], max(points[-1][0] - points[0][0], 1)
-    highest = max(max(y for _, y in points), 1e-9)
-    path = " ".join(f"{(x - first) / span * 118 + 1:.1f},{29 - y / highest * 28:.1f}" for x, y in points)
+    first, span, largest = points[0][0], max(points[-1][0] - points[0][0], 1), max(y for _, y in points)
+    path = " ".join(f"{(x - first) / span * 118 + 1:.1f},{29 - y / max(highest, 1e-9) * 28:.1f}" for x, y in points)
     return (
-        f'<svg width="120" height="30" role="img"><title>drift from the first picture, up to {highest:.1f}</title>'
-        f'<polyline points="{path}" fill="none" stroke="#36c" stroke-width="1.5"/></svg>'
+        f'<svg width="120" height="30" role="img"><title>difference from the first image, up to {largest:.1f}</title>'
+        f'<polyline points="{path}" fill="none" stroke="var(--curve)" stroke-width="1.5"/></svg>'
     )
 
 
