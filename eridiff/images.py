@@ -1,17 +1,20 @@
 """Pictures in and out: tensors in [-1, 1], 8-bit PNGs that say how they were drawn, contact sheets."""
 
+import base64
+import io
 import json
 import logging
 import math
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
+from html import escape
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
+from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin, UnidentifiedImageError
 from torch import Tensor
 
 from eridiff.errors import ConfigError, EridiffError
@@ -203,12 +206,56 @@ def relative(file: str, folder: Path) -> str:
         return os.path.abspath(file)
 
 
-def contact_sheet(images: Sequence[Image.Image], columns: int | None = None, gap: int = 4) -> Image.Image:
-    """All pictures on one white sheet, row by row, about square; smaller ones stand in the cell's upper left corner."""
+def contact_sheet(
+    images: Sequence[Image.Image], columns: int | None = None, gap: int = 4, captions: Sequence[str] | None = None
+) -> Image.Image:
+    """All images on one white sheet, row by row, about square; smaller ones are in the cell's upper left corner.
+
+    - columns: how many, all rows but the last.
+    - gap: pixels around each image.
+    - captions: one below each image, shortened where it is wider; images below 160 pixels are then enlarged by a whole factor.
+    """
+    text = 0
+    if captions is not None:
+        factor = max(1, math.ceil(160 / max(max(image.size) for image in images)))
+        images = [
+            image.resize((image.width * factor, image.height * factor), Image.Resampling.BICUBIC) for image in images
+        ]
+        text = 18
     columns = columns or math.ceil(math.sqrt(len(images)))
     rows = math.ceil(len(images) / columns)
-    width, height = max(image.width for image in images) + gap, max(image.height for image in images) + gap
+    width, height = max(image.width for image in images) + gap, max(image.height for image in images) + gap + text
     sheet = Image.new("RGB", (columns * width + gap, rows * height + gap), "white")
+    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(12)
     for i, image in enumerate(images):
-        sheet.paste(image, (gap + i % columns * width, gap + i // columns * height))
+        left, top = gap + i % columns * width, gap + i // columns * height
+        sheet.paste(image, (left, top))
+        if captions is not None:
+            words = captions[i]
+            while pen.textlength(words, font) > width - gap:
+                words = words.removesuffix("...")[:-1] + "..."
+            pen.text((left, top + height - gap - text + 2), words, "black", font)
     return sheet
+
+
+def described(images: Sequence[Image.Image]) -> str:
+    """How many images of which size: "9 images 64 x 64"."""
+    sizes = " and ".join(dict.fromkeys(f"{image.width} x {image.height}" for image in images))
+    return f"{len(images)} image{'s' * (len(images) != 1)}{' ' * bool(sizes)}{sizes}"
+
+
+def png_bytes(image: Image.Image) -> bytes:
+    """The image as a PNG file."""
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    return file.getvalue()
+
+
+def html_of(images: Sequence[Image.Image], captions: Sequence[str]) -> str:
+    """Images with captions side by side, in HTML without links, as notebooks show it."""
+    figures = (
+        f'<figure style="margin:4px"><img src="data:image/png;base64,{base64.b64encode(png_bytes(image)).decode()}" '
+        f'width="{max(image.width, 128)}" alt=""><figcaption>{escape(caption)}</figcaption></figure>'
+        for image, caption in zip(images, captions, strict=True)
+    )
+    return f'<div style="display:flex;flex-wrap:wrap">{"".join(figures)}</div>'

@@ -1,5 +1,6 @@
 """PNGs appear whole, say how they were drawn, and are read by A1111's rules."""
 
+import io
 import json
 import re
 from pathlib import Path
@@ -14,8 +15,11 @@ from PIL import Image
 
 from eridiff.errors import ConfigError, EridiffError
 from eridiff.images import contact_sheet, parameters_text, read_image, save_png, to_images, to_tensor, upright
+from eridiff.inference import Prompt, Result
 from eridiff.inference.again import read_settings
 from eridiff.request import settle_size
+from eridiff.text import Conditioning
+from eridiff.training import Samples
 
 SETTINGS: dict[str, Any] = {
     "prompt": "a swan, 1: on mars", "negative": "blurry\ntext", "steps": 8, "sampler": "Euler", "cfg_scale": 1.0,
@@ -78,6 +82,35 @@ def test_a_contact_sheet_shows_every_picture(count: int, columns: int) -> None:
     sheet = contact_sheet(pictures, columns)
     found = {pixel for _, pixel in sheet.getcolors(10_000) or []}
     assert {(10 + i, 0, 0) for i in range(count)} <= found
+
+
+def test_captions_stand_below_enlarged_images_and_are_shortened() -> None:
+    images = [Image.new("RGB", (64, 64), "red"), Image.new("RGB", (64, 64), "blue")]
+    sheet = contact_sheet(images, 2, captions=["a swan", "a prompt that is much longer than its image is wide"])
+    assert sheet.size == (2 * (192 + 4) + 4, 4 + 192 + 18 + 4)
+    assert sheet.getpixel((100, 100)) == (255, 0, 0) and sheet.getpixel((300, 190)) == (0, 0, 255)
+    below = sheet.crop((0, 197, sheet.width, sheet.height))
+    dark = [x for x in range(below.width) if any(below.getpixel((x, y))[0] < 100 for y in range(below.height))]
+    assert min(dark) < 20 and 250 < max(dark) < sheet.width - 4  # both captions, the second within its image
+    assert not any(60 < x < 195 for x in dark)  # the first is short
+
+
+def test_results_are_shown_by_notebooks_and_described_in_a_line() -> None:
+    images = [Image.new("RGB", (64, 48), "red"), Image.new("RGB", (64, 48), "blue")]
+    settings = [{"prompt": "a <b>swan</b>", "seed": 7}, {"prompt": {"clip": "a fox"}, "seed": 8}]
+    result = Result(images, settings, latents=torch.zeros(2, 16, 6, 8))
+    assert repr(result) == "Result(2 images 64 x 48, seed 7, 8, kept: latents)"
+    html = result._repr_html_()
+    assert html.count("<img ") == 2 and "a &lt;b&gt;swan&lt;/b&gt;" in html and "a fox" in html and "http" not in html
+    with Image.open(io.BytesIO(result._repr_png_())) as sheet:
+        assert sheet.size == (2 * 68 + 4, 56)
+    samples = Samples(5, images=images, settings=settings, seconds=1.25, failure="TimeoutError: late")
+    assert repr(samples) == "Samples(step 5, 2 images 64 x 48, 1.2 s, failed: TimeoutError: late)"
+    assert "a fox, step 5" in samples._repr_html_()
+    prompt = Prompt(Conditioning(torch.zeros(1, 12, 64), torch.zeros(1, 64)))
+    assert repr(prompt) == (
+        "Prompt(positive=Conditioning(text [1, 12, 64], pooled [1, 64], torch.float32), negative=None)"
+    )
 
 
 def test_a_picture_becomes_a_tensor_and_back() -> None:

@@ -12,7 +12,7 @@ from PIL import Image
 from eridiff.cli.common import DTYPES, check_model, check_writable, device_of, dtype_of, note, scaled
 from eridiff.config import MODEL_OPTIONS, RunConfig, SampleSettings, Words
 from eridiff.errors import ConfigError, EridiffError
-from eridiff.images import contact_sheet, save_png, slug
+from eridiff.images import contact_sheet, first_text, save_png, slug
 from eridiff.inference import BUILT_IN, DiffusionInference, SDXLInference, load
 from eridiff.inference.sd35 import OPTIONS as TEXT_OPTIONS
 from eridiff.inference.sdxl import PREDICTIONS
@@ -245,7 +245,14 @@ def _generate(model: DiffusionInference, requests: list[Request], out: Path) -> 
     saved = spread(len(requests), save)
     paths = [path for path, _ in saved]
     if len(saved) > 1:
-        paths.append(save_png(contact_sheet([image for _, image in saved]), out / f"{start:04d}-contact-sheet.png"))
+        paths.append(
+            save_png(
+                contact_sheet(
+                    [image for _, image in saved], captions=[first_text(request.prompt) for request in requests]
+                ),
+                out / f"{start:04d}-contact-sheet.png",
+            )
+        )
     return paths
 
 

@@ -7,6 +7,7 @@ from typing import Any
 from PIL import Image
 from torch import Tensor
 
+from eridiff.images import contact_sheet, described, first_text, html_of, png_bytes
 from eridiff.schedulers.samplers import Draw
 from eridiff.text import Conditioning
 
@@ -63,3 +64,16 @@ class Result:
     conditioning: Prompt | None = None
     noise: Tensor | None = None  # [B, C, H / 8, W / 8], as drawn
     latents: Tensor | None = None  # [B, C, H / 8, W / 8], as decoded
+
+    def __repr__(self) -> str:
+        kept = [name for name in ("conditioning", "noise", "latents") if getattr(self, name) is not None]
+        seeds = ", ".join(str(settings.get("seed")) for settings in self.settings)
+        return f"Result({described(self.images)}, seed {seeds}{', kept: ' + ', '.join(kept) if kept else ''})"
+
+    def _repr_html_(self) -> str:
+        """The images with their prompts, as notebooks show them."""
+        return html_of(self.images, [first_text(settings.get("prompt")) for settings in self.settings])
+
+    def _repr_png_(self) -> bytes:
+        """The images as one, for notebooks that show no HTML."""
+        return png_bytes(contact_sheet(self.images))

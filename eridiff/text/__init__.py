@@ -20,6 +20,10 @@ class Conditioning:
     def __len__(self) -> int:
         return len(self.text)
 
+    def __repr__(self) -> str:
+        mask = "" if self.mask is None else f", mask {list(self.mask.shape)}"
+        return f"Conditioning(text {list(self.text.shape)}, pooled {list(self.pooled.shape)}{mask}, {self.text.dtype})"
+
     def repeat(self, count: int) -> "Conditioning":
         """A single prompt for `count` pictures."""
         mask = None if self.mask is None else self.mask.expand(count, -1)

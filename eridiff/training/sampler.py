@@ -18,7 +18,7 @@ from torch import nn
 from eridiff.blocks import unwrapped
 from eridiff.config import RunConfig, parse_config
 from eridiff.errors import ConfigError, TrainingError
-from eridiff.images import save_png, slug
+from eridiff.images import described, first_text, html_of, save_png, slug
 from eridiff.inference import DiffusionInference, Prompt, Result, Step
 from eridiff.inference.handed_in import check_dtypes, check_inference, check_sharding
 from eridiff.inference.section import requests_of
@@ -58,6 +58,14 @@ class Samples:
     settings: list[dict[str, Any]] = field(default_factory=list)  # one a picture, as in its PNG
     seconds: float = 0.0
     failure: str | None = None  # why not everything was drawn
+
+    def __repr__(self) -> str:
+        failed = f", failed: {self.failure}" if self.failure else ""
+        return f"Samples(step {self.step}, {described(self.images)}, {self.seconds:.1f} s{failed})"
+
+    def _repr_html_(self) -> str:
+        """The images with their prompts, as notebooks show them."""
+        return html_of(self.images, [f"{first_text(s['prompt'])}, step {self.step}" for s in self.settings])
 
 
 class Sampler:
