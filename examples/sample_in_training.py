@@ -1,4 +1,4 @@
-"""A bare training loop that draws: a LoRA teaches the built-in Flux to draw in grey, `python -m examples.sample_in_training`.
+"""A bare training loop with samples: a LoRA teaches the built-in Flux grey images, `python -m examples.sample_in_training`.
 
 Writes pictures, `index.html` and a strip into the folder `--out`; the LoRA beside them.
 """
@@ -15,7 +15,7 @@ from eridiff.models.flux import patchify
 from eridiff.training import LatentCache, Sampler, averaged_weights, write_strip
 from examples.tiny_world import World, scenes
 
-PROMPTS = ["a big fox at night", "a swan on mars", "a dragon on grass"]
+PROMPTS = ["a swan on mars", "a big robot at night", "a parrot on grass"]
 
 
 def grey(world: World, count: int) -> tuple[torch.Tensor, list[str]]:

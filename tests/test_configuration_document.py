@@ -92,7 +92,7 @@ def trainer(process: dict[str, Any], **document: Any) -> dict[str, Any]:
 
 
 SECTION = table("1. The section `sample`", "key")
-TOP_LEVEL = table("2. What stands beside it", "key")
+TOP_LEVEL = table("2. Top-level keys", "key")
 TRAINERS, SCHEDULE = "3. ai-toolkit and EriDiffusion", table("3. ai-toolkit and EriDiffusion", "key")
 FLAG_ROWS, KOHYA = table("4. Flags in prompts", "flag"), table("5. kohya's prompt files", "key")
 

@@ -19,11 +19,11 @@ def test_the_code_of_a_document_runs_on_a_gpu(
     page: str, gpu: PretendedGPU, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(OnGPU, "float64", page == "docs/embed.md")  # diffusers' Flux makes it there
+    monkeypatch.setattr(OnGPU, "float64", page in ("README.md", "docs/embed.md"))  # diffusers' Flux makes it there
     namespace: dict[str, Any] = {}
     pattern = r"^(?:```python|<!--- invisible-code-block: python)\n(.*?)^(?:```|--->)"
     blocks = re.findall(pattern, (ROOT / page).read_text(), flags=re.M | re.S)
-    assert len(blocks) > 2
+    assert len(blocks) > 1
     for block in blocks:
         exec(compile(block, page, "exec"), namespace)
     assert gpu.to_device > 0 or page in ("docs/embed.md", "docs/training.md")

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 READ = """
 import pathlib, re, sys
 names = {}
-for block in re.findall(r"^```python\\n(.*?)^```", pathlib.Path(sys.argv[1]).read_text(), re.S | re.M):
+for block in re.findall(r"^(?:```python|<!--- invisible-code-block: python)\\n(.*?)^(?:```|--->)", pathlib.Path(sys.argv[1]).read_text(), re.S | re.M):
     exec(block, names)
 """
 DEVICES = [pytest.param("cpu", marks=pytest.mark.slow), pytest.param("cuda", marks=pytest.mark.gpu)]

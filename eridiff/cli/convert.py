@@ -70,7 +70,7 @@ def add_parser(commands: Any) -> None:
         "out", metavar="OUT", type=Path, help="a folder; or a name ending in .safetensors: all parts in one file"
     )
     parser.add_argument("--to", required=True, choices=LAYOUTS)
-    parser.add_argument("--dtype", choices=DTYPES, help="of the weights, theirs when not said; fp8: of linear layers, with a scale each in the original layout and without in diffusers', which knows none")  # fmt: skip
+    parser.add_argument("--dtype", choices=DTYPES, help="of the weights (the file's); fp8: of linear layers, with a scale per layer in the original layout and without in diffusers', which knows none")  # fmt: skip
     parser.add_argument("--shard", type=float, metavar="GB", help="files of at most so many 10^9 bytes, and an index")
     parser.add_argument("--allow-unknown", action="store_true", help="leave out what a network does not use")
 

@@ -28,9 +28,9 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("found", metavar="A", help="your trace: a safetensors file, an .npz or a folder of .npy")
     parser.add_argument("expected", metavar="B", help="what it should be: a trace, or a golden case by name or folder")
     parser.add_argument(
-        "--map", metavar="NETWORK[:LAYOUT]", help="whose names A has: flux:diffusers; found when not said"
+        "--map", metavar="NETWORK[:LAYOUT]", help="whose names A has: flux:diffusers; detected by default"
     )
-    parser.add_argument("--weights", metavar="FILE", help="the checkpoint that A ran, where B is no case")
+    parser.add_argument("--weights", metavar="FILE", help="the checkpoint that A ran, if B is not a case")
     parser.add_argument(
         "--tolerance", type=float, metavar="T", help="relative L2 that counts as equal; ten times the rounding"
     )

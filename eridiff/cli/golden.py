@@ -37,9 +37,7 @@ def add_parser(commands: Any) -> None:
     export.add_argument(
         "--layout", default="original", metavar="LAYOUT", help="of the weights' names: original, diffusers or native"
     )
-    export.add_argument(
-        "--dtype", choices=DTYPES, default="float64", help="of weights and inputs; float64 when not said"
-    )
+    export.add_argument("--dtype", choices=DTYPES, default="float64", help="dtype of weights and inputs (float64)")
     check = kinds.add_parser(
         "check", help="compare traces with all cases of a family",
         description="Compare traces with all cases that belong together; 0 if all are equal, 1 if not, 2 if they cannot be compared.",

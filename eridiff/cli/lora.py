@@ -51,8 +51,8 @@ def add_parser(commands: Any) -> None:
 
     def output(made: Any, default: str) -> None:
         made.add_argument("--out", required=True, type=Path, metavar="FILE")
-        made.add_argument("--format", choices=FORMATS, default=default, help=f"{default} when not said")
-        made.add_argument("--dtype", choices=DTYPES, help="of the matrices; theirs when not said")
+        made.add_argument("--format", choices=FORMATS, default=default, help=f"default: {default}")
+        made.add_argument("--dtype", choices=DTYPES, help="dtype of the matrices (the file's)")
 
     check = command("check", _check, "show what becomes of each module, and how much it changes")
     check.add_argument("file")
@@ -63,14 +63,12 @@ def add_parser(commands: Any) -> None:
     merge = command("merge", _merge, "write the network with LoRAs in its weights")
     merge.add_argument("lora", nargs="+", metavar="FILE[:SCALE]")
     merge.add_argument("--out", required=True, type=Path, metavar="FILE")
-    merge.add_argument("--dtype", choices=DTYPES, help="of the weights; theirs when not said")
+    merge.add_argument("--dtype", choices=DTYPES, help="dtype of the weights (the file's)")
     extract = command("extract", _extract, "make a LoRA of the difference of two checkpoints", model=False)
     extract.add_argument("tuned")
     extract.add_argument("base")
     extract.add_argument("--rank", type=int, default=32)
-    extract.add_argument(
-        "--targets", nargs="+", default=["*"], metavar="PATTERN", help="of native module names; all when not said"
-    )
+    extract.add_argument("--targets", nargs="+", default=["*"], metavar="PATTERN", help="of native module names (all)")
     output(extract, "kohya")
     resize = command("resize", _resize, "write a LoRA with a smaller rank")
     resize.add_argument("file")
