@@ -16,7 +16,7 @@ from eridiff.images import METADATA_KEY, read_image, with_paths
 from eridiff.inference.base import DiffusionInference
 from eridiff.inference.result import Result
 from eridiff.request import FIELDS, Request
-from eridiff.weights.locate import Model
+from eridiff.weights.locate import ModelPath
 
 LOAD = (  # what a model is loaded with, of all families
     "vae_rows", "t5_padding", "without_t5", "t5_mask", "clip_windows", "prediction", "zero_terminal_snr", "empty_negative",
@@ -43,7 +43,7 @@ def read_settings(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def load_again(
-    settings: Mapping[str, Any], model: Model | None = None, *, loras: Sequence[tuple[str, float | None]] | None = None,
+    settings: Mapping[str, Any], model: ModelPath | None = None, *, loras: Sequence[tuple[str, float | None]] | None = None,
     **options: Any,
 ) -> DiffusionInference:  # fmt: skip
     """The model that a picture's settings name, or `model` in its place; parts that a mapping gives replace its own.
@@ -78,7 +78,7 @@ def load_again(
         settings["variant"]
     )  # of the network as its LoRAs have left it: a control LoRA changes its input
     sampling = settings.get("sampling") or {}  # a checkpoint of a training run may not say it again
-    loaded.sample_as(loaded.variant, replace(loaded.sampling, **sampling))
+    loaded.sampling = replace(loaded.sampling, **sampling)
     if settings.get("refiner"):
         dtype = getattr(torch, settings["dtype"])
         refiner = eridiff.load(settings["refiner"], device=loaded.device, dtype=dtype, progress=loaded.progress)
