@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from eridiff.errors import ConfigError
-from eridiff.images import read_image, upright
+from eridiff.images import read_image, transparency, upright
 from eridiff.schedulers.guidance import SkipLayers
 from eridiff.schedulers.samplers import SAMPLERS
 
@@ -113,6 +113,7 @@ METHOD = Kind(_reads(str), {"choices": SAMPLERS}, "heun")
 SKIPPED = Kind(
     _skip_layers, {"action": "store_true"}, "true", lambda v: asdict(v) if isinstance(v, SkipLayers) else v or None
 )
+SWITCH = Kind(_reads(bool), {"action": "store_true"}, "true")
 NAME = Kind(_schedule, {"metavar": "NAME"}, "karras", lambda v: v.tolist() if isinstance(v, Tensor) else v)
 SIZE = Kind(size_of, {"metavar": "WxH"}, "1024x768", lambda value: value and f"{value[1]}x{value[0]}")
 CORNER = Kind(
@@ -195,6 +196,10 @@ def _begun(request: "Request", model: Any) -> str | None:
     return "without the image that it is for" if request.image is None else None
 
 
+def _masked(request: "Request", model: Any) -> str | None:
+    return "without a mask" if request.mask is None else None
+
+
 def _weighed(request: "Request", model: Any) -> str | None:
     return (
         None if any(handle.scale is None for handle in model.loras) else "without a LoRA that has no scale of its own"
@@ -242,7 +247,7 @@ class Request:
         False, SKIPPED, "sd3.5-medium's published guidance by skipped layers", effect=_taken("skip_layers")
     )
     part: tuple[float, float] = option(
-        (0.0, 1.0), SHARES, "shares of the run; latents of the first part are the noise of the second", python=True
+        (0.0, 1.0), SHARES, "shares of the run; the `run` of the first part is the noise of the second", python=True
     )
     hand_over: float | None = option(
         None, NUMBER, "share of the run after which the refiner goes on (0.8)", low=0, high=1,
@@ -269,6 +274,9 @@ class Request:
         None, NUMBER, "0 keeps the image, 1 keeps nothing of it (0.75)", low=0, high=1, effect=_begun
     )
     mask: Picture | None = option(None, FILE, "paint only where it is white", effect=_begun)
+    mask_alpha: bool = option(
+        False, SWITCH, "paint where the mask is transparent, whatever its colours", effect=_masked
+    )
     control: Picture | None = option(None, FILE, "the image that Canny or Depth follows", effect=_followed)
     references: Picture | Sequence[Picture] | None = option(
         None, FILES, "an image that Kontext edits; may be given several times", words=("ctrl_img",),
@@ -345,6 +353,8 @@ class Request:
             raise ConfigError(f"{name} has no effect {reason}")
         prompts, seeds = matched(asked, rows)
         opened: dict[str, Any] = {name: _opened(getattr(asked, name)) for name in ("image", "mask", "control")}
+        if asked.mask_alpha:
+            opened["mask"] = transparency(opened["mask"])
         if asked.references is not None:
             opened["references"] = model.referred([_opened(p) for p in listed_pictures(asked.references)])
         begun = [opened[name] for name in ("image", "control") if opened[name] is not None]

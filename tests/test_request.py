@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageOps
 
 import eridiff
 from eridiff.cli import _parser, main
@@ -135,6 +135,7 @@ IDLE: list[tuple[str, str, dict[str, Any], str]] = [  # field, family, settings,
     ("negative_aesthetic_score", "flux", {"negative_aesthetic_score": 5.0}, "on dev"),
     ("strength", "flux", {"strength": 0.5}, "without the image that it is for"),
     ("mask", "flux", {"mask": PICTURE.convert("L")}, "without the image that it is for"),
+    ("mask_alpha", "flux", {"mask_alpha": True}, "without a mask"),
     ("control", "mmdit", {"control": PICTURE}, "Flux Canny and Depth follow a control image"),
     ("references", "flux", {"references": [PICTURE]}, "Flux Kontext edits references"),
     ("image", "kontext", {"image": PICTURE}, "without a strength: what it edits are references"),
@@ -226,6 +227,23 @@ def test_a_png_names_no_folder_and_can_be_moved_with_its_files(
     assert main(["resample", str(moved)]) == 0
     said = capsys.readouterr().out
     assert "another image (then image with other content)" in said
+
+
+def test_a_mask_may_say_by_its_transparency_what_is_painted() -> None:
+    model = families.inference("flux")
+    prompt = eridiff.Prompt(families.conditioning(model))
+    asked: dict[str, Any] = {"conditioning": prompt, "image": PICTURE, "width": 32, "height": 32, "steps": 1, "seed": 1}
+    grey = Image.linear_gradient("L").resize((32, 32))
+    clear = PICTURE.copy()
+    clear.putalpha(ImageOps.invert(grey))
+    found = [model.generate(mask=clear, mask_alpha=True, **asked), model.generate(mask=grey, **asked)]
+    assert found[0].images[0].tobytes() == found[1].images[0].tobytes()
+    assert found[0].settings[0]["mask_alpha"] is True
+    for mask in (grey, torch.zeros(1, 1, 32, 32)):
+        with pytest.raises(ConfigError, match="asks for a mask with an alpha channel, and this one has none"):
+            model.generate(mask=mask, mask_alpha=True, **asked)
+    with pytest.raises(ConfigError, match="say mask_alpha"):
+        model.generate(mask=clear, **asked)
 
 
 def test_older_pngs_are_read_too() -> None:

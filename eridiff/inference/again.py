@@ -78,7 +78,7 @@ def load_again(
         settings["variant"]
     )  # of the network as its LoRAs have left it: a control LoRA changes its input
     sampling = settings.get("sampling") or {}  # a checkpoint of a training run may not say it again
-    loaded.sampling = replace(loaded.sampling, **sampling)
+    loaded.model.sample_as(loaded.variant, replace(loaded.sampling, **sampling))
     if settings.get("refiner"):
         dtype = getattr(torch, settings["dtype"])
         refiner = eridiff.load(settings["refiner"], device=loaded.device, dtype=dtype, progress=loaded.progress)

@@ -55,7 +55,7 @@ from eridiff.schedulers.samplers import SAMPLERS, STOCHASTIC, Predict, mixed
 from eridiff.text import Conditioning
 from eridiff.weights.locate import ModelPath, Parts, locate
 
-KEEP = ("conditioning", "noise", "latents")
+KEEP = ("conditioning", "noise", "latents", "run")
 T = TypeVar("T")
 
 
@@ -324,12 +324,13 @@ class DiffusionInference(Family):
 
     @torch.no_grad()
     def denoise(
-        self, latents: Tensor, prompt: Prompt, steps: int | Schedule, *, image: Tensor | None = None,
+        self, latents: Tensor | Run, prompt: Prompt, steps: int | Schedule, *, image: Tensor | None = None,
         strength: float = 1.0, mask: Tensor | None = None, condition: Tensor | None = None,
         seeds: Sequence[int] | None = None, callback: Callback | None = None, **asked: Any,
     ) -> Tensor:  # fmt: skip
         """Noise -> latents, both `[B, C, H / 8, W / 8]`; float32 between steps whatever the network's dtype.
 
+        - latents: the noise, or the `Run` of the part before.
         - steps: how many, or the schedule itself.
         - image, strength: latents to begin from, with the noise of the share `strength` of the run, 0 to 1.
         - mask: `[B, 1, H / 8, W / 8]`; only where it is 1 is painted, the rest follows the image.
@@ -340,10 +341,11 @@ class DiffusionInference(Family):
 
         Raises ConfigError for settings that are impossible, EridiffError when the network gives values that are not finite.
         """
-        height, width = (side * LATENT_SCALE for side in latents.shape[-2:])
+        rows = (latents.x if isinstance(latents, Run) else latents).shape
+        height, width = (side * LATENT_SCALE for side in rows[-2:])
         schedule = self.schedule(steps, width, height) if isinstance(steps, int) else steps
         request = Request.of({**asked, "width": width, "height": height, "steps": schedule.steps})
-        settled = request.checked(self, len(latents))
+        settled = request.checked(self, rows[0])
         if settled.sampler in STOCHASTIC and seeds is None:
             raise ConfigError(f"{settled.sampler} draws noise on the way: give seeds, one an image")
         first, last = self.ends(schedule, settled.part, 1.0 if image is None else strength)
@@ -357,13 +359,19 @@ class DiffusionInference(Family):
         return max(first, first_step(schedule.steps, strength)), last
 
     def begun(
-        self, noise: Tensor, schedule: Schedule, first: int, image: Tensor | None, seeds: Sequence[int] | None
+        self, noise: Tensor | Run, schedule: Schedule, first: int, image: Tensor | None, seeds: Sequence[int] | None
     ) -> Run:
-        """A run before its step `first`: of an image's latents, or of noise, which may be the latents of a part before."""
-        noise = noise.to(self.device, torch.float32)
-        done = first if image is None else 0  # steps of the part before have drawn their noise
-        draw = noise_of_steps(seeds, noise, done) if seeds is not None else None
-        return Run(noise if image is None else mixed(image.to(self.device), noise, schedule, first), noise, draw)
+        """A run before its step `first`: of an image's latents, or of noise, which may be the run of a part before or its
+        latents, of which multi-step samplers remember nothing."""
+        before = noise if isinstance(noise, Run) else None
+        own = (noise.noise if isinstance(noise, Run) else noise).to(self.device, torch.float32)
+        start = before.start if before is not None else 0 if image is None else first
+        done = first - start  # steps of the part before have drawn their noise
+        draw = noise_of_steps(seeds, own, done) if seeds is not None else None
+        if before is not None:
+            clean = None if before.clean is None else before.clean.to(self.device)
+            return Run(before.x.to(self.device), own, draw, start, clean)
+        return Run(own if image is None else mixed(image.to(self.device), own, schedule, first), own, draw, start)
 
     @torch.no_grad()
     def walk(
@@ -433,14 +441,14 @@ class DiffusionInference(Family):
 
     def generate(
         self, prompt: Request | Text | Sequence[Text] = "", *, conditioning: Prompt | None = None,
-        noise: Tensor | None = None, keep: Sequence[str] = (), callback: Callback | None = None, **asked: Any,
+        noise: Tensor | Run | None = None, keep: Sequence[str] = (), callback: Callback | None = None, **asked: Any,
     ) -> Result:  # fmt: skip
         """Generate one image for each prompt and seed, all in one batch; one of either serves all of the other.
 
         - prompt: a text, one for each text encoder by name, several of either, or a whole `Request`.
         - conditioning: an encoded prompt in place of a text.
-        - noise: `[B, C, H / 8, W / 8]` in place of the seeds', or the latents of the part of a run before.
-        - keep: which of "conditioning", "noise", "latents" the result shall hold.
+        - noise: `[B, C, H / 8, W / 8]` in place of the seeds', or the `run` of the result of the part before.
+        - keep: which of "conditioning", "noise", "latents", "run" the result shall hold.
         - callback: is called with a `Step` after each step; the run ends where it returns something true.
         - asked: the fields of `Request`: negative, width, height, steps, seed, sampler, guidance_scale, cfg_scale, image, ...
           What is not said is the published variant's (`defaults`), and a seed is drawn.
@@ -510,14 +518,13 @@ class DiffusionInference(Family):
             start = self.encode_vae(image)
         noise = self._noise(asked, given.noise)
         blended = None if start is None or mask is None or self.inpaints else latent_mask(mask)
-        latents = yield from self._denoised(
-            noise, conditioning, points, asked, start, blended, condition, given.callback
-        )
+        run = yield from self._denoised(noise, conditioning, points, asked, start, blended, condition, given.callback)
+        latents = finite(run.x, "denoising")
         yield self.autoencoder
         decoded = self.decode_vae(latents).cpu()
         if image is not None and mask is not None:
             decoded = mask * decoded + (1 - mask) * image
-        kept: dict[str, Any] = {"conditioning": conditioning, "noise": noise, "latents": latents}
+        kept: dict[str, Any] = {"conditioning": conditioning, "noise": run.noise, "latents": latents, "run": run}
         settings = records(self.model, request, asked, given, self.circumstances())
         return Result(to_images(decoded), settings, **{name: kept[name] for name in given.keep})
 
@@ -534,26 +541,27 @@ class DiffusionInference(Family):
             found = Prompt(found.positive.repeat(count), found.negative and found.negative.repeat(count))
         return found
 
-    def _noise(self, asked: Checked, given: Tensor | None) -> Tensor:
+    def _noise(self, asked: Checked, given: Tensor | Run | None) -> Tensor | Run:
         """Of the seeds, or what was handed in; raises ConfigError for noise of another shape."""
         seeds, height, width = asked.seed, asked.height, asked.width
         shape = [len(seeds), self.latent_channels, height // LATENT_SCALE, width // LATENT_SCALE]
-        if given is not None and list(given.shape) != shape:
+        rows = given.x if isinstance(given, Run) else given
+        if rows is not None and list(rows.shape) != shape:
             raise ConfigError(
-                f"the noise has the shape {list(given.shape)}, and an image of {width}x{height} needs {shape}"
+                f"the noise has the shape {list(rows.shape)}, and an image of {width}x{height} needs {shape}"
             )
         return self.noise(seeds, width, height) if given is None else given
 
     def _denoised(
-        self, noise: Tensor, prompt: Prompt, points: Schedule, asked: Checked, image: Tensor | None,
+        self, noise: Tensor | Run, prompt: Prompt, points: Schedule, asked: Checked, image: Tensor | None,
         mask: Tensor | None, condition: Tensor | None, callback: Callback | None,
-    ) -> Stages[Tensor]:  # fmt: skip
-        """As `denoise`, in stages."""
+    ) -> Stages[Run]:  # fmt: skip
+        """As `denoise`, in stages; the run at its end."""
         first, last = self.ends(points, asked.part, 1.0 if image is None else asked.strength)
         run = self.begun(noise, points, first, image, asked.seed)
         yield self.network
         self.walk(run, prompt, points, asked, first, last, image, mask, condition, callback)
-        return finite(run.x, "denoising")
+        return run
 
     @property
     def guidance_embedding(self) -> bool:

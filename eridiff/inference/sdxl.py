@@ -16,9 +16,9 @@ from typing_extensions import Self, Unpack
 from eridiff.errors import ConfigError
 from eridiff.inference.base import DiffusionInference, of_encoder
 from eridiff.inference.family import Encoder
-from eridiff.inference.latents import beside, dtype_of, finite, finite_features
+from eridiff.inference.latents import beside, dtype_of, finite_features
 from eridiff.inference.options import Options
-from eridiff.inference.result import Callback, Prompt, Result
+from eridiff.inference.result import Callback, Prompt, Result, Run
 from eridiff.inference.settings import Defaults, spoken
 from eridiff.memory.stages import Stages
 from eridiff.models.autoencoder import Autoencoder
@@ -204,9 +204,9 @@ class SDXLInference(DiffusionInference):
         return (yield from super()._conditioned(asked, given))
 
     def _denoised(
-        self, noise: Tensor, prompt: Prompt, points: Schedule, asked: Checked, image: Tensor | None,
+        self, noise: Tensor | Run, prompt: Prompt, points: Schedule, asked: Checked, image: Tensor | None,
         mask: Tensor | None, condition: Tensor | None, callback: Callback | None,
-    ) -> Stages[Tensor]:  # fmt: skip
+    ) -> Stages[Run]:  # fmt: skip
         """The base as far as it goes, then the refiner, which takes over latents, noise and memory of the sampler."""
         first, last = self.ends(points, asked.part, 1.0 if image is None else asked.strength)
         if self.refines and first == 0 and image is None:
@@ -223,7 +223,7 @@ class SDXLInference(DiffusionInference):
         if not run.stopped:
             table = refiner.schedule(points.steps, asked.width, asked.height, asked.schedule)
             refiner.walk(run, own, table, asked, cut, last, image, mask, None, callback)
-        return finite(run.x, "denoising")
+        return run
 
     def told(self, asked: Checked) -> dict[str, Any]:
         """What the network is told of an image's size, and the refiner of its beauty."""
