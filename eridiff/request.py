@@ -464,8 +464,14 @@ def plain(value: Any) -> Any:
 
 
 def listed(prompt: Text | Sequence[Text]) -> list[Text]:
-    """A prompt, or several, as a list."""
-    return [prompt] if isinstance(prompt, str | Mapping) else list(prompt)
+    """A prompt, or several, as a list. Raises ConfigError for what is not text."""
+    found = list(prompt) if isinstance(prompt, Sequence) and not isinstance(prompt, str) else [prompt]
+    for text in (text for each in found for text in (each.values() if isinstance(each, Mapping) else [each])):
+        if not isinstance(text, str):
+            raise ConfigError(f"a prompt is a text, or a text for each text encoder by name, not {text!r}")
+        if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
+            raise ConfigError(f"the prompt {text!r} has half a character (a lone surrogate), which is not text")
+    return found
 
 
 def seeds_of(request: "Request") -> list[Any]:

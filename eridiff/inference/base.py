@@ -536,6 +536,7 @@ class DiffusionInference(Family):
             self.check_words(prompts)
             negative, steered = asked.negative, asked.cfg_scale != 1
             same = all(p == prompts[0] for p in prompts) and (negative is None or len(negative) == 1)
+            same = same and not any(handle.weighs_rows for handle in self.loras)
             found = yield from self._encoding(prompts[:1] if same else prompts, negative if steered else None, steered)
         if len(found.positive) == 1:
             found = Prompt(found.positive.repeat(count), found.negative and found.negative.repeat(count))

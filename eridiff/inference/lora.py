@@ -56,6 +56,12 @@ class LoraHandle:
         if self._taken_away is not None:
             self._taken_away(self)
 
+    @property
+    def weighs_rows(self) -> bool:
+        """Whether rows of a batch have scales of their own."""
+        scales = self._weight.values() if isinstance(self._weight, Mapping) else [self._weight]
+        return any(isinstance(scale, Tensor) and scale.ndim > 0 for scale in scales)
+
     def record(self) -> dict[str, Any]:
         """For a picture's settings."""
         scale = self._weight

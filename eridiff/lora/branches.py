@@ -36,13 +36,13 @@ def install_slots(network: nn.Module) -> None:
     for module in network.modules():
         if isinstance(module, nn.Linear | nn.Conv2d) and not has_slot(module):
             module.lora_branches = Branches()  # type: ignore[assignment]  # a list: no name of the network changes
-            module.register_forward_hook(_add_branches)
+            module.register_forward_hook(_add_branches, with_kwargs=True)
 
 
-def _add_branches(module: Any, inputs: tuple[Tensor], output: Tensor) -> Tensor:
+def _add_branches(module: Any, inputs: tuple[Tensor, ...], named: dict[str, Tensor], output: Tensor) -> Tensor:
     plain = output
     for branch in module.lora_branches:
-        output = branch(module, inputs[0], plain, output)
+        output = branch(module, *inputs, *named.values(), plain, output)
     return output
 
 
