@@ -19,7 +19,7 @@ from typing_extensions import Self, Unpack
 
 from eridiff.adopt import Adopted
 from eridiff.blocks import evaluation
-from eridiff.errors import ConfigError
+from eridiff.errors import ConfigError, quoted
 from eridiff.images import to_images, to_tensor
 from eridiff.inference.family import Encoder, Family
 from eridiff.inference.from_diffusers import model_of
@@ -118,11 +118,14 @@ class DiffusionInference(Family):
         offload, vae_rows, progress = options.get("offload"), options.get("vae_rows"), options.get("progress", True)
         if offload not in (None, "stages"):
             raise ConfigError(f"offload must be 'stages' or nothing, not {offload!r}")
-        if vae_rows is not None and vae_rows < 1:
-            raise ConfigError(f"vae_rows must be at least 1, not {vae_rows}")
+        if vae_rows is not None and (type(vae_rows) is not int or vae_rows < 1):
+            raise ConfigError(f"vae_rows must be a whole number, at least 1, not {vae_rows!r}")
         if variant is not None and variant not in self.variants:
             raise ConfigError(f"'{variant}' is no variant of {self.title()}; there are {', '.join(self.variants)}")
-        self.asked_device = None if device is None else torch.device(device)
+        try:
+            self.asked_device = None if device is None else torch.device(device)
+        except RuntimeError:
+            raise ConfigError(f"{quoted(device)} is not a device: cpu, cuda or cuda:1, say") from None
         self.asked_variant, self.dtype, self.offload, self.progress = variant, dtype, offload, progress
         self.vae_rows, self.allow_unknown = vae_rows, options.get("allow_unknown", False)
         self._staged: nn.Module | None = None  # the component that is in use

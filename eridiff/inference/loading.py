@@ -4,7 +4,6 @@ import json
 import logging
 import os
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,13 +11,14 @@ import torch
 from eridiff.errors import CheckpointError, ConfigError
 from eridiff.inference.family import Family
 from eridiff.inference.model import Model
+from eridiff.inference.settings import sampled_as
 from eridiff.inference.words import read_words
 from eridiff.lora.branches import install_slots
 from eridiff.text.encoders import build_encoder
 from eridiff.text.tokenizers import clip_tokenizer, t5_tokenizer
 from eridiff.weights.configs import DRAWN, check_fixed
 from eridiff.weights.detect import DESCRIPTIONS, Component
-from eridiff.weights.load import VARIANT, build, default_dtype
+from eridiff.weights.load import VARIANT, build, default_dtypes
 from eridiff.weights.locate import DENOISERS, PART_NAMES, TEXT_ENCODERS, Parts
 
 log = logging.getLogger(__name__)
@@ -47,10 +47,13 @@ def read(
     sampling = own_sampling(own, kind.choose_variant(own.config, name, variant)[0], kind.variants)
     words = read_words(own)
 
+    needed = {name: c for name, c in components.items() if name in (kind.family, "vae", *text)}
+    usual = default_dtypes(needed, device)
+
     def options(name: str) -> dict[str, Any]:
         by_name = isinstance(dtype, Mapping)
         asked = dtype.get(name) if isinstance(dtype, Mapping) else dtype
-        chosen = asked or default_dtype(components[name], device)
+        chosen = asked or usual[name]
         if name == "vae" and not by_name and chosen == torch.float16 and components[name].config.latent_channels == 4:
             log.info("SDXL's autoencoder overflows in float16, so it decodes in float32")
             chosen = torch.float32
@@ -107,10 +110,11 @@ def check_parts(kind: type[Family], components: Mapping[str, Component]) -> None
 
 def own_sampling(component: Component, variant: str, variants: Mapping[str, Any]) -> Any:
     """The variant's defaults with what a small file says in its metadata `eridiff.sampling`."""
+    where = f"{component.checkpoint.path}: the metadata eridiff.sampling"
     try:
         given = json.loads(component.checkpoint.metadata.get("eridiff.sampling", "{}"))
-        return replace(variants[variant], **given)
-    except (ValueError, TypeError) as error:
-        raise ConfigError(
-            f"{component.checkpoint.path}: the metadata eridiff.sampling cannot be used: {error}"
-        ) from None
+    except ValueError as error:
+        raise ConfigError(f"{where} cannot be used: {error}") from None
+    if not isinstance(given, dict):
+        raise ConfigError(f"{where} cannot be used: it must be a JSON object")
+    return sampled_as(variants[variant], given, where)
