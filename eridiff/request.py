@@ -465,7 +465,7 @@ def plain(value: Any) -> Any:
 
 def listed(prompt: Text | Sequence[Text]) -> list[Text]:
     """A prompt, or several, as a list. Raises ConfigError for what is not text."""
-    found = list(prompt) if isinstance(prompt, Sequence) and not isinstance(prompt, str) else [prompt]
+    found = list(prompt) if isinstance(prompt, Sequence) and not isinstance(prompt, str | bytes) else [prompt]
     for text in (text for each in found for text in (each.values() if isinstance(each, Mapping) else [each])):
         if not isinstance(text, str):
             raise ConfigError(f"a prompt is a text, or a text for each text encoder by name, not {text!r}")

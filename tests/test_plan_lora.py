@@ -127,6 +127,20 @@ def test_nothing_is_left_of_a_lora_that_does_not_fit(model: Any, folder: Path, t
     assert model.loras == [] and torch.equal(tiny.draw(model, "a swan").latents, plain.latents)
 
 
+def test_rows_of_equal_prompts_have_scales_of_their_own_in_text_encoders_too(folder: Path) -> None:
+    model = tiny.load(DiffusionInference, folder)
+    lora = load_lora(folder.parent / "lora" / "kohya.safetensors", model.model.modules())
+    rows = {}
+    for part in ("network", "text_encoders"):
+        with model.apply_lora(lora, torch.tensor([0.0, 1.0]), part=part):
+            rows[part] = tiny.draw(model, ["a swan"] * 2, seed=3).latents
+        for scale in (0.0, 1.0):
+            with model.apply_lora(lora, scale, part=part):
+                one = tiny.draw(model, "a swan", seed=3).latents
+            assert relative_l2(rows[part][int(scale)], one[0]) < 1e-5
+    assert relative_l2(rows["text_encoders"][0], rows["text_encoders"][1]) > 1e-3
+
+
 def test_files_and_scales_come_from_yaml_and_the_command_line(folder: Path, tmp_path: Path, capsys: Any) -> None:
     lora, out = folder.parent / "lora", tmp_path / "swan.png"
 

@@ -85,6 +85,23 @@ def test_an_impossible_value_is_one_sentence(settings: dict[str, Any], says: str
         Request(**settings).check()
 
 
+@pytest.mark.parametrize(
+    ("prompt", "says"),
+    [
+        (None, "not None"),
+        (["a", 3], "not 3"),
+        ({"t5": 3}, "not 3"),
+        ("a \ud800", "half a character"),
+        (b"a", "not b'a'"),
+    ],
+)
+def test_what_is_not_text_is_not_a_prompt(prompt: Any, says: str) -> None:
+    model = families.inference("flux")
+    for ask in (model.encode_prompt, model.generate, lambda p: model.encode_prompt("a", p) if p else model.generate(p)):
+        with pytest.raises(ConfigError, match=says):
+            ask(prompt)
+
+
 # merging --------------------------------------------------------------------------------------------------------------
 
 LAYERS = st.lists(

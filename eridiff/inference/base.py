@@ -295,11 +295,17 @@ class DiffusionInference(Family):
         negatives = None if negative is None else listed(negative)
         if negatives is not None and len(negatives) not in (1, len(prompts)):
             raise ConfigError(f"{len(negatives)} negative prompts for {len(prompts)} prompts: give as many, or one")
+        if negatives is not None and self._weighs_rows:  # then equal texts are not encoded alike
+            negatives *= len(prompts) // len(negatives)
         both = yield from self.encoding([*prompts, *(negatives or [])])
         positive, other = (both.rows(part) for part in (slice(0, len(prompts)), slice(len(prompts), None)))
         if negatives is None:
             return Prompt(positive)
         return Prompt(positive, other if len(negatives) == len(prompts) else other.repeat(len(prompts)))
+
+    @property
+    def _weighs_rows(self) -> bool:
+        return any(handle.weighs_rows for handle in self.loras)
 
     @property
     def latent_channels(self) -> int:
@@ -539,8 +545,9 @@ class DiffusionInference(Family):
             self.check_words(prompts)
             negative, steered = asked.negative, asked.cfg_scale != 1
             same = all(p == prompts[0] for p in prompts) and (negative is None or len(negative) == 1)
-            same = same and not any(handle.weighs_rows for handle in self.loras)
-            found = yield from self._encoding(prompts[:1] if same else prompts, negative if steered else None, steered)
+            found = yield from self._encoding(
+                prompts[:1] if same and not self._weighs_rows else prompts, negative if steered else None, steered
+            )
         if len(found.positive) == 1:
             found = Prompt(found.positive.repeat(count), found.negative and found.negative.repeat(count))
         return found
