@@ -137,12 +137,15 @@ class Branch(nn.Module):
             change = change.roll(change.shape[features] // 2, features)
         if self.target.rows is None:
             return out + change.to(out.dtype)
-        first, last = self.target.rows  # the other rows are copied, not added to
-        out = out.expand(
-            change.shape[0], *out.shape[1:]
-        )  # one row for all, which the scale of each may have made several
-        before, own, behind = out.split([first, last - first, out.shape[features] - last], features)
-        return torch.cat([before, own + change.to(out.dtype), behind], features)
+        first, last = self.target.rows
+        change = change.to(out.dtype)
+        shape = (change.shape[0], *out.shape[1:])  # one row for all, which the scale of each may have made several
+        if not torch.is_grad_enabled():  # the slices of a fused layer are added to one copy of its output
+            out = out.expand(shape).clone() if out is plain or out.shape != shape else out
+            out.narrow(features, first, last - first).add_(change)
+            return out
+        before, own, behind = out.expand(shape).split([first, last - first, out.shape[features] - last], features)
+        return torch.cat([before, own + change, behind], features)
 
     def _product(self, base: Any, x: Tensor) -> Tensor:
         """The change of the weight, at ratio 1 and without DoRA, times x."""
