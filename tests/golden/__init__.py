@@ -1,7 +1,8 @@
 """`python -m tests.golden FOLDER...`: run golden cases through the ordinary loader and print a table of errors.
 
 Each case's weights are rebuilt by `hashfill`, written in the original layout, loaded by `eridiff.weights`, and run in
-float64 and float32. Exit code 1 when a tolerance is exceeded, 2 when a folder is no case.
+float64 and float32. What is run stands in its `case.json` alone (tests/goldens/README.md). Exit code 1 when a tolerance is
+exceeded, 2 when a folder is no case.
 """
 
 import json
@@ -34,8 +35,9 @@ TEXT = ("clip", "clip_g", "t5", "sd3-text", "sdxl-text")
 
 def run_case(folder: Path, dtypes: Sequence[torch.dtype] = (torch.float64, torch.float32)) -> list[Row]:
     """Every comparison of a case folder; raises ValueError for a folder that is no case this runner knows."""
-    if not (folder / "case.json").is_file():
-        raise ValueError(f"{folder} holds no case.json")
+    for name in ("case.json", "expected.safetensors"):
+        if not (folder / name).is_file():
+            raise ValueError(f"{folder} holds no {name}")
     case = json.loads((folder / "case.json").read_text()) | {"folder": str(folder)}
     kind = case.get("kind")
     if kind not in RUNNERS:

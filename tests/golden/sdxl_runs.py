@@ -1,6 +1,6 @@
 """SDXL's trajectories: every sampler of sgm, k-diffusion and diffusers on its own table, with a network or a formula.
 
-Each run of case.json says what is run; docs/traces.md has the words.
+Each run of case.json says what is run; tests/goldens/README.md has the words.
 """
 
 import math
