@@ -160,10 +160,10 @@ def open_case(folder: Path) -> Case:
             *description.get("outputs", ()),
         ]
         order = [name for name in order if "float32" not in name]  # what the original's own rounding gives
-        if description["kind"] not in NETWORKS:
-            raise TraceError(
-                f"{quoted(folder)} is a golden of the kind {quoted(description['kind'])}; give one of {', '.join(NETWORKS)}"
-            )
+        kind = description.get("kind")
+        if kind not in NETWORKS:
+            said = "its case.json says no kind" if kind is None else f"it is a golden of the kind {quoted(kind)}"
+            raise TraceError(f"{quoted(folder)}: {said}; give one of {', '.join(NETWORKS)}")
         return Case(description["case"], description, {name: expected[name] for name in order if name in expected})
     except (OSError, ValueError, KeyError) as error:
         reason = " ".join(str(error).split())
