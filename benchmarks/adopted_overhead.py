@@ -15,9 +15,9 @@ import torch
 from diffusers import FluxTransformer2DModel
 
 from benchmarks.forwards import arguments, axes, in_turns, print_ratios, seconds, write
+from eridiff.adopt import adopt
 from eridiff.lora import inject_lora
 from eridiff.models.flux import Flux
-from eridiff.training.adopt import adopt
 
 
 def trainers_network(hidden: int) -> Any:

@@ -43,27 +43,38 @@ def section() -> Iterator[str]:
 
 
 def doors() -> Iterator[str]:
-    """Every field of `Request`: its name in Python and in a PNG, in sections, on the command line, and in trainers' files."""
-    flags: dict[str, list[str]] = {}
-    for flag, (key, _) in FLAGS.items():
-        name = {"scale": "cfg_scale", "prompt_2": "prompt"}.get(key, SAID.get(key, key))
-        flags.setdefault(name, []).append(f"`--{flag}`")
-    kohya = {WORDS.get(name, name): key for key, name in KOHYA_KEYS.items()}
+    """Every field of `Request` at every door; trainers' prompts are the texts with flags, kohya's its files' entries too."""
+
+    def flags(scale: str) -> dict[str, list[str]]:
+        """Of each field, where `scale` is what a trainer means by it."""
+        found: dict[str, list[str]] = {}
+        for flag, (key, _) in FLAGS.items():
+            name = {"scale": scale, "prompt_2": "prompt"}.get(key, SAID.get(key, key))
+            found.setdefault(name, []).append(f"`--{flag}`")
+        return found
+
+    toolkit, kohya = flags("guidance_scale"), flags("cfg_scale")
+    renamed = {WORDS.get(name, name): key for key, name in KOHYA_KEYS.items()}
     for name, told in FIELDS.items():
         data = told.metadata
         if data["python"]:
-            yield f"| `{name}` | with tensors, in a program alone | | | {data['help']} |"
+            yield f"| `{name}` | with tensors, in a program alone | | | | {data['help']} |"
             continue
         keys = [f"`{key}`" for key in dict.fromkeys((name, *data["words"])) if key in SAID or key == "prompts"]
         line = ["`--prompt`"] if name == "prompt" else [f"`--{f.replace('_', '-')}`" for f in (*data["flags"], name)]
-        trainers = [*([f"`{kohya[name]}`"] if name in kohya else []), *flags.get(name, [])] or keys[:1]
+        entry = [f"`{renamed.get(name, name)}`", *kohya.get(name, [])]
+        text = toolkit.get(name, ["the section's key"])
         low, high = data["low"], data["high"]
         ends = f"; {low:g} to {high:g}" if high is not None else f"; at least {low:g}" if low is not None else ""
-        yield f"| `{name}` | {', '.join(keys)} | {', '.join(line)} | {', '.join(trainers)} | {data['help']}{ends} |"
+        columns = (f"`{name}`", *map(", ".join, (keys, line, text, entry)), f"{data['help']}{ends}")
+        yield f"| {' | '.join(columns)} |"
 
 
 TABLES = {
-    "request": ("| Python and PNG | section | command line | trainers' prompts | what |", doors),
+    "request": (
+        "| Python, PNG, resample | section, ai-toolkit's too | command line | ai-toolkit's prompts | kohya's prompts | what |",
+        doors,
+    ),
     "section": ("| key | example | each | here |", section),
 }
 

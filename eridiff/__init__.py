@@ -4,6 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # what type checkers and editors see; a test compares it with the two tables below
+    from eridiff import adopt as adopt
     from eridiff import blocks as blocks
     from eridiff import errors as errors
     from eridiff import images as images
@@ -47,7 +48,7 @@ __version__ = "0.1.0.dev0"
 
 # imported on first use, so that importing a network imports no text encoder
 _MODULES = (
-    "blocks", "errors", "images", "inference", "inspect", "lora", "memory", "models", "run_files", "schedulers", "text",
+    "adopt", "blocks", "errors", "images", "inference", "inspect", "lora", "memory", "models", "run_files", "schedulers", "text",
     "trace", "training", "weights",
 )  # fmt: skip
 _PLACES = {

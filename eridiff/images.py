@@ -95,9 +95,16 @@ def _opaque(image: Image.Image, mask: bool) -> Image.Image:
     if whole.getchannel("A").getextrema() == (255, 255):
         return image
     if mask:
-        raise ConfigError("the mask is transparent in places: give a grey image, white where it shall paint (of an alpha channel: image.getchannel('A'))")  # fmt: skip
+        raise ConfigError("the mask is transparent in places: give a grey image, white where it shall paint, or say mask_alpha (--mask-alpha) to paint where it is transparent")  # fmt: skip
     log.warning("the image is transparent in places, which become white")
     return Image.alpha_composite(Image.new("RGBA", whole.size, "white"), whole)
+
+
+def transparency(image: Image.Image | Tensor) -> Image.Image:
+    """A grey image of how transparent another is, white where it is wholly. Raises ConfigError for one that is nowhere."""
+    if not isinstance(image, Image.Image) or not image.has_transparency_data:
+        raise ConfigError("mask_alpha asks for a mask with an alpha channel, and this one has none")
+    return ImageOps.invert(image.convert("RGBA").getchannel("A"))
 
 
 def read_image(path: str | os.PathLike[str]) -> Image.Image:

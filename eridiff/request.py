@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from eridiff.errors import ConfigError
-from eridiff.images import read_image, upright
+from eridiff.images import read_image, transparency, upright
 from eridiff.schedulers.guidance import SkipLayers
 from eridiff.schedulers.samplers import SAMPLERS
 
@@ -113,6 +113,7 @@ METHOD = Kind(_reads(str), {"choices": SAMPLERS}, "heun")
 SKIPPED = Kind(
     _skip_layers, {"action": "store_true"}, "true", lambda v: asdict(v) if isinstance(v, SkipLayers) else v or None
 )
+SWITCH = Kind(_reads(bool), {"action": "store_true"}, "true")
 NAME = Kind(_schedule, {"metavar": "NAME"}, "karras", lambda v: v.tolist() if isinstance(v, Tensor) else v)
 SIZE = Kind(size_of, {"metavar": "WxH"}, "1024x768", lambda value: value and f"{value[1]}x{value[0]}")
 CORNER = Kind(
@@ -195,6 +196,10 @@ def _begun(request: "Request", model: Any) -> str | None:
     return "without the image that it is for" if request.image is None else None
 
 
+def _masked(request: "Request", model: Any) -> str | None:
+    return "without a mask" if request.mask is None else None
+
+
 def _weighed(request: "Request", model: Any) -> str | None:
     return (
         None if any(handle.scale is None for handle in model.loras) else "without a LoRA that has no scale of its own"
@@ -247,7 +252,7 @@ class Request:
         False, SKIPPED, "skip-layer guidance, as published for sd3.5-medium", effect=_taken("skip_layers")
     )
     part: tuple[float, float] = option(
-        (0.0, 1.0), SHARES, "shares of the run; latents of the first part are the noise of the second", python=True
+        (0.0, 1.0), SHARES, "shares of the run; the `run` of the first part is the noise of the second", python=True
     )
     hand_over: float | None = option(
         None, NUMBER, "share of the run after which the refiner continues (0.8)", low=0, high=1,
@@ -274,6 +279,9 @@ class Request:
         None, NUMBER, "0 keeps the image, 1 keeps nothing of it (0.75)", low=0, high=1, effect=_begun
     )
     mask: Picture | None = option(None, FILE, "repaint only where this image is white", effect=_begun)
+    mask_alpha: bool = option(
+        False, SWITCH, "repaint where the mask is transparent, whatever its colours", effect=_masked
+    )
     control: Picture | None = option(None, FILE, "the edges or depth map for Canny or Depth", effect=_followed)
     references: Picture | Sequence[Picture] | None = option(
         None, FILES, "an image that Kontext edits; repeatable", words=("ctrl_img",),
@@ -350,6 +358,8 @@ class Request:
             raise ConfigError(f"{name} has no effect {reason}")
         prompts, seeds = matched(asked, rows)
         opened: dict[str, Any] = {name: _opened(getattr(asked, name)) for name in ("image", "mask", "control")}
+        if asked.mask_alpha:
+            opened["mask"] = transparency(opened["mask"])
         if asked.references is not None:
             opened["references"] = model.referred([_opened(p) for p in listed_pictures(asked.references)])
         begun = [opened[name] for name in ("image", "control") if opened[name] is not None]
@@ -474,8 +484,14 @@ def plain(value: Any) -> Any:
 
 
 def listed(prompt: Text | Sequence[Text]) -> list[Text]:
-    """A prompt, or several, as a list."""
-    return [prompt] if isinstance(prompt, str | Mapping) else list(prompt)
+    """A prompt, or several, as a list. Raises ConfigError for what is not text."""
+    found = list(prompt) if isinstance(prompt, Sequence) and not isinstance(prompt, str | bytes) else [prompt]
+    for text in (text for each in found for text in (each.values() if isinstance(each, Mapping) else [each])):
+        if not isinstance(text, str):
+            raise ConfigError(f"a prompt is a text, or a text for each text encoder by name, not {text!r}")
+        if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
+            raise ConfigError(f"the prompt {text!r} has half a character (a lone surrogate), which is not text")
+    return found
 
 
 def seeds_of(request: "Request") -> list[Any]:

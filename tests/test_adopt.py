@@ -13,13 +13,13 @@ from torch import distributed as dist
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 
 from eridiff import FluxInference, Prompt
+from eridiff.adopt import COPIED, Adopted, adopt
+from eridiff.adopt.layers import Elsewhere
 from eridiff.errors import CheckpointError, ConfigError
 from eridiff.models.flux import FluxConfig, position_ids
 from eridiff.text import Conditioning
 from eridiff.trace.record import relative_l2
 from eridiff.training import Sampler, shard
-from eridiff.training.adopt import COPIED, Adopted, adopt
-from eridiff.training.live import Elsewhere
 from eridiff.weights.keymap import key_map
 from tests import tiny
 from tests.golden.case import Float32Sinusoid, float32_sinusoid

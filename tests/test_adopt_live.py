@@ -17,13 +17,13 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from eridiff import SDXLInference, load_lora
+from eridiff.adopt import adopt
+from eridiff.adopt.layers import reads
 from eridiff.lora import attach_lora
 from eridiff.models.autoencoder import AutoencoderConfig
 from eridiff.models.flux import FluxConfig
 from eridiff.models.mmdit import MMDiTConfig
 from eridiff.trace.record import relative_l2
-from eridiff.training.adopt import adopt
-from eridiff.training.live import reads
 from eridiff.training.restore import members
 from eridiff.weights.detect import sizes_of
 from eridiff.weights.keymap import key_map

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from eridiff import load_lora
+from eridiff.adopt import adopt
 from eridiff.errors import ConfigError, TrainingError
 from eridiff.lora import attach_lora
 from eridiff.trace.record import relative_l2
-from eridiff.training.adopt import adopt
 from eridiff.training.restore import stored
 from tests import adapters
 from tests.trainers import BOUND, FAMILIES, Family, drawing, pictures

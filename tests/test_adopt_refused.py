@@ -15,14 +15,14 @@ from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from eridiff import load_lora
+from eridiff.adopt import adopt
+from eridiff.adopt.layers import Elsewhere, wrapped
 from eridiff.blocks import checkpoint_blocks
 from eridiff.errors import ConfigError, EridiffError
 from eridiff.lora import attach_lora, inject_lora
 from eridiff.models.flux import FluxConfig
 from eridiff.trace.record import relative_l2
 from eridiff.training import Sampler, averaged_weights
-from eridiff.training.adopt import adopt
-from eridiff.training.live import Elsewhere, wrapped
 from tests import adapters, families, tiny
 from tests.test_handing_in import under_the_originals_names
 from tests.trainers import BOUND, FAMILIES, Family, small_unet, small_vae

@@ -14,9 +14,9 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 from eridiff import FluxInference, SDXLInference
+from eridiff.adopt import adopt
 from eridiff.errors import ConfigError
 from eridiff.training import Sampler, averaged_weights
-from eridiff.training.adopt import adopt
 from tests import adapters, tiny
 from tests.trainers import (
     BOUND,

@@ -22,12 +22,12 @@ from torch import nn
 
 import eridiff
 from eridiff import FluxInference, Prompt, SD35Inference, SDXLInference
+from eridiff.adopt.layers import Elsewhere
 from eridiff.errors import ConfigError
 from eridiff.models.autoencoder import AutoencoderConfig
 from eridiff.text import Conditioning
 from eridiff.trace.record import relative_l2
 from eridiff.training import Sampler, averaged_weights
-from eridiff.training.live import Elsewhere
 from tests import tiny
 from tests.test_diffusers import reference_flux, reference_sd3
 from tests.test_handing_in import CLIP_TOKENIZER, T5_TOKENIZER, under_the_originals_names, without_projection

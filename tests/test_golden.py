@@ -16,12 +16,10 @@ from eridiff.schedulers.flow_match import (
     flux_schedule,
     sd3_sigmas,
 )
-from tests.golden import RUNNERS, run_case
+from tests.golden import run_case
 
 FOLDER = Path(__file__).parent / "goldens"
-CASES = [
-    f.parent.name for f in sorted(FOLDER.glob("*/expected.safetensors")) if f.parent.name.startswith(tuple(RUNNERS))
-]
+CASES = [path.parent.name for path in sorted(FOLDER.glob("*/expected.safetensors"))]
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -172,7 +172,7 @@ SECTION = {"prompts": ["a swan"], "sample_steps": 2, "width": 32, "height": 32, 
 ATTEMPTS: dict[str, tuple[Callable[[], Any], str]] = {
     "a foreign network": (
         lambda: eridiff.FluxInference(FOREIGN, FOREIGN_VAE),
-        r"autoencoder must be eridiff's Autoencoder and is of class Module: .*FluxInference.from_diffusers\(transformer=..., vae=...\)",
+        r"network must be eridiff's Flux and is of class Module: .*FluxInference.from_diffusers\(transformer=..., vae=...\)",
     ),
     "a foreign network beside our autoencoder": (
         lambda: eridiff.FluxInference(FOREIGN, tiny.autoencoder()),
@@ -184,7 +184,7 @@ ATTEMPTS: dict[str, tuple[Callable[[], Any], str]] = {
     ),
     "adopted ones": (
         lambda: eridiff.FluxInference(adopt(FOREIGN), adopt(FOREIGN_VAE)),
-        r"autoencoder must be eridiff's Autoencoder and is of class Adopted: .*from_diffusers",
+        r"network must be eridiff's Flux and is of class Adopted: .*from_diffusers",
     ),
     "bare encoders": (
         lambda: flux(clip=tiny.clip_module(), t5=tiny.t5_module()),
@@ -269,6 +269,14 @@ ATTEMPTS: dict[str, tuple[Callable[[], Any], str]] = {
     "a Conditioning for a Prompt": (
         lambda: flux().generate(conditioning=conditioning()),  # type: ignore[arg-type]
         r"conditioning must be an eridiff.Prompt, not a Conditioning: Prompt\(Conditioning\(text, pooled\)\)",
+    ),
+    "nothing at all": (
+        lambda: eridiff.FluxInference().network,
+        "no model is loaded: give FluxInference its modules, or call load_model",
+    ),
+    "an autoencoder without a network": (
+        lambda: eridiff.FluxInference(autoencoder=tiny.autoencoder()),
+        "FluxInference was given modules without a network",
     ),
     "two rows of noise": (
         lambda: flux().generate(conditioning=Prompt(conditioning()), seed=1, noise=torch.zeros(2, 16, 4, 4), width=32, height=32),

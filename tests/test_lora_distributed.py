@@ -10,9 +10,10 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor, nn
 
-from eridiff.lora import LoraSet, all_reduce_gradients, inject_lora
+from eridiff.lora import LoraSet, all_reduce_gradients, attach_lora, inject_lora, merge_into
+from eridiff.training.distributed import shard
 from tests import tiny
-from tests.loras import arguments, same
+from tests.loras import arguments, ask, every_kind_on_flux, same
 
 STEPS = 3
 
@@ -36,6 +37,24 @@ def train(module: nn.Module, lora: LoraSet, rows: slice, after_backward: Any = N
             after_backward(lora)
         optimizer.step()
     return [parameter.detach().clone() for parameter in lora.parameters()]
+
+
+def merges() -> dict[str, Any]:
+    """What a network that FSDP2 shards gives merged, with every kind attached, and after each; and a plain one."""
+    found: dict[str, Any] = {}
+    lora = every_kind_on_flux(tiny.flux().double())
+    for name, wrap in (("plain", lambda network: network), ("sharded", shard)):
+        network = wrap(tiny.flux().double())
+        with torch.no_grad():
+            found[name] = [ask(network)]
+            merged = merge_into(network, lora, 0.7, dtype=torch.float64)
+            found[name] += [ask(network), merged.merged.changed]
+            merged.restore()
+            found[name].append(ask(network))
+            with attach_lora(network, lora, 0.7).detached():
+                found[name].append(ask(network))
+            found[name].append(ask(network))
+    return found
 
 
 def process(rank: int, folder: str, port: int) -> None:
@@ -67,6 +86,7 @@ def process(rank: int, folder: str, port: int) -> None:
     unused.detach()
     all_reduce_gradients(unused)
     found["unused"] = [bool(p.grad.any()) for p in unused.parameters()]
+    found["merges"] = merges()
     torch.save(found, f"{folder}/{rank}.pt")
     dist.barrier()  # a rank that ends before the other would close connections that it uses
     dist.destroy_process_group()
@@ -104,6 +124,15 @@ def test_two_processes_train_as_one(how: str, found: list[dict[str, Any]], alone
 @pytest.mark.parametrize("how", ["naive", "alone"])
 def test_without_wrap_or_reduction_processes_drift_apart(how: str, found: list[dict[str, Any]]) -> None:
     assert not equal(found[0][how], found[1][how])
+
+
+def test_a_sharded_network_is_merged_and_changed_in_place_as_a_whole_one(found: list[dict[str, Any]]) -> None:
+    for each in (one["merges"] for one in found):
+        base, merged, changed, restored, detached, attached = each["sharded"]
+        for own, plain in zip((base, merged, attached), (each["plain"][i] for i in (0, 1, 5)), strict=True):
+            assert same(own, plain, 1e-12)
+        assert torch.equal(restored, base) and torch.equal(detached, base) and not same(merged, base, 1e-3)
+        assert same(merged, attached, 1e-9) and changed == each["plain"][2]
 
 
 def test_a_frozen_network_alone_is_no_module_to_distribute(found: list[dict[str, Any]]) -> None:

@@ -14,7 +14,6 @@ from torch import nn
 from eridiff.cli import main
 from eridiff.errors import ConfigError, LoraError
 from eridiff.inference import DiffusionInference, FluxInference
-from eridiff.inference.lora import modules_of
 from eridiff.lora import inject_lora, load_lora, merge_into, save_lora
 from eridiff.lora.load import Lora
 from eridiff.lora.names import network_of
@@ -35,7 +34,7 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     """A whole small model, and in `lora/` a LoRA on its network and all its text encoders in every format."""
     folder = WRITERS[request.param](tmp_path_factory.mktemp(request.param) / "model")
     model = tiny.load(DiffusionInference, folder)
-    modules = modules_of(model)
+    modules = model.model.modules()
     items = []
     for kind, module in modules.items():
         made = inject_lora(module, 3, 1.5, "all-linear").detach()
@@ -59,19 +58,19 @@ def model(folder: Path) -> Any:
 def test_lora_application(model: Any, folder: Path, format: str) -> None:
     """Every module of the file changes, in the network and the text encoders; drawing equals drawing with merged weights."""
     file = folder.parent / "lora" / f"{format}.safetensors"
-    before = {kind: {n: t.clone() for n, t in m.state_dict().items()} for kind, m in modules_of(model).items()}
+    before = {kind: {n: t.clone() for n, t in m.state_dict().items()} for kind, m in model.model.modules().items()}
     handle = model.apply_lora(file, 0.7)
     assert {row.status for row in handle.ledger} <= {"applied", "applied to a slice"}
-    measured = load_lora(file, modules_of(model), measure=True).ledger
+    measured = load_lora(file, model.model.modules(), measure=True).ledger
     assert all(row.change and row.change > 0 for row in measured)
     assert all(row.change is None for row in handle.ledger), "no weight is read for a column that nobody asked for"
     attached = tiny.draw(model, "a swan")
-    for kind, module in modules_of(model).items():
+    for kind, module in model.model.modules().items():
         assert all(torch.equal(t, before[kind][name]) for name, t in module.state_dict().items())
     handle.detach()
-    lora = load_lora(file, modules_of(model))
+    lora = load_lora(file, model.model.modules())
     assert set(lora.networks) == set(before)
-    merged = [merge_into(module, lora.of(kind), 0.7) for kind, module in modules_of(model).items()]
+    merged = [merge_into(module, lora.of(kind), 0.7) for kind, module in model.model.modules().items()]
     assert relative_l2(attached.latents, tiny.draw(model, "a swan").latents) < 1e-4
     for change in merged:
         change.restore()
@@ -97,7 +96,7 @@ def test_lora_weights_properly_affect_output(model: Any, folder: Path) -> None:
 
 
 def test_a_batch_holds_base_and_lora_side_by_side(model: Any, folder: Path) -> None:
-    lora = load_lora(folder.parent / "lora" / "kohya.safetensors", modules_of(model)).of(model.family)
+    lora = load_lora(folder.parent / "lora" / "kohya.safetensors", model.model.modules()).of(model.family)
     given = {"seed": [1, 1], "cfg_scale": 1.0}
     plain = tiny.draw(model, ["a swan"] * 2, **given).latents
     with model.apply_lora(lora) as handle:
@@ -126,6 +125,20 @@ def test_nothing_is_left_of_a_lora_that_does_not_fit(model: Any, folder: Path, t
     with pytest.raises(LoraError, match="little in it fits .*; its names look like "):
         model.apply_lora(tmp_path / "other.safetensors")
     assert model.loras == [] and torch.equal(tiny.draw(model, "a swan").latents, plain.latents)
+
+
+def test_rows_of_equal_prompts_have_scales_of_their_own_in_text_encoders_too(folder: Path) -> None:
+    model = tiny.load(DiffusionInference, folder)
+    lora = load_lora(folder.parent / "lora" / "kohya.safetensors", model.model.modules())
+    rows = {}
+    for part in ("network", "text_encoders"):
+        with model.apply_lora(lora, torch.tensor([0.0, 1.0]), part=part):
+            rows[part] = tiny.draw(model, ["a swan"] * 2, seed=3).latents
+        for scale in (0.0, 1.0):
+            with model.apply_lora(lora, scale, part=part):
+                one = tiny.draw(model, "a swan", seed=3).latents
+            assert relative_l2(rows[part][int(scale)], one[0]) < 1e-5
+    assert relative_l2(rows["text_encoders"][0], rows["text_encoders"][1]) > 1e-3
 
 
 def test_files_and_scales_come_from_yaml_and_the_command_line(folder: Path, tmp_path: Path, capsys: Any) -> None:
@@ -163,7 +176,7 @@ def test_the_command_line_checks_converts_merges_extracts_and_resizes(
         "'sdxl-bas' is not a file and not a published model; did you mean 'sdxl-base'?\n"
     )
     model = ("--model", folder)
-    modules = modules_of(tiny.load(DiffusionInference, folder))
+    modules = tiny.load(DiffusionInference, folder).model.modules()
     ledger = run("check", lora / "kohya.safetensors", *model, "--wide").splitlines()
     count = len(load_lora(lora / "kohya.safetensors", modules).items)
     assert len(ledger) == count + 2 and "|dW|/|W|" in ledger[0] and ledger[-1] == f"{count} modules: {count} applied"

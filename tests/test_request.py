@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageOps
 
 import eridiff
 from eridiff.cli import _parser, main
@@ -85,6 +85,23 @@ def test_an_impossible_value_is_one_sentence(settings: dict[str, Any], says: str
         Request(**settings).check()
 
 
+@pytest.mark.parametrize(
+    ("prompt", "says"),
+    [
+        (None, "not None"),
+        (["a", 3], "not 3"),
+        ({"t5": 3}, "not 3"),
+        ("a \ud800", "half a character"),
+        (b"a", "not b'a'"),
+    ],
+)
+def test_what_is_not_text_is_not_a_prompt(prompt: Any, says: str) -> None:
+    model = families.inference("flux")
+    for ask in (model.encode_prompt, model.generate, lambda p: model.encode_prompt("a", p) if p else model.generate(p)):
+        with pytest.raises(ConfigError, match=says):
+            ask(prompt)
+
+
 # merging --------------------------------------------------------------------------------------------------------------
 
 LAYERS = st.lists(
@@ -135,6 +152,7 @@ IDLE: list[tuple[str, str, dict[str, Any], str]] = [  # field, family, settings,
     ("negative_aesthetic_score", "flux", {"negative_aesthetic_score": 5.0}, "on dev"),
     ("strength", "flux", {"strength": 0.5}, "without the image that it is for"),
     ("mask", "flux", {"mask": PICTURE.convert("L")}, "without the image that it is for"),
+    ("mask_alpha", "flux", {"mask_alpha": True}, "without a mask"),
     ("control", "mmdit", {"control": PICTURE}, "Flux Canny and Depth follow a control image"),
     ("references", "flux", {"references": [PICTURE]}, "Flux Kontext edits references"),
     ("image", "kontext", {"image": PICTURE}, "without a strength: what it edits are references"),
@@ -226,6 +244,23 @@ def test_a_png_names_no_folder_and_can_be_moved_with_its_files(
     assert main(["resample", str(moved)]) == 0
     said = capsys.readouterr().err
     assert "another image (then image with other content)" in said
+
+
+def test_a_mask_may_say_by_its_transparency_what_is_painted() -> None:
+    model = families.inference("flux")
+    prompt = eridiff.Prompt(families.conditioning(model))
+    asked: dict[str, Any] = {"conditioning": prompt, "image": PICTURE, "width": 32, "height": 32, "steps": 1, "seed": 1}
+    grey = Image.linear_gradient("L").resize((32, 32))
+    clear = PICTURE.copy()
+    clear.putalpha(ImageOps.invert(grey))
+    found = [model.generate(mask=clear, mask_alpha=True, **asked), model.generate(mask=grey, **asked)]
+    assert found[0].images[0].tobytes() == found[1].images[0].tobytes()
+    assert found[0].settings[0]["mask_alpha"] is True
+    for mask in (grey, torch.zeros(1, 1, 32, 32)):
+        with pytest.raises(ConfigError, match="asks for a mask with an alpha channel, and this one has none"):
+            model.generate(mask=mask, mask_alpha=True, **asked)
+    with pytest.raises(ConfigError, match="say mask_alpha"):
+        model.generate(mask=clear, **asked)
 
 
 def test_older_pngs_are_read_too() -> None:

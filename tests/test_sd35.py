@@ -239,6 +239,15 @@ def test_t5_takes_what_the_prompt_needs_from_77_to_256_tokens(whole: SD35Inferen
     assert fixed.text.shape == (1, 77 + 256, 20)
 
 
+def test_a_padding_token_that_is_typed_is_a_token_of_the_prompt(whole: SD35Inference) -> None:
+    assert whole.t5 is not None
+    text = "<pad> " * 40 + "a fox at night " * 20
+    ids = whole.t5.tokenize([text], 77)
+    assert ids[0].tolist() == whole.t5.tokenizer(text).input_ids and bool(whole.t5.real(ids).all())
+    both = whole.t5.tokenize(["a <pad> swan", text], 77)
+    assert whole.t5.real(both).sum(1).tolist() == [len(whole.t5.tokenizer(t).input_ids) for t in ("a <pad> swan", text)]
+
+
 def test_without_t5_its_rows_are_zeros_or_left_out(tmp_path: Path) -> None:
     folder = tiny.write_sd3_model(tmp_path / "m", MMDiTConfig(16, 16, 16, 4096, 128, 2, 2.0, 2, 6), t5=False)
     for options, rows in (({}, 77), ({"t5_padding": "diffusers"}, 256), ({"without_t5": "none"}, 0)):

@@ -21,6 +21,7 @@ from eridiff.inference import Prompt, SDXLInference
 from eridiff.memory.plan import stage_bytes
 from eridiff.models.unet import PRESETS, size_vector
 from eridiff.schedulers.discrete import discrete_schedule
+from eridiff.schedulers.samplers import SAMPLERS
 from eridiff.text import Conditioning
 from eridiff.weights.header import open_checkpoint
 from eridiff.weights.locate import locate
@@ -159,12 +160,22 @@ def test_impossible_sizes_and_scores_end_in_a_sentence(
 
 
 def test_a_run_handed_over_is_the_run_in_one(whole: SDXLInference) -> None:
-    """The first part's latents, given as noise to the second part, which could be the refiner's."""
-    for sampler in ("euler", "heun"):
-        one = draw(whole, steps=10, sampler=sampler).latents
-        first = draw(whole, steps=10, sampler=sampler, part=(0.0, 0.8)).latents
-        second = draw(whole, steps=10, sampler=sampler, part=(0.8, 1.0), noise=first).latents
-        assert not torch.allclose(first, one, atol=1e-3) and torch.allclose(second, one, atol=1e-5)
+    """The first part's run, given as noise to the second part, which could be the refiner's; for most its latents do."""
+    image, mask = (Image.radial_gradient("L").resize((96, 64)).convert(mode) for mode in ("RGB", "L"))
+    for sampler in SAMPLERS:
+        for asked in ({}, {"image": image, "mask": mask, "strength": 0.9}):
+            asked = {"steps": 10, "sampler": sampler, "schedule": "leading", "seed": 3, **asked}
+            one = draw(whole, **asked).latents
+            first = draw(whole, part=(0.0, 0.8), keep=("run", "latents"), **asked)
+            second = draw(whole, part=(0.8, 1.0), noise=first.run, **asked)
+            assert not torch.allclose(first.latents, one, atol=1e-3)
+            assert torch.equal(second.latents, one), sampler
+            assert second.settings[0]["handed_in"][-1] == "noise"
+            if sampler in ("euler", "heun") and "image" not in asked:
+                second = draw(whole, part=(0.8, 1.0), noise=first.latents, **asked)
+                assert torch.equal(second.latents, one)
+    with pytest.raises(ConfigError, match=r"the noise has the shape \[1, 4, 8, 12\], and an image of 64x64"):
+        draw(whole, width=64, noise=first.run)
 
 
 @pytest.mark.parametrize(("steps", "base"), [(20, 16), (25, 20), (30, 23), (40, 32), (50, 40)])

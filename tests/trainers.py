@@ -11,13 +11,13 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import Tensor, nn
 
 from eridiff import FluxInference, Prompt, SD35Inference, SDXLInference, load_lora
+from eridiff.adopt import Adopted, adopt
 from eridiff.lora import attach_lora
 from eridiff.models.flux import position_ids
 from eridiff.models.unet import size_vector
 from eridiff.text import Conditioning
 from eridiff.trace.record import relative_l2
 from eridiff.training import Sampler
-from eridiff.training.adopt import Adopted, adopt
 from tests import tiny
 from tests.test_diffusers import GRID, flux_inputs, reference_flux, reference_sd3, scaled
 

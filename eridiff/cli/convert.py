@@ -23,7 +23,7 @@ from eridiff.weights.configs import config_json
 from eridiff.weights.detect import Component
 from eridiff.weights.keymap import key_map
 from eridiff.weights.load import MARKERS, NETWORKS, VARIANT, native_reader, prediction_told, said_by_file
-from eridiff.weights.locate import DENOISERS, Model, Parts, locate
+from eridiff.weights.locate import DENOISERS, ModelPath, Parts, locate
 from eridiff.weights.save import Stored, marked, stored, write_file, write_json, write_shards
 
 LAYOUTS = ("original", "diffusers")
@@ -84,7 +84,7 @@ def _convert(options: argparse.Namespace) -> int:
 
 
 def convert(
-    model: Model, out: str | os.PathLike[str], to: str, *, dtype: torch.dtype | None = None, shard: float | None = None,
+    model: ModelPath, out: str | os.PathLike[str], to: str, *, dtype: torch.dtype | None = None, shard: float | None = None,
     allow_unknown: bool = False,
 ) -> list[Path]:  # fmt: skip
     """Write the parts of a model in another layout or dtype; a part at a time, a tensor at a time.
@@ -138,7 +138,7 @@ def convert(
 def _variant(component: Component, parts: Parts) -> str:
     """Which of the published models with these sizes it is, told as when it is loaded."""
     family = next(family for family in FAMILIES if family.family == component.network)
-    return family().choose_variant(component.config, model_name(component, parts))  # type: ignore[call-arg]
+    return family.choose_variant(component.config, model_name(component, parts))[0]
 
 
 def _part(

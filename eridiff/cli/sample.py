@@ -37,7 +37,7 @@ TEXT_HELP = {  # of SD 3's options; the first value is the default
     "clip_windows": "if a prompt is longer than CLIP's 77 tokens, read the first 77, or all in windows of 77",
 }
 GROUPS = {  # heading of the help -> the fields of `Request` in it; all others are in "image"
-    "image to image": ("image", "strength", "mask"),
+    "image to image": ("image", "strength", "mask", "mask_alpha"),
     "Flux": ("guidance_scale", "control", "references"),
     "SD 3": ("shift", "skip_layers"),
     "SDXL": (

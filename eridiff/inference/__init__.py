@@ -12,7 +12,7 @@ from eridiff.inference.result import Prompt, Result, Step
 from eridiff.inference.sd35 import SD35Inference
 from eridiff.inference.sdxl import SDXLInference
 from eridiff.weights.detect import DESCRIPTIONS
-from eridiff.weights.locate import Model, locate
+from eridiff.weights.locate import ModelPath, locate
 
 __all__ = ["DiffusionInference", "FluxInference", "Prompt", "Result", "SD35Inference", "SDXLInference", "Step", "load"]
 FAMILIES: tuple[type[DiffusionInference], ...] = (FluxInference, SD35Inference, SDXLInference)
@@ -20,7 +20,7 @@ BUILT_IN = os.path.join(os.path.dirname(os.path.dirname(__file__)), "assets", "t
 
 
 def load(
-    model: Model | None = None, *, family: str | None = None, **options: Unpack[LoadOptions]
+    model: ModelPath | None = None, *, family: str | None = None, **options: Unpack[LoadOptions]
 ) -> DiffusionInference:
     """Load a published checkpoint with all that generating images needs.
 

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -14,13 +14,37 @@ import eridiff
 from eridiff.errors import ConfigError
 from eridiff.images import METADATA_KEY, read_image, with_paths
 from eridiff.inference.base import DiffusionInference
+from eridiff.inference.handed_in import MATRICES
 from eridiff.inference.result import Result
+from eridiff.inference.settings import sampled_as
 from eridiff.request import FIELDS, Request
-from eridiff.weights.locate import Model
+from eridiff.weights.locate import ModelPath
 
 LOAD = (  # what a model is loaded with, of all families
     "vae_rows", "t5_padding", "without_t5", "t5_mask", "clip_windows", "prediction", "zero_terminal_snr", "empty_negative",
 )  # fmt: skip
+
+
+def _is_lora(value: Any) -> bool:
+    """Whether a setting is a LoRA's file and its scale: a number, one for each row, or those by pattern."""
+    if not isinstance(value, dict) or not isinstance(value.get("file"), str | None):
+        return False
+    scales = value.get("scale")
+    scales = scales.values() if isinstance(scales, dict) else [scales]
+    rows = [row for scale in scales for row in (scale if isinstance(scale, list) else [scale])]
+    return all(type(row) in (int, float) for row in rows)
+
+
+DTYPES = tuple(str(dtype).removeprefix("torch.") for dtype in MATRICES)
+FORMS: dict[str, Callable[[Any], bool]] = {  # settings that are no fields of `Request`, and what they look like
+    **dict.fromkeys(("model", "family", "variant", "device", "version", "torch"), lambda v: isinstance(v, str)),
+    **dict.fromkeys(("parts", "refiner", "sampling", "training", "hashes"), lambda v: isinstance(v, dict)),
+    **dict.fromkeys(("threads", "batch"), lambda v: type(v) is int),
+    "loras": lambda v: isinstance(v, list) and all(map(_is_lora, v)),
+    "handed_in": lambda v: isinstance(v, list) and all(isinstance(name, str) for name in v),
+    "dtype": lambda v: v in DTYPES,
+    "dtypes": lambda v: isinstance(v, dict) and all(dtype in DTYPES for dtype in v.values()),
+}
 CIRCUMSTANCES = ("version", "torch", "threads", "device", "dtype")  # beside the weights, what the last bits depend on
 
 
@@ -33,6 +57,9 @@ def read_settings(path: str | os.PathLike[str]) -> dict[str, Any]:
         settings = None
     if not isinstance(settings, dict) or "steps" not in settings:
         raise ConfigError(f"'{path}' does not say how it was drawn; eridiff's own PNGs do, unless they were edited")
+    for name, fits in FORMS.items():
+        if settings.get(name) is not None and not fits(settings[name]):
+            raise ConfigError(f"'{path}': its setting {name} cannot be {settings[name]!r}: it was edited")
     folder = Path(path).parent
 
     def found(file: str) -> str:  # older PNGs have paths as they were typed
@@ -43,7 +70,7 @@ def read_settings(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def load_again(
-    settings: Mapping[str, Any], model: Model | None = None, *, loras: Sequence[tuple[str, float | None]] | None = None,
+    settings: Mapping[str, Any], model: ModelPath | None = None, *, loras: Sequence[tuple[str, float | None]] | None = None,
     **options: Any,
 ) -> DiffusionInference:  # fmt: skip
     """The model that a picture's settings name, or `model` in its place; parts that a mapping gives replace its own.
@@ -78,7 +105,7 @@ def load_again(
         settings["variant"]
     )  # of the network as its LoRAs have left it: a control LoRA changes its input
     sampling = settings.get("sampling") or {}  # a checkpoint of a training run may not say it again
-    loaded.sample_as(loaded.variant, replace(loaded.sampling, **sampling))
+    loaded.model.sample_as(loaded.variant, sampled_as(loaded.sampling, sampling, "its setting sampling"))
     if settings.get("refiner"):
         dtype = getattr(torch, settings["dtype"])
         refiner = eridiff.load(settings["refiner"], device=loaded.device, dtype=dtype, progress=loaded.progress)

@@ -4,10 +4,8 @@ Letters: B pictures, C latent channels, H x W the picture's size in pixels.
 """
 
 import inspect
-import logging
 import os
-import re
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -19,10 +17,13 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from typing_extensions import Self, Unpack
 
-from eridiff.blocks import evaluation, unwrapped
-from eridiff.errors import ConfigError
+from eridiff.adopt import Adopted
+from eridiff.blocks import evaluation
+from eridiff.errors import ConfigError, quoted
 from eridiff.images import to_images, to_tensor
-from eridiff.inference.handed_in import check_dtypes, check_family, check_sharding, from_diffusers, own_autoencoder
+from eridiff.inference.family import Encoder, Family
+from eridiff.inference.from_diffusers import model_of
+from eridiff.inference.handed_in import check_dtypes
 from eridiff.inference.latents import (  # fmt: skip
     LATENT_SCALE,
     device_of,
@@ -35,18 +36,16 @@ from eridiff.inference.latents import (  # fmt: skip
     same_device,
     seeded,
 )
-from eridiff.inference.loading import check_latents, fill
-from eridiff.inference.lora import LoraHandle, apply, weighed
+from eridiff.inference.loading import read
+from eridiff.inference.lora import LoraHandle, weighed
+from eridiff.inference.model import Model
 from eridiff.inference.options import Options, check_names
 from eridiff.inference.provenance import records
 from eridiff.inference.result import Callback, HandedIn, Prompt, Result, Run, Step
-from eridiff.inference.settings import Defaults
-from eridiff.inference.words import Words
 from eridiff.lora.attach import Scale
 from eridiff.lora.load import Lora
 from eridiff.memory.stages import Stages, on_device, together
 from eridiff.memory.strips import decode_in_strips, encode_in_strips
-from eridiff.models.autoencoder import Autoencoder
 from eridiff.precision import outside_autocast
 from eridiff.request import FIELDS, Checked, Request, Table, Text, known_names, listed
 from eridiff.schedulers import Schedule
@@ -54,11 +53,9 @@ from eridiff.schedulers.flow_match import flow_schedule
 from eridiff.schedulers.guidance import Guidance, guided
 from eridiff.schedulers.samplers import SAMPLERS, STOCHASTIC, Predict, mixed
 from eridiff.text import Conditioning
-from eridiff.weights.detect import DESCRIPTIONS
-from eridiff.weights.locate import Model, Parts, locate
+from eridiff.weights.locate import ModelPath, Parts, locate
 
-log = logging.getLogger(__name__)
-KEEP = ("conditioning", "noise", "latents")
+KEEP = ("conditioning", "noise", "latents", "run")
 T = TypeVar("T")
 
 
@@ -74,50 +71,86 @@ def check_conditioning(request: Request, given: object) -> None:
             raise ConfigError(f"{name} has no effect beside conditioning, which is what was encoded of it")
 
 
-class DiffusionInference(ABC):
-    """Draws pictures with one model; families say how prompts are encoded and how the network is asked.
+def of_model(name: str) -> Any:
+    """An attribute of an inference that is its model's."""
+    return property(lambda self: getattr(self.model, name), lambda self, value: setattr(self.model, name, value))
 
-    The modules are public and may be anyone's: hand in those of a training run, or fill them by `load_model`.
+
+def of_encoder(name: str) -> Any:
+    """A text encoder of an inference's model by its component; None where none is loaded, and to forget it."""
+
+    def put(self: "DiffusionInference", encoder: Encoder | None) -> None:
+        self.model.encoders = {n: e for n, e in {**self.model.encoders, name: encoder}.items() if e is not None}
+
+    return property(lambda self: self.model.encoders.get(name), put)
+
+
+class DiffusionInference(Family):
+    """Generates images with one model; families say how prompts are encoded and how the network is asked.
+
+    The modules are public and may be anyone's: hand in those of a training run, or read files by `load_model`.
     """
 
-    family: ClassVar[str]  # of the network, as in weights/detect.py
-    variants: ClassVar[Mapping[str, Defaults]]
-    encoders: ClassVar[tuple[str, ...]]  # in the order of diffusers' text_encoder, text_encoder_2, text_encoder_3
-    recorded: ClassVar[tuple[str, ...]] = ("variant", "vae_rows")  # attributes that a picture depends on, as options
+    recorded: ClassVar[tuple[str, ...]] = ("vae_rows",)  # options that an image depends on
     multiple: int = 16  # of which width and height must be multiples
     takes: Collection[str] = ()  # fields of Request that have an effect on some networks alone
     inpaints: bool = False  # whether the network itself is told the mask and the image around it
-    network: Any
-    autoencoder: Autoencoder
-    sampling: Any  # the variant's Defaults
-    why: str = ""  # it is this variant
-    words: Words | None = None  # that the model knows, if its file lists them; set None to end the check of prompts
+    network: Any = of_model("network")
+    autoencoder: Any = of_model("autoencoder")
+    variant: str = of_model("variant")
+    why: str = of_model("why")  # it is this variant
+    sampling: Any = of_model("sampling")  # the variant's Defaults
+    source: dict[str, Any] = of_model("source")  # which files, for the record
+    adopted: tuple[Adopted, ...] = of_model("adopted")
+    loras: list[LoraHandle] = of_model("loras")
+    words: Any = of_model("words")  # that the model knows, if its file lists them; set None to end the check of prompts
 
-    def __init__(self, network: nn.Module | None, autoencoder: Autoencoder | None, **options: Unpack[Options]) -> None:
-        """Modules are used as they are; None is for those that `load_model` fills.
+    def __init__(
+        self, network: nn.Module | None, autoencoder: nn.Module | None, encoders: Mapping[str, Any], **options: Unpack[Options]
+    ) -> None:  # fmt: skip
+        """Modules are used as they are; without a network they come from `load_model`.
 
-        Raises ConfigError for an option that neither `Options` nor the family has, and for impossible values.
+        Raises ConfigError for an option that neither `Options` nor the family has, for impossible values, and for modules
+        that do not fit.
         """
         check_names(type(self).__name__, options, [*self.own_options(), *Options.__annotations__])
         variant, device, dtype = options.get("variant"), options.get("device"), options.get("dtype")
         offload, vae_rows, progress = options.get("offload"), options.get("vae_rows"), options.get("progress", True)
         if offload not in (None, "stages"):
             raise ConfigError(f"offload must be 'stages' or nothing, not {offload!r}")
-        if vae_rows is not None and vae_rows < 1:
-            raise ConfigError(f"vae_rows must be at least 1, not {vae_rows}")
+        if vae_rows is not None and (type(vae_rows) is not int or vae_rows < 1):
+            raise ConfigError(f"vae_rows must be a whole number, at least 1, not {vae_rows!r}")
         if variant is not None and variant not in self.variants:
-            raise ConfigError(f"'{variant}' is no variant of {DESCRIPTIONS[self.family].split(' ', 1)[1]}; there are {', '.join(self.variants)}")  # fmt: skip
-        self.asked_device = None if device is None else torch.device(device)
+            raise ConfigError(f"'{variant}' is no variant of {self.title()}; there are {', '.join(self.variants)}")
+        try:
+            self.asked_device = None if device is None else torch.device(device)
+        except RuntimeError:
+            raise ConfigError(f"{quoted(device)} is not a device: cpu, cuda or cuda:1, say") from None
         self.asked_variant, self.dtype, self.offload, self.progress = variant, dtype, offload, progress
         self.vae_rows, self.allow_unknown = vae_rows, options.get("allow_unknown", False)
-        self.source: dict[str, Any] = {}  # which files, for the record
-        self.loras: list[LoraHandle] = []  # what apply_lora has put on it
-        self.adopted: tuple[Any, ...] = ()  # `eridiff.training.adopt.Adopted` of the network and the autoencoder
         self._staged: nn.Module | None = None  # the component that is in use
-        if autoencoder is not None:
-            self.autoencoder = own_autoencoder(type(self), autoencoder)
+        self._model: Model | None = None
         if network is not None:
-            self.set_network(network)
+            self.model = Model.of(type(self), network, autoencoder, encoders, variant=variant)
+        elif autoencoder is not None or any(encoder is not None for encoder in encoders.values()):
+            raise ConfigError(
+                f"{type(self).__name__} was given modules without a network: give it too, or none and load_model"
+            )
+
+    @property
+    def model(self) -> Model:
+        """What is loaded. Raises ConfigError where nothing is."""
+        if self._model is None:
+            raise ConfigError(f"no model is loaded: give {type(self).__name__} its modules, or call load_model")
+        return self._model
+
+    @model.setter
+    def model(self, model: Model) -> None:
+        """Raises ConfigError for modules on another device than the one that is asked for."""
+        asked = self.asked_device
+        if asked is not None and not self.offload and not same_device(model.device, asked):
+            raise ConfigError(f"the network is on {model.device}, not on {asked}: move it there, or give no device")
+        self._model = model
 
     @classmethod
     def from_diffusers(
@@ -127,7 +160,7 @@ class DiffusionInference(ABC):
     ) -> Self:  # fmt: skip
         """Draw with the modules of a trainer: those of a diffusers pipeline, or single ones by diffusers' names.
 
-        The network and the autoencoder are adopted (`eridiff.training.adopt`): of diffusers' classes or under the
+        The network and the autoencoder are adopted (`eridiff.adopt`): of diffusers' classes or under the
         originals' names, wrapped or not, they share their parameters and nothing is copied; what `adopt` returned is
         taken as it is. Text encoders and tokenizers are those of transformers, slow or fast; without encoders
         conditioning is handed in. What the configurations of the modules, the scheduler and the pipeline say is
@@ -135,55 +168,26 @@ class DiffusionInference(ABC):
         for one that is missing or of another family.
         """
         given = {name: part for name, part in locals().items() if name not in ("cls", "pipeline", "options")}
-        return from_diffusers(cls, pipeline, given, options)
+        known = [*given, *Options.__annotations__, *cls.own_options()]
+        check_names(f"{cls.__name__}.from_diffusers", options, known)
+        inference = cls(None, None, **options)
+        inference.model, said = model_of(cls, pipeline, given, inference.asked_variant)
+        inference.follow(said, options)
+        return inference
 
     @classmethod
     def own_options(cls) -> list[str]:
         """What the family's constructor takes beside `Options`."""
         return [name for name in inspect.signature(cls).parameters if name != "options"]
 
-    def follow(self, config: Mapping[str, Any], given: Collection[str]) -> None:  # noqa: B027  # nothing for most
+    def follow(self, config: Mapping[str, Any], given: Collection[str]) -> None:  # nothing for most
         """Take over what the configurations of diffusers' pipeline and scheduler say, but for the options that are given."""
-
-    @staticmethod
-    @abstractmethod
-    def possible_variants(config: Any) -> list[str]:
-        """The published variants that have a network's sizes."""
-
-    @staticmethod
-    @abstractmethod
-    def variants_of_inputs(config: Any) -> list[str]:
-        """The published variants that take the same inputs as a network; they may differ in other sizes."""
-
-    @staticmethod
-    @abstractmethod
-    def needed(config: Any) -> tuple[str, ...]:
-        """The text encoders without which a network of these sizes cannot draw."""
-
-    @abstractmethod
-    def set_encoders(self, modules: Mapping[str, Any], tokenizers: Mapping[str, Any]) -> None:
-        """Take the text encoders (transformers' modules) and tokenizers, by component."""
-
-    @staticmethod
-    @abstractmethod
-    def text_widths(configs: Mapping[str, Mapping[str, Any]]) -> tuple[int, int]:
-        """Widths of the text rows and of the pooled vector that encoders of these configurations give."""
-
-    @staticmethod
-    def told_widths(config: Any) -> tuple[int, int]:
-        """Widths of the text rows and of the pooled vector that a network takes."""
-        return config.text_width, config.pooled_width
-
-    @staticmethod
-    def channels_drawn(config: Any) -> int:
-        """Of the latents that a network of these sizes draws."""
-        return int(config.out_channels)
 
     @property
     def device(self) -> torch.device:
         """Where images are computed: the network's own device, with `offload` the one that components are moved to."""
-        if not self.offload and hasattr(self, "network"):
-            return device_of(self.network)
+        if not self.offload and self._model is not None:
+            return self.model.device
         return self.asked_device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
     def encode(self, prompts: Sequence[Text]) -> Conditioning:
@@ -218,12 +222,16 @@ class DiffusionInference(ABC):
         """References `[1, 3, H, W]` in [-1, 1], of the sizes that the network was trained with."""
         return []
 
-    def load_model(self, model: Model | Parts) -> Self:
-        """Fill the network, the autoencoder, the text encoders and their tokenizers; every key is accounted for.
+    def load_model(self, model: ModelPath | Parts) -> Self:
+        """Read the network, the autoencoder, the text encoders and their tokenizers; every key is accounted for.
 
         Raises CheckpointError when a part is missing or damaged or does not fit, before any weight is read.
         """
-        fill(self, locate(model, self.allow_unknown))
+        device = self.asked_device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.model = read(
+            type(self), locate(model, self.allow_unknown), device=device, dtype=self.dtype, variant=self.asked_variant,
+            offload=self.offload is not None, progress=self.progress,
+        )  # fmt: skip
         return self
 
     def apply_lora(
@@ -238,54 +246,12 @@ class DiffusionInference(ABC):
         does not fit; `allow_partial` leaves that out, and the handle's ledger says what. `part`, "network" or
         "text_encoders", leaves the other part of the file out.
         """
-        return apply(self, weights, scale, allow_partial=allow_partial, part=part, dora=dora)
-
-    def choose_variant(self, config: Any, name: str) -> str:
-        """The published variant whose defaults serve: the one asked for, else by sizes, among equal ones by a file's name.
-
-        Any variant that takes the same inputs may be asked for, as weights may be trained for another way of sampling.
-        """
-        self.why = "as asked"
-        if self.asked_variant is not None:
-            same = self.variants_of_inputs(config)
-            if self.asked_variant not in same:
-                raise ConfigError(f"the network takes the inputs of {' or '.join(same)}, not of {self.asked_variant}")
-            return self.asked_variant
-        possible = self.possible_variants(config)
-        words = set(re.split(r"[^a-z0-9]+", name.lower()))
-        by_name = [v for v in possible if v.rsplit("-", 1)[-1] in words]
-        self.why = "by its sizes"
-        if len(possible) > 1:
-            found = f"by the name '{name}'" if by_name else "as its name says no other"
-            self.why = f"{found}; {', '.join(possible)} have the same sizes"
-        return (by_name[::-1] or possible)[0]
+        return self.model.apply_lora(weights, scale, allow_partial=allow_partial, part=part, dora=dora)
 
     def set_variant(self, variant: str) -> None:
         """Sample with the defaults of this published variant. Raises ConfigError for one that takes other inputs."""
-        asked, self.asked_variant = self.asked_variant, variant
-        try:
-            self.sample_as(self.choose_variant(self.network.config, ""))
-        finally:
-            self.asked_variant = asked
-
-    def sample_as(self, variant: str, sampling: Any = None) -> None:
-        """Take a variant, and its defaults or others in their place."""
-        self.variant = variant
-        self.sampling = self.variants[variant] if sampling is None else sampling
-
-    def set_network(self, network: nn.Module, name: str = "") -> None:
-        """Take a network, out of the wrappers of a trainer, and its variant's defaults."""
-        check_family(type(self), network)
-        check_sharding(network)
-        self.network = unwrapped(network)
-        if hasattr(self, "autoencoder"):
-            check_latents(type(self), self.network.config, self.autoencoder.config)
-        own, asked = device_of(self.network), self.asked_device
-        if asked is not None and not self.offload and not same_device(own, asked):
-            raise ConfigError(f"the network is on {own}, not on {asked}: move it there, or give no device")
-        self.sample_as(self.choose_variant(self.network.config, name))
-        self.words = None
-        log.info("the network is used as %s (%s)", self.variant, self.why)
+        chosen, why = self.choose_variant(self.network.config, "", variant)
+        self.model.sample_as(chosen, why=why)
 
     def defaults(self) -> Mapping[str, Any]:
         """width, height, steps and whatever else `generate` takes when it is not said."""
@@ -329,11 +295,17 @@ class DiffusionInference(ABC):
         negatives = None if negative is None else listed(negative)
         if negatives is not None and len(negatives) not in (1, len(prompts)):
             raise ConfigError(f"{len(negatives)} negative prompts for {len(prompts)} prompts: give as many, or one")
+        if negatives is not None and self._weighs_rows:  # then equal texts are not encoded alike
+            negatives *= len(prompts) // len(negatives)
         both = yield from self.encoding([*prompts, *(negatives or [])])
         positive, other = (both.rows(part) for part in (slice(0, len(prompts)), slice(len(prompts), None)))
         if negatives is None:
             return Prompt(positive)
         return Prompt(positive, other if len(negatives) == len(prompts) else other.repeat(len(prompts)))
+
+    @property
+    def _weighs_rows(self) -> bool:
+        return any(handle.weighs_rows for handle in self.loras)
 
     @property
     def latent_channels(self) -> int:
@@ -361,12 +333,13 @@ class DiffusionInference(ABC):
 
     @torch.no_grad()
     def denoise(
-        self, latents: Tensor, prompt: Prompt, steps: int | Schedule, *, image: Tensor | None = None,
+        self, latents: Tensor | Run, prompt: Prompt, steps: int | Schedule, *, image: Tensor | None = None,
         strength: float = 1.0, mask: Tensor | None = None, condition: Tensor | None = None,
         seeds: Sequence[int] | None = None, callback: Callback | None = None, **asked: Any,
     ) -> Tensor:  # fmt: skip
         """Noise -> latents, both `[B, C, H / 8, W / 8]`; float32 between steps whatever the network's dtype.
 
+        - latents: the noise, or the `Run` of the part before.
         - steps: how many, or the schedule itself.
         - image, strength: latents to begin from, with the noise of the share `strength` of the run, 0 to 1.
         - mask: `[B, 1, H / 8, W / 8]`; only where it is 1 is painted, the rest follows the image.
@@ -377,10 +350,11 @@ class DiffusionInference(ABC):
 
         Raises ConfigError for settings that are impossible, EridiffError when the network gives values that are not finite.
         """
-        height, width = (side * LATENT_SCALE for side in latents.shape[-2:])
+        rows = (latents.x if isinstance(latents, Run) else latents).shape
+        height, width = (side * LATENT_SCALE for side in rows[-2:])
         schedule = self.schedule(steps, width, height) if isinstance(steps, int) else steps
         request = Request.of({**asked, "width": width, "height": height, "steps": schedule.steps})
-        settled = request.checked(self, len(latents))
+        settled = request.checked(self, rows[0])
         if settled.sampler in STOCHASTIC and seeds is None:
             raise ConfigError(f"{settled.sampler} draws noise on the way: give seeds, one an image")
         first, last = self.ends(schedule, settled.part, 1.0 if image is None else strength)
@@ -394,13 +368,19 @@ class DiffusionInference(ABC):
         return max(first, first_step(schedule.steps, strength)), last
 
     def begun(
-        self, noise: Tensor, schedule: Schedule, first: int, image: Tensor | None, seeds: Sequence[int] | None
+        self, noise: Tensor | Run, schedule: Schedule, first: int, image: Tensor | None, seeds: Sequence[int] | None
     ) -> Run:
-        """A run before its step `first`: of an image's latents, or of noise, which may be the latents of a part before."""
-        noise = noise.to(self.device, torch.float32)
-        done = first if image is None else 0  # steps of the part before have drawn their noise
-        draw = noise_of_steps(seeds, noise, done) if seeds is not None else None
-        return Run(noise if image is None else mixed(image.to(self.device), noise, schedule, first), noise, draw)
+        """A run before its step `first`: of an image's latents, or of noise, which may be the run of a part before or its
+        latents, of which multi-step samplers remember nothing."""
+        before = noise if isinstance(noise, Run) else None
+        own = (noise.noise if isinstance(noise, Run) else noise).to(self.device, torch.float32)
+        start = before.start if before is not None else 0 if image is None else first
+        done = first - start  # steps of the part before have drawn their noise
+        draw = noise_of_steps(seeds, own, done) if seeds is not None else None
+        if before is not None:
+            clean = None if before.clean is None else before.clean.to(self.device)
+            return Run(before.x.to(self.device), own, draw, start, clean)
+        return Run(own if image is None else mixed(image.to(self.device), own, schedule, first), own, draw, start)
 
     @torch.no_grad()
     def walk(
@@ -431,7 +411,7 @@ class DiffusionInference(ABC):
                 raise ConfigError(f"cfg_scale {guidance.cfg_scale:g} needs a negative prompt; an empty one is ''")
             rows.append(prompt.negative)
         if not torch.is_autocast_enabled(self.device.type):
-            check_dtypes(self)
+            check_dtypes(network=self.network, autoencoder=self.autoencoder)
         dtype = dtype_of(self.network)
         conditioning = Conditioning.joined([part.to(self.device, dtype) for part in rows])
         times = schedule.times.to(self.device, torch.promote_types(dtype, torch.float32))
@@ -470,14 +450,14 @@ class DiffusionInference(ABC):
 
     def generate(
         self, prompt: Request | Text | Sequence[Text] = "", *, conditioning: Prompt | None = None,
-        noise: Tensor | None = None, keep: Sequence[str] = (), callback: Callback | None = None, **asked: Any,
+        noise: Tensor | Run | None = None, keep: Sequence[str] = (), callback: Callback | None = None, **asked: Any,
     ) -> Result:  # fmt: skip
         """Generate one image for each prompt and seed, all in one batch; one of either serves all of the other.
 
         - prompt: a text, one for each text encoder by name, several of either, or a whole `Request`.
         - conditioning: an encoded prompt in place of a text.
-        - noise: `[B, C, H / 8, W / 8]` in place of the seeds', or the latents of the part of a run before.
-        - keep: which of "conditioning", "noise", "latents" the result shall hold.
+        - noise: `[B, C, H / 8, W / 8]` in place of the seeds', or the `run` of the result of the part before.
+        - keep: which of "conditioning", "noise", "latents", "run" the result shall hold.
         - callback: is called with a `Step` after each step; the run ends where it returns something true.
         - asked: the fields of `Request`: negative, width, height, steps, seed, sampler, guidance_scale, cfg_scale, image, ...
           What is not said is the published variant's (`defaults`), and a seed is drawn.
@@ -547,15 +527,14 @@ class DiffusionInference(ABC):
             start = self.encode_vae(image)
         noise = self._noise(asked, given.noise)
         blended = None if start is None or mask is None or self.inpaints else latent_mask(mask)
-        latents = yield from self._denoised(
-            noise, conditioning, points, asked, start, blended, condition, given.callback
-        )
+        run = yield from self._denoised(noise, conditioning, points, asked, start, blended, condition, given.callback)
+        latents = finite(run.x, "denoising")
         yield self.autoencoder
         decoded = self.decode_vae(latents).cpu()
         if image is not None and mask is not None:
             decoded = mask * decoded + (1 - mask) * image
-        kept: dict[str, Any] = {"conditioning": conditioning, "noise": noise, "latents": latents}
-        settings = records(self, request, asked, given)
+        kept: dict[str, Any] = {"conditioning": conditioning, "noise": run.noise, "latents": latents, "run": run}
+        settings = records(self.model, request, asked, given, self.circumstances())
         return Result(to_images(decoded), settings, **{name: kept[name] for name in given.keep})
 
     def _conditioned(self, asked: Checked, given: Prompt | None) -> Stages[Prompt]:
@@ -566,31 +545,34 @@ class DiffusionInference(ABC):
             self.check_words(prompts)
             negative, steered = asked.negative, asked.cfg_scale != 1
             same = all(p == prompts[0] for p in prompts) and (negative is None or len(negative) == 1)
-            found = yield from self._encoding(prompts[:1] if same else prompts, negative if steered else None, steered)
+            found = yield from self._encoding(
+                prompts[:1] if same and not self._weighs_rows else prompts, negative if steered else None, steered
+            )
         if len(found.positive) == 1:
             found = Prompt(found.positive.repeat(count), found.negative and found.negative.repeat(count))
         return found
 
-    def _noise(self, asked: Checked, given: Tensor | None) -> Tensor:
+    def _noise(self, asked: Checked, given: Tensor | Run | None) -> Tensor | Run:
         """Of the seeds, or what was handed in; raises ConfigError for noise of another shape."""
         seeds, height, width = asked.seed, asked.height, asked.width
         shape = [len(seeds), self.latent_channels, height // LATENT_SCALE, width // LATENT_SCALE]
-        if given is not None and list(given.shape) != shape:
+        rows = given.x if isinstance(given, Run) else given
+        if rows is not None and list(rows.shape) != shape:
             raise ConfigError(
-                f"the noise has the shape {list(given.shape)}, and an image of {width}x{height} needs {shape}"
+                f"the noise has the shape {list(rows.shape)}, and an image of {width}x{height} needs {shape}"
             )
         return self.noise(seeds, width, height) if given is None else given
 
     def _denoised(
-        self, noise: Tensor, prompt: Prompt, points: Schedule, asked: Checked, image: Tensor | None,
+        self, noise: Tensor | Run, prompt: Prompt, points: Schedule, asked: Checked, image: Tensor | None,
         mask: Tensor | None, condition: Tensor | None, callback: Callback | None,
-    ) -> Stages[Tensor]:  # fmt: skip
-        """As `denoise`, in stages."""
+    ) -> Stages[Run]:  # fmt: skip
+        """As `denoise`, in stages; the run at its end."""
         first, last = self.ends(points, asked.part, 1.0 if image is None else asked.strength)
         run = self.begun(noise, points, first, image, asked.seed)
         yield self.network
         self.walk(run, prompt, points, asked, first, last, image, mask, condition, callback)
-        return finite(run.x, "denoising")
+        return run
 
     @property
     def guidance_embedding(self) -> bool:
@@ -602,6 +584,10 @@ class DiffusionInference(ABC):
         if not self.guidance_embedding:
             return None
         return self.sampling.guidance_scale if guidance_scale is None else guidance_scale
+
+    def circumstances(self) -> dict[str, Any]:
+        """For the record: the options of this inference that an image depends on, as `load` takes them."""
+        return {**{name: getattr(self, name) for name in self.recorded}, "device": self.device.type}
 
     def told(self, asked: Checked) -> dict[str, Any]:
         """Fields of a request that only this family settles."""

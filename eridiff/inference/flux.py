@@ -10,8 +10,8 @@ from typing_extensions import Unpack
 
 from eridiff.errors import ConfigError
 from eridiff.images import to_tensor
-from eridiff.inference.base import DiffusionInference
-from eridiff.inference.handed_in import check_encoders
+from eridiff.inference.base import DiffusionInference, of_encoder
+from eridiff.inference.family import Encoder
 from eridiff.inference.latents import dtype_of, finite_features
 from eridiff.inference.options import Options
 from eridiff.inference.settings import Defaults, spoken
@@ -53,6 +53,8 @@ class FluxInference(DiffusionInference):
         "kontext": FluxDefaults(guidance_scale=2.5),
     }
     network: Flux
+    clip: ClipEncoder | None = of_encoder("clip")
+    t5: T5Encoder | None = of_encoder("t5")
 
     def __init__(
         self,
@@ -72,9 +74,8 @@ class FluxInference(DiffusionInference):
         - variant: dev, schnell, fill, canny or depth.
         - device, dtype, offload, vae_rows, progress, allow_unknown: as in `eridiff.inference.options.Options`.
         """
-        super().__init__(network, autoencoder, **options)
-        check_encoders(type(self), clip=clip, t5=t5)
-        self.clip, self.t5, self.t5_mask = clip, t5, t5_mask
+        super().__init__(network, autoencoder, {"clip": clip, "t5": t5}, **options)
+        self.t5_mask = t5_mask
 
     @property
     def takes(self) -> Collection[str]:  # type: ignore[override]
@@ -108,16 +109,12 @@ class FluxInference(DiffusionInference):
     def text_widths(configs: Mapping[str, Mapping[str, Any]]) -> tuple[int, int]:
         return configs["t5"]["d_model"], configs["clip"]["hidden_size"]
 
-    def sample_as(self, variant: str, sampling: Any = None) -> None:
-        """As DiffusionInference.sample_as; T5 gives as many tokens, unless it was handed in with another number."""
-        before, t5 = getattr(self, "sampling", None), getattr(self, "t5", None)
-        super().sample_as(variant, sampling)
-        if t5 is not None and before is not None and t5.length == before.text_length:
-            t5.length = self.sampling.text_length
-
-    def set_encoders(self, modules: Mapping[str, nn.Module], tokenizers: Mapping[str, Any]) -> None:
-        self.clip = ClipEncoder(modules["clip"], tokenizers["clip"])
-        self.t5 = T5Encoder(modules["t5"], tokenizers["t5"], self.sampling.text_length)
+    @staticmethod
+    def text_encoders(
+        modules: Mapping[str, nn.Module], tokenizers: Mapping[str, Any], sampling: FluxDefaults
+    ) -> dict[str, Encoder]:
+        clip = ClipEncoder(modules["clip"], tokenizers["clip"])
+        return {"clip": clip, "t5": T5Encoder(modules["t5"], tokenizers["t5"], sampling.text_length)}
 
     def encoding(self, prompts: Sequence[Text]) -> Stages[Conditioning]:
         """T5's features `[B, T, text_width]` and CLIP-L's pooled state `[B, pooled_width]`; T is 512, for schnell 256."""

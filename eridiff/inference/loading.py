@@ -1,64 +1,74 @@
-"""A model's files become the modules of an inference; what can be wrong is said before any weight is read."""
+"""A model's files become a `Model`; what can be wrong is said before any weight is read."""
 
 import json
 import logging
 import os
 from collections.abc import Mapping
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
-from eridiff.errors import CheckpointError, ConfigError, EridiffError
+from eridiff.errors import CheckpointError, ConfigError
+from eridiff.inference.family import Family
+from eridiff.inference.model import Model
+from eridiff.inference.settings import sampled_as
 from eridiff.inference.words import read_words
 from eridiff.lora.branches import install_slots
 from eridiff.text.encoders import build_encoder
 from eridiff.text.tokenizers import clip_tokenizer, t5_tokenizer
 from eridiff.weights.configs import DRAWN, check_fixed
 from eridiff.weights.detect import DESCRIPTIONS, Component
-from eridiff.weights.load import VARIANT, build, default_dtype
+from eridiff.weights.load import VARIANT, build, default_dtypes
 from eridiff.weights.locate import DENOISERS, PART_NAMES, TEXT_ENCODERS, Parts
-
-if TYPE_CHECKING:
-    from eridiff.inference.base import DiffusionInference
 
 log = logging.getLogger(__name__)
 
 
-def fill(drawer: "DiffusionInference", parts: Parts) -> None:
-    """Read the network, the autoencoder, the text encoders and their tokenizers into an inference.
+def read(
+    kind: type[Family], parts: Parts, *, device: torch.device, dtype: torch.dtype | Mapping[str, torch.dtype] | None = None,
+    variant: str | None = None, offload: bool = False, progress: bool = True,
+) -> Model:  # fmt: skip
+    """The network, the autoencoder, the text encoders and their tokenizers.
+
+    - device: where images will be computed; with `offload` the modules are read to the CPU nevertheless.
+    - dtype: of all components or by component; None is the file's, or what the device computes best in.
+    - variant: the one that is asked for.
 
     Raises CheckpointError when a part is missing or damaged or does not fit.
     """
     components = parts.components
-    check_parts(type(drawer), components)
+    check_parts(kind, components)
     text = [name for name in TEXT_ENCODERS if name in components]
     readers = {"clip": clip_tokenizer, "clip_g": clip_tokenizer, "t5": t5_tokenizer}
     tokenizers = {n: readers[n](parts.tokenizers.get("t5" if n == "t5" else "clip")) for n in text}
-    own = components[drawer.family]
+    own = components[kind.family]
     path = own.checkpoint.path
     name = model_name(own, parts)
-    sampling = own_sampling(own, drawer.choose_variant(own.config, name), drawer.variants)
+    sampling = own_sampling(own, kind.choose_variant(own.config, name, variant)[0], kind.variants)
     words = read_words(own)
 
-    def options(name: str) -> dict[str, Any]:
-        asked = drawer.dtype.get(name) if isinstance(drawer.dtype, Mapping) else drawer.dtype
-        dtype = asked or default_dtype(components[name], drawer.device)
-        by_name = isinstance(drawer.dtype, Mapping)
-        if name == "vae" and not by_name and dtype == torch.float16 and components[name].config.latent_channels == 4:
-            log.info("SDXL's autoencoder overflows in float16, so it decodes in float32")
-            dtype = torch.float32
-        return {"dtype": dtype, "device": "cpu" if drawer.offload else drawer.device, "progress": drawer.progress}
+    needed = {name: c for name, c in components.items() if name in (kind.family, "vae", *text)}
+    usual = default_dtypes(needed, device)
 
-    network = build(own, **options(drawer.family))
-    drawer.autoencoder = build(components["vae"], **options("vae"))  # type: ignore[assignment]
+    def options(name: str) -> dict[str, Any]:
+        by_name = isinstance(dtype, Mapping)
+        asked = dtype.get(name) if isinstance(dtype, Mapping) else dtype
+        chosen = asked or usual[name]
+        if name == "vae" and not by_name and chosen == torch.float16 and components[name].config.latent_channels == 4:
+            log.info("SDXL's autoencoder overflows in float16, so it decodes in float32")
+            chosen = torch.float32
+        return {"dtype": chosen, "device": "cpu" if offload else device, "progress": progress}
+
+    network = build(own, **options(kind.family))
+    autoencoder = build(components["vae"], **options("vae"))
     install_slots(network)  # so that a LoRA may come after compiling
-    drawer.set_network(network, name)
-    vars(network)["said_by_file"][VARIANT] = drawer.variant  # for `save_network`
-    drawer.sample_as(drawer.variant, sampling)
-    drawer.words = words
-    drawer.set_encoders({n: build_encoder(components[n], **options(n)) for n in text}, tokenizers)
-    drawer.source = {"model": str(path), "parts": _places(parts)}
+    modules = {n: build_encoder(components[n], **options(n)) for n in text}
+    encoders = kind.text_encoders(modules, tokenizers, sampling)
+    model = Model.of(kind, network, autoencoder, encoders, name=name, variant=variant)
+    model.sampling, model.words = sampling, words
+    model.source = {"model": str(path), "parts": _places(parts)}
+    vars(network)["said_by_file"][VARIANT] = model.variant  # for `save_network`
+    return model
 
 
 def model_name(own: Component, parts: Parts) -> str:
@@ -75,61 +85,36 @@ def _places(parts: Parts) -> dict[str, Any]:
     return {**found, **({"tokenizers": tokenizers} if tokenizers else {})}
 
 
-def check_parts(drawer: "type[DiffusionInference]", components: Mapping[str, Component]) -> None:
-    """Raises CheckpointError unless the components are the drawer's family's, complete, and fit together."""
+def check_parts(kind: type[Family], components: Mapping[str, Component]) -> None:
+    """Raises CheckpointError unless the components are the family's, complete, and fit together."""
     held = " and ".join(DESCRIPTIONS[name] for name in components) or "nothing"
-    other = next((n for n in DENOISERS if n in components and n != drawer.family), None)
-    if other and drawer.family not in components:
+    other = next((n for n in DENOISERS if n in components and n != kind.family), None)
+    if other and kind.family not in components:
         raise CheckpointError(
-            f"{components[other].checkpoint.path} holds {DESCRIPTIONS[other]}, {drawer.__name__} draws with "
-            f"{DESCRIPTIONS[drawer.family]}; eridiff.load chooses by the file"
+            f"{components[other].checkpoint.path} holds {DESCRIPTIONS[other]}, {kind.__name__} draws with "
+            f"{DESCRIPTIONS[kind.family]}; eridiff.load chooses by the file"
         )
-    encoders = drawer.needed(components[drawer.family].config) if drawer.family in components else ()
-    missing = [name for name in (drawer.family, "vae", *encoders) if name not in components]
+    encoders = kind.needed(components[kind.family].config) if kind.family in components else ()
+    missing = [name for name in (kind.family, "vae", *encoders) if name not in components]
     if missing:
         options = [name for name, networks in PART_NAMES.items() if set(networks) & set(missing)]
         raise CheckpointError(
             f"{' and '.join(DESCRIPTIONS[name] for name in missing)} {'is' if len(missing) == 1 else 'are'} missing: "
             f"the model holds {held}; give the rest as {', '.join(options)}"
         )
-    own = components[drawer.family].checkpoint
-    check_fixed(drawer.family, own.path, own.config, DRAWN)
-    check_widths(
-        drawer,
-        components[drawer.family].config,
-        {name: components[name].config for name in TEXT_ENCODERS if name in components},
-    )
-    check_latents(drawer, components[drawer.family].config, components["vae"].config, CheckpointError)
-
-
-def check_widths(drawer: "type[DiffusionInference]", own: Any, encoders: Mapping[str, Mapping[str, Any]]) -> None:
-    """Raises CheckpointError unless encoders of these configurations give what a network of that configuration takes."""
-    given = drawer.text_widths(encoders)
-    if given != drawer.told_widths(own):
-        raise CheckpointError(
-            f"the text encoders give {given[0]} features a token and {given[1]} pooled, {DESCRIPTIONS[drawer.family]} takes "
-            f"{' and '.join(map(str, drawer.told_widths(own)))}; they belong to another model"
-        )
-
-
-def check_latents(
-    drawer: "type[DiffusionInference]", network: Any, autoencoder: Any, error: type[EridiffError] = ConfigError
-) -> None:
-    """Raises an error unless the latents of an autoencoder are those of a network, by their configurations."""
-    wanted, given = drawer.channels_drawn(network), autoencoder.latent_channels
-    if wanted != given:
-        raise error(
-            f"the autoencoder has {given} latent channels, {DESCRIPTIONS[drawer.family]} draws {wanted}: it belongs to another "
-            f"family; give {DESCRIPTIONS[drawer.family].split(' ', 1)[1]}'s own as vae"
-        )
+    config, own = components[kind.family].config, components[kind.family].checkpoint
+    check_fixed(kind.family, own.path, own.config, DRAWN)
+    kind.check_widths(config, {name: components[name].config for name in TEXT_ENCODERS if name in components})
+    kind.check_latents(config, components["vae"].config, CheckpointError)
 
 
 def own_sampling(component: Component, variant: str, variants: Mapping[str, Any]) -> Any:
     """The variant's defaults with what a small file says in its metadata `eridiff.sampling`."""
+    where = f"{component.checkpoint.path}: the metadata eridiff.sampling"
     try:
         given = json.loads(component.checkpoint.metadata.get("eridiff.sampling", "{}"))
-        return replace(variants[variant], **given)
-    except (ValueError, TypeError) as error:
-        raise ConfigError(
-            f"{component.checkpoint.path}: the metadata eridiff.sampling cannot be used: {error}"
-        ) from None
+    except ValueError as error:
+        raise ConfigError(f"{where} cannot be used: {error}") from None
+    if not isinstance(given, dict):
+        raise ConfigError(f"{where} cannot be used: it must be a JSON object")
+    return sampled_as(variants[variant], given, where)

@@ -1,10 +1,9 @@
-"""LoRAs on everything that an inference draws with: the network and its text encoders, by one mechanism."""
+"""LoRAs on everything that an image is generated with: the network and its text encoders, by one mechanism."""
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -13,22 +12,20 @@ from eridiff.files import tensors_hash
 from eridiff.lora.attach import LoraSet, Scale, attach_lora, matches
 from eridiff.lora.ledger import Row
 from eridiff.lora.load import PARTS, Lora, load_lora
-from eridiff.weights.locate import TEXT_ENCODERS
-
-if TYPE_CHECKING:
-    from eridiff.inference.base import DiffusionInference
 
 
 class LoraHandle:
-    """A LoRA on an inference: weigh it anew, take it away; as a context it is taken away at the end."""
+    """A LoRA on a model: weigh it anew, take it away; as a context it is taken away at the end."""
 
-    def __init__(self, drawer: "DiffusionInference", lora: Lora, sets: tuple[LoraSet, ...]) -> None:
-        self._drawer, self.path, self.sets = drawer, lora.path, sets
+    def __init__(
+        self, lora: Lora, sets: tuple[LoraSet, ...], taken_away: Callable[["LoraHandle"], None] | None = None
+    ) -> None:
+        """`taken_away` is told when the LoRA is."""
+        self.path, self.sets, self._taken_away = lora.path, sets, taken_away
         self.ledger: tuple[Row, ...] = lora.ledger
         self.scale: Scale | Mapping[str, Scale] | None = None  # None: each request's `lora_scale`
         self._hash: str | None = None
         self._weight: Scale | Mapping[str, Scale] = 1.0
-        self._variant: tuple[Any, Any] | None = None  # what the inference was before this LoRA widened the network
 
     def set_scale(self, scale: Scale | Mapping[str, Scale]) -> "LoraHandle":
         """The weight of all that the LoRA changes, text encoders too: as `LoraSet.set_scale`."""
@@ -54,16 +51,16 @@ class LoraHandle:
 
     def detach(self) -> None:
         """Take the LoRA away; the model draws, bit for bit, as before it."""
-        drawer = self._drawer
-        config = drawer.network.config
         for lora in self.sets:
             lora.detach()
-        if self in drawer.loras:
-            drawer.loras.remove(self)
-            if self._variant is not None and drawer.network.config != config:
-                drawer.sample_as(*self._variant)
-            for other in drawer.loras:  # another control LoRA keeps the network wide, and will bring it back
-                other._variant = other._variant or (self._variant if drawer.network.config == config else None)
+        if self._taken_away is not None:
+            self._taken_away(self)
+
+    @property
+    def weighs_rows(self) -> bool:
+        """Whether rows of a batch have scales of their own."""
+        scales = self._weight.values() if isinstance(self._weight, Mapping) else [self._weight]
+        return any(isinstance(scale, Tensor) and scale.ndim > 0 for scale in scales)
 
     def record(self) -> dict[str, Any]:
         """For a picture's settings."""
@@ -85,12 +82,12 @@ class LoraHandle:
         self.detach()
 
 
-def apply(
-    drawer: "DiffusionInference", weights: str | os.PathLike[str] | Lora, scale: Scale | Mapping[str, Scale] | None, *,
+def attached(
+    modules: Mapping[str, nn.Module], weights: str | os.PathLike[str] | Lora, scale: Scale | Mapping[str, Scale] | None, *,
     allow_partial: bool = False, part: str | None = None, dora: str = "peft",
+    taken_away: Callable[[LoraHandle], None] | None = None,
 ) -> LoraHandle:  # fmt: skip
-    """Attach a LoRA to an inference's network and text encoders: `DiffusionInference.apply_lora`."""
-    modules = modules_of(drawer)
+    """A LoRA on a network and its text encoders, by component; arguments as of `DiffusionInference.apply_lora`."""
     lora = weights if isinstance(weights, Lora) else load_lora(weights, modules, part=part, allow_partial=allow_partial)
     if part is not None and isinstance(weights, Lora):
         lora = lora.of(*PARTS[part])
@@ -98,25 +95,18 @@ def apply(
     if lacking:
         raise LoraError(f"the LoRA changes {lacking[0]}, which is not loaded; choose the rest by lora.of(...)")
     sets: list[LoraSet] = []
-    config = drawer.network.config
     try:
         for network in lora.networks:
             sets.append(attach_lora(modules[network], lora.of(network), dora=dora))
-        handle = LoraHandle(drawer, lora, tuple(sets))
+        handle = LoraHandle(lora, tuple(sets), taken_away)
         if scale is None:
             handle.weigh(1.0)
         else:
             handle.set_scale(scale)
     except LoraError:
-        for attached in sets:
-            attached.detach()
+        for one in sets:
+            one.detach()
         raise
-    if drawer.network.config != config:  # a control LoRA: the network takes a picture more
-        handle._variant = drawer.variant, drawer.sampling
-        asked, drawer.asked_variant = drawer.asked_variant, None
-        drawer.set_network(drawer.network, Path(lora.path or "").stem)
-        drawer.asked_variant = asked
-    drawer.loras.append(handle)
     return handle
 
 
@@ -131,12 +121,6 @@ def weighed(handles: Sequence[LoraHandle], scale: float | None) -> Iterator[None
     finally:
         for handle in changed:
             handle.weigh(1.0)
-
-
-def modules_of(drawer: "DiffusionInference") -> dict[str, nn.Module]:
-    """The network and the text encoders that are loaded, by kind."""
-    encoders = {name: getattr(drawer, name, None) for name in TEXT_ENCODERS}
-    return {drawer.family: drawer.network} | {name: e.module for name, e in encoders.items() if e is not None}
 
 
 def _plain(scale: Scale) -> Any:

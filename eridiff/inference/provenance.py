@@ -1,40 +1,36 @@
 """What a PNG says of an image: what was asked, and what else it depends on (which model, loaded how, computing where)."""
 
+from collections.abc import Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 import eridiff
 from eridiff.files import content_hash
 from eridiff.inference.latents import dtype_of
+from eridiff.inference.model import Model
 from eridiff.inference.result import HandedIn
 from eridiff.request import Checked, Request, is_file, listed_pictures
-from eridiff.weights.locate import TEXT_ENCODERS
-
-if TYPE_CHECKING:
-    from eridiff.inference.base import DiffusionInference
 
 
-def provenance(drawer: "DiffusionInference") -> dict[str, Any]:
-    """For the record: as `load` takes it, to draw with the same model again."""
-    parts = {drawer.family: drawer.network, "vae": drawer.autoencoder}
-    encoders = {name: getattr(drawer, name, None) for name in TEXT_ENCODERS}
-    parts |= {name: encoder.module for name, encoder in encoders.items() if encoder is not None}
+def provenance(model: Model) -> dict[str, Any]:
+    """For the record: as `load` takes it, to generate with the same model again."""
+    parts = {**model.modules(), "vae": model.autoencoder}
     dtypes = {name: str(dtype_of(part)).removeprefix("torch.") for name, part in parts.items()}
-    refiner = getattr(drawer, "refiner", None)
-    refined = {} if refiner is None else {"refiner": refiner.source.get("parts")}
-    published = vars(drawer.variants[drawer.variant])
+    published = vars(model.kind.variants[model.variant])
     return {
-        **drawer.source, **refined, "family": drawer.family, **{name: getattr(drawer, name) for name in drawer.recorded},
-        "sampling": {name: value for name, value in vars(drawer.sampling).items() if value != published[name]},
-        "dtype": dtypes[drawer.family], "dtypes": dtypes, "device": drawer.device.type, "threads": torch.get_num_threads(),
+        **model.source, "family": model.kind.family, "variant": model.variant,
+        "sampling": {name: value for name, value in vars(model.sampling).items() if value != published[name]},
+        "dtype": dtypes[model.kind.family], "dtypes": dtypes, "threads": torch.get_num_threads(),
         "version": eridiff.__version__, "torch": torch.__version__,
     }  # fmt: skip
 
 
-def records(drawer: "DiffusionInference", request: Request, asked: Checked, given: HandedIn) -> list[dict[str, Any]]:
-    """For each image all that is needed to generate it again, as a PNG holds it."""
+def records(
+    model: Model, request: Request, asked: Checked, given: HandedIn, options: Mapping[str, Any]
+) -> list[dict[str, Any]]:
+    """For each image all that is needed to generate it again, as a PNG holds it; `options` are those of the inference."""
     pictures = {name: getattr(request, name) for name in ("image", "mask", "control", "references")}
     handed_in = [
         name for name, picture in pictures.items()
@@ -44,12 +40,12 @@ def records(drawer: "DiffusionInference", request: Request, asked: Checked, give
     prompts, seeds = asked.prompt, asked.seed
     negatives = asked.negative or [None]
     rest = {
-        **provenance(drawer), "batch": len(seeds), "loras": [handle.record() for handle in drawer.loras] or None,
+        **provenance(model), **options, "batch": len(seeds), "loras": [handle.record() for handle in model.loras] or None,
         "handed_in": handed_in,
         "hashes": {
             name: [content_hash(file) for file in listed_pictures(picture)] for name, picture in pictures.items()
             if picture is not None and name not in handed_in
-        } | ({"loras": [handle.hash for handle in drawer.loras]} if drawer.loras else {}),
+        } | ({"loras": [handle.hash for handle in model.loras]} if model.loras else {}),
     }  # fmt: skip
     rows = [
         replace(asked, prompt=p, seed=s, negative=negatives[i % len(negatives)], **pictures)

@@ -34,16 +34,6 @@ class Step:
 Callback = Callable[[Step], object]
 
 
-@dataclass(frozen=True)
-class HandedIn:
-    """What a caller gives of an image's way and wants of it; the rest of what is asked is a `Request`."""
-
-    conditioning: Prompt | None = None
-    noise: Tensor | None = None
-    keep: Sequence[str] = ()
-    callback: Callback | None = None
-
-
 @dataclass
 class Run:
     """How far a run has come; another network can take it over."""
@@ -51,8 +41,19 @@ class Run:
     x: Tensor  # latents [B, C, H / 8, W / 8] float32
     noise: Tensor  # the same shape: what it began from
     draw: Draw | None  # of samplers that draw noise on the way, which goes on
+    start: int = 0  # the step that it began with
     clean: Tensor | None = None  # what multi-step samplers remember
     stopped: bool = False  # by the callback
+
+
+@dataclass(frozen=True)
+class HandedIn:
+    """What a caller gives of an image's way and wants of it; the rest of what is asked is a `Request`."""
+
+    conditioning: Prompt | None = None
+    noise: Tensor | Run | None = None
+    keep: Sequence[str] = ()
+    callback: Callback | None = None
 
 
 @dataclass(frozen=True)
@@ -64,9 +65,10 @@ class Result:
     conditioning: Prompt | None = None
     noise: Tensor | None = None  # [B, C, H / 8, W / 8], as drawn
     latents: Tensor | None = None  # [B, C, H / 8, W / 8], as decoded
+    run: Run | None = None  # as far as it came, for a part that goes on
 
     def __repr__(self) -> str:
-        kept = [name for name in ("conditioning", "noise", "latents") if getattr(self, name) is not None]
+        kept = [name for name in ("conditioning", "noise", "latents", "run") if getattr(self, name) is not None]
         seeds = ", ".join(str(settings.get("seed")) for settings in self.settings)
         return f"Result({described(self.images)}, seed {seeds}{', kept: ' + ', '.join(kept) if kept else ''})"
 

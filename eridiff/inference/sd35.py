@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from eridiff.errors import ConfigError
-from eridiff.inference.base import DiffusionInference
-from eridiff.inference.handed_in import check_encoders
+from eridiff.inference.base import DiffusionInference, of_encoder
+from eridiff.inference.family import Encoder
 from eridiff.inference.latents import beside, dtype_of, finite_features
 from eridiff.inference.options import Options
 from eridiff.inference.settings import Defaults, spoken
@@ -63,6 +63,9 @@ class SD35Inference(DiffusionInference):
     }
     takes = ("shift", "skip_layers")
     network: MMDiT
+    clip: ClipEncoder | None = of_encoder("clip")
+    clip_g: ClipEncoder | None = of_encoder("clip_g")
+    t5: T5Encoder | None = of_encoder("t5")
 
     def __init__(
         self,
@@ -93,9 +96,7 @@ class SD35Inference(DiffusionInference):
         for name, value in given.items():
             if value not in OPTIONS[name]:
                 raise ConfigError(f"{name} must be {' or '.join(OPTIONS[name])}, not '{value}'")
-        super().__init__(network, autoencoder, **options)
-        check_encoders(type(self), clip=clip, clip_g=clip_g, t5=t5)
-        self.clip, self.clip_g, self.t5 = clip, clip_g, t5
+        super().__init__(network, autoencoder, {"clip": clip, "clip_g": clip_g, "t5": t5}, **options)
         self.t5_padding, self.without_t5, self.clip_windows = t5_padding, without_t5, clip_windows
         self.t5_mask = t5_mask
 
@@ -123,10 +124,17 @@ class SD35Inference(DiffusionInference):
         if isinstance(shift := config.get("shift"), int | float):
             self.sampling = replace(self.sampling, shift=float(shift))
 
-    def set_encoders(self, modules: Mapping[str, nn.Module], tokenizers: Mapping[str, Any]) -> None:
-        self.clip = ClipEncoder(modules["clip"], tokenizers["clip"])
-        self.clip_g = ClipEncoder(modules["clip_g"], tokenizers["clip_g"], pad=0, name="CLIP-G")
-        self.t5 = T5Encoder(modules["t5"], tokenizers["t5"], T5_LONGEST) if "t5" in modules else None
+    @staticmethod
+    def text_encoders(
+        modules: Mapping[str, nn.Module], tokenizers: Mapping[str, Any], sampling: SD35Defaults
+    ) -> dict[str, Encoder]:
+        found: dict[str, Encoder] = {
+            "clip": ClipEncoder(modules["clip"], tokenizers["clip"]),
+            "clip_g": ClipEncoder(modules["clip_g"], tokenizers["clip_g"], pad=0, name="CLIP-G"),
+        }
+        if "t5" in modules:
+            found["t5"] = T5Encoder(modules["t5"], tokenizers["t5"], T5_LONGEST)
+        return found
 
     def encoding(self, prompts: Sequence[Text]) -> Stages[Conditioning]:
         """The rows of both CLIPs, then T5's: text `[B, 77 + T, text_width]`, pooled `[B, pooled_width]`."""

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from typing_extensions import Self, Unpack
 
 from eridiff.errors import ConfigError
-from eridiff.inference.base import DiffusionInference
-from eridiff.inference.handed_in import check_encoders
-from eridiff.inference.latents import beside, dtype_of, finite, finite_features
+from eridiff.inference.base import DiffusionInference, of_encoder
+from eridiff.inference.family import Encoder
+from eridiff.inference.latents import beside, dtype_of, finite_features
 from eridiff.inference.options import Options
-from eridiff.inference.result import Callback, Prompt, Result
+from eridiff.inference.result import Callback, Prompt, Result, Run
 from eridiff.inference.settings import Defaults, spoken
 from eridiff.memory.stages import Stages
 from eridiff.models.autoencoder import Autoencoder
@@ -29,7 +29,7 @@ from eridiff.text import Conditioning
 from eridiff.text.encoders import ClipEncoder, ClipFeatures
 from eridiff.weights.detect import Component
 from eridiff.weights.load import prediction_told
-from eridiff.weights.locate import Model, Parts, locate
+from eridiff.weights.locate import ModelPath, Parts, locate
 
 TIMESTEPS = {
     "leading": discrete.leading_timesteps, "trailing": discrete.trailing_timesteps, "legacy": discrete.legacy_timesteps,
@@ -68,6 +68,8 @@ class SDXLInference(DiffusionInference):
         "lcm": SDXLDefaults(4, 1.0, "lcm", schedule="lcm", guidance_scale=8.0),
     }
     network: UNet
+    clip: ClipEncoder | None = of_encoder("clip")
+    clip_g: ClipEncoder | None = of_encoder("clip_g")
 
     def __init__(
         self,
@@ -100,9 +102,7 @@ class SDXLInference(DiffusionInference):
         ):  # fmt: skip
             if value not in known:
                 raise ConfigError(f"{name} must be {' or '.join(str(k) for k in known if k)}, not '{value}'")
-        super().__init__(network, autoencoder, **options)
-        check_encoders(type(self), clip=clip, clip_g=clip_g)
-        self.clip, self.clip_g = clip, clip_g
+        super().__init__(network, autoencoder, {"clip": clip, "clip_g": clip_g}, **options)
         self.asked_prediction, self.asked_zero_snr = prediction, zero_terminal_snr
         self.prediction, self.zero_terminal_snr = prediction or "epsilon", bool(zero_terminal_snr)
         self.empty_negative, self.clip_windows = empty_negative, clip_windows
@@ -143,7 +143,7 @@ class SDXLInference(DiffusionInference):
         own = int(8 * 2 ** (self.network.config.levels - 1))
         return own if self.refiner is None else max(own, self.refiner.multiple)
 
-    def load_model(self, model: Model | Parts) -> Self:
+    def load_model(self, model: ModelPath | Parts) -> Self:
         """As DiffusionInference.load_model; what the file says of its prediction wins over the usual and forbids another."""
         parts = locate(model, self.allow_unknown)
         if self.family in parts.components:
@@ -204,9 +204,9 @@ class SDXLInference(DiffusionInference):
         return (yield from super()._conditioned(asked, given))
 
     def _denoised(
-        self, noise: Tensor, prompt: Prompt, points: Schedule, asked: Checked, image: Tensor | None,
+        self, noise: Tensor | Run, prompt: Prompt, points: Schedule, asked: Checked, image: Tensor | None,
         mask: Tensor | None, condition: Tensor | None, callback: Callback | None,
-    ) -> Stages[Tensor]:  # fmt: skip
+    ) -> Stages[Run]:  # fmt: skip
         """The base as far as it goes, then the refiner, which takes over latents, noise and memory of the sampler."""
         first, last = self.ends(points, asked.part, 1.0 if image is None else asked.strength)
         if self.refines and first == 0 and image is None:
@@ -223,7 +223,7 @@ class SDXLInference(DiffusionInference):
         if not run.stopped:
             table = refiner.schedule(points.steps, asked.width, asked.height, asked.schedule)
             refiner.walk(run, own, table, asked, cut, last, image, mask, None, callback)
-        return finite(run.x, "denoising")
+        return run
 
     def told(self, asked: Checked) -> dict[str, Any]:
         """What the network is told of an image's size, and the refiner of its beauty."""
@@ -239,9 +239,18 @@ class SDXLInference(DiffusionInference):
             found["hand_over"] = HAND_OVER if asked.hand_over is None else asked.hand_over
         return found
 
-    def set_encoders(self, modules: Mapping[str, nn.Module], tokenizers: Mapping[str, Any]) -> None:
-        self.clip = ClipEncoder(modules["clip"], tokenizers["clip"]) if "clip" in modules else None
-        self.clip_g = ClipEncoder(modules["clip_g"], tokenizers["clip_g"], pad=0, name="CLIP-G")
+    def circumstances(self) -> dict[str, Any]:
+        refined = {} if self.refiner is None else {"refiner": self.refiner.source.get("parts")}
+        return {**super().circumstances(), **refined}
+
+    @staticmethod
+    def text_encoders(
+        modules: Mapping[str, nn.Module], tokenizers: Mapping[str, Any], sampling: SDXLDefaults
+    ) -> dict[str, Encoder]:
+        found: dict[str, Encoder] = {}
+        if "clip" in modules:
+            found["clip"] = ClipEncoder(modules["clip"], tokenizers["clip"])
+        return found | {"clip_g": ClipEncoder(modules["clip_g"], tokenizers["clip_g"], pad=0, name="CLIP-G")}
 
     def encoding(self, prompts: Sequence[Text]) -> Stages[Conditioning]:
         """Both CLIPs' rows side by side (the refiner has only CLIP-G): text `[B, 77, text_width]`, pooled `[B, P]`."""

@@ -1,7 +1,8 @@
 """How published variants are sampled when nothing is said, and what each text encoder reads of a prompt."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 from eridiff.errors import ConfigError
 from eridiff.request import Text
@@ -16,6 +17,18 @@ class Defaults:
     sampler: str = "euler"
     width: int = 1024
     height: int = 1024
+
+
+def sampled_as(usual: Any, given: Mapping[str, Any], where: str) -> Any:
+    """Defaults with others in their place. Raises ConfigError, naming `where`, for names and kinds of value that they lack."""
+    for name, value in given.items():
+        if not hasattr(usual, name):
+            raise ConfigError(f"{where} cannot be used: there is no {name} among {', '.join(vars(usual))}")
+        own = getattr(usual, name)
+        numbers = isinstance(value, int | float) and not isinstance(value, bool) and isinstance(own, int | float | None)
+        if value is not None and type(value) is not type(own) and (not numbers or isinstance(own, bool | int)):
+            raise ConfigError(f"{where} cannot be used: {name} is {value!r}, and {own!r} in its place usually")
+    return replace(usual, **given)
 
 
 def spoken(prompts: Sequence[Text], encoder: str, encoders: Sequence[str]) -> list[str]:

@@ -5,9 +5,9 @@ from eridiff.lora.branches import install_slots
 from eridiff.lora.ledger import Row, table
 from eridiff.lora.load import Lora, load_lora
 from eridiff.lora.merge import Merged, MergedModule, merge_into, merge_lora
-from eridiff.lora.save import load_lora_state_dict, lora_state_dict, save_lora
+from eridiff.lora.save import save_lora
 
 __all__ = [
     "TARGETS", "Lora", "LoraSet", "Merged", "MergedModule", "Row", "all_reduce_gradients", "attach_lora", "inject_lora",
-    "install_slots", "load_lora", "load_lora_state_dict", "lora_state_dict", "merge_into", "merge_lora", "save_lora", "table",
+    "install_slots", "load_lora", "merge_into", "merge_lora", "save_lora", "table",
 ]  # fmt: skip

@@ -87,6 +87,16 @@ class LoraSet(nn.Module):
         new.__dict__ = copy.deepcopy(self.__dict__, memo) | {"attached": False}
         return new
 
+    def get_extra_state(self) -> Tensor:
+        """alpha / rank of each branch, float64, for `state_dict`: what else the matrices mean."""
+        return torch.tensor([branch.told.ratio for branch in self.all_branches()], dtype=torch.float64)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Raises LoraError for the state of a set with other alphas, whose matrices would mean something else here."""
+        own = self.get_extra_state()
+        if state.shape != own.shape or not torch.equal(state.cpu(), own):
+            raise LoraError("the state is of a LoRA with other alphas or modules than this one")
+
     @property
     def network(self) -> nn.Module:
         return self._network[0]

@@ -36,13 +36,13 @@ def install_slots(network: nn.Module) -> None:
     for module in network.modules():
         if isinstance(module, nn.Linear | nn.Conv2d) and not has_slot(module):
             module.lora_branches = Branches()  # type: ignore[assignment]  # a list: no name of the network changes
-            module.register_forward_hook(_add_branches)
+            module.register_forward_hook(_add_branches, with_kwargs=True)
 
 
-def _add_branches(module: Any, inputs: tuple[Tensor], output: Tensor) -> Tensor:
+def _add_branches(module: Any, inputs: tuple[Tensor, ...], named: dict[str, Tensor], output: Tensor) -> Tensor:
     plain = output
     for branch in module.lora_branches:
-        output = branch(module, inputs[0], plain, output)
+        output = branch(module, *inputs, *named.values(), plain, output)
     return output
 
 
@@ -137,12 +137,15 @@ class Branch(nn.Module):
             change = change.roll(change.shape[features] // 2, features)
         if self.target.rows is None:
             return out + change.to(out.dtype)
-        first, last = self.target.rows  # the other rows are copied, not added to
-        out = out.expand(
-            change.shape[0], *out.shape[1:]
-        )  # one row for all, which the scale of each may have made several
-        before, own, behind = out.split([first, last - first, out.shape[features] - last], features)
-        return torch.cat([before, own + change.to(out.dtype), behind], features)
+        first, last = self.target.rows
+        change = change.to(out.dtype)
+        shape = (change.shape[0], *out.shape[1:])  # one row for all, which the scale of each may have made several
+        if not torch.is_grad_enabled():  # the slices of a fused layer are added to one copy of its output
+            out = out.expand(shape).clone() if out is plain or out.shape != shape else out
+            out.narrow(features, first, last - first).add_(change)
+            return out
+        before, own, behind = out.expand(shape).split([first, last - first, out.shape[features] - last], features)
+        return torch.cat([before, own + change, behind], features)
 
     def _product(self, base: Any, x: Tensor) -> Tensor:
         """The change of the weight, at ratio 1 and without DoRA, times x."""
@@ -176,7 +179,7 @@ class Branch(nn.Module):
         weight = weight.to(t["up"].dtype) if weight.itemsize == 1 else weight
         down, up, lengths = wide(t["down"]), wide(t["up"]), wide(t["magnitude" if "magnitude" in t else "dora_scale"])
         ratio: Any = self.factor if self.scales_rows_inside else self.told.ratio
-        square = torch.linalg.vector_norm(weight, dim=1, dtype=up.dtype) ** 2
+        square = row_lengths(weight, up.dtype) ** 2
         square = square + 2 * ratio * ((weight @ down.T.to(weight.dtype)) * up).sum(1)
         square = square + ratio**2 * ((up @ (down @ down.T)) * up).sum(1)
         share = lengths.flatten() / square.clamp_min(0).sqrt()
@@ -195,6 +198,14 @@ class Branch(nn.Module):
         if isinstance(base, nn.Conv2d):
             return F.conv2d(x, change, None, base.stride, base.padding, base.dilation)
         return F.linear(x, change)
+
+
+def row_lengths(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """The length of each row, computed in `dtype`."""
+    if weight.device.type != "cpu":
+        return torch.linalg.vector_norm(weight, dim=1, dtype=dtype)
+    # the CPU's kernel takes nine times as long where it converts by itself
+    return torch.cat([torch.linalg.vector_norm(rows.to(dtype), dim=1) for rows in weight.split(512)])
 
 
 def is_thin(item: Item) -> bool:

@@ -42,7 +42,16 @@ def parts_of(items: Iterable[tuple[Item, float]], dora: str) -> dict[str, list[P
 
 
 def changed_tensor(base: Tensor, parts: Sequence[Part]) -> Tensor:
-    """A weight or a bias with changes in it, all computed on `base`, in its dtype; what replaces it comes first."""
+    """A weight or a bias with changes in it, all computed on `base`, in its dtype; what replaces it comes first.
+
+    Of a weight that FSDP2 shards every rank computes the whole and keeps its share, so all ranks must ask.
+    """
+    if is_sharded(base):
+        from torch.distributed.tensor import distribute_tensor
+
+        sharded: Any = base
+        whole = changed_tensor(sharded.full_tensor(), parts)
+        return distribute_tensor(whole, sharded.device_mesh, sharded.placements)
     new = base.clone()
     with full_float32(base.device), torch.autocast(base.device.type, enabled=False):
         for item, scale, bias, dora in sorted(parts, key=lambda part: part.item.kind != "set"):
@@ -88,7 +97,7 @@ def change_in_place(network: nn.Module, name: str, by: int, parts: list[Part], e
     changes = vars(layer).setdefault("lora_in_place", Changes())
     change = changes.get(short)
     if change is None:
-        change = Change(_held(layer, short).data, changed_by(network, name))
+        change = Change(_kept(_held(layer, short)), changed_by(network, name))
     change.parts[by] = parts
     if enlarging is not None:
         change.enlarging[by] = enlarging
@@ -137,8 +146,11 @@ def exchange(module: nn.Module, name: str, new: Tensor, by: int) -> Tensor:
     if hasattr(tensor, "copy_of"):
         tensor.data = new.to(tensor)
     tensor = _held(layer, short)
-    old: Tensor = tensor.data
-    tensor.data = new.to(old)  # a module may have been moved since
+    old: Tensor = _kept(tensor)
+    if is_sharded(tensor):
+        tensor.data.copy_(new)
+    else:
+        tensor.data = new.to(old)  # a module may have been moved since
     if new.shape != old.shape:
         layer.in_features = new.shape[1]  # type: ignore[assignment]
         module.config = replace(module.config, in_channels=new.shape[1])  # type: ignore[type-var]
@@ -154,6 +166,16 @@ def check_last_change(module: nn.Module, names: Iterable[str], by: int) -> None:
     name = next((name for name in names if changed_by(module, name) != by), None)
     if name:
         raise LoraError(f"another LoRA has changed {name} since; take that one away first")
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether FSDP2 keeps a share of it on each rank."""
+    return hasattr(tensor, "full_tensor")
+
+
+def _kept(tensor: Tensor) -> Tensor:
+    """A tensor's values, to come back; FSDP2 reads a share where it lies, so that it is overwritten."""
+    return tensor.data.clone() if is_sharded(tensor) else tensor.data
 
 
 def _held(layer: nn.Module, short: str) -> Any:

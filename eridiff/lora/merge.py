@@ -17,7 +17,16 @@ from torch import Tensor, nn
 
 from eridiff.errors import LoraError
 from eridiff.lora.deltas import Item, check_dora_rule, widened
-from eridiff.lora.inplace import Part, changed_by, changed_tensor, check_last_change, exchange, parts_of, tensors_of
+from eridiff.lora.inplace import (
+    Part,
+    changed_by,
+    changed_tensor,
+    check_last_change,
+    exchange,
+    is_sharded,
+    parts_of,
+    tensors_of,
+)
 from eridiff.lora.load import Lora
 from eridiff.weights.detect import Component, sizes_of
 from eridiff.weights.load import WORDS, native_reader, said_by_file
@@ -78,8 +87,8 @@ def merge_lora(
         new = changed_tensor(base, parts)
         found[name] = new.to(old.dtype)
         differ = new != base
-        changed += int(differ.sum())
-        lost += int((differ & (found[name].to(dtype) == base)).sum())
+        changed += counted(differ)
+        lost += counted(differ & (found[name].to(dtype) == base))
     return Merged(dict(state_dict) | found, tuple(found), changed, lost)
 
 
@@ -138,6 +147,12 @@ def merge_file(
     return written, Merged({}, tuple(count.tensors), count.changed, count.lost)
 
 
+def counted(where: Tensor) -> int:
+    """How many are true, over all ranks of a sharded tensor."""
+    number: Any = where.sum()
+    return int(number.full_tensor() if is_sharded(number) else number)
+
+
 class _Count:
     """What a merge changes, counted while its tensors are made."""
 
@@ -160,8 +175,8 @@ class _Count:
         new = changed_tensor(base, parts[name])
         rounded, differ, before = new.to(dtypes[name]), new != base, base.to(dtypes[name])
         self.tensors[name] = None
-        self.changed += int(differ.sum())
-        self.lost += int((differ & (rounded == before)).sum())
+        self.changed += counted(differ)
+        self.lost += counted(differ & (rounded == before))
         return rounded
 
 

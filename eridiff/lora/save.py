@@ -77,40 +77,6 @@ def save_lora(
     )
 
 
-def lora_state_dict(lora: LoraSet) -> dict[str, Tensor]:
-    """The tensors of a set as a native file holds them, for a checkpoint of the run; `load_lora_state_dict` reads it."""
-    return {
-        name: t.detach().cpu().clone()
-        for name, t in lora_tensors(lora.lora(), lora.network, format="native")[0].items()
-    }
-
-
-def load_lora_state_dict(lora: LoraSet, state: Mapping[str, Tensor]) -> LoraSet:
-    """Put saved tensors back into a set of the same modules and ranks, in place: an optimizer keeps its parameters.
-
-    Raises LoraError when a tensor is missing, too many or of another shape.
-    """
-    own = lora_tensors(lora.lora(), lora.network, format="native")[0]
-    different = sorted(own.keys() ^ state.keys())
-    if different:
-        raise LoraError(
-            f"'{different[0]}' is {'missing' if different[0] in own else 'not in this LoRA'}: not a state of this set"
-        )
-    parameters = {id(parameter) for parameter in lora.parameters()}
-    with torch.no_grad():
-        for name, tensor in own.items():
-            if not name.endswith(".alpha") and id(tensor) not in parameters:
-                raise LoraError(f"'{name}' is made of several branches of this set; use its state_dict")
-            if tensor.shape != state[name].shape:
-                raise LoraError(f"'{name}' has the shape {list(state[name].shape)}, this set has {list(tensor.shape)}")
-            if name.endswith(".alpha"):
-                if not torch.equal(tensor.cpu(), state[name].cpu()):
-                    raise LoraError(f"'{name}' is {float(state[name]):g}, this set has {float(tensor):g}")
-            else:
-                tensor.copy_(state[name])  # the set's own parameter
-    return lora
-
-
 def lora_tensors(
     lora: Lora, networks: nn.Module | Mapping[str, Network], *, format: str
 ) -> tuple[dict[str, Tensor], dict[str, str]]:

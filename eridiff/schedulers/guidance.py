@@ -56,6 +56,8 @@ def guided(ask: Ask, run: Any, guidance: Guidance, batch: int, steps: int, first
     begins later, at `first`, counts skip-layer guidance from there.
     """
     steered, skip = guidance.cfg_scale != 1, guidance.skip_layers
+    if not (steered or skip):
+        return lambda x, i: ask(x, run, i, ())
     positive_run = run.rows(slice(0, batch)) if steered else run
 
     def predict(x: Tensor, i: int) -> Tensor:

@@ -108,7 +108,7 @@ class T5Encoder:
         ids = torch.tensor([token_ids(self.tokenizer, prompt, self.length, 0, "T5") for prompt in prompts])
         if shortest is None:
             return ids
-        needed = int((ids != 0).sum(dim=1).max())
+        needed = int(self.real(ids).sum(dim=1).max())
         return ids[:, : max(shortest, needed)]
 
     @torch.no_grad()
@@ -119,8 +119,8 @@ class T5Encoder:
         return self.module(input_ids=ids.to(device), attention_mask=seen).last_hidden_state
 
     def real(self, ids: Tensor) -> Tensor:
-        """`[B, T]` bool: which tokens are of the prompt, its end included."""
-        return ids != 0
+        """`[B, T]` bool: which tokens are of the prompt, its end included; "<pad>" may be written in it."""
+        return (ids != 0).flip(1).cumsum(1).flip(1) > 0
 
 
 def build_encoder(

@@ -27,8 +27,8 @@ def cases() -> dict[str, Path]:
     """The cases of one evaluation, by name: inside an installed package, or at the top of a source tree."""
     installed = Path(__file__).parents[1] / "goldens"
     folder = installed if installed.is_dir() else Path(__file__).parents[2] / "tests" / "goldens"
-    found = {path.name: path for path in sorted(folder.glob("*-*")) if path.name.startswith(tuple(FAMILIES))}
-    return {name: path for name, path in found.items() if name.endswith(("-tiny", "-eps"))}
+    found = (path.parent for path in sorted(folder.glob("*/case.json")))
+    return {path.name: path for path in found if _described(path)["kind"] in NETWORKS}
 
 
 def find_case(name: str) -> "Case | None":
@@ -78,7 +78,7 @@ def inputs_of(case: Mapping[str, Any]) -> dict[str, Tensor]:
 
 @dataclass(frozen=True)
 class Case:
-    """One evaluation of a denoising network, with every intermediate that is of use."""
+    """A network and its inputs: one evaluation, with every intermediate that is of use, or more than that."""
 
     name: str
     description: Mapping[str, Any]  # case.json
@@ -86,16 +86,21 @@ class Case:
 
     @property
     def family(self) -> str:
-        return _family(self.name)
+        return self.description["kind"].partition("-")[0]
 
     @property
     def epsilons(self) -> str:
         """The case of this family that shows wrong epsilons."""
-        return next(name for name in cases() if name.endswith("-eps") and _family(name) == self.family)
+        alike = (name for name, folder in cases().items() if _described(folder)["kind"] == self.family)
+        return next(name for name in alike if name.endswith("-eps"))
 
     @cached_property
     def network(self) -> nn.Module:
         """Ours, in float64."""
+        return self.load(torch.float64)
+
+    def load(self, dtype: torch.dtype) -> Any:
+        """The network, from a file in the original layout."""
         c = self.description["config"]
         if self.family == "flux":
             said = {"rope_axes": c["axes_dim"], "theta": c["theta"], "heads": c["num_heads"]}
@@ -103,7 +108,7 @@ class Case:
             said = {"scale": c["scale_factor"], "shift": c["shift_factor"]}
         else:
             said = {"head_width": c["num_head_channels"]} if self.family == "unet" else {}
-        (network,) = load_case(self.description, {self.family: said}, torch.float64)
+        (network,) = load_case(self.description, {self.family: said}, dtype)
         return network
 
     @property
@@ -140,24 +145,14 @@ class Case:
         }  # fmt: skip
 
 
-FAMILIES = {
-    "ae-": "vae",
-    "flux-": "flux",
-    "sd3-": "mmdit",
-    "sd35-large": "mmdit",
-    "sd35-medium": "mmdit",
-    "sdxl-": "unet",
-}
-
-
-def _family(name: str) -> str:
-    return next(family for start, family in FAMILIES.items() if name.startswith(start))
+def _described(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "case.json").read_text(encoding="utf-8"))
 
 
 def open_case(folder: Path) -> Case:
     """The case in a folder with case.json and expected.safetensors; raises TraceError for another."""
     try:
-        description = json.loads((folder / "case.json").read_text(encoding="utf-8"))
+        description = _described(folder)
         expected = load_file(folder / "expected.safetensors")
         order = [
             *description.get("intermediates", ()),
@@ -165,10 +160,11 @@ def open_case(folder: Path) -> Case:
             *description.get("outputs", ()),
         ]
         order = [name for name in order if "float32" not in name]  # what the original's own rounding gives
-        case = Case(description["case"], description, {name: expected[name] for name in order if name in expected})
-        if not any(case.name.startswith(start) for start in FAMILIES) or "parameters" not in description:
-            raise TraceError(f"{quoted(folder)} is a golden of another kind; give one of {', '.join(FAMILIES)}...")
-        return case
+        kind = description.get("kind")
+        if kind not in NETWORKS:
+            said = "its case.json says no kind" if kind is None else f"it is a golden of the kind {quoted(kind)}"
+            raise TraceError(f"{quoted(folder)}: {said}; give one of {', '.join(NETWORKS)}")
+        return Case(description["case"], description, {name: expected[name] for name in order if name in expected})
     except (OSError, ValueError, KeyError) as error:
         reason = " ".join(str(error).split())
         raise TraceError(

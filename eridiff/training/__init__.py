@@ -1,7 +1,7 @@
 """Pictures from weights in training, with nothing else changed; the mathematics of training in the samplers' conventions."""
 
+from eridiff.adopt import Adopted, adopt
 from eridiff.blocks import unwrapped
-from eridiff.training.adopt import Adopted, adopt
 from eridiff.training.distributed import shard
 from eridiff.training.embeddings import EmbeddingCache, LatentCache
 from eridiff.training.record import write_page, write_strip

@@ -15,23 +15,22 @@ import torch
 from PIL import Image
 from torch import nn
 
+from eridiff.adopt import Adopted
 from eridiff.blocks import unwrapped
 from eridiff.config import RunConfig, parse_config
 from eridiff.errors import ConfigError, TrainingError
 from eridiff.images import described, first_text, html_of, save_png, slug
 from eridiff.inference import DiffusionInference, Prompt, Result, Step
-from eridiff.inference.handed_in import check_dtypes, check_inference, check_sharding
+from eridiff.inference.handed_in import bare, check_dtypes, check_sharding
 from eridiff.inference.section import requests_of
 from eridiff.ranks import agreed, collected, everyones, ranks
 from eridiff.request import Request, plain
-from eridiff.training.adopt import Adopted
 from eridiff.training.cached import handed_in_prompts
 from eridiff.training.distributed import sharded
 from eridiff.training.embeddings import EmbeddingCache, on_cpu
 from eridiff.training.fingerprint import changed, fingerprint
 from eridiff.training.record import Entry, drift_of, read_entries, write_page
 from eridiff.training.restore import averaged_weights, averages_of, places_of, undisturbed
-from eridiff.weights.locate import TEXT_ENCODERS
 
 log = logging.getLogger(__name__)
 LIVE = "live"  # the weights as they are in training
@@ -109,12 +108,16 @@ class Sampler:
         before and after and raises TrainingError, naming what changed. An error while drawing is logged, or raised
         with raise_errors. Raises ConfigError for settings that cannot be.
         """
-        check_inference(inference)
+        if not isinstance(inference, DiffusionInference):
+            raise ConfigError(
+                f"Sampler draws with an inference, and this is of class {type(bare(inference)).__name__}: "
+                "Sampler(FluxInference.from_diffusers(pipe), section), or SD35Inference, or SDXLInference"
+            )
         check_sharding(inference.network)
         if conditioning is not None and (embeddings is not None or text_in_training):
             raise ConfigError("conditioning replaces the text encoders: leave out embeddings and text_in_training")
         if autocast is None:
-            check_dtypes(inference)
+            check_dtypes(network=inference.network, autoencoder=inference.autoencoder)
         config = sample if isinstance(sample, RunConfig) else parse_config({"sample": plain(dict(sample))})
         if not config.sample.entries:
             raise ConfigError("sample: no prompts are given")
@@ -276,9 +279,10 @@ class Sampler:
 
     def _drawer(self) -> DiffusionInference:
         """The inference with its modules out of their wrappers."""
-        drawer = copy.copy(self.inference)
-        drawer.adopted = tuple(one for one in drawer.adopted if one is not self.adopted)  # which is refreshed here
-        drawer.network, drawer.autoencoder = unwrapped(drawer.network), unwrapped(drawer.autoencoder)
+        drawer, model = copy.copy(self.inference), self.inference.model
+        others = tuple(one for one in model.adopted if one is not self.adopted)  # which is refreshed here
+        own = {name: unwrapped(getattr(model, name)) for name in ("network", "autoencoder")}
+        drawer.model = replace(model, adopted=others, **own)
         return drawer
 
     def _trained(self) -> nn.Module:
@@ -288,8 +292,7 @@ class Sampler:
     def _modules(self) -> dict[str, nn.Module]:
         """Everything that drawing may touch, by name."""
         found: dict[str, nn.Module] = {"network": self.inference.network, "autoencoder": self.inference.autoencoder}
-        encoders = {name: getattr(self.inference, name, None) for name in TEXT_ENCODERS}
-        found |= {name: encoder.module for name, encoder in encoders.items() if encoder is not None}
+        found |= {name: encoder.module for name, encoder in self.inference.model.encoders.items()}
         if self.adopted is not None:  # its tensors are the adopted ones, or come and go
             del found["network"]
         found |= {"ema": self.ema} if isinstance(self.ema, nn.Module) else {}

@@ -5,9 +5,11 @@ import logging
 import math
 import os
 from collections import Counter
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
+from contextlib import suppress
 from difflib import get_close_matches
 from functools import reduce
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -40,6 +42,8 @@ UNTRUE = (
     "eridiff.config",
     "format",
 )
+USUAL_MEMORY = 16 * 2**30  # where the system does not say
+CONTAINER_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")  # cgroup 2, 1
 FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz)
 
 
@@ -173,16 +177,44 @@ def native_reader(
     return read, {native: shapes[native] for native in found}, dtypes
 
 
-def default_dtype(component: Component, device: torch.device) -> torch.dtype | None:
-    """In what to compute when nothing is said: the file's dtype on a GPU, float32 on a CPU if half the memory holds it.
+def default_dtype(component: Component, device: torch.device) -> torch.dtype:
+    """In what to compute with one component when nothing is said: `default_dtypes`."""
+    return default_dtypes({"": component}, device)[""]
 
-    T5 overflows in float16, so such a file becomes bfloat16.
+
+def default_dtypes(components: Mapping[str, Component], device: torch.device) -> dict[str, torch.dtype]:
+    """In what to compute when nothing is said: the files' dtypes on a GPU, float32 on a CPU with room for it.
+
+    What has to be converted is no longer mapped. All that is may take half of the memory together; the smallest come first, as
+    a text encoder in float32 costs least for what it gains. T5 overflows in float16, so such a file becomes bfloat16.
     """
-    count = sum(math.prod(component.checkpoint.tensors[component.prefix + name].shape) for name in component.keys)
-    if device.type == "cpu" and 4 * count <= os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2:
-        return torch.float32
-    dtype = _main_dtype(component)
-    return torch.bfloat16 if component.network == "t5" and dtype == torch.float16 else dtype
+    found, held, room = {}, {}, machine_memory() // 2
+    numbers = {
+        name: sum(math.prod(c.checkpoint.tensors[c.prefix + key].shape) for key in c.keys)
+        for name, c in components.items()
+    }
+    for name, component in components.items():
+        dtype = _main_dtype(component)
+        found[name] = torch.bfloat16 if component.network == "t5" and dtype == torch.float16 else dtype
+        held[name] = found[name].itemsize * numbers[name] if _is_quantised(component) or found[name] != dtype else 0
+        room -= held[name]
+    for name in sorted(numbers, key=lambda name: numbers[name]) if device.type == "cpu" else ():
+        further = 4 * numbers[name] - held[name]
+        if found[name] != torch.float32 and further <= room:
+            found[name], room = torch.float32, room - further
+    return found
+
+
+def machine_memory() -> int:
+    """Bytes that this process may have: of the machine, or of its container if that is less."""
+    try:
+        sizes = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    except (AttributeError, ValueError):  # Windows has no sysconf
+        sizes = [USUAL_MEMORY]
+    for limit in CONTAINER_LIMITS:
+        with suppress(OSError, ValueError):  # "max" is no number
+            sizes.append(int(Path(limit).read_text()))
+    return min(sizes)
 
 
 def plan(component: Component, wanted: dict[str, tuple[int, ...]]) -> list[Entry]:

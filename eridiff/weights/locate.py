@@ -16,7 +16,7 @@ PART_NAMES = {  # of the model section -> the components that it may be
     "transformer": DENOISERS, "vae": ("vae",), "clip": ("clip",), "clip_g": ("clip_g",), "t5": ("t5",),
 }  # fmt: skip
 FOLDERS_OF = {"transformer": ("transformer", "unet"), "vae": ("vae",)}  # of a diffusers folder, which a part replaces
-Model = str | os.PathLike[str] | Mapping[str, object]
+ModelPath = str | os.PathLike[str] | Mapping[str, object]
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Parts:
     name: str = ""  # of the folder or the hub id that the network is in; nothing for a network given as a file
 
 
-def locate(model: Model | Parts, allow_unknown: bool = False) -> Parts:
+def locate(model: ModelPath | Parts, allow_unknown: bool = False) -> Parts:
     """The parts of a model; headers are read, weights are not.
 
     `allow_unknown` leaves out tensors that a network does not use, with a warning, in place of an error.

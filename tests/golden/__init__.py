@@ -1,7 +1,8 @@
 """`python -m tests.golden FOLDER...`: run golden cases through the ordinary loader and print a table of errors.
 
 Each case's weights are rebuilt by `hashfill`, written in the original layout, loaded by `eridiff.weights`, and run in
-float64 and float32. Exit code 1 when a tolerance is exceeded, 2 when a folder is no case.
+float64 and float32. What is run stands in its `case.json` alone (tests/goldens/README.md). Exit code 1 when a tolerance is
+exceeded, 2 when a folder is no case.
 """
 
 import json
@@ -22,28 +23,30 @@ from tests.golden.sdxl_runs import run_sdxl_trajectories
 from tests.golden.text import run_clip, run_t5
 
 __all__ = ["Float32Sinusoid", "Row", "run_case"]
-RUNNERS = {
-    "flux-": run_flux, "traj-flux": run_trajectory, "ae-": run_autoencoder, "text-clip-": run_clip, "text-t5-": run_t5,
-    "sd3-": run_mmdit, "sd35-slg": run_skip_layers, "sd35-": run_mmdit, "traj-sd3": run_sd3_trajectory,
-    "text-sd3-": run_sd3_text, "sdxl-trajectories": run_sdxl_trajectories, "sdxl-vector": run_vector, "text-sdxl-": run_sdxl_text, "sdxl-": run_unet,
-    "lora-": run_lora,
+RUNNERS = {  # by the kind that case.json says
+    "vae": run_autoencoder, "flux": run_flux, "mmdit": run_mmdit, "unet": run_unet,
+    "flux-trajectory": run_trajectory, "mmdit-trajectories": run_sd3_trajectory, "mmdit-skip-layers": run_skip_layers,
+    "unet-trajectories": run_sdxl_trajectories, "formula-trajectories": run_sdxl_trajectories, "size-vector": run_vector,
+    "clip": run_clip, "clip_g": run_clip, "t5": run_t5, "sd3-text": run_sd3_text, "sdxl-text": run_sdxl_text,
+    "flux-lora": run_lora, "mmdit-lora": run_lora, "unet-lora": run_lora,
 }  # fmt: skip
+TEXT = ("clip", "clip_g", "t5", "sd3-text", "sdxl-text")
 
 
 def run_case(folder: Path, dtypes: Sequence[torch.dtype] = (torch.float64, torch.float32)) -> list[Row]:
     """Every comparison of a case folder; raises ValueError for a folder that is no case this runner knows."""
-    if not (folder / "case.json").is_file():
-        raise ValueError(f"{folder} holds no case.json")
+    for name in ("case.json", "expected.safetensors"):
+        if not (folder / name).is_file():
+            raise ValueError(f"{folder} holds no {name}")
     case = json.loads((folder / "case.json").read_text()) | {"folder": str(folder)}
+    kind = case.get("kind")
+    if kind not in RUNNERS:
+        raise ValueError(f"{folder} is a case of a kind that this runner does not know: {kind}")
     expected = load_file(folder / "expected.safetensors")
-    name = case["case"]
-    runner = next((r for start, r in RUNNERS.items() if name.startswith(start)), None)
-    if runner is None:
-        raise ValueError(f"{folder} is a case of a kind that this runner does not know: {name}")
     rows = []
     for dtype in dtypes:
-        with default_dtype(dtype) if name.startswith("text-") else nullcontext():
-            rows += runner(case, expected, dtype)
+        with default_dtype(dtype) if kind in TEXT else nullcontext():
+            rows += RUNNERS[kind](case, expected, dtype)
     return rows
 
 

@@ -7,16 +7,15 @@ import torch
 from torch import Tensor
 
 from eridiff.trace.record import record
-from tests.golden.case import Row, inputs_of, load_case, row
+from tests.golden.case import Row, inputs_of, opened, placed, row
 
 
 def run_autoencoder(case: Mapping[str, Any], expected: Mapping[str, Tensor], dtype: torch.dtype) -> list[Row]:
-    config = {"scale": case["config"]["scale_factor"], "shift": case["config"]["shift_factor"]}
-    (model,), given = load_case(case, {"vae": config}, dtype), inputs_of(case)
+    model, given = opened(case).load(dtype), inputs_of(case)
     picture, latents, noise = (given[n].to(dtype) for n in ("image", "latents", "noise"))
     with torch.no_grad(), record(model) as recording:
         mean, log_variance = model.moments(picture)
-        recording |= {
+        outputs = {
             "moments": torch.cat([mean, log_variance], 1),
             "mode": mean,
             "latents.mode": model.encode(picture),
@@ -27,8 +26,7 @@ def run_autoencoder(case: Mapping[str, Any], expected: Mapping[str, Tensor], dty
     for name, tensor in expected.items():
         if name.endswith(".float32"):
             continue
-        found = recording[name.replace("nin_shortcut", "shortcut")]
-        output = name in ("moments", "mode", "latents.mode", "latents.sample", "decoded")
-        bound = 1e-5 if dtype == torch.float32 else 1e-9 if output else 1e-6
+        found = outputs[name] if name in outputs else placed(recording, name, model)
+        bound = 1e-5 if dtype == torch.float32 else 1e-9 if name in outputs else 1e-6
         rows.append(row(case, dtype, name, found, tensor, bound))
     return rows

@@ -1,7 +1,7 @@
 """What every case has: weights through a file and the ordinary loader, inputs, rows of a table."""
 
-import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,11 +9,14 @@ import torch
 from torch import Tensor
 
 from eridiff.lora.names import network_of
-from eridiff.models import flux, mmdit, unet
+from eridiff.models import layers, unet
+from eridiff.trace.cases import Case
 from eridiff.trace.cases import inputs_of as inputs_of
 from eridiff.trace.cases import load_case as load_case
 from eridiff.trace.names import NATIVE, names_of
 from eridiff.trace.record import relative_l2
+
+SINUSOID = layers.sinusoid
 
 
 @dataclass(frozen=True)
@@ -31,34 +34,34 @@ class Row:
         return self.error <= self.bound
 
 
+def opened(case: Mapping[str, Any]) -> Case:
+    return Case(case["case"], case, {})
+
+
 def placed(recording: Mapping[str, Tensor], name: str, model: Any) -> Tensor:
     """A golden's tensor among what was recorded of `model`, by the names of its key map."""
     for layout in (NATIVE, "original"):
         aligned = names_of(network_of(model), layout, model.config).align([name])
         for native in aligned.sources:
             whole, _, index = native.rstrip("]").partition("[")
-            return recording[whole][int(index)] if index else recording[whole]
+            if whole in recording:
+                return recording[whole][int(index)] if index else recording[whole]
     raise KeyError(name)
 
 
-def float32_sinusoid(values: Tensor, width: int = 256) -> Tensor:
+def float32_sinusoid(values: Tensor, *width: int) -> Tensor:
     """As the originals compute it: from float32 on; float64 out."""
-    frequencies = torch.exp(-math.log(10000) * torch.arange(width // 2, dtype=torch.float32) / (width // 2))
-    angles = values.float()[..., None] * frequencies
-    return torch.cat([angles.cos(), angles.sin()], dim=-1).double()
+    return SINUSOID(values.float(), *width).double()
 
 
-class Float32Sinusoid:
+@contextmanager
+def Float32Sinusoid() -> Iterator[None]:
     """Within the block, the networks' sinusoid is computed in float32 whatever their dtype, as the originals do."""
-
-    def __enter__(self) -> None:
-        self.wide, self.plain = flux.timestep_sinusoid, unet.sinusoid
-        unet.sinusoid = float32_sinusoid
-        flux.timestep_sinusoid = mmdit.timestep_sinusoid = lambda times: float32_sinusoid(1000.0 * times)
-
-    def __exit__(self, *_: object) -> None:
-        flux.timestep_sinusoid = mmdit.timestep_sinusoid = self.wide
-        unet.sinusoid = self.plain
+    layers.sinusoid = unet.sinusoid = float32_sinusoid
+    try:
+        yield
+    finally:
+        layers.sinusoid = unet.sinusoid = SINUSOID
 
 
 def row(case: Mapping[str, Any], dtype: torch.dtype, name: str, found: Tensor, expected: Tensor, bound: float) -> Row:

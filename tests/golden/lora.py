@@ -15,14 +15,14 @@ from eridiff.lora.load import Lora, load_lora
 from eridiff.lora.merge import merge_lora
 from eridiff.models import unet
 from eridiff.models.flux import Flux
-from eridiff.models.mmdit import MMDiT
-from eridiff.trace.hashfill import parameter
+from eridiff.text.encoders import published_encoder
+from eridiff.trace.cases import weights_of
 from eridiff.trace.record import relative_l2
+from eridiff.trace.replay import arguments_run
 from eridiff.weights.detect import sizes_of
 from eridiff.weights.keymap import Entry, Layout, key_map
-from tests.golden.case import Row, load_case
+from tests.golden.case import Row, opened
 
-FAMILIES = {"flux": "flux", "sd3": "mmdit", "sdxl": "unet"}
 ENCODERS = {  # prefix in a single file -> network and layout
     "text_encoders.clip_l.transformer.": ("clip", "huggingface"),
     "text_encoders.clip_g.transformer.": ("clip_g", "huggingface"),
@@ -30,41 +30,29 @@ ENCODERS = {  # prefix in a single file -> network and layout
     "conditioner.embedders.0.transformer.": ("clip", "huggingface"),
     "conditioner.embedders.1.model.": ("clip_g", "openclip"),
 }
-CLIP_LAYER = (
-    "layer_norm1",
-    "layer_norm2",
-    "mlp.fc1",
-    "mlp.fc2",
-    *(f"self_attn.{n}_proj" for n in ("q", "k", "v", "out")),
-)
 
 
 class Base:
     """The networks of a case before any LoRA: the denoiser as a module, parts of text encoders as native state dicts."""
 
     def __init__(self, case: Mapping[str, Any], dtype: torch.dtype) -> None:
-        self.case = case
-        self.names = [name for name, _ in case["parameters"]]
-        encoders = [name for name in self.names if name.startswith(tuple(ENCODERS))]
-        own = [pair for pair in case["parameters"] if pair[0] not in encoders]
-        self.network = FAMILIES[case["family"]]
+        encoders = [pair for pair in case["parameters"] if pair[0].startswith(tuple(ENCODERS))]
+        own = [pair for pair in case["parameters"] if pair not in encoders]
+        self.case = opened({**case, "parameters": own})
+        self.network = self.case.family
         plain = unet.group_norm
-        unet.group_norm = lambda channels, eps=1e-5: nn.GroupNorm(4, channels, eps=eps)  # 8 channels in the cases
+        unet.group_norm = lambda channels, eps=1e-5: nn.GroupNorm(case["config"]["norm_groups"], channels, eps=eps)
         try:
-            (self.module,) = load_case(
-                {**case, "overrides": case.get("base_overrides") or [], "parameters": own},
-                {self.network: self.config()},
-                dtype,
-            )
+            self.module = self.case.load(dtype)
         finally:
             unet.group_norm = plain
-        tensors = {name: self.foreign(name, shape).to(dtype) for name, shape in case["parameters"] if name in encoders}
+        tensors = {name: tensor.to(dtype) for name, tensor in weights_of({**case, "parameters": encoders}).items()}
         self.entries: dict[str, list[Entry]] = {}
         self.states: dict[str, dict[str, Tensor]] = {}
         for prefix, (network, layout) in ENCODERS.items():
             held = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
-            entries = [e for e in candidates(network, layout, held) if set(e.foreign) <= held.keys()]
             if held:
+                entries = [e for e in candidates(network, layout, held) if set(e.foreign) <= held.keys()]
                 self.entries[prefix] = entries
                 shapes = {n: tuple(t.shape) for n, t in held.items()}
                 self.states[prefix] = {
@@ -73,17 +61,6 @@ class Base:
                     ).clone()
                     for e in entries
                 }
-
-    def foreign(self, name: str, shape: list[int]) -> Tensor:
-        return torch.as_tensor(parameter(name, tuple(shape), self.case["salt"], self.case.get("base_overrides") or []))
-
-    def config(self) -> dict[str, Any]:
-        """What shapes do not tell; the heads do not matter where weights alone are compared."""
-        c = self.case["config"]
-        if self.network == "flux":
-            width = c["hidden_size"] // c["num_heads"]
-            return {"heads": c["num_heads"], "rope_axes": [width // 4 * 2, width // 4, width // 4]}
-        return {"head_width": 4} if self.network == "unet" else {}
 
     def with_weights(self, state: Mapping[str, Tensor]) -> Any:
         """A network of this kind with a state dict, whose first layer may be wider."""
@@ -119,35 +96,20 @@ class Base:
 def candidates(network: str, name: str, held: Mapping[str, Tensor]) -> list[Entry]:
     """The entries of every native name that the held tensors may be."""
     layout: Layout = key_map("clip" if network == "clip_g" else network).layouts[name]
-    if name == "huggingface":
-        natives = list(held)
-    else:
-        layers = [
-            f"text_model.encoder.layers.{b}.{m}.{p}" for b in range(4) for m in CLIP_LAYER for p in ("weight", "bias")
-        ]
-        natives = [
-            *layers,
-            "text_model.final_layer_norm.weight",
-            "text_model.final_layer_norm.bias",
-            "text_projection.weight",
-        ]
+    natives = list(held) if name == "huggingface" else list(published_encoder(network).state_dict())
     return layout.entries(natives, {})
 
 
 def run_lora(case: Mapping[str, Any], expected: Mapping[str, Tensor], dtype: torch.dtype) -> list[Row]:
     folder = Path(case["folder"])
     base = Base(case, dtype)
-    unscaled = "base_model.model." in case["format"]  # peft's names, and no adapter_config.json: the scale is 1
-    lora = load_lora(folder / "lora.safetensors", base.given(), alpha_is_rank=unscaled, measure=True)
+    lora = load_lora(folder / "lora.safetensors", base.given(), alpha_is_rank=case["alpha_is_rank"], measure=True)
     rows = compare(case, dtype, "merged", base, lora, expected) + ledger_rows(case, dtype, lora)
     if base.network in lora.networks:
         rows += forward_rows(case, dtype, base, lora.of(base.network), expected)
-    for name, scale, dora in (
-        ("scale0.5", 0.5, "peft"), ("scale0", 0.0, "peft"), ("peft.scale0.5", 0.5, "peft"),
-    ):  # fmt: skip
-        file = folder / f"expected.{name}.safetensors"
-        if file.is_file():
-            rows += compare(case, dtype, name, base, lora, load_file(file), scale, dora)
+    for at in case.get("at_scales", ()):
+        stored = load_file(folder / f"expected.{at['name']}.safetensors")
+        rows += compare(case, dtype, at["name"], base, lora, stored, at["scale"], at["dora"])
     return rows
 
 
@@ -171,6 +133,14 @@ def forward_rows(
     case: Mapping[str, Any], dtype: torch.dtype, base: Base, lora: Lora, expected: Mapping[str, Tensor]
 ) -> list[Row]:
     """The network with the LoRA attached gives what it gives with merged weights, and with the reference's."""
+
+    def ask(module: Any) -> Tensor:
+        given = dict(base.case.arguments)
+        if base.network == "flux":  # whose first layer a LoRA may widen
+            given["latents"] = given["latents"][..., : module.config.in_channels]
+        with torch.no_grad():
+            return arguments_run(given, dtype)(module)
+
     plain = ask(base.module)
     attached = attach_lora(base.module, lora)
     beside, keys = ask(base.module), list(base.module.state_dict())
@@ -194,30 +164,6 @@ def forward_rows(
         "it changes the output": (float(relative_l2(beside, plain) < 1e-3), 0.0),
     }
     return [Row(case["case"], label, name, error, bound) for name, (error, bound) in distances.items()]
-
-
-def ask(module: Any) -> Tensor:
-    """The network's output for some input."""
-    g = torch.Generator().manual_seed(0)
-    c, dtype = module.config, next(module.parameters()).dtype
-
-    def noise(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=g, dtype=torch.float64).to(dtype)
-
-    with torch.no_grad():
-        if isinstance(module, Flux):
-            options = (
-                noise(2, 5, c.text_width),
-                noise(2, c.pooled_width),
-                torch.tensor([[0.7, 0.3]], dtype=dtype),
-                (2, 3),
-            )
-            return module(noise(2, 6, c.in_channels), *options, torch.tensor([3.5, 2.0], dtype=dtype))
-        if isinstance(module, MMDiT):
-            options = (noise(2, 5, c.text_width), noise(2, c.pooled_width), torch.tensor([[0.7, 0.3]], dtype=dtype))
-            return module(noise(2, c.in_channels, 4, 6), *options)
-        options = (noise(2, 5, c.text_width), noise(2, c.vector_width), torch.tensor([[700.0, 300.0]], dtype=dtype))
-        return module(noise(2, c.in_channels, 8, 12), *options)
 
 
 def compare(

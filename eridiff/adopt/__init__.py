@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from eridiff.adopt.layers import Elsewhere, calling, check_followed, check_ordinary, layers, named_tensors, reads
 from eridiff.blocks import without_peft
 from eridiff.errors import ConfigError
 from eridiff.models.autoencoder import Autoencoder
 from eridiff.models.flux import Flux
 from eridiff.models.mmdit import MMDiT
 from eridiff.models.unet import UNet
-from eridiff.training.live import Elsewhere, calling, check_followed, check_ordinary, layers, named_tensors, reads
 from eridiff.weights.detect import component_of
 from eridiff.weights.header import Checkpoint, TensorEntry
 from eridiff.weights.keymap import Entry, without_wrappers
