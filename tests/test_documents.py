@@ -1,6 +1,8 @@
 """The links of the documents lead somewhere, and the site shows every page."""
 
+import pkgutil
 import re
+import types
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -69,6 +71,17 @@ def test_a_figure_is_well_formed_and_its_words_are_inside(figure: figures.Figure
         (float(text.attrib["x"]), float(text.attrib["y"])) for text in root.iter("{http://www.w3.org/2000/svg}text")
     ]
     assert places and all(0 < x < figures.WIDTH and 0 < y < figure.height for x, y in places)
+
+
+@pytest.mark.parametrize("page", sorted(ROOT.glob("docs/api/*.md")), ids=lambda page: page.stem)
+def test_every_name_of_the_reference_exists_and_is_documented(page: Path) -> None:
+    names = re.findall(r"^::: (\S+)$(?:\n    options:\n      members: \[(.*)\])?", page.read_text(), re.MULTILINE)
+    assert names
+    for name, members in names:
+        found = pkgutil.resolve_name(name)
+        assert found.__doc__ or isinstance(found, types.UnionType), name
+        for member in filter(None, members.split(", ")):
+            assert getattr(found, member).__doc__, f"{name}.{member}"
 
 
 @pytest.fixture(scope="module")
