@@ -1,4 +1,4 @@
-"""SDXL, Stable Diffusion 3 / 3.5 and Flux in plain PyTorch: a published checkpoint in, a picture out."""
+"""SDXL, Stable Diffusion 3 / 3.5 and Flux in plain PyTorch: a published checkpoint in, an image out."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any

@@ -1,4 +1,4 @@
-"""The configuration that says what to draw: every key known, every mistake one sentence."""
+"""The configuration of what to generate: every key known, every mistake one sentence."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -19,7 +19,7 @@ class SampleSettings:
     """The `sample:` section."""
 
     shared: Words = field(default_factory=dict)  # of all images
-    entries: tuple[Words, ...] = ()  # one an image: its prompt, and what it has in place of the above
+    entries: tuple[Words, ...] = ()  # one per image: its prompt, and what it has in place of the above
     walk_seed: bool = False  # seed, seed + 1, ... over the prompts
     lenient: bool = (
         False  # as in trainers, sides go down to what the model can generate, and Karras' levels to SDXL alone
@@ -51,18 +51,18 @@ class SampleSettings:
 
 @dataclass(frozen=True)
 class TrainingSchedule:
-    """When a training run draws; nothing of it has an effect outside training."""
+    """When a training run samples; nothing of it has an effect outside training."""
 
     sample_every: int = 100  # steps; 0 is never
-    start_step: int = 0  # no pictures before it
-    skip_first: bool = False  # no pictures before the first step
+    start_step: int = 0  # no images before it
+    skip_first: bool = False  # no images before the first step
     at_end: bool = True
-    max_seconds: float | None = None  # of one round of pictures; None is any
+    max_seconds: float | None = None  # of one round of images; None is any
 
 
 @dataclass(frozen=True)
 class RunConfig:
-    """A whole file: what to load, how to run, what to draw, and what to tell the reader of the file."""
+    """A whole file: what to load, how to run, what to generate, and notices for the reader of the file."""
 
     model: str | dict[str, Any] | None = None
     family: str | None = None  # flux, mmdit or unet, where the file says it; the model must agree
@@ -72,7 +72,7 @@ class RunConfig:
     refiner: str | None = None
     options: dict[str, Any] = field(default_factory=dict)  # how the model is loaded: MODEL_OPTIONS
     sample: SampleSettings = field(default_factory=SampleSettings)
-    first_sample: SampleSettings | None = None  # in place of `sample` the first time that a training run draws
+    first_sample: SampleSettings | None = None  # in place of `sample` the first time that a training run samples
     training: TrainingSchedule = field(default_factory=TrainingSchedule)
     unused: dict[str, str] = field(default_factory=dict)  # keys without effect, with the reason
     told: tuple[str, ...] = ()  # what else the reader of the file should know
@@ -171,7 +171,7 @@ def _listed(unused: Mapping[str, str]) -> list[str]:
 def _sample(section: Mapping[str, Any], unused: dict[str, str], notices: list[str]) -> SampleSettings:
     known_names(section, ["prompts", "samples", *SAID, *KEYS, *NO_EFFECT], "sample")
     if "samples" in section and section.get("prompts") is not None:
-        raise ConfigError("sample: 'prompts' and 'samples' both say what to draw; keep one")
+        raise ConfigError("sample: 'prompts' and 'samples' both list prompts; keep one")
     values: dict[str, Any] = {}
     for key, kind in KEYS.items():
         if (value := section.get(key)) is not None:
@@ -237,7 +237,7 @@ def _sampler(name: str, notices: list[str]) -> dict[str, str]:
     """
     plain = name.removeprefix("k_")
     if plain in ABSENT_SAMPLERS or name.startswith("sample_"):
-        notices.append(f"the sampler '{name}' is not there: the model's own draws")
+        notices.append(f"the sampler '{name}' is not available: the model's own is used")
         return {}
     found = SAMPLER_SYNONYMS.get(plain, plain)
     if found not in SAMPLERS:

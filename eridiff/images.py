@@ -1,4 +1,4 @@
-"""Pictures in and out: tensors in [-1, 1], 8-bit PNGs that say how they were drawn, contact sheets."""
+"""Images in and out: tensors in [-1, 1], 8-bit PNGs with the settings that they were generated with, contact sheets."""
 
 import base64
 import io
@@ -25,7 +25,7 @@ METADATA_KEY = "eridiff"  # of the PNG text chunk that holds the settings as JSO
 
 
 def to_images(pictures: Tensor) -> list[Image.Image]:
-    """`[B, 3, H, W]` in [-1, 1] -> 8-bit pictures, clamped and rounded to the nearest level.
+    """`[B, 3, H, W]` in [-1, 1] -> 8-bit images, clamped and rounded to the nearest level.
 
     The original Flux truncates instead and so is up to one level darker. Raises EridiffError for values that are not
     finite.

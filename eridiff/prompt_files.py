@@ -60,7 +60,7 @@ def split_flags(line: str, where: str, unused: dict[str, str]) -> Entry:
             key, kind = FLAGS[name]
             entry[key] = _value(value.strip(), kind, f"{where}: --{flag}")
         else:
-            raise ConfigError(f"{where}: '--{flag}' is no flag{_hint(name)}")
+            raise ConfigError(f"{where}: '--{flag}' is not a flag{_hint(name)}")
     return entry
 
 
@@ -91,7 +91,7 @@ def _hint(name: str) -> str:
 def read_prompt_file(text: str, ending: str, unused: dict[str, str]) -> list[Entry]:
     """The entries of kohya's prompt file; `ending` is .txt, .toml or .json. Raises ConfigError, naming line or entry.
 
-    In .txt every line is a picture; blank ones and those that begin with # are not. In .toml `[prompt]` holds what the
+    In .txt every line is an image; blank ones and those that begin with # are not. In .toml `[prompt]` holds what the
     entries `[[prompt.subset]]` do not say. .json is a list of entries, or of lines as in .txt.
     """
     if ending == ".txt":
@@ -125,7 +125,7 @@ def _toml(text: str) -> list[object]:
     try:
         document = tomllib.loads(text)
     except ValueError as error:  # Python's limit of digits too
-        raise ConfigError(f"is no TOML: {error}") from None
+        raise ConfigError(f"is not TOML: {error}") from None
     except RecursionError:
         raise ConfigError("lists or mappings are nested too deep") from None
     section = document.get("prompt")
@@ -151,7 +151,7 @@ def read_json(text: str) -> Any:
     try:
         return json.loads(plain, object_pairs_hook=pairs)
     except json.JSONDecodeError as error:
-        raise ConfigError(f"line {error.lineno}: is no JSON: {error.msg}") from None
+        raise ConfigError(f"line {error.lineno}: is not JSON: {error.msg}") from None
     except ValueError:  # Python's limit
         raise ConfigError("a number has too many digits") from None
     except RecursionError:

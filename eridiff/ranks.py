@@ -51,7 +51,7 @@ def spread(count: int, draw: Callable[[int], Value]) -> list[Value]:
         return []
     failed = [f"rank {r}: {message}" for r, (_, message) in enumerate(gathered) if message is not None]
     if failed:
-        raise EridiffError(f"pictures could not be drawn on {'; '.join(failed)}")
+        raise EridiffError(f"images could not be generated on {'; '.join(failed)}")
     every = {i: item for part, _ in gathered for i, item in part.items()}
     return [every[i] for i in range(count)]
 

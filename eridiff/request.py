@@ -1,7 +1,7 @@
 """Everything that can be asked of an image, in one place.
 
 The keywords of `generate`, the keys of a `sample:` section, the flags of the command line, the checks, the JSON in a PNG and
-drawing again are all derived from the fields of `Request`. A new option is one field, its use and its test.
+generating again are all derived from the fields of `Request`. A new option is one field, its use and its test.
 """
 
 import os
@@ -94,7 +94,7 @@ def _files(name: str, value: Any) -> Any:
 
 
 def listed_pictures(value: Any) -> list[Any]:
-    """A picture, or several, as a list."""
+    """An image, or several, as a list."""
     return list(value) if isinstance(value, list | tuple) else [value]
 
 
@@ -501,7 +501,7 @@ def seeds_of(request: "Request") -> list[Any]:
 
 
 def is_file(picture: Any) -> bool:
-    """Whether a picture is given by its file."""
+    """Whether an image is given by its file."""
     return isinstance(picture, str | os.PathLike)
 
 

@@ -1,4 +1,4 @@
-"""The files that say what to draw: our own, ai-toolkit's and EriDiffusion's YAML or JSON, kohya's prompt files.
+"""The files that say what to generate: eridiff's own, ai-toolkit's and EriDiffusion's YAML or JSON, kohya's prompt files.
 
 Whatever a trainer's file says is put into the words of our own, so `eridiff.config` reads and checks all of them. What a
 file does not say is the published variant's number, not the trainer's. docs/configuration.md lists every key.
@@ -29,7 +29,7 @@ DTYPES = {
 }  # fmt: skip
 SECOND = {"flux": ("clip", "t5"), "mmdit": ("clip", "clip_g", "t5"), "unet": ("clip", "clip_g")}  # encoders, by family
 PROCESS_KEYS = ("model", "sample", "first_sample", "train", "trigger_word")  # what is read of a process
-LORA_KEYS = ("lora_path", "inference_lora_path")  # what is merged into the model, or beside it when drawing
+LORA_KEYS = ("lora_path", "inference_lora_path")  # what is merged into the model, or beside it when sampling
 MODEL_KEYS = (
     "name_or_path", "vae_path", "refiner_name_or_path", "dtype", "low_vram", "use_flux_cfg", "is_v_pred", "arch", *FLAGGED,
     *LORA_KEYS,
@@ -104,7 +104,7 @@ def _with_environment(text: str) -> str:
 
 
 def parse_trainer(document: Mapping[str, Any]) -> RunConfig:
-    """What a configuration of ai-toolkit or EriDiffusion means for drawing; raises ConfigError."""
+    """What a configuration of ai-toolkit or EriDiffusion means for sampling; raises ConfigError."""
     unused = {key: FOR_TRAINING for key in document if key != "config"}
     config = document["config"]
     processes = config.get("process") if isinstance(config, dict) else None
@@ -116,7 +116,7 @@ def parse_trainer(document: Mapping[str, Any]) -> RunConfig:
     if not drawing:
         raise ConfigError("config: no process has a section 'sample'")
     process = processes[drawing[0]]
-    unused |= {f"process {n + 1}": "one process draws" for n in range(len(processes)) if n != drawing[0]}
+    unused |= {f"process {n + 1}": "one process is used" for n in range(len(processes)) if n != drawing[0]}
     unused |= _unread(process, PROCESS_KEYS, "config: process", "")
 
     own, family = _model(_mapping(process, "model"), unused)
@@ -144,7 +144,7 @@ def _model(section: Mapping[str, Any], unused: dict[str, str]) -> tuple[dict[str
     arch = section.get("arch")
     if other or arch is not None and arch not in list(ARCHITECTURES):
         what = other or f"arch: {arch}"
-        raise ConfigError(f"model: {what} is none of the families that are drawn here: {', '.join(ARCHITECTURES)}")
+        raise ConfigError(f"model: {what} is not one of the supported families: {', '.join(ARCHITECTURES)}")
     named |= {ARCHITECTURES[arch]} if arch is not None else set()
     if len(named) > 1:
         raise ConfigError(
@@ -247,7 +247,7 @@ def _multiplier(values: dict[str, Any], unused: dict[str, str]) -> dict[str, Any
     try:
         return values | {key: float(values[key])}
     except ValueError:
-        unused[f"{key}: {values[key]}"] = "it is no number and means 1"
+        unused[f"{key}: {values[key]}"] = "it is not a number and means 1"
         return values | {key: 1.0}
 
 
@@ -267,7 +267,7 @@ def _unread(section: Mapping[str, Any], known: Sequence[str], where: str, prefix
             continue
         near = None if key in UNUSED_KEYS else get_close_matches(key, known, 1, 0.8)
         if near:
-            raise ConfigError(f"'{key}' is no key of {where}; did you mean '{near[0]}'?")
+            raise ConfigError(f"'{key}' is not a key of {where}; did you mean '{near[0]}'?")
         unread[prefix + key] = UNUSED_KEYS.get(key, FOR_TRAINING)
     return unread
 

@@ -336,7 +336,7 @@ def test_a_part_given_as_another_is_named(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="holds a text encoder, not"):
         load_network(clip)
     with pytest.raises(
-        CheckpointError, match="holds a CLIP text encoder and an autoencoder and no network that draws; give a Flux or"
+        CheckpointError, match="holds a CLIP text encoder and an autoencoder and no denoising network; pass a Flux or"
     ):
         eridiff.load({"vae": ae, "clip": clip})
 

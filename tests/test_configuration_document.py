@@ -119,7 +119,7 @@ def test_a_samplers_name_becomes_what_the_document_says(row: Row, tmp_path: Path
         config = loaded(tmp_path, {"sample": {"prompts": ["a fox"], "sampler": name}})
         sample = config.sample.shared
         if row[1].startswith("the model's own"):
-            assert sample == {} and f"'{name}' is not there" in config.notices[0]
+            assert sample == {} and f"'{name}' is not available" in config.notices[0]
         else:
             assert sample == wanted(row[1]) and not config.notices
 

@@ -83,7 +83,7 @@ def test_items_are_drawn_by_turns_and_gathered_in_order(ranks: Any) -> None:
 
 def test_a_failure_on_one_rank_reaches_the_first_and_nobody_waits(ranks: Any) -> None:
     assert ranks[1]["failure"] == "the sea is rough"
-    assert ranks[0]["failure"] == "pictures could not be drawn on rank 1: the sea is rough"
+    assert ranks[0]["failure"] == "images could not be generated on rank 1: the sea is rough"
 
 
 def test_processes_draw_the_pictures_that_one_draws(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -264,7 +264,7 @@ ATTEMPTS: dict[str, tuple[Callable[[], Any], str]] = {
     ),
     "a Sampler of a network": (
         lambda: Sampler(FOREIGN, SECTION),  # type: ignore[arg-type]
-        r"Sampler draws with an inference, and this is of class Module: .*FluxInference.from_diffusers\(pipe\)",
+        r"Sampler needs an inference, and this is of class Module: .*FluxInference.from_diffusers\(pipe\)",
     ),
     "a Conditioning for a Prompt": (
         lambda: flux().generate(conditioning=conditioning()),  # type: ignore[arg-type]

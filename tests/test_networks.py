@@ -138,8 +138,8 @@ def test_the_first_module_that_differs_is_named() -> None:
 @pytest.mark.parametrize(
     ("make", "says"),
     [
-        (lambda: FluxConfig.preset("pro"), "'pro' is no preset of Flux; there are dev"),
-        (lambda: AutoencoderConfig.preset("x"), "'x' is no preset of the autoencoder"),
+        (lambda: FluxConfig.preset("pro"), "'pro' is not a preset of Flux; there are dev"),
+        (lambda: AutoencoderConfig.preset("x"), "'x' is not a preset of the autoencoder"),
         (lambda: FluxConfig(hidden=30, heads=4), "must be the sum of rope_axes"),
         (lambda: tiny.flux()(*inputs(dtype=torch.float32), torch.tensor([[0.5]]), (2, 3)), "guidance embedding: give guidance"),
         (lambda: tiny.flux().prepare(*inputs(dtype=torch.float32)[1:], torch.tensor([0.5]), guidance=GUIDANCE), "needs the grid"),

@@ -300,7 +300,7 @@ def test_the_strip_holds_every_picture_at_its_place(samples: Path, tmp_path: Pat
                     assert strip.crop((left, lower, left + 32, lower + 32)).tobytes() == image.tobytes()
             top += 50
     assert Image.open(write_strip(samples, columns=2, side=32)).width == 56 + 2 * 36
-    with pytest.raises(EridiffError, match="holds no pictures that were drawn in training"):
+    with pytest.raises(EridiffError, match="holds no images that were sampled in training"):
         write_strip(tmp_path / "none")
 
 

@@ -451,8 +451,8 @@ ROWS: list[tuple[str, dict[str, Any] | str]] = [  # of a line: its entry, or wha
     ("a swan --l .5", {"scale": 0.5}),
     ("a swan--w 640", {"prompt": "a swan--w 640"}),
     ("a swan -- n blurry", {"prompt": "a swan -- n blurry"}),
-    ("a swan --w640 --h=640", "line 1: '--w640' is no flag; a blank stands between a flag and its value: --w 640"),
-    ("a swan --h=640", "line 1: '--h=640' is no flag; a blank stands between a flag and its value: --h 640"),
+    ("a swan --w640 --h=640", "line 1: '--w640' is not a flag; a blank stands between a flag and its value: --w 640"),
+    ("a swan --h=640", "line 1: '--h=640' is not a flag; a blank stands between a flag and its value: --h 640"),
     ("a swan --n", {"negative_prompt": ""}),
     ("a swan --ss euler_a --n watery --fs 3.1", {"sampler": "euler_a", "negative_prompt": "watery", "unused": ["--fs"]}),
     ("a swan --cn images/edge 1.png --w 512", {"width": 512, "unused": ["--cn"]}),
@@ -462,11 +462,11 @@ ROWS: list[tuple[str, dict[str, Any] | str]] = [  # of a line: its entry, or wha
     ("a swan   --w   512", {"width": 512}),
     ("a swan --m 0.8 --am 0.7 --i in.png", {"lora_scale": 0.8, "unused": ["--am", "--i"]}),
     ("a swan --w 512 --w 768", {"width": 768}),
-    ("a swan --n ugly --width 512", "line 1: '--width' is no flag; did you mean --w?"),
+    ("a swan --n ugly --width 512", "line 1: '--width' is not a flag; did you mean --w?"),
     ("a swan --seed 5 --cfg 4 --steps 9", {"seed": 5, "scale": 4.0, "sample_steps": 9}),
     ("a swan --s", "line 1: --s must be a whole number, not ''"),
-    ("a swan --negative ugly", "line 1: '--negative' is no flag; did you mean --n?"),
-    ("a swan --flying high", r"line 1: '--flying' is no flag \(text goes on with a blank after '--'\); there are --n"),
+    ("a swan --negative ugly", "line 1: '--negative' is not a flag; did you mean --n?"),
+    ("a swan --flying high", r"line 1: '--flying' is not a flag \(text goes on with a blank after '--'\); there are --n"),
     ("--w 512", {"prompt": "", "width": 512}),
 ]  # fmt: skip
 
@@ -552,7 +552,7 @@ def test_samples_stand_before_prompts_in_trainers_files_and_clash_in_ours(tmp_pa
     section = "{prompts: [a], samples: [{prompt: b}]}"
     config = read(tmp_path, toolkit(section))
     assert config.sample.prompts == ("b",) and "prompts (samples stands beside it)" in config.notices[0]
-    with pytest.raises(ConfigError, match="'prompts' and 'samples' both say what to draw"):
+    with pytest.raises(ConfigError, match="'prompts' and 'samples' both list prompts"):
         read(tmp_path, f"sample: {section}")
 
 
@@ -560,7 +560,7 @@ def test_a_multiplier_that_is_no_number_means_one(tmp_path: Path) -> None:
     section = '{network_multiplier: "0.7", samples: [{prompt: a}, {prompt: b, network_multiplier: strong}]}'
     config = read(tmp_path, toolkit(section))
     assert [entry["lora_scale"] for entry in config.sample.each()] == [0.7, 1.0]
-    assert "strong (it is no number and means 1)" in config.notices[0]
+    assert "strong (it is not a number and means 1)" in config.notices[0]
 
 
 def test_a_prompt_for_the_second_encoder(tmp_path: Path) -> None:
@@ -621,7 +621,7 @@ def test_a_negative_prompt_of_false_is_none(tmp_path: Path) -> None:
 def test_the_first_process_with_pictures_draws(tmp_path: Path) -> None:
     processes = [{"type": "extract"}, {"sample": {"prompts": ["a"]}}, {"sample": {"prompts": ["b"]}}]
     config = read(tmp_path, json.dumps({"config": {"name": "x", "process": processes}}), "run.json")
-    assert config.sample.prompts == ("a",) and "process 1, process 3 (one process draws)" in config.notices[0]
+    assert config.sample.prompts == ("a",) and "process 1, process 3 (one process is used)" in config.notices[0]
 
 
 def test_a_list_in_json_is_a_prompt_file_behind_comments_too(tmp_path: Path) -> None:
@@ -661,13 +661,13 @@ BAD = {
     "an unknown key of an entry": (toolkit("{samples: [{prompt: a, widht: 3}]}"), "'widht' is not a key of sample: entry 1; did you mean 'width'"),
     "a misspelt key of the process": (toolkit("{prompts: [a]}", triger_word="x"), "did you mean 'trigger_word'"),
     "a misspelt key of the model": (toolkit("{prompts: [a]}", model={"name_or_pth": "x"}), "did you mean 'name_or_path'"),
-    "another family": (toolkit("{prompts: [a]}", model={"arch": "wan21"}), "model: arch: wan21 is none of the families that are drawn here: flux, flex1, sd3, sdxl"),
-    "an old family": (toolkit("{prompts: [a]}", model={"is_v2": True}), "model: is_v2 is none of the families"),
+    "another family": (toolkit("{prompts: [a]}", model={"arch": "wan21"}), "model: arch: wan21 is not one of the supported families: flux, flex1, sd3, sdxl"),
+    "an old family": (toolkit("{prompts: [a]}", model={"is_v2": True}), "model: is_v2 is not one of the supported families"),
     "two families": (toolkit("{prompts: [a]}", model={"is_v3": True, "arch": "flux"}), "is_v3, arch contradict each other"),
     "an unknown dtype": (toolkit("{prompts: [a]}", model={"dtype": "fp4"}), "model: dtype must be one of bf16, .*, not 'fp4'"),
     "no process": ("config: {name: x}\n", "config needs a list 'process'"),
     "no section": ("config: {name: x, process: [{type: sd_trainer}]}\n", "no process has a section 'sample'"),
-    "an unknown flag": (toolkit("{prompts: ['a --q 3']}"), "sample: prompt 1: '--q' is no flag"),
+    "an unknown flag": (toolkit("{prompts: ['a --q 3']}"), "sample: prompt 1: '--q' is not a flag"),
     "an entry without a prompt": (toolkit("{samples: [{seed: 3}]}"), "sample: prompt 1 must be text, not None"),
     "samples that are a text": (toolkit("{samples: swan}"), "samples must be a list of mappings, each with a prompt"),
     "a flag that is text": (toolkit("{prompts: [a]}", model={"low_vram": "yes"}), "model: low_vram must be true or false, not 'yes'"),
@@ -697,12 +697,12 @@ def test_a_mistake_in_a_trainers_file_is_one_sentence(
         ("p.txt", "# nothing\n", "p.txt: the file holds no prompt"),
         ("p.json", "[]", "the file holds no prompt"),
         ("p.json", '["a", {"width": 3}]', "entry 2 must be a text, or a mapping with a prompt"),
-        ("p.json", '["a",\n "b"', "line 2: is no JSON"),
+        ("p.json", '["a",\n "b"', "line 2: is not JSON"),
         ("p.json", '[{"prompt": "a", "prompt": "b"}]', "the key 'prompt' stands twice"),
         ("p.json", '[{"prompt": "a", "widht": 3}]', "'widht' is not a key of sample: entry 1; did you mean 'width'"),
         ("p.json", '[{"prompt": "a", "width": "3"}]', "width must be a whole number, not '3'; write 3"),
         ("p.toml", "[prompt]\nwidth = 3\n", r"a table \[prompt\] with entries \[\[prompt.subset\]\] is expected"),
-        ("p.toml", "[prompt\n", "is no TOML"),
+        ("p.toml", "[prompt\n", "is not TOML"),
     ],
 )
 def test_a_mistake_in_a_prompt_file_is_one_sentence(name: str, text: str, says: str, tmp_path: Path) -> None:

@@ -340,7 +340,7 @@ def test_what_does_not_fit_together_is_named(tmp_path: Path, folder: Path) -> No
         ({"width": 112}, "larger than this network's table of positions: at most 96 a side"),
         ({"width": 40}, "the width must be a multiple of 16"),
         ({"sampler": "plms"}, "'plms' is not a sampler; there are euler, euler_ancestral, heun, ddim, dpmpp_2m"),
-        ({"schedule": "karras"}, "'karras' is no schedule of SD 3; there are original, script, diffusers, candle"),
+        ({"schedule": "karras"}, "'karras' is not a schedule of SD 3; there are original, script, diffusers, candle"),
         ({"schedule": [0.0, 1.0], "steps": None}, "sigmas must be"),
         ({"shift": -1.0}, "shift must be between"),
         ({"cfg_interval": (0.5, 0.2)}, "cfg_interval must be two rising shares"),
@@ -368,7 +368,7 @@ def test_the_command_line_draws_with_sd3(folder: Path, tmp_path: Path, capsys: p
     )
     assert main(["sample", str(config), "--device", "cpu"]) == 0
     said = capsys.readouterr()
-    assert "guidance_scale 3 is taken as cfg_scale 3: this model has no guidance embedding" in said.out
+    assert "guidance_scale 3 is taken as cfg_scale 3: this model has no guidance embedding" in said.err
     names = sorted(path.name for path in (tmp_path / "out").iterdir())
     assert names == ["0000-a-swan.png", "0000-contact-sheet.png", "0001-a-fox.png"]
     text = Image.open(tmp_path / "out" / names[0]).text  # type: ignore[attr-defined]
@@ -404,7 +404,7 @@ def test_the_command_line_draws_with_sd3(folder: Path, tmp_path: Path, capsys: p
     )
     for extra, says in (
         (["--variant", "dev"], "'dev' is no variant of Stable Diffusion 3; there are sd3-medium"),
-        (["--schedule", "x"], "'x' is no schedule of SD 3"),
+        (["--schedule", "x"], "'x' is not a schedule of SD 3"),
         (["--size", "960x32"], "larger than this network's table"),
     ):
         assert main(["sample", *options, *extra]) == 2

@@ -408,7 +408,7 @@ def test_a_float16_autoencoder_decodes_in_float32(folder: Path) -> None:
     ("options", "says"),
     [
         ({"width": 80}, "the width must be a multiple of 32, not 80; the nearest is 64"),
-        ({"schedule": "candle"}, "'candle' is no schedule of SDXL; there are leading"),
+        ({"schedule": "candle"}, "'candle' is not a schedule of SDXL; there are leading"),
         ({"schedule": [0.0, 14.0], "steps": None}, "sigmas must be at least two numbers that fall to 0"),
         ({"shift": 3.0}, "shift has no effect on the schedules of base"),
         ({"schedule": "turbo", "steps": 5}, "Turbo's own schedule has 1 to 4 steps, not 5"),

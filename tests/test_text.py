@@ -144,7 +144,7 @@ def test_a_damaged_clip_tokenizer_is_one_sentence(change: Callable[[Path], objec
         (None, "no tokenizer.json"),
         ("cut", "download it again"),
         ("{}", "cannot|download"),
-        ("clip", "no T5 tokenizer|download"),
+        ("clip", "not a T5 tokenizer|download"),
     ],
 )
 def test_a_damaged_t5_tokenizer_is_one_sentence(content: str | None, says: str, tmp_path: Path) -> None:

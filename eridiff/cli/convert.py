@@ -100,7 +100,7 @@ def convert(
     """
     target = Path(out).expanduser()
     if to not in LAYOUTS:
-        raise ConfigError(f"{quoted(to)} is no layout to write; there are {' and '.join(LAYOUTS)}")
+        raise ConfigError(f"{quoted(to)} is not a layout to write; there are {' and '.join(LAYOUTS)}")
     if shard is not None and not shard > 0:
         raise ConfigError(f"a file holds more than 0 bytes, not {shard} GB")
     alone = target.suffix == ".safetensors"

@@ -1,4 +1,4 @@
-"""A prompt becomes a picture."""
+"""From a prompt to an image."""
 
 import os
 
@@ -42,7 +42,7 @@ def load(
     if kind is None:
         held = " and ".join(DESCRIPTIONS[name] for name in parts.components) or "nothing"
         wanted = " or ".join(DESCRIPTIONS[family.family] for family in FAMILIES)
-        raise CheckpointError(f"the model holds {held} and no network that draws; give {wanted} as transformer")
+        raise CheckpointError(f"the model holds {held} and no denoising network; pass {wanted} as transformer")
     if family is not None and family != kind.family:
         held = DESCRIPTIONS[kind.family]
         raise CheckpointError(f"the model holds {held}, and {DESCRIPTIONS[family]} is expected")

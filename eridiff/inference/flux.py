@@ -39,7 +39,7 @@ class FluxDefaults(Defaults):
 
 
 class FluxInference(DiffusionInference):
-    """Draws with any Flux.1: `FluxInference().load_model("flux1-dev/")`, or with modules that are already there."""
+    """Generates with any Flux.1: `FluxInference().load_model("flux1-dev/")`, or with modules that are already there."""
 
     family = "flux"
     encoders = ("clip", "t5")

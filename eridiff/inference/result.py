@@ -58,10 +58,10 @@ class HandedIn:
 
 @dataclass(frozen=True)
 class Result:
-    """The pictures of one call, and what was asked to be kept of the way to them."""
+    """The images of one call, and what was asked to be kept of the way to them."""
 
     images: list[Image.Image]
-    settings: list[dict[str, Any]]  # one a picture: everything needed to draw it again
+    settings: list[dict[str, Any]]  # one per image: everything needed to generate it again
     conditioning: Prompt | None = None
     noise: Tensor | None = None  # [B, C, H / 8, W / 8], as drawn
     latents: Tensor | None = None  # [B, C, H / 8, W / 8], as decoded

@@ -171,7 +171,7 @@ class SD35Inference(DiffusionInference):
     def named_schedule(self, steps: int, width: int, height: int, name: str | None, shift: float | None) -> Schedule:
         """The original's table; "script" with its script's shift (1 for sd3-medium), "diffusers" and "candle" theirs."""
         if name is not None and name not in TABLES:
-            raise ConfigError(f"'{name}' is no schedule of SD 3; there are {', '.join(TABLES)}")
+            raise ConfigError(f"'{name}' is not a schedule of SD 3; there are {', '.join(TABLES)}")
         usual = self.sampling.script_shift if name == "script" else self.sampling.shift
         return flow_schedule(TABLES[name or "original"](steps, usual if shift is None else shift))
 

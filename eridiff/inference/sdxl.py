@@ -281,7 +281,7 @@ class SDXLInference(DiffusionInference):
         exponential, between the ends of the training's table."""
         name = name or self.sampling.schedule
         if shift is not None or name not in {**TIMESTEPS, **SIGMAS}:
-            what = f"'{name}' is no schedule of SDXL" if shift is None else "SDXL's schedules have no shift"
+            what = f"'{name}' is not a schedule of SDXL" if shift is None else "SDXL's schedules have no shift"
             raise ConfigError(f"{what}; there are {', '.join([*TIMESTEPS, *SIGMAS])}")
         alphas = discrete.alphas_cumprod(self.zero_terminal_snr)
         table = discrete.finite_sigma_table(alphas)
@@ -334,7 +334,7 @@ class SDXLInference(DiffusionInference):
     def condition(
         self, image: Tensor | None, mask: Tensor | None, control: Tensor | None, references: Sequence[Tensor] = ()
     ) -> Tensor | None:
-        """The inpainting variant: the mask, and the latents of the picture without what shall be painted."""
+        """The inpainting variant: the mask, and the latents of the image without what shall be painted."""
         if not self.inpaints:
             return None
         if image is None or mask is None:

@@ -1,4 +1,4 @@
-"""What each stage of a picture needs on the device, from headers alone: the modules run on the meta device.
+"""What each stage of an image needs on the device, from headers alone: the modules run on the meta device.
 
 Counted is every tensor that is alive at once, weights included, and what a convolution takes while it runs: it rearranges
 its input and then its output (oneDNN; measured by `benchmarks/decode_memory.py`). Not counted: what the device's runtime
@@ -95,7 +95,7 @@ def stage_bytes(
     """Stage -> peak bytes with only that stage's component on the device (`offload="stages"`).
 
     `components` as `locate` finds them: any of flux, mmdit or unet, vae, clip, clip_g, t5. `batch` counts negative prompts
-    too. Sizes are the picture's, in pixels; with `vae_rows` it is decoded in strips. Raises ConfigError for sizes that are
+    too. Sizes are the image's, in pixels; with `vae_rows` it is decoded in strips. Raises ConfigError for sizes that are
     no multiples of 16.
     """
     if width % 16 or height % 16 or min(width, height) < 16:

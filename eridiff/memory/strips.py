@@ -1,6 +1,6 @@
 """The autoencoder in little memory, exactly: layer by layer, each layer in horizontal strips.
 
-Tiles of a picture decoded for themselves show seams, because a group norm looks at the whole picture. Here every layer sees
+Tiles of an image decoded for themselves show seams, because a group norm looks at the whole image. Here every layer sees
 all of it: a norm's mean and variance are taken over the whole map first, then norm, SiLU and convolution run strip by strip
 with the rows above and below that a convolution needs; the attention runs over chunks of its queries. Beside a layer's
 input only its output is alive, and a residual block writes its result over its input, or over the first channels of it

@@ -1,10 +1,10 @@
-"""The convolutional autoencoder between pictures and latents: one class for Flux, SD 3 and SDXL.
+"""The convolutional autoencoder between images and latents: one class for Flux, SD 3 and SDXL.
 
 Sources: `modules/autoencoder.py` of black-forest-labs/flux and `diffusionmodules/model.py` of
 Stability-AI/generative-models; Rombach et al. 2022. Loads ae.safetensors (16 channels) and SDXL's (4 channels) with its
 1x1 convolutions around the latents.
 
-Letters: B batch, C channels, Z latent channels; a picture is `[B, 3, H, W]` in [-1, 1], 8 pixels a latent by default.
+Letters: B batch, C channels, Z latent channels; an image is `[B, 3, H, W]` in [-1, 1], 8 pixels a latent by default.
 """
 
 from collections import OrderedDict
@@ -26,7 +26,7 @@ class AutoencoderConfig:
     channel_multipliers: tuple[int, ...] = (1, 2, 4, 4)  # of each resolution, the finest first
     residual_blocks: int = 2  # of a level of the encoder; the decoder has one more
     latent_channels: int = 16
-    scale: float = 0.3611  # network latents = (encoder's mean - shift) * scale; measured on the training pictures
+    scale: float = 0.3611  # network latents = (encoder's mean - shift) * scale; measured on the training images
     shift: float = 0.1159
     quant_convolutions: bool = False
     stated: bool = True  # False: nothing says scale and shift, so that the family which decodes with it does
@@ -46,7 +46,7 @@ class AutoencoderConfig:
     def preset(cls, name: str) -> "AutoencoderConfig":
         """The autoencoder of flux, sd3 or sdxl."""
         if name not in PRESETS:
-            raise ConfigError(f"'{name}' is no preset of the autoencoder; there are {', '.join(PRESETS)}")
+            raise ConfigError(f"'{name}' is not a preset of the autoencoder; there are {', '.join(PRESETS)}")
         return PRESETS[name]
 
 
@@ -137,7 +137,7 @@ def level(channels_in: int, channels_out: int, blocks: int, **resample: nn.Modul
 
 
 class Encoder(nn.Module):
-    """Picture `[B, 3, H, W]` -> moments `[B, 2Z, H / 8, W / 8]`: mean, then log-variance."""
+    """Image `[B, 3, H, W]` -> moments `[B, 2Z, H / 8, W / 8]`: mean, then log-variance."""
 
     def __init__(self, config: AutoencoderConfig) -> None:
         super().__init__()
@@ -165,7 +165,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Latents `[B, Z, h, w]` -> picture `[B, 3, 8h, 8w]`, not clamped."""
+    """Latents `[B, Z, h, w]` -> image `[B, 3, 8h, 8w]`, not clamped."""
 
     def __init__(self, config: AutoencoderConfig) -> None:
         super().__init__()
@@ -194,7 +194,7 @@ class Decoder(nn.Module):
 
 
 class Autoencoder(nn.Module):
-    """Pictures to the latents in which the networks work, and back."""
+    """Images to the latents in which the networks work, and back."""
 
     def __init__(self, config: AutoencoderConfig) -> None:
         super().__init__()
@@ -221,7 +221,7 @@ class Autoencoder(nn.Module):
         return (mean - self.config.shift) * self.config.scale
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Network latents `[B, Z, h, w]` -> pictures `[B, 3, 8h, 8w]`, about [-1, 1], not clamped."""
+        """Network latents `[B, Z, h, w]` -> images `[B, 3, 8h, 8w]`, about [-1, 1], not clamped."""
         return self.decoder(self.post_quant_conv(latents / self.config.scale + self.config.shift))
 
     def forward(self, pictures: Tensor) -> Tensor:

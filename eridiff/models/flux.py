@@ -4,7 +4,7 @@ Sources: `model.py`, `modules/layers.py`, `math.py` and `sampling.py` of black-f
 ("Scaling Rectified Flow Transformers", the double blocks); Dehghani et al. 2023 (the parallel single blocks); Su et al.
 2021 (rope). Loads flux1-dev, -schnell, -krea, -kontext, -fill, -canny and -depth, in float64 too.
 
-Letters: B batch, N picture tokens, L text tokens, S = L + N, H heads, D features of one head, T steps of a run.
+Letters: B batch, N image tokens, L text tokens, S = L + N, H heads, D features of one head, T steps of a run.
 """
 
 from collections.abc import Sequence
@@ -47,7 +47,7 @@ class FluxConfig:
     mlp_ratio: float = 4.0
     double_depth: int = 19
     single_depth: int = 38
-    rope_axes: tuple[int, ...] = (16, 56, 56)  # features of a head for: reference picture, row, column
+    rope_axes: tuple[int, ...] = (16, 56, 56)  # features of a head for: reference image, row, column
     theta: int = 10000
     guidance: bool = True
 
@@ -65,7 +65,7 @@ class FluxConfig:
     def preset(cls, name: str) -> "FluxConfig":
         """The sizes of a published checkpoint: dev, schnell, fill, canny or depth (krea and kontext equal dev)."""
         if name not in PRESETS:
-            raise ConfigError(f"'{name}' is no preset of Flux; there are {', '.join(PRESETS)}")
+            raise ConfigError(f"'{name}' is not a preset of Flux; there are {', '.join(PRESETS)}")
         return PRESETS[name]
 
 
@@ -104,7 +104,7 @@ def fill_condition(masked_latents: Tensor, mask: Tensor) -> Tensor:
 
 
 def position_ids(grid: tuple[int, int], index: int = 0, device: torch.device | str = "cpu") -> Tensor:
-    """`[h * w, 3]` float64: picture index (0, or 1 for a Kontext reference), row and column of each token.
+    """`[h * w, 3]` float64: image index (0, or 1 for a Kontext reference), row and column of each token.
 
     On the CPU by default, where the rotary table is made: not every device has float64.
     """
@@ -136,7 +136,7 @@ def apply_rope(x: Tensor, rope: Tensor) -> Tensor:
 
 
 class DoubleBlock(nn.Module):
-    """Picture and text attend together; each has its own projections, MLP and modulation."""
+    """Image and text attend together; each has its own projections, MLP and modulation."""
 
     def __init__(self, config: FluxConfig) -> None:
         super().__init__()
@@ -145,7 +145,7 @@ class DoubleBlock(nn.Module):
         self.attention = Attention()
 
     def modulate(self, vec: Tensor) -> tuple[Tensor, Tensor]:
-        """SiLU of the conditioning vector `[B, T, hidden]` -> modulation of picture and text, `[B, T, 6 * hidden]`."""
+        """SiLU of the conditioning vector `[B, T, hidden]` -> modulation of image and text, `[B, T, 6 * hidden]`."""
         return self.image.modulate(vec), self.text.modulate(vec)
 
     def forward(
@@ -163,7 +163,7 @@ class DoubleBlock(nn.Module):
 
 
 class SingleBlock(nn.Module):
-    """Text and picture in one sequence, attention and MLP side by side behind one matrix each way."""
+    """Text and image in one sequence, attention and MLP side by side behind one matrix each way."""
 
     def __init__(self, config: FluxConfig) -> None:
         super().__init__()
@@ -193,11 +193,11 @@ class SingleBlock(nn.Module):
 
 @dataclass(frozen=True)
 class FluxRun:
-    """What stays the same over the steps of a picture, by `Flux.prepare`; valid while the weights are."""
+    """What stays the same over the steps of an image, by `Flux.prepare`; valid while the weights are."""
 
     text: Tensor  # [B, L, hidden]
     rope: Tensor  # [2, S, D / 2]
-    double: tuple[tuple[Tensor, Tensor], ...]  # of each block: picture and text modulation [B, T, 6 * hidden]
+    double: tuple[tuple[Tensor, Tensor], ...]  # of each block: image and text modulation [B, T, 6 * hidden]
     single: tuple[Tensor, ...]  # [B, T, 3 * hidden]
     final: Tensor  # [B, T, 2 * hidden]
     seen: Tensor | None = None  # [B, 1, 1, S] bool, the tokens that are attended to; None is all
@@ -251,7 +251,7 @@ class Flux(nn.Module):
         """Compute once what no step changes.
 
         text `[B, L, text_width]`, pooled `[B, pooled_width]`; times `[T]` or `[T, B]` in [0, 1], every evaluation point
-        of the run; guidance `[B]`, only for networks with that embedding; either the `grid = (h, w)` of the picture's
+        of the run; guidance `[B]`, only for networks with that embedding; either the `grid = (h, w)` of the image's
         tokens or `ids` `[N, 3]`, the explicit positions (`position_ids`; Kontext appends its reference's). `mask` `[B, L]` bool
         hides text tokens; the published networks see all, padding too.
         """
@@ -273,7 +273,7 @@ class Flux(nn.Module):
         )
 
     def rotations(self, grid: tuple[int, int] | None, ids: Tensor | None, text: Tensor) -> Tensor:
-        """The rotary table of text and picture, `[2, S, D / 2]`, where the text is; that of the last grid is kept."""
+        """The rotary table of text and image, `[2, S, D / 2]`, where the text is; that of the last grid is kept."""
         dtype, config = wide(text.dtype), self.config
 
         def table(ids: Tensor) -> Tensor:

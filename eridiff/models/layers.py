@@ -49,7 +49,7 @@ def prepare_times(times: Tensor, rows: int) -> Tensor:
 def over_rows(x: Tensor, rows: int) -> Tensor:
     """`[1, ...]` of all rows stays; of a layer that was asked for each of r rows alone, `[r, ...]` becomes `[rows, ...]`.
 
-    A LoRA may weigh the r pictures, and positive and negative rows of them stand in one batch.
+    A LoRA may weigh the r images, and positive and negative rows of them stand in one batch.
     """
     return x if x.shape[0] in (1, rows) else x.repeat(rows // x.shape[0], *[1] * (x.ndim - 1))
 
@@ -119,7 +119,7 @@ class Attention(nn.Module):
 
 
 def seen_keys(mask: Tensor | None, image_tokens: int, device: torch.device) -> Tensor | None:
-    """Which text tokens are attended to, `[B, L]` bool, with all picture tokens behind them -> `[B, 1, 1, L + N]`."""
+    """Which text tokens are attended to, `[B, L]` bool, with all image tokens behind them -> `[B, 1, 1, L + N]`."""
     return None if mask is None else F.pad(mask.to(device), (0, image_tokens), value=True)[:, None, None]
 
 
@@ -147,7 +147,7 @@ class VectorMLP(nn.Module):
 
 
 class StreamInput(nn.Module):
-    """What one stream of tokens (picture or text) brings to a joint attention: queries, keys and values."""
+    """What one stream of tokens (image or text) brings to a joint attention: queries, keys and values."""
 
     def __init__(self, hidden: int, heads: int, qk_norm: bool = True) -> None:
         super().__init__()

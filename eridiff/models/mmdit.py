@@ -3,7 +3,7 @@
 Sources: `mmditx.py` of Stability-AI/sd3.5; Esser et al. 2024 ("Scaling Rectified Flow Transformers"). Loads sd3-medium,
 sd3.5-medium, sd3.5-large and sd3.5-large-turbo, in float64 too.
 
-Letters: B batch, N picture tokens, L text tokens, S = L + N, H heads, D features of one head, T steps of a run.
+Letters: B batch, N image tokens, L text tokens, S = L + N, H heads, D features of one head, T steps of a run.
 """
 
 from collections.abc import Container, Sequence
@@ -47,7 +47,7 @@ class MMDiTConfig:
     depth: int = 38
     table_side: int = 192  # of the square table of positions, in patches
     qk_norm: bool = True
-    dual_blocks: tuple[int, ...] = ()  # those whose picture stream has a second attention, to itself (MMDiT-X)
+    dual_blocks: tuple[int, ...] = ()  # those whose image stream has a second attention, to itself (MMDiT-X)
 
     def __post_init__(self) -> None:
         if self.hidden % self.heads:
@@ -61,7 +61,7 @@ class MMDiTConfig:
     def preset(cls, name: str) -> "MMDiTConfig":
         """The sizes of a published checkpoint: sd3-medium, sd3.5-medium, sd3.5-large or sd3.5-large-turbo."""
         if name not in PRESETS:
-            raise ConfigError(f"'{name}' is no preset of MMDiT; there are {', '.join(PRESETS)}")
+            raise ConfigError(f"'{name}' is not a preset of MMDiT; there are {', '.join(PRESETS)}")
         return PRESETS[name]
 
 
@@ -85,7 +85,7 @@ def unpatchify(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
 
 
 class PositionTable(nn.Module):
-    """One vector for each patch of the largest picture; a smaller picture takes the middle.
+    """One vector for each patch of the largest image; a smaller image takes the middle.
 
     The table is sd3.5-medium's tenth part, and an image needs little of it: so it is neither parameter nor buffer, stays
     where and in the dtype in which it was loaded when the network is moved, and only crops leave. The last crop is kept,
@@ -135,7 +135,7 @@ class PositionTable(nn.Module):
 
 
 class DualStream(Stream):
-    """The picture stream of a dual block (MMDiT-X): beside the joint attention one among picture tokens alone.
+    """The image stream of a dual block (MMDiT-X): beside the joint attention one among image tokens alone.
 
     Nine chunks of modulation: the six of a stream, then shift, scale and gate of the second attention.
     """
@@ -175,7 +175,7 @@ class LastTextStream(StreamInput):
 
 
 class JointBlock(nn.Module):
-    """Picture and text attend together; each has its own projections, MLP and modulation."""
+    """Image and text attend together; each has its own projections, MLP and modulation."""
 
     def __init__(self, config: MMDiTConfig, index: int) -> None:
         super().__init__()
@@ -187,7 +187,7 @@ class JointBlock(nn.Module):
         self.attention = Attention()
 
     def modulate(self, vec: Tensor) -> tuple[Tensor, Tensor]:
-        """SiLU of the conditioning vector `[B, T, hidden]` -> modulation of picture and text, `[B, T, n * hidden]`."""
+        """SiLU of the conditioning vector `[B, T, hidden]` -> modulation of image and text, `[B, T, n * hidden]`."""
         return self.image.modulate(vec), self.text.modulate(vec)
 
     def forward(
@@ -205,11 +205,11 @@ class JointBlock(nn.Module):
 
 @dataclass(frozen=True)
 class MMDiTRun:
-    """What stays the same over the steps of a picture, by `MMDiT.prepare`; valid while the weights are."""
+    """What stays the same over the steps of an image, by `MMDiT.prepare`; valid while the weights are."""
 
     text: Tensor  # [B, L, hidden]
     positions: Tensor  # [1, N, hidden]
-    joint: tuple[tuple[Tensor, Tensor], ...]  # of each block: picture and text modulation [B, T, n * hidden]
+    joint: tuple[tuple[Tensor, Tensor], ...]  # of each block: image and text modulation [B, T, n * hidden]
     final: Tensor  # [B, T, 2 * hidden]
     seen: Tensor | None = None  # [B, 1, 1, L + N] bool, the tokens that are attended to; None is all
 
@@ -246,7 +246,7 @@ class MMDiT(nn.Module):
         """Compute once what no step changes.
 
         text `[B, L, text_width]`, pooled `[B, pooled_width]`; times `[T]` or `[T, B]` in [0, 1], every evaluation point
-        of the run; the `grid = (h, w)` of the picture's patches. `mask` `[B, L]` bool hides text tokens; the published
+        of the run; the `grid = (h, w)` of the image's patches. `mask` `[B, L]` bool hides text tokens; the published
         networks see all, padding too. Raises ConfigError for a grid beyond the table.
         """
         check_shape("text", text, B=None, L=None, text_width=self.config.text_width)

@@ -25,7 +25,7 @@ RESIDUAL_BLOCKS = 2  # of a stage on the way down; one more on the way up
 class UNetConfig:
     """Sizes of a UNet; the defaults are SDXL base's."""
 
-    in_channels: int = 4  # inpainting: latents, mask, latents of the picture without what shall be painted
+    in_channels: int = 4  # inpainting: latents, mask, latents of the image without what shall be painted
     out_channels: int = 4
     channels: int = 320
     channel_multipliers: tuple[int, ...] = (1, 2, 4)  # of each stage
@@ -80,7 +80,7 @@ class UNetConfig:
     def preset(cls, name: str) -> "UNetConfig":
         """The sizes of a published checkpoint: base, refiner, inpaint, lcm, ssd-1b or vega."""
         if name not in PRESETS:
-            raise ConfigError(f"'{name}' is no preset of the UNet; there are {', '.join(PRESETS)}")
+            raise ConfigError(f"'{name}' is not a preset of the UNet; there are {', '.join(PRESETS)}")
         return PRESETS[name]
 
 
@@ -103,7 +103,7 @@ KeysValues = tuple[tuple[Tensor, Tensor], ...]  # of each block of a transformer
 def size_vector(pooled: Tensor, numbers: Tensor) -> Tensor:
     """What SDXL is told beside the text: pooled `[B, P]` and numbers `[B, n]` -> `[B, P + 256 n]`, of pooled's dtype.
 
-    Numbers in pixels, height before width: of the original picture, of the crop's upper left corner, of the target; the
+    Numbers in pixels, height before width: of the original image, of the crop's upper left corner, of the target; the
     refiner has an aesthetic score (6.0, negative 2.5) in place of the target.
     """
     return torch.cat([pooled, sinusoid(numbers, 256).flatten(1).to(pooled.dtype)], dim=1)
@@ -147,7 +147,7 @@ class ResidualBlock(nn.Module):
 
 
 class HeadAttention(nn.Module):
-    """Multi-head attention whose keys and values come from the picture itself or from the text."""
+    """Multi-head attention whose keys and values come from the image itself or from the text."""
 
     def __init__(self, width: int, context: int, head: int) -> None:
         super().__init__()
@@ -336,7 +336,7 @@ class UpStage(Stage):
 
 @dataclass(frozen=True)
 class UNetRun:
-    """What stays the same over the steps of a picture, by `UNet.prepare`; valid while the weights are."""
+    """What stays the same over the steps of an image, by `UNet.prepare`; valid while the weights are."""
 
     down: tuple[StageRun, ...]
     middle: StageRun

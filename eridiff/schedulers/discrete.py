@@ -18,7 +18,7 @@ LEVELS = 1000
 
 
 def alphas_cumprod(zero_terminal_snr: bool = False) -> Tensor:
-    """`[1000]`: the share of the picture's variance at each level; the last is 0 with zero terminal SNR."""
+    """`[1000]`: the share of the image's variance at each level; the last is 0 with zero terminal SNR."""
     betas = torch.linspace(0.00085**0.5, 0.012**0.5, LEVELS, **EXACT) ** 2
     alphas = torch.cumprod(1 - betas, dim=0)
     if not zero_terminal_snr:

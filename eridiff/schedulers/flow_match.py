@@ -19,12 +19,12 @@ def shifted(sigmas: Tensor, shift: float) -> Tensor:
 
 
 def flux_mu(tokens: int) -> float:
-    """Flux's shift for a picture of `tokens` tokens, as e^mu: the line through 0.5 at 256 and 1.15 at 4096, not clamped."""
+    """Flux's shift for an image of `tokens` tokens, as e^mu: the line through 0.5 at 256 and 1.15 at 4096, not clamped."""
     return 0.5 + (1.15 - 0.5) / (4096 - 256) * (tokens - 256)
 
 
 def flux_shift(tokens: int) -> float:
-    """e^mu: by how much Flux's times are shifted (`shifted`) for a picture of `tokens` tokens."""
+    """e^mu: by how much Flux's times are shifted (`shifted`) for an image of `tokens` tokens."""
     return math.exp(flux_mu(tokens))
 
 
@@ -76,7 +76,7 @@ def flow_schedule(sigmas: Tensor) -> Schedule:
     """The schedule through the given sigmas `[steps + 1]`, which become float64.
 
     Multistep solvers measure a step in -ln(sigma), as SD 3's original does; the papers of solvers for rectified flow take
-    ln((1 - sigma) / sigma) and give other pictures.
+    ln((1 - sigma) / sigma) and give other images.
 
     Raises ConfigError unless they fall strictly, from at most 1 to at least 0.
     """

@@ -14,7 +14,7 @@ Ask = Callable[[Tensor, Any, int, Collection[int]], Tensor]  # latents, run, poi
 
 @dataclass(frozen=True)
 class SkipLayers:
-    """Skip-layer guidance: away from what the network draws without some of its blocks.
+    """Skip-layer guidance: away from the network's prediction without some of its blocks.
 
     It acts after the share `start` and before the share `end` of the steps, both excluded, counted from the first that is
     run (`SkipLayerCFGDenoiser` of Stability-AI/sd3.5).

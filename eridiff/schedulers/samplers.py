@@ -1,10 +1,10 @@
 """How to move from one point of a schedule to the next: pure functions, written once for every prediction and space.
 
-Every point is `x = alpha * clean + sigma * noise`. A network's output says which clean picture and which noise the latents
+Every point is `x = alpha * clean + sigma * noise`. A network's output says which clean image and which noise the latents
 are made of (`clean_noise`), and a sampler goes to the next point with them. All samplers have the same arguments:
 `predict(x, i)`, the network's raw output at point `i`; latents `x`, float32 or float64; the schedule and the point;
-`previous`, the clean picture that the step before saw, None on the first; `draw()`, new noise of the latents' shape, which
-only some ask for. They give the next latents and this step's clean picture.
+`previous`, the clean image that the step before saw, None on the first; `draw()`, new noise of the latents' shape, which
+only some ask for. They give the next latents and this step's clean image.
 """
 
 import math
@@ -40,7 +40,7 @@ def clean_noise(x: Tensor, output: Tensor, schedule: Schedule, i: int) -> tuple[
 
 
 def mixed(clean: Tensor, noise: Tensor, schedule: Schedule, i: int) -> Tensor:
-    """The latents at point `i` that a clean picture and a noise make."""
+    """The latents at point `i` that a clean image and a noise make."""
     return float(schedule.alphas[i]) * clean + float(schedule.sigmas[i]) * noise
 
 
@@ -96,7 +96,7 @@ def euler_ancestral(
 def dpmpp_2m(
     predict: Predict, x: Tensor, schedule: Schedule, i: int, previous: Tensor | None = None, draw: Draw | None = None
 ) -> tuple[Tensor, Tensor]:
-    """DPM-Solver++ (2M) of Lu et al. 2022: the clean picture is extrapolated from this step's and the step's before.
+    """DPM-Solver++ (2M) of Lu et al. 2022: the clean image is extrapolated from this step's and the step's before.
 
     First order on the first step and on a last one to sigma 0.
     """
@@ -129,7 +129,7 @@ def dpmpp_2m_sde(
 def lcm(
     predict: Predict, x: Tensor, schedule: Schedule, i: int, previous: Tensor | None = None, draw: Draw | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Latent consistency (Luo et al. 2023): straight to the clean picture, and new noise for the next point.
+    """Latent consistency (Luo et al. 2023): straight to the clean image, and new noise for the next point.
 
     The boundary condition keeps a share of `x`, which matters only below timestep 1; in variance-preserving space.
     """

@@ -13,7 +13,7 @@ from eridiff.errors import ConfigError
 class Conditioning:
     """What a network is told of a prompt."""
 
-    text: Tensor  # [B, T, D], one row a token
+    text: Tensor  # [B, T, D], one row per token
     pooled: Tensor  # [B, P], the whole prompt in one vector
     mask: Tensor | None = None  # [B, T] bool, the rows that the network attends to; None is all, as published
 
@@ -25,7 +25,7 @@ class Conditioning:
         return f"Conditioning(text {list(self.text.shape)}, pooled {list(self.pooled.shape)}{mask}, {self.text.dtype})"
 
     def repeat(self, count: int) -> "Conditioning":
-        """A single prompt for `count` pictures."""
+        """A single prompt for `count` images."""
         mask = None if self.mask is None else self.mask.expand(count, -1)
         return Conditioning(self.text.expand(count, -1, -1), self.pooled.expand(count, -1), mask)
 

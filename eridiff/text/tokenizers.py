@@ -42,7 +42,7 @@ def clip_tokenizer(folder: Path | None = None) -> Any:
     missing = [name for name in ("vocab.json", "merges.txt") if not (folder / name).is_file()]
     if missing and not (folder / "tokenizer.json").is_file():
         raise CheckpointError(
-            f"{quoted(folder)} is no CLIP tokenizer: it lacks {missing[0]}; vocab.json and merges.txt are needed, or "
+            f"{quoted(folder)} is not a CLIP tokenizer: it lacks {missing[0]}; vocab.json and merges.txt are needed, or "
             "tokenizer.json"
         )
     _check_merges(folder, "tokenizer.json" if missing else "vocab.json")
@@ -112,7 +112,7 @@ def _check_merges(folder: Path, file: str) -> None:
             f"{quoted(folder / file)} does not number its {len(ids)} tokens from 0 without a hole; download it again"
         )
     if any(end not in vocabulary for end in CLIP_ENDS):
-        raise CheckpointError(f"{quoted(folder / file)} lacks {' or '.join(CLIP_ENDS)}: it is no CLIP tokenizer")
+        raise CheckpointError(f"{quoted(folder / file)} lacks {' or '.join(CLIP_ENDS)}: it is not a CLIP tokenizer")
     if made != whole:
         raise CheckpointError(
             f"{quoted(folder)} holds a vocabulary and merges that do not belong together: {len(whole - made)} tokens of {file} "
@@ -128,7 +128,7 @@ def t5_tokenizer(path: Path | None = None) -> Any:
     found = path if path is not None else _cached_t5()
     if found is None:
         raise CheckpointError(
-            "no T5 tokenizer was found: pass --tokenizers FOLDER, which holds tokenizer_2/ (of black-forest-labs/FLUX.1-dev), or "
+            "no T5 tokenizer was found: pass --tokenizers FOLDER with tokenizer_2/tokenizer.json (of FLUX.1-dev, for example), or "
             "'tokenizers: {t5: PATH}' in the model section, or place it beside the model as 'tokenizer_2'"
         )
     file = found / "tokenizer.json" if found.is_dir() else found
@@ -147,9 +147,7 @@ def _read_t5(file: Path) -> Any:
         tokenizer("")
         return tokenizer
     except Exception as error:  # the Rust library raises bare Exception
-        raise CheckpointError(
-            f"'{file}' is no tokenizer that can be read ({_line(error)}); download it again"
-        ) from None
+        raise CheckpointError(f"'{file}' cannot be read as a tokenizer ({_line(error)}); download it again") from None
 
 
 def _from_sentencepiece(folder: Path) -> Any:
@@ -171,7 +169,7 @@ def _checked_t5(file: Path, tokenizer: Any) -> Any:
     ends = (vocabulary.get("<pad>"), vocabulary.get("</s>"))
     if ends != (0, 1) or tokenizer("").input_ids != [1]:
         raise CheckpointError(
-            f"'{file}' is no T5 tokenizer: <pad> and </s> must be the ids 0 and 1 and end every prompt"
+            f"'{file}' is not a T5 tokenizer: <pad> and </s> must be the ids 0 and 1 and end every prompt"
         )
     if len(tokenizer) == T5_TOKENS and tokenizer(SAMPLE).input_ids != T5_SAMPLE:
         raise CheckpointError(

@@ -1,4 +1,4 @@
-"""Pictures from weights in training, with nothing else changed; the mathematics of training in the samplers' conventions."""
+"""Images from weights in training, with nothing else changed; the mathematics of training in the samplers' conventions."""
 
 from eridiff.adopt import Adopted, adopt
 from eridiff.blocks import unwrapped

@@ -112,7 +112,7 @@ def _both(inference: DiffusionInference, text: str, positive: Any, negative: Any
 
 
 def _checked(inference: DiffusionInference, text: str, given: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The tensors that are known by name, with a first dimension of one prompt; ConfigError for one that cannot be drawn with.
+    """The tensors that are known by name, with a first dimension of one prompt; ConfigError for one that is invalid.
 
     Widths are the network's. Those of kohya's parts follow from them, as CLIP-G gives a prompt as many features as a token.
     """

@@ -14,9 +14,9 @@ ASKED = ("prepare", "step", "modulate", "keys_values")  # what a network and its
 def shard(network: Network, **options: Any) -> Network:
     """FSDP2 on a network of ours: every repeated block and the rest are sharded over the ranks; returns `network`.
 
-    options are `fully_shard`'s (mesh, mp_policy, offload_policy). The network trains by its `forward` and draws as before,
+    options are `fully_shard`'s (mesh, mp_policy, offload_policy). The network trains by its `forward` and is sampled as before,
     with every rank asking it equally often. Nothing stays gathered after a call, not even the root's parameters, which by
-    default do: after a step of the optimizer a picture would be drawn with those from before. Raises ConfigError for a module
+    default do: after a step of the optimizer an image would be generated with those from before. Raises ConfigError for a module
     without repeated blocks, and for one that `adopt` made.
     """
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
@@ -24,7 +24,7 @@ def shard(network: Network, **options: Any) -> Network:
     if hasattr(network, "adopted_from"):
         raise ConfigError(
             f"this {type(network).__name__} was adopted and has the parameters of the trainer's {network.adopted_from}, so it "
-            "cannot be sharded: train eridiff's own network by `shard`, or draw with a module that is not sharded"
+            "cannot be sharded: train eridiff's own network by `shard`, or sample with a module that is not sharded"
         )
     blocks = [block for block in repeated_blocks(network) if any(True for _ in block.parameters())]
     modules: list[nn.Module] = [*blocks, network]

@@ -148,7 +148,7 @@ def read_prompt(path: Path) -> Prompt:
 
 
 class LatentCache:
-    """A data set's pictures as latents, encoded once and kept on the disk by content."""
+    """A data set's images as latents, encoded once and kept on the disk by content."""
 
     def __init__(self, inference: DiffusionInference, folder: str | os.PathLike[str]) -> None:
         """The autoencoder's weights are hashed once, here."""
@@ -159,7 +159,7 @@ class LatentCache:
         self.folder = Path(folder) / found.hexdigest()
 
     def encode(self, picture: Tensor) -> Tensor:
-        """A picture `[1, 3, H, W]` in [-1, 1] -> its latents `[1, C, H / 8, W / 8]` float32 on the CPU, the posterior's mean."""
+        """An image `[1, 3, H, W]` in [-1, 1] -> its latents `[1, C, H / 8, W / 8]` float32 on the CPU, the posterior's mean."""
         path = self.folder / f"{digest(picture)}.safetensors"
         if path.exists():
             try:

@@ -3,7 +3,7 @@
 Sources: Esser et al. 2024 (SD 3: section 3.1, the distributions of times; 5.3.2, the shift); Ho et al. 2020 and Salimans and
 Ho 2022 (epsilon, v); Hang et al. 2023 (min-SNR); Yu et al. 2024 (debiased estimation).
 
-Letters: B pictures of a batch, whose latents are `[B, ...]`. Levels and weights are float64 on the CPU, as the schedules are.
+Letters: B images of a batch, whose latents are `[B, ...]`. Levels and weights are float64 on the CPU, as the schedules are.
 """
 
 import math
@@ -57,7 +57,7 @@ def uniform(count: int, generator: Generator) -> Tensor:
 def logit_normal(count: int, generator: Generator, mean: float = 0.0, deviation: float = 1.0) -> Tensor:
     """Sigmas whose logit is normal (Esser et al. 2024, equation 19); a mean above 0 leans towards the noise.
 
-    diffusers' training scripts take the draw for a place in a falling table, so there a mean above 0 leans to the picture.
+    diffusers' training scripts take the draw for a place in a falling table, so there a mean above 0 leans to the image.
     """
     return torch.sigmoid(mean + deviation * torch.randn(count, generator=generator, **EXACT))
 
@@ -82,7 +82,7 @@ def timesteps(count: int, generator: Generator) -> Tensor:
 
 
 def noised(clean: Tensor, noise: Tensor, levels: Levels) -> Tensor:
-    """Latents at each picture's level, `[B, ...]`: float32 at least, as between a sampler's steps, whatever came in."""
+    """Latents at each image's level, `[B, ...]`: float32 at least, as between a sampler's steps, whatever came in."""
     alpha, sigma = _rows(levels.alphas, clean), _rows(levels.sigmas, clean)
     return alpha * clean + sigma * noise.to(clean.device)
 
@@ -101,7 +101,7 @@ def target(clean: Tensor, noise: Tensor, levels: Levels) -> Tensor:
 
 
 def squared_error(output: Tensor, wanted: Tensor, weights: Tensor | None = None) -> Tensor:
-    """The mean over the batch of each picture's mean square error times its weight `[B]`; a scalar, float32 at least."""
+    """The mean over the batch of each image's mean square error times its weight `[B]`; a scalar, float32 at least."""
     dtype = torch.promote_types(output.dtype, torch.float32)
     errors = (output.to(dtype) - wanted.to(output.device, dtype)).square().flatten(1).mean(1)
     return errors.mean() if weights is None else (errors * weights.to(errors.device, dtype)).mean()
@@ -122,7 +122,7 @@ def snr(levels: Levels) -> Tensor:
 
 
 def min_snr(levels: Levels, gamma: float = 5.0) -> Tensor:
-    """`min(SNR, gamma)` on the clean picture's squared error (Hang et al. 2023), whatever the network predicts.
+    """`min(SNR, gamma)` on the clean image's squared error (Hang et al. 2023), whatever the network predicts.
 
     So `min(SNR, gamma) / SNR` for epsilon and `min(SNR, gamma) / (SNR + 1)` for v; finite at zero terminal SNR.
     """
@@ -150,7 +150,7 @@ def cosmap(levels: Levels) -> Tensor:
 
 
 def _errors(levels: Levels) -> tuple[Tensor, Tensor]:
-    """How far an error of 1 in the raw output moves the clean picture, and the noise, that are read off it."""
+    """How far an error of 1 in the raw output moves the clean image, and the noise, that are read off it."""
     alphas, sigmas = levels.alphas, levels.sigmas
     if levels.prediction == "epsilon":
         return sigmas / alphas, torch.ones_like(sigmas)

@@ -1,6 +1,6 @@
-"""The record of a run that people look at: one page beside the pictures, strips, and figures of how far pictures moved.
+"""The record of a run that people look at: one page beside the images, strips, and figures of how far images moved.
 
-All of it is read off the PNGs: each says its step, its prompt and which weights drew it.
+All of it is read off the PNGs: each says its step, its prompt and which weights generated it.
 """
 
 import json
@@ -20,12 +20,12 @@ from eridiff.errors import EridiffError
 from eridiff.files import replacing
 from eridiff.images import METADATA_KEY, first_text, save_png
 
-COARSE = 8  # pixels a block: what is left of a picture when its texture is averaged away
+COARSE = 8  # pixels a block: what is left of an image when its texture is averaged away
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A picture of the record."""
+    """An image of the record."""
 
     name: str  # of the file
     settings: dict[str, Any]
@@ -40,14 +40,14 @@ class Entry:
 
     @property
     def row(self) -> tuple[str, ...]:
-        """What images of one row share: the entry of the section, its prompt, noise and size, and which weights drew them."""
+        """What images of one row share: the entry of the section, its prompt, noise and size, and which weights generated them."""
         told = (json.dumps(self.settings.get(n)) for n in ("prompt", "seed", "width", "height"))
         number = self.settings["training"].get("entry", self.name[14:16])  # older ones have it in their name alone
         return (f"{number:0>2}", *told, self.weights)
 
 
 def read_entries(folder: str | os.PathLike[str]) -> dict[str, Entry]:
-    """The pictures of a folder that were drawn in training, by file name; nothing else is read than their headers."""
+    """The images of a folder that were sampled in training, by file name; nothing else is read than their headers."""
     found = {}
     for path in sorted(Path(folder).glob("*.png")):
         try:
@@ -61,7 +61,7 @@ def read_entries(folder: str | os.PathLike[str]) -> dict[str, Entry]:
 
 
 def rows(entries: Mapping[str, Entry]) -> dict[tuple[str, ...], list[Entry]]:
-    """The pictures of each row, by step; rows in the order of the prompts, the plain weights before their averages."""
+    """The images of each row, by step; rows in the order of the prompts, the plain weights before their averages."""
     found: dict[tuple[str, ...], list[Entry]] = {}
     order = {"base": 0, "live": 1}
     prefix = len("step-00000000-00")  # the step and the number of the prompt
@@ -71,7 +71,7 @@ def rows(entries: Mapping[str, Entry]) -> dict[tuple[str, ...], list[Entry]]:
 
 
 def drift(picture: Image.Image, reference: Image.Image) -> dict[str, float]:
-    """How far a picture is from another of its size, in levels of 255: root mean square over pixels, and over 8 x 8 blocks.
+    """How far an image is from another of its size, in levels of 255: root mean square over pixels, and over 8 x 8 blocks.
 
     `rms` sees everything; `coarse` hardly sees texture, so it tells a new composition from sharper edges.
     """
@@ -83,7 +83,7 @@ def drift(picture: Image.Image, reference: Image.Image) -> dict[str, float]:
 
 
 def drift_of(picture: Image.Image, entry: Entry, entries: Mapping[str, Entry], folder: Path) -> dict[str, Any]:
-    """From the first picture of its row, from the one before, and from the live weights' of the same step."""
+    """From the first image of its row, from the one before, and from the live weights' of the same step."""
     own = [e for e in rows(entries).get(entry.row, []) if e.step < entry.step]
     live = [e for e in entries.values() if e.row == (*entry.row[:-1], "live") and e.step == entry.step]
     references = {"first": own[:1], "previous": own[-1:], "live": live if entry.weights != "live" else []}
@@ -239,16 +239,16 @@ def _curve(row: Sequence[Entry], highest: float) -> str:
 def write_strip(
     folder: str | os.PathLike[str], path: str | os.PathLike[str] | None = None, columns: int = 8, side: int = 128
 ) -> Path:
-    """One picture of the whole run: for each prompt a row for each kind of weights, steps from left to right.
+    """One image of the whole run: for each prompt a row for each kind of weights, steps from left to right.
 
     Of more steps than `columns` the first, the last and some between are shown, `side` pixels each. Below each stands its
     drift from the first of its row. Written to `strips/strip.png` in the folder when `path` is None. Raises EridiffError
-    for a folder without pictures.
+    for a folder without images.
     """
     entries = read_entries(folder)
     steps = sorted({entry.step for entry in entries.values()})
     if not steps:
-        raise EridiffError(f"'{folder}' holds no pictures that were drawn in training")
+        raise EridiffError(f"'{folder}' holds no images that were sampled in training")
     if len(steps) > columns:
         steps = [steps[round(i * (len(steps) - 1) / max(columns - 1, 1))] for i in range(columns)]
     prompts: dict[tuple[str, ...], list[list[Entry]]] = {}

@@ -1,7 +1,7 @@
-"""Drawing inside a training run without a trace: `undisturbed` puts back everything that drawing may touch.
+"""Sampling inside a training run without a trace: `undisturbed` restores everything that sampling may touch.
 
 Each of the context managers below keeps one kind of state. What they keep are references and small values: only the weights
-of a schedule-free optimizer, which averages them in place, are copied for the time of a picture.
+of a schedule-free optimizer, which averages them in place, are copied for the time of an image.
 """
 
 import random
@@ -26,9 +26,9 @@ def undisturbed(
     modules: Mapping[str, nn.Module], optimizer: Any = None, *, autocast: torch.dtype | None = None,
     device: torch.device | str = "cpu",
 ) -> Iterator[None]:  # fmt: skip
-    """Within the block the modules are ready to draw; after it all is as before it, whatever happened inside.
+    """Within the block the modules are ready to sample; after it all is as before it, whatever happened inside.
 
-    Ready to draw: evaluation mode, nothing requires gradients, the optimizer's averaged weights where it keeps such (schedule-free), and
+    Ready to sample: evaluation mode, nothing requires gradients, the optimizer's averaged weights if it keeps them (schedule-free), and
     the precision of inference: float32 as the default dtype, no autocast unless a dtype for it is given. Put back: random
     states of Python, NumPy, torch's CPU and every CUDA device; the mode of every module; which tensors are its parameters
     and buffers, where they lie, `requires_grad` and `.grad`; gradient checkpointing; grad mode, autocast, default dtype
@@ -151,7 +151,7 @@ def tensors(modules: Mapping[str, nn.Module]) -> Iterator[None]:
     """Which tensors are parameters and buffers, the memory that they lie in, `requires_grad` and `.grad`.
 
     Within the block no parameter requires gradients: even without grad mode `torch.matmul` takes another path for weights
-    that do, and the picture differs in its last bits from that of the saved checkpoint.
+    that do, and the image differs in its last bits from that of the saved checkpoint.
     """
     tables = [table for m in members(modules).values() for table in (m._parameters, m._buffers)]
     entries = [(table, dict(table)) for table in tables]
@@ -210,7 +210,7 @@ def checkpointing(modules: Mapping[str, nn.Module]) -> Iterator[None]:
 
 @contextmanager
 def schedule_free(optimizer: Any) -> Iterator[None]:
-    """The averaged weights of a schedule-free optimizer (Defazio et al. 2024), and the trained ones back bit by bit.
+    """The averaged weights of a schedule-free optimizer (Defazio et al. 2024), and the trained ones back bit for bit.
 
     Such an optimizer turns one into the other in place, by arithmetic that does not come back exactly. So it works on copies;
     a shard of FSDP2, which is read where it lies, is copied away instead and put back.

@@ -1,4 +1,4 @@
-"""Pictures inside a training loop: `Sampler` draws with the modules in training, and the run does not notice."""
+"""Images inside a training loop: `Sampler` generates with the modules in training, and the run does not notice."""
 
 import copy
 import logging
@@ -37,7 +37,7 @@ LIVE = "live"  # the weights as they are in training
 
 
 class _TimedOut(Exception):
-    """Ends a picture between two steps."""
+    """Ends an image between two steps."""
 
 
 def _reason(failure: Exception, max_seconds: float | None) -> str:
@@ -49,14 +49,14 @@ def _reason(failure: Exception, max_seconds: float | None) -> str:
 
 @dataclass
 class Samples:
-    """What was drawn at one step, as far as it came."""
+    """What was generated at one step, as far as it came."""
 
     step: int
     paths: list[Path] = field(default_factory=list)
     images: list[Image.Image] = field(default_factory=list)
-    settings: list[dict[str, Any]] = field(default_factory=list)  # one a picture, as in its PNG
+    settings: list[dict[str, Any]] = field(default_factory=list)  # one per image, as in its PNG
     seconds: float = 0.0
-    failure: str | None = None  # why not everything was drawn
+    failure: str | None = None  # why not everything was generated
 
     def __repr__(self) -> str:
         failed = f", failed: {self.failure}" if self.failure else ""
@@ -68,7 +68,7 @@ class Samples:
 
 
 class Sampler:
-    """Draws the pictures of a `sample:` section from weights in training."""
+    """Samples the images of a `sample:` section from weights in training."""
 
     def __init__(
         self,
@@ -93,24 +93,24 @@ class Sampler:
 
         inference holds the modules in training as they are, wrapped (compiled, DDP, FSDP) or not; sample is a section's
         keys and values (prompts, sample_every, sample_start_step, skip_first_sample, sample_at_end, sample_max_seconds, and
-        how to draw), or a whole file by `eridiff.run_files.load_config`, another trainer's too. optimizer is asked for its
+        how to sample), or a whole file by `eridiff.run_files.load_config`, another trainer's too. optimizer is asked for its
         averages if it is schedule-free, and is checked by `verify`. ema, a module, a mapping from the trained network's names
-        to tensors, or an object with `shadow_params` in the order of its parameters (diffusers' EMAModel), draws beside the
-        live weights; weights names further ways to draw, each a function that gives a context manager (an adapter switched
+        to tensors, or an object with `shadow_params` in the order of its parameters (diffusers' EMAModel), is sampled beside the
+        live weights; weights names further weights to sample, each a function that returns a context manager (an adapter switched
         off, for example); modules are further ones to restore. adopted is the trainer's network of other classes behind the
         inference's (`adopt`); it is followed anew within each kind of weights, and its copies are given back after the images;
         None is that of `from_diffusers`. conditioning are embeddings that the trainer has cached, by prompt or in the prompts'
         order, so that no text encoders are needed: a `Prompt`, a `Conditioning`, or tensors in the layouts of diffusers'
         scripts, kohya's or ai-toolkit (docs/training.md). embeddings is a folder that keeps encoded prompts. text_in_training
         encodes anew at each step instead, for each kind of weights.
-        autocast is the dtype to draw under autocast with, None draws in the weights' own. Callbacks get `Samples`. Touching
-        the file on_demand (None: `now` in the folder of the pictures) draws at the next step. verify hashes everything
-        before and after and raises TrainingError, naming what changed. An error while drawing is logged, or raised
+        autocast is the dtype of autocast while sampling, None samples in the weights' own dtype. Callbacks get `Samples`. Touching
+        the file on_demand (None: `now` in the folder of the images) samples at the next step. verify hashes everything
+        before and after and raises TrainingError, naming what changed. An error while sampling is logged, or raised
         with raise_errors. Raises ConfigError for settings that cannot be.
         """
         if not isinstance(inference, DiffusionInference):
             raise ConfigError(
-                f"Sampler draws with an inference, and this is of class {type(bare(inference)).__name__}: "
+                f"Sampler needs an inference, and this is of class {type(bare(inference)).__name__}: "
                 "Sampler(FluxInference.from_diffusers(pipe), section), or SD35Inference, or SDXLInference"
             )
         check_sharding(inference.network)
@@ -137,9 +137,9 @@ class Sampler:
         self.on_demand = os.fspath(self.out / "now" if on_demand is None else on_demand)
         self.every, self.max_seconds, self.at_end = training.sample_every, training.max_seconds, training.at_end
         self.first = self.first_step(self.every, training.start_step, training.skip_first)
-        self.last: int | None = None  # the step that was drawn last
+        self.last: int | None = None  # the step that was sampled last
         self._look = 0.0  # when to look for the file on_demand
-        self._entries: dict[str, Entry] | None = None  # of the folder's pictures
+        self._entries: dict[str, Entry] | None = None  # of the folder's images
         self.weights: dict[str, Callable[[], AbstractContextManager[Any]]] = {LIVE: nullcontext, **(weights or {})}
         for name, enter in self.weights.items():
             if not callable(enter) or isinstance(enter, AbstractContextManager):
@@ -164,7 +164,7 @@ class Sampler:
             first, more = requests_of(config.first_sample, drawer)
             notices += more
         if config.sample.use_lora is not None:
-            notices.append("use_lora has no effect in training: the weights are drawn with as they are")
+            notices.append("use_lora has no effect in training: the weights are sampled as they are")
         for notice in dict.fromkeys((*config.notices_in_training, *notices)):
             log.warning("%s", notice)
         every = [*self.requests, *first]
@@ -199,14 +199,14 @@ class Sampler:
     def maybe_sample(self, step: int) -> Samples | None:
         """Draw if the step is due or the file on_demand was touched; None otherwise, in microseconds.
 
-        A step is drawn once, however often it is asked for.
+        A step is sampled once, however often it is asked for.
         """
         if step != self.last and (self.due(step) or self._demanded()):
             return self.sample(step)
         return None
 
     def finish(self, step: int) -> Samples | None:
-        """After the last step: draw, unless it was drawn or sample_at_end says not to."""
+        """After the last step: sample, unless it was sampled or sample_at_end is false."""
         return self.sample(step) if self.at_end and step != self.last else None
 
     def _demanded(self) -> bool:
@@ -227,9 +227,9 @@ class Sampler:
             return False
 
     def sample(self, step: int) -> Samples:
-        """Draw now. The run is afterwards as it was; what was drawn before a failure is in the result.
+        """Sample now. The run is afterwards as it was; what was generated before a failure is in the result.
 
-        Raises TrainingError when verify finds a change; whatever went wrong while drawing only with raise_errors.
+        Raises TrainingError when verify finds a change; whatever went wrong while sampling only with raise_errors.
         """
         self.last, start = step, time.monotonic()
         samples = Samples(step)
@@ -253,7 +253,7 @@ class Sampler:
             traceback.clear_frames(error.__traceback__)  # they hold tensors
         finally:
             if device.type == "cuda":
-                torch.cuda.empty_cache()  # blocks of a picture's sizes are of no use to training
+                torch.cuda.empty_cache()  # blocks of an image's sizes are of no use to training
         samples.seconds = time.monotonic() - start
         found = changed(before, fingerprint(modules, self.optimizer, device)) if self.verify else []
         if found:
@@ -290,7 +290,7 @@ class Sampler:
         return self.adopted.foreign if self.adopted is not None else unwrapped(self.inference.network)
 
     def _modules(self) -> dict[str, nn.Module]:
-        """Everything that drawing may touch, by name."""
+        """Everything that sampling may touch, by name."""
         found: dict[str, nn.Module] = {"network": self.inference.network, "autoencoder": self.inference.autoencoder}
         found |= {name: encoder.module for name, encoder in self.inference.model.encoders.items()}
         if self.adopted is not None:  # its tensors are the adopted ones, or come and go
@@ -299,9 +299,9 @@ class Sampler:
         return {name: unwrapped(module) for name, module in {**found, **self.modules}.items()}
 
     def _draw(self, samples: Samples, start: float) -> None:
-        """Every picture by every kind of weights, one at a time; PNGs, then the page.
+        """Every image by every kind of weights, one at a time; PNGs, then the page.
 
-        Of several processes each draws its share of the prompts, and the first has all; a sharded network they ask together,
+        Of several processes each samples its share of the prompts, and the first has all; a sharded network they ask together,
         by the first one's clock, and files are written when none of them needs another any more. What fails on one rank is
         raised on all.
         """
@@ -380,7 +380,7 @@ class Sampler:
         self, samples: Samples, i: int, request: Request, weights: str, image: Image.Image, drawn: Mapping[str, Any],
         entries: dict[str, Entry],
     ) -> None:  # fmt: skip
-        """A picture's PNG, with its step and its drift."""
+        """An image's PNG, with its step and its drift."""
         suffix = "" if weights == LIVE else f"-{weights}"
         name = f"step-{samples.step:08d}-{i:02d}-{slug(request.prompt)}{suffix}.png"
         training: dict[str, Any] = {"step": samples.step, "weights": weights, "entry": i}
@@ -388,7 +388,7 @@ class Sampler:
             training["autocast"] = str(self.autocast).removeprefix("torch.")
         if self._handed_in:
             training["conditioning"] = "the trainer's"
-        # the conditioning is the prompt's own, so the prompt is all that is needed to draw it again
+        # the conditioning is the prompt's own, so the prompt is all that is needed to generate it again
         handed_in = [thing for thing in drawn["handed_in"] if thing != "conditioning"]
         asked = {"prompt": request.prompt, "negative": request.negative}
         settings = {**drawn, **asked, "handed_in": handed_in, "training": training}
