@@ -8,10 +8,10 @@ import sys
 import torch
 
 from eridiff import __version__
-from eridiff.cli import convert, diff, golden, inspect, ladder, lora, resample, sample
+from eridiff.cli import convert, diff, golden, inspect, ladder, lora, plan, resample, sample
 from eridiff.errors import EridiffError
 
-COMMANDS = (sample, resample, inspect, convert, lora, diff, ladder, golden)
+COMMANDS = (sample, resample, plan, inspect, convert, lora, diff, ladder, golden)
 
 
 def main(arguments: list[str] | None = None) -> int:

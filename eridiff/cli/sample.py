@@ -95,6 +95,7 @@ def _add_model(group: Any) -> None:
     switch("--lora-partial", "leave out what of a LoRA does not fit")
     switch("--allow-unknown", "leave out what of a model's file its network does not use")
     group.add_argument("--vae-rows", type=int, metavar="N", help="decode in strips of N rows: exact, in less memory")
+    group.add_argument("--vram", metavar="SIZE", help="of the device, 24GiB say: chooses --offload and --vae-rows")
     group.add_argument("--offload", choices=["stages"], help="only the component at work is on the device")
 
 
