@@ -280,7 +280,7 @@ def test_strips_draw_the_same_picture(folder: Path, whole: SDXLInference) -> Non
     found = draw(load(folder, vae_rows=24), image=image, strength=0.5).images[0]
     pairs = zip(expected.tobytes(), found.tobytes(), strict=True)
     assert max(abs(a - b) for a, b in pairs) <= 1
-    with pytest.raises(ConfigError, match="vae_rows must be at least 1, not 0"):
+    with pytest.raises(ConfigError, match="vae_rows must be a whole number, at least 1, not 0"):
         load(folder, vae_rows=0)
 
 
