@@ -30,6 +30,10 @@ class ConfigError(EridiffError):
     """A setting has an unknown name, a wrong type or an impossible value."""
 
 
+class MemoryPlanError(EridiffError):
+    """What is asked does not fit the memory that there is."""
+
+
 class LoraError(EridiffError):
     """A LoRA file is damaged, of an unknown or unsupported format, or does not fit the network; or a LoRA is misused."""
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from eridiff.inference import BUILT_IN, FluxInference
-from eridiff.memory.plan import peak_bytes, stage_bytes
+from eridiff.memory.plan import peak_bytes, stages
 from eridiff.models.flux import patchify, unpatchify
 from eridiff.trace.record import relative_l2
 from eridiff.weights.locate import locate
@@ -78,19 +78,20 @@ def full_size(folder: Path) -> Any:
 def test_memory_use(tmp_path: Path) -> None:
     """A 1024 x 1024 picture of flux1-dev in bfloat16: each stage alone fits 24 GiB, all components together do not."""
     parts = locate(full_size(tmp_path))
-    stages = stage_bytes(parts.components, 1024, 1024)
-    assert list(stages) == ["CLIP", "T5", "denoising", "decoding"]
-    assert max(stages.values()) == stages["denoising"] < 24 * GIB
+    needed = {stage.name: stage.total for stage in stages(parts.components, 1024, 1024)}
+    assert list(needed) == ["CLIP", "T5", "denoising", "decoding"]
+    assert max(needed.values()) == needed["denoising"] < 24 * GIB
     weights = 11_901_408_320 * 2
-    assert weights < stages["denoising"] < weights + 1.5 * GIB
-    assert 4_762_310_656 * 2 < stages["T5"] < 4_762_310_656 * 2 + 0.5 * GIB
+    assert weights < needed["denoising"] < weights + 1.5 * GIB
+    assert 4_762_310_656 * 2 < needed["T5"] < 4_762_310_656 * 2 + 0.5 * GIB
     assert weights + 4_762_310_656 * 2 > 24 * GIB  # why offload="stages" is there
-    assert stages["decoding"] < 3 * GIB
+    assert needed["decoding"] < 3 * GIB
 
 
 def test_memory_use_is_predicted_as_it_is_measured(built_in: FluxInference) -> None:
     """The prediction runs on the meta device; on the CPU the same tensors live at once."""
-    predicted = stage_bytes(locate(BUILT_IN).components, 64, 64, steps=8, text_length=12, dtype=torch.float32)
+    told: dict[str, Any] = {"steps": 8, "text_length": 12, "dtype": torch.float32}
+    predicted = {stage.name: stage.total for stage in stages(locate(BUILT_IN).components, 64, 64, **told)}
     network, c = built_in.network, built_in.network.config
     weights = sum(p.nbytes for p in network.parameters())
 

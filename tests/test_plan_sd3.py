@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from eridiff.inference import SD35Inference
-from eridiff.memory.plan import stage_bytes
+from eridiff.memory.plan import stages
 from eridiff.trace.record import relative_l2
 from eridiff.weights.locate import locate
 from tests import tiny
@@ -77,9 +77,9 @@ def test_memory_use(variant: str, billions: float, tmp_path: Path) -> None:
     manifests = {"transformer": variant, "vae": variant, "clip": "clip_l", "clip_g": "clip_g-hf", "t5": "t5xxl"}
     paths = {m: sparse_manifest(tmp_path / f"{m}.safetensors", m) for m in manifests.values()}
     parts = locate({part: paths[manifest] for part, manifest in manifests.items()})
-    stages = stage_bytes(parts.components, 1024, 1024, batch=2, text_length=256)
-    print({stage: round(size / GIB, 2) for stage, size in stages.items()})
-    assert list(stages) == ["CLIP", "CLIP-G", "T5", "denoising", "decoding"]
+    found = stages(parts.components, 1024, 1024, guided=True, text_length=256)
+    needed = {stage.name: stage.total for stage in found}
+    assert list(needed) == ["CLIP", "CLIP-G", "T5", "denoising", "decoding"]
     weights = billions * 2e9
-    assert weights * 0.999 < stages["denoising"] < weights + 1.5 * GIB and max(stages.values()) < 24 * GIB
-    assert math.isclose(stages["T5"], 4_762_310_656 * 2, rel_tol=0.1)
+    assert weights * 0.999 < needed["denoising"] < weights + 1.5 * GIB and max(needed.values()) < 24 * GIB
+    assert math.isclose(needed["T5"], 4_762_310_656 * 2, rel_tol=0.1)

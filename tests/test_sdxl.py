@@ -18,7 +18,7 @@ import eridiff
 from eridiff.cli import main
 from eridiff.errors import CheckpointError, ConfigError
 from eridiff.inference import Prompt, SDXLInference
-from eridiff.memory.plan import stage_bytes
+from eridiff.memory.plan import stages
 from eridiff.models.unet import PRESETS, size_vector
 from eridiff.schedulers.discrete import discrete_schedule
 from eridiff.schedulers.samplers import SAMPLERS
@@ -280,7 +280,7 @@ def test_strips_draw_the_same_picture(folder: Path, whole: SDXLInference) -> Non
     found = draw(load(folder, vae_rows=24), image=image, strength=0.5).images[0]
     pairs = zip(expected.tobytes(), found.tobytes(), strict=True)
     assert max(abs(a - b) for a, b in pairs) <= 1
-    with pytest.raises(ConfigError, match="vae_rows must be at least 1, not 0"):
+    with pytest.raises(ConfigError, match="vae_rows must be a whole number, at least 1, not 0"):
         load(folder, vae_rows=0)
 
 
@@ -532,10 +532,9 @@ def test_full_generation_with_a_prompt(whole: SDXLInference) -> None:
 def test_memory_use(manifest: str, parameters: int, tmp_path: Path) -> None:
     """1024 x 1024 in bfloat16 with both prompts in one batch: everything together fits 24 GiB."""
     parts = locate(sparse_manifest(tmp_path / "m.safetensors", manifest))
-    stages = stage_bytes(parts.components, 1024, 1024, batch=2, steps=50)
-    print({stage: round(size / 2**30, 2) for stage, size in stages.items()})
-    assert parameters * 2 < stages["denoising"] < parameters * 2 + 2**30
-    assert sum(stages.values()) < 24 * 2**30
+    needed = {stage.name: stage.total for stage in stages(parts.components, 1024, 1024, guided=True, steps=50)}
+    assert parameters * 2 < needed["denoising"] < parameters * 2 + 2**30
+    assert sum(needed.values()) < 24 * 2**30
 
 
 def test_base_and_refiner_fit_one_device_together(tmp_path: Path) -> None:
@@ -543,7 +542,8 @@ def test_base_and_refiner_fit_one_device_together(tmp_path: Path) -> None:
     total = 0
     for manifest in ("sd_xl_base_1.0", "sd_xl_refiner_1.0"):
         components = locate(sparse_manifest(tmp_path / f"{manifest}.safetensors", manifest)).components
-        total += sum(stage_bytes(components, 1024, 1024, batch=2, steps=50, vae_rows=64).values())
+        found = stages(components, 1024, 1024, guided=True, steps=50, vae_rows=64)
+        total += sum(stage.total for stage in found)
     assert 10 * 2**30 < total < 24 * 2**30
 
 

@@ -10,7 +10,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from eridiff.memory import strips
-from eridiff.memory.plan import peak_bytes, stage_bytes
+from eridiff.memory.plan import peak_bytes, stages
 from eridiff.memory.strips import decode_in_strips, encode_in_strips
 from eridiff.models.autoencoder import Autoencoder, AutoencoderConfig, ResidualBlock
 from eridiff.trace.record import relative_l2
@@ -93,7 +93,7 @@ def test_memory_of_strips_at_published_size() -> None:
 
 def test_the_plan_knows_of_strips(tmp_path: Path) -> None:
     components = locate(tiny.write_sdxl_model(tmp_path)).components
-    plain, needed = (stage_bytes(components, 512, 512, vae_rows=rows)["decoding"] for rows in (None, 32))
+    plain, needed = (stages({"vae": components["vae"]}, 512, 512, vae_rows=rows)[0].total for rows in (None, 32))
     assert needed < 0.6 * plain
 
 

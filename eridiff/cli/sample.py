@@ -127,6 +127,9 @@ def _add_model(groups: dict[str, Any]) -> None:
     switch(lora, "--lora-partial", "skip what of a LoRA does not fit")
     device.add_argument("--device", help="cpu, cuda, cuda:1, ...; by default a GPU if there is one")
     device.add_argument("--dtype", choices=DTYPES, help="of the computation; by default the file's on a GPU, float32 on a CPU if it fits")  # fmt: skip
+    device.add_argument(
+        "--vram", metavar="SIZE", help="memory of the device, such as 24GiB: chooses --offload and --vae-rows"
+    )
     device.add_argument("--offload", choices=["stages"], help="keep only the component at work on the device")
     device.add_argument("--vae-rows", type=int, metavar="N", help="decode in strips of N rows: exact, in less memory")
 

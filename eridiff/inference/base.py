@@ -4,11 +4,13 @@ Letters: B pictures, C latent channels, H x W the picture's size in pixels.
 """
 
 import inspect
+import logging
 import os
 from abc import abstractmethod
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
 from itertools import groupby
 from typing import Any, ClassVar, TypeVar
 
@@ -40,6 +42,7 @@ from eridiff.inference.loading import read
 from eridiff.inference.lora import LoraHandle, weighed
 from eridiff.inference.model import Model
 from eridiff.inference.options import Options, check_names
+from eridiff.inference.placing import Room, plan_parts
 from eridiff.inference.provenance import records
 from eridiff.inference.result import Callback, HandedIn, Prompt, Result, Run, Step
 from eridiff.lora.attach import Scale
@@ -55,6 +58,7 @@ from eridiff.schedulers.samplers import SAMPLERS, STOCHASTIC, Predict, mixed
 from eridiff.text import Conditioning
 from eridiff.weights.locate import ModelPath, Parts, locate
 
+log = logging.getLogger(__name__)
 KEEP = ("conditioning", "noise", "latents", "run")
 T = TypeVar("T")
 
@@ -128,6 +132,12 @@ class DiffusionInference(Family):
             raise ConfigError(f"{quoted(device)} is not a device: cpu, cuda or cuda:1, say") from None
         self.asked_variant, self.dtype, self.offload, self.progress = variant, dtype, offload, progress
         self.vae_rows, self.allow_unknown = vae_rows, options.get("allow_unknown", False)
+        self.vram = options.get("vram")
+        if self.vram is not None and (offload is not None or vae_rows is not None):
+            raise ConfigError("vram chooses offload and vae_rows: leave them out, or it")
+        if self.vram is not None and network is not None:
+            raise ConfigError("vram has no effect on modules that are handed in, which lie where they are")
+        self._room: Room | None = None  # with a vram
         self._staged: nn.Module | None = None  # the component that is in use
         self._model: Model | None = None
         if network is not None:
@@ -228,8 +238,17 @@ class DiffusionInference(Family):
         Raises CheckpointError when a part is missing or damaged or does not fit, before any weight is read.
         """
         device = self.asked_device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        parts = locate(model, self.allow_unknown)
+        if self.vram is not None:
+            planned = partial(
+                plan_parts, type(self), parts, variant=self.asked_variant, dtype=self.dtype, device=device
+            )
+            self._room = Room(self.vram, planned)
+            placement = self._room.placement
+            self.offload, self.vae_rows = placement.offload, placement.vae_rows
+            log.info("with %s of memory: %s", self.vram, placement.flags)
         self.model = read(
-            type(self), locate(model, self.allow_unknown), device=device, dtype=self.dtype, variant=self.asked_variant,
+            type(self), parts, device=device, dtype=self.dtype, variant=self.asked_variant,
             offload=self.offload is not None, progress=self.progress,
         )  # fmt: skip
         return self
@@ -512,6 +531,8 @@ class DiffusionInference(Family):
             raise ConfigError(f"'{unknown[0]}' cannot be kept; there are {', '.join(KEEP)}")
         asked = request.checked(self, len(given.conditioning.positive) if given.conditioning else 1)
         width, height, count = asked.width, asked.height, len(asked.prompt)
+        if self._room is not None:
+            self._room.check(width=width, height=height, steps=asked.steps, images=count, cfg_scale=asked.cfg_scale)
         points = self.schedule(asked.steps, width, height, asked.schedule, asked.shift)
         image, control = (None if p is None else to_tensor(p, width, height) for p in (asked.image, asked.control))
         mask = None if asked.mask is None else to_tensor(asked.mask, width, height, mask=True)

@@ -47,17 +47,10 @@ def read(
     sampling = own_sampling(own, kind.choose_variant(own.config, name, variant)[0], kind.variants)
     words = read_words(own)
 
-    needed = {name: c for name, c in components.items() if name in (kind.family, "vae", *text)}
-    usual = default_dtypes(needed, device)
+    dtypes = dtypes_of(kind, components, device, dtype)
 
     def options(name: str) -> dict[str, Any]:
-        by_name = isinstance(dtype, Mapping)
-        asked = dtype.get(name) if isinstance(dtype, Mapping) else dtype
-        chosen = asked or usual[name]
-        if name == "vae" and not by_name and chosen == torch.float16 and components[name].config.latent_channels == 4:
-            log.info("SDXL's autoencoder overflows in float16, so it decodes in float32")
-            chosen = torch.float32
-        return {"dtype": chosen, "device": "cpu" if offload else device, "progress": progress}
+        return {"dtype": dtypes[name], "device": "cpu" if offload else device, "progress": progress}
 
     network = build(own, **options(kind.family))
     autoencoder = build(components["vae"], **options("vae"))
@@ -69,6 +62,27 @@ def read(
     model.source = {"model": str(path), "parts": _places(parts)}
     vars(network)["said_by_file"][VARIANT] = model.variant  # for `save_network`
     return model
+
+
+def used(kind: type[Family], components: Mapping[str, Component]) -> dict[str, Component]:
+    """Of a file's components those that images are generated with."""
+    return {name: c for name, c in components.items() if name in (kind.family, "vae", *TEXT_ENCODERS)}
+
+
+def dtypes_of(
+    kind: type[Family], components: Mapping[str, Component], device: torch.device,
+    asked: torch.dtype | Mapping[str, torch.dtype] | None,
+) -> dict[str, torch.dtype]:  # fmt: skip
+    """In what each component computes: as asked, for all or by component, else as `default_dtypes` says."""
+    found = default_dtypes(used(kind, components), device)
+    by_name = isinstance(asked, Mapping)
+    for name in found:
+        own = asked.get(name) if isinstance(asked, Mapping) else asked
+        found[name] = own or found[name]
+    if found.get("vae") == torch.float16 and not by_name and components["vae"].config.latent_channels == 4:
+        log.info("SDXL's autoencoder overflows in float16, so it decodes in float32")
+        found["vae"] = torch.float32
+    return found
 
 
 def model_name(own: Component, parts: Parts) -> str:

@@ -17,6 +17,8 @@ class Options(TypedDict, total=False):
       they are, and images are computed there.
     - dtype: one for all components or by component (flux, vae, t5, ...); None is the file's on a GPU, and float32 on a CPU
       with room for it.
+    - vram: how much memory the device has ("24GiB", or bytes), which chooses `offload` and `vae_rows`; an image that would not fit
+      is refused before it is begun.
     - offload: "stages" keeps every component on the CPU and moves it to the device only for its stage.
     - vae_rows: the autoencoder works in strips of so many rows, exactly and in less memory (memory/strips.py).
     - progress: whether to show progress bars, True by default.
@@ -26,6 +28,7 @@ class Options(TypedDict, total=False):
     variant: str | None
     device: torch.device | str | None
     dtype: torch.dtype | Mapping[str, torch.dtype] | None
+    vram: int | str | None
     offload: str | None
     vae_rows: int | None
     progress: bool

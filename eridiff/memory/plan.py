@@ -7,6 +7,8 @@ takes for itself (on CUDA some 0.5 GiB) and scratch of the attention kernels.
 
 import weakref
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -40,7 +42,7 @@ class LiveBytes(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.alive: dict[int, int] = {}
-        self.peak = 0
+        self.sum, self.peak = 0, 0
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         given = {t.untyped_storage()._cdata for t in args if isinstance(t, Tensor)}
@@ -55,12 +57,16 @@ class LiveBytes(TorchDispatchMode):
         key = storage._cdata
         if key not in self.alive and key not in given:  # else a view of something counted, or of a weight
             self.alive[key] = storage.nbytes()
-            weakref.finalize(storage, self.alive.pop, key, None)
+            self.sum += self.alive[key]
+            weakref.finalize(storage, self._forget, key)
             self._peak()
         return tensor
 
+    def _forget(self, key: int) -> None:
+        self.sum -= self.alive.pop(key)
+
     def _peak(self, scratch: int = 0) -> None:
-        self.peak = max(self.peak, sum(self.alive.values()) + scratch)
+        self.peak = max(self.peak, self.sum + scratch)
 
 
 class FusedAttention(TorchFunctionMode):
@@ -81,33 +87,57 @@ def peak_bytes(work: Callable[[], object]) -> int:
     return live.peak
 
 
-def stage_bytes(
+@dataclass(frozen=True)
+class Stage:
+    """What a stage needs on the device, in bytes: its component's weights, and the tensors of its work at their peak."""
+
+    name: str
+    component: str
+    weights: int
+    work: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.work
+
+
+def stages(
     components: Mapping[str, Component],
     width: int,
     height: int,
     *,
     steps: int = 28,
     text_length: int = 512,
-    batch: int = 1,
-    dtype: torch.dtype = torch.bfloat16,
+    images: int = 1,
+    guided: bool = False,
+    dtype: torch.dtype | Mapping[str, torch.dtype] = torch.bfloat16,
     vae_rows: int | None = None,
-) -> dict[str, int]:
-    """Stage -> peak bytes with only that stage's component on the device (`offload="stages"`).
+) -> list[Stage]:
+    """The stages of an image in order, from headers alone.
 
-    `components` as `locate` finds them: any of flux, mmdit or unet, vae, clip, clip_g, t5. `batch` counts negative prompts
-    too. Sizes are the image's, in pixels; with `vae_rows` it is decoded in strips. Raises ConfigError for sizes that are
-    no multiples of 16.
+    - components: as `locate` finds them: any of flux, mmdit or unet, vae, clip, clip_g, t5.
+    - width, height: of the image, in pixels.
+    - steps: of the run, whose modulation is kept.
+    - text_length: T5's tokens.
+    - images: in one batch.
+    - guided: whether negative prompts are encoded, and are in one batch with the others.
+    - dtype: of all components, or by component.
+    - vae_rows: the image is decoded in strips of so many rows.
+
+    Raises ConfigError for sizes that are no multiples of 16.
     """
     if width % 16 or height % 16 or min(width, height) < 16:
         raise ConfigError(f"the size must be multiples of 16, not {width} x {height}")
-    result = {}
+    found = []
     for network, stage in STAGES.items():
         if network in components:
-            module = _empty(components[network]).to(dtype)
+            own = dtype[network] if isinstance(dtype, Mapping) else dtype
+            module = _empty(components[network]).to(own)
             weights = sum(t.nbytes for t in [*module.parameters(), *module.buffers()])
-            options = (width, height, steps, text_length, batch, dtype, vae_rows)
-            result[stage] = weights + peak_bytes(lambda module=module, options=options: _run(module, *options))  # type: ignore[misc]
-    return result
+            rows = images if network == "vae" or not guided else 2 * images
+            work = peak_bytes(partial(_run, module, width, height, steps, text_length, rows, own, vae_rows))
+            found.append(Stage(stage, network, weights, work))
+    return found
 
 
 def _empty(component: Component) -> Any:

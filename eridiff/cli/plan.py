@@ -1,0 +1,78 @@
+"""`eridiff plan`: what a model needs on the device, before anything is loaded."""
+
+import argparse
+import json
+from typing import Any
+
+from eridiff.cli.common import DTYPES, dtype_of
+from eridiff.errors import CheckpointError
+from eridiff.inference import BUILT_IN, FAMILIES
+from eridiff.inference.placing import RUNTIME, Plan, gib, plan_parts
+from eridiff.request import size_of
+from eridiff.weights.locate import locate
+
+
+def add_parser(commands: Any) -> None:
+    """Put the command beside the others."""
+    parser = commands.add_parser(
+        "plan",
+        help="say what a model needs on the device",
+        description="Show what a model needs on the device, stage by stage, and with which options it fits; only headers are read.",
+    )
+    parser.set_defaults(run=_plan)
+    parser.add_argument("model", nargs="?", metavar="PATH|ID", help="a checkpoint, a folder or a hub id")
+    parser.add_argument("--size", metavar="WxH", help="size of the images (the variant's)")
+    parser.add_argument("--batch", type=int, default=1, metavar="N", help="images at once (1)")
+    parser.add_argument("--steps", type=int, metavar="N", help="number of sampling steps (the variant's)")
+    parser.add_argument("--cfg", type=float, metavar="X", help="scale of classifier-free guidance (the variant's)")
+    parser.add_argument("--variant", help="whose defaults to use if several variants have these sizes")
+    parser.add_argument("--dtype", choices=DTYPES, help="dtype of the computation (the file's)")
+    parser.add_argument(
+        "--vram",
+        metavar="SIZE",
+        help="memory of the device, such as 24GiB: which options fit, and exit status 2 if none do",
+    )
+    parser.add_argument("--json", action="store_true", help="everything in bytes, as JSON")
+
+
+def _plan(options: argparse.Namespace) -> int:
+    parts = locate(options.model or BUILT_IN)
+    kind = next((family for family in FAMILIES if family.family in parts.components), None)
+    if kind is None:
+        raise CheckpointError(f"'{options.model}' holds no network that generates images")
+    height, width = size_of("--size", options.size) if options.size else (None, None)
+    plan = plan_parts(
+        kind, parts, width=width, height=height, steps=options.steps, images=options.batch, cfg_scale=options.cfg,
+        variant=options.variant, dtype=dtype_of(options.dtype),
+    )  # fmt: skip
+    if options.json:
+        print(json.dumps(described(plan), indent=1))
+    else:
+        print("\n".join(lines(plan)))
+    if options.vram:
+        placement = plan.placement(options.vram)
+        if not options.json:
+            print(f"{options.vram}: {placement.flags} fits")
+    return 0
+
+
+def described(plan: Plan) -> dict[str, Any]:
+    """A plan as JSON holds it."""
+    stages = [{"stage": s.name, "component": s.component, "weights": s.weights, "work": s.work} for s in plan.stages]
+    placements = [{"offload": p.offload, "vae_rows": p.vae_rows, "peak": p.peak} for p in plan.placements]
+    size = {name: getattr(plan, name) for name in ("variant", "width", "height", "steps", "images", "guided")}
+    return {**size, "runtime": RUNTIME, "stages": stages, "placements": placements}
+
+
+def lines(plan: Plan) -> list[str]:
+    """A plan as text."""
+    guided = ", guided" if plan.guided else ""
+    found = [
+        f"{plan.variant} ({plan.why}): {plan.images} of {plan.width}x{plan.height} in {plan.steps} steps{guided}",
+        f"{'stage':12}{'dtype':>10}{'weights':>12}{'work':>12}",
+    ]
+    for stage in plan.stages:
+        dtype = str(plan.dtypes[stage.component]).removeprefix("torch.")
+        found.append(f"{stage.name:12}{dtype:>10}{gib(stage.weights):>12}{gib(stage.work):>12}")
+    found.append(f"on the device at once, with {gib(RUNTIME)} for its runtime:")
+    return [*found, *(f"  {gib(p.peak + RUNTIME):>10}  {p.flags}" for p in plan.placements)]

@@ -1,0 +1,140 @@
+"""Where a model's components lie while images are generated: what each placement needs, from headers alone, and which fits."""
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+
+from eridiff.errors import ConfigError, MemoryPlanError
+from eridiff.inference.family import Family
+from eridiff.inference.loading import check_parts, dtypes_of, model_name, own_sampling, used
+from eridiff.memory.plan import Stage, stages
+from eridiff.weights.locate import Parts
+
+UNITS = {"kib": 2**10, "mib": 2**20, "gib": 2**30, "kb": 10**3, "mb": 10**6, "gb": 10**9}
+RUNTIME = 600 * 2**20  # what CUDA takes for itself, and what its allocator cannot use
+STRIPS = 64  # rows of a strip
+SD3_T5_TOKENS = 256
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Options of `eridiff.load`, and the most bytes that are on the device at once with them."""
+
+    offload: str | None
+    vae_rows: int | None
+    peak: int
+
+    @property
+    def flags(self) -> str:
+        """As the command line has them."""
+        words = [*(["--offload", self.offload] if self.offload else []), *(["--vae-rows", str(self.vae_rows)] if self.vae_rows else [])]  # fmt: skip
+        return " ".join(words) or "(no option)"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What generating images of one size needs on the device, by stage and by placement."""
+
+    variant: str
+    why: str
+    width: int
+    height: int
+    steps: int
+    images: int
+    guided: bool
+    dtypes: Mapping[str, torch.dtype]
+    stages: tuple[Stage, ...]
+    in_strips: Stage  # the autoencoder's, decoding in strips
+
+    @property
+    def placements(self) -> list[Placement]:
+        """The fastest first."""
+        found = []
+        for offload in (None, "stages"):
+            for rows in (None, STRIPS):
+                own = [self.in_strips if rows and s.component == "vae" else s for s in self.stages]
+                resident = sum(s.weights for s in own) + max(s.work for s in own)
+                found.append(Placement(offload, rows, max(s.total for s in own) if offload else resident))
+        return found
+
+    def placement(self, vram: int | str) -> Placement:
+        """The fastest that fits a device with so much memory (bytes, or a text such as "24GiB").
+
+        Raises MemoryPlanError, with what the smallest needs, where none does.
+        """
+        room = bytes_of(vram) - RUNTIME
+        for placement in self.placements:
+            if placement.peak <= room:
+                return placement
+        least = min(self.placements, key=lambda p: p.peak)
+        largest = max(self.stages, key=lambda s: s.total)
+        raise MemoryPlanError(
+            f"{self.variant} at {self.width}x{self.height} needs {gib(least.peak + RUNTIME)} with {least.flags}, most of it for "
+            f"{largest.name}, and there are {gib(bytes_of(vram))}: ask for a smaller image or a narrower dtype"
+        )
+
+
+class Room:
+    """The memory of a device, and the placement of a model that was chosen for it."""
+
+    def __init__(self, vram: int | str, planned: Callable[..., Plan]) -> None:
+        """`planned` gives the plan of images of a size; without arguments that of the variant's own size."""
+        self.vram, self._planned = vram, cache(planned)
+        self.placement = self._planned().placement(vram)
+
+    def check(self, **asked: Any) -> None:
+        """Raises MemoryPlanError for images that do not fit as the model is placed; arguments as of `plan_parts`."""
+        plan, own = self._planned(**asked), self.placement
+        placed = next(p for p in plan.placements if (p.offload, p.vae_rows) == (own.offload, own.vae_rows))
+        if placed.peak + RUNTIME > bytes_of(self.vram):
+            raise MemoryPlanError(
+                f"{plan.images} of {plan.width}x{plan.height} would need {gib(placed.peak + RUNTIME)} as the model is placed "
+                f"({placed.flags}), and there are {gib(bytes_of(self.vram))}: ask for smaller images or fewer at once"
+            )
+
+
+def plan_parts(
+    kind: type[Family], parts: Parts, *, width: int | None = None, height: int | None = None, steps: int | None = None,
+    images: int = 1, cfg_scale: float | None = None, variant: str | None = None,
+    dtype: torch.dtype | Mapping[str, torch.dtype] | None = None, device: torch.device | None = None,
+) -> Plan:  # fmt: skip
+    """The plan of a model whose headers were read; what is None is the variant's.
+
+    - images: in one batch.
+    - device: where images would be computed, which decides the dtypes; None is a GPU.
+
+    Raises as `eridiff.load`.
+    """
+    check_parts(kind, parts.components)
+    own = parts.components[kind.family]
+    chosen, why = kind.choose_variant(own.config, model_name(own, parts), variant)
+    sampling = own_sampling(own, chosen, kind.variants)
+    dtypes = dtypes_of(kind, parts.components, device or torch.device("cuda"), dtype)
+    size: dict[str, Any] = {
+        "width": sampling.width if width is None else width, "height": sampling.height if height is None else height,
+        "steps": sampling.steps if steps is None else steps, "images": images,
+        "guided": (sampling.cfg_scale if cfg_scale is None else cfg_scale) != 1,
+    }  # fmt: skip
+    told = {**size, "dtype": dtypes, "text_length": getattr(sampling, "text_length", SD3_T5_TOKENS)}
+    components = used(kind, parts.components)
+    (strip,) = stages({"vae": components["vae"]}, **told, vae_rows=STRIPS)
+    return Plan(chosen, why, **size, dtypes=dtypes, stages=tuple(stages(components, **told)), in_strips=strip)
+
+
+def bytes_of(size: int | str) -> int:
+    """Bytes of a size: a number of them, or a text such as "24GiB", "12 GB", "8192MiB". Raises ConfigError."""
+    if isinstance(size, int) and not isinstance(size, bool) and size > 0:
+        return size
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmg]i?b)\s*", size.lower()) if isinstance(size, str) else None
+    if not found or not float(found[1]):
+        raise ConfigError(f"a size of memory is a text such as 24GiB or 12GB, or bytes, not {size!r}")
+    return int(float(found[1]) * UNITS[found[2]])
+
+
+def gib(size: int) -> str:
+    """Bytes as text, in GiB, or in MiB where there is less than one."""
+    return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.0f} MiB"

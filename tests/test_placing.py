@@ -1,0 +1,119 @@
+"""`eridiff plan` and `vram=`: from headers alone, which placement fits a device, or why none does."""
+
+import json
+import tempfile
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import eridiff
+from eridiff.cli import main
+from eridiff.errors import ConfigError, MemoryPlanError
+from eridiff.inference import BUILT_IN, FAMILIES
+from eridiff.inference.placing import RUNTIME, Plan, bytes_of, plan_parts
+from eridiff.weights.locate import locate
+from tests import tiny
+from tests.sparse import sparse_manifest
+
+GIB = 2**30
+PUBLISHED = {
+    "flux1-dev": {"transformer": "flux1-dev", "vae": "ae", "clip": "clip_l", "t5": "t5xxl"},
+    "sd3.5-large": {"transformer": "sd3.5-large", "vae": "sd3.5-large", "clip": "clip_l", "clip_g": "clip_g-hf", "t5": "t5xxl"},
+    "sd_xl_base_1.0": {"path": "sd_xl_base_1.0"},
+}  # fmt: skip
+
+
+@cache
+def planned(model: str, **options: Any) -> Plan:
+    """Of a published model of full size, from headers alone."""
+    with tempfile.TemporaryDirectory() as folder:
+        files = {part: Path(folder, f"{name}.safetensors") for part, name in PUBLISHED[model].items()}
+        for part, name in PUBLISHED[model].items():
+            sparse_manifest(files[part], name)
+        parts = locate(files)
+        kind = next(family for family in FAMILIES if family.family in parts.components)
+        return plan_parts(kind, parts, **options)
+
+
+@pytest.mark.parametrize(
+    ("model", "vram", "flags"),
+    [
+        ("flux1-dev", "48GiB", "(no option)"), ("flux1-dev", "24GiB", "--offload stages"), ("sd_xl_base_1.0", "12GiB", "(no option)"),
+        ("sd_xl_base_1.0", "10GiB", "--vae-rows 64"), ("sd_xl_base_1.0", "8 GB", "--offload stages"),
+        ("sd3.5-large", "32GiB", "(no option)"), ("sd3.5-large", "24GiB", "--offload stages"),
+    ],
+)  # fmt: skip
+def test_the_fastest_placement_that_fits_is_chosen(model: str, vram: str, flags: str) -> None:
+    plan = planned(model)
+    placement = plan.placement(vram)
+    assert placement.flags == flags and placement.peak + RUNTIME <= bytes_of(vram)
+    faster = plan.placements[: plan.placements.index(placement)]
+    assert all(other.peak + RUNTIME > bytes_of(vram) for other in faster)
+
+
+def test_what_does_not_fit_is_refused_with_the_numbers() -> None:
+    plan = planned("flux1-dev")
+    with pytest.raises(MemoryPlanError, match=r"^dev at 1024x1024 needs 23\.\d GiB with --offload stages, most of it for denoising, and there are 12\.0 GiB"):  # fmt: skip
+        plan.placement("12GiB")
+    larger = planned("flux1-dev", width=2048, height=2048, images=2)
+    for before, after in zip(plan.placements, larger.placements, strict=True):
+        assert after.peak > before.peak
+
+
+def test_a_plan_adds_up_what_is_on_the_device() -> None:
+    plan = planned("sd_xl_base_1.0")
+    assert (plan.variant, plan.guided, plan.images, plan.width) == ("base", True, 1, 1024)
+    assert plan.dtypes["vae"] == torch.float32 and plan.dtypes["unet"] == torch.float16  # as `load` would
+    resident, _, staged, _ = plan.placements
+    weights, work = (sum(s.weights for s in plan.stages), [s.work for s in plan.stages])
+    assert resident.peak == weights + max(work) and staged.peak == max(s.weights + s.work for s in plan.stages)
+    alone = planned("sd_xl_base_1.0", cfg_scale=1.0)
+    assert (
+        alone.stages[2].work < 0.7 * plan.stages[2].work and alone.stages[3] == plan.stages[3]
+    )  # one image is decoded
+
+
+def test_vram_chooses_at_loading_and_refuses_what_would_not_fit(tmp_path: Path) -> None:
+    folder = tiny.write_model(tmp_path / "model")
+    model = eridiff.load(folder, vram="1GiB", device="cpu", progress=False)
+    plain = eridiff.load(folder, device="cpu", progress=False)
+    assert (model.offload, model.vae_rows) == (None, None)
+    asked: dict[str, Any] = {"seed": 1, "steps": 1, "width": 32, "height": 32}
+    assert model.generate("a", **asked).images[0].tobytes() == plain.generate("a", **asked).images[0].tobytes()
+    with pytest.raises(MemoryPlanError, match=r"1 of 4096x4096 would need \d+\.\d GiB as the model is placed \(\(no option\)\)|as the model"):  # fmt: skip
+        model.generate("a", seed=1, steps=1, width=4096, height=4096)
+    with pytest.raises(MemoryPlanError, match="needs .* MiB .*, and there are 601 MiB"):
+        eridiff.load(vram="601MiB", device="cpu", progress=False)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"vram": "24"}, "a size of memory is a text such as 24GiB"), ({"vram": True}, "a size of memory"),
+        ({"vram": "0GiB"}, "a size of memory"), ({"vram": "24GiB", "offload": "stages"}, "vram chooses offload and vae_rows"),
+        ({"vram": "24GiB", "vae_rows": 64}, "vram chooses offload and vae_rows"),
+    ],
+)  # fmt: skip
+def test_an_impossible_vram_is_one_sentence(options: dict[str, Any], says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        eridiff.load(device="cpu", progress=False, **options)
+
+
+def test_vram_beside_modules_that_are_there_is_an_error() -> None:
+    with pytest.raises(ConfigError, match="vram has no effect on modules that are handed in"):
+        eridiff.FluxInference(tiny.flux(), tiny.autoencoder(), vram="24GiB")
+
+
+def test_the_command_prints_stages_and_placements_and_answers_by_its_status(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "--vram", "1GiB"]) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert said[0].startswith("schnell (by its sizes): 1 of 64x64 in 8 steps") and said[-1] == "1GiB: (no option) fits"
+    assert main(["plan", BUILT_IN, "--json", "--size", "128x64", "--batch", "2"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert (told["width"], told["height"], told["images"]) == (128, 64, 2) and len(told["placements"]) == 4
+    assert [stage["component"] for stage in told["stages"]] == ["clip", "t5", "flux", "vae"]
+    assert main(["plan", "--vram", "10MiB"]) == 2
+    assert "and there are 10 MiB" in capsys.readouterr().err
