@@ -42,6 +42,11 @@ ROWS = {  # name in the recording -> what it is
 }
 
 
+def spread(tensor: Tensor) -> str:
+    """Mean and standard deviation as two cells; a mean that rounds to nothing has no sign."""
+    return f"{round(float(tensor.mean()), 2) + 0.0:.2f} | {tensor.std():.2f}"
+
+
 class Numbers:
     """One generation on a CPU in float32, with everything that the page shows of it."""
 
@@ -62,15 +67,14 @@ class Numbers:
     def of_tensors(self) -> Iterator[str]:
         for name, what in ROWS.items():
             tensor = self.tensor(name)
-            yield f"| `{name}` | {what} | {list(tensor.shape)} | {tensor.mean():.2f} | {tensor.std():.2f} |"
+            yield f"| `{name}` | {what} | {list(tensor.shape)} | {spread(tensor)} |"
 
     def of_steps(self) -> Iterator[str]:
         latents, sigma = self.result.noise, 1.0
         assert latents is not None
         for i, (left, after, clean) in enumerate(self.steps):
             velocity = (latents - clean) / sigma
-            spread = " | ".join(f"{tensor.mean():.2f} | {tensor.std():.2f}" for tensor in (latents, velocity, clean))
-            yield f"| {i} | {sigma:.3f} | {spread} |"
+            yield f"| {i} | {sigma:.3f} | {' | '.join(map(spread, (latents, velocity, clean)))} |"
             latents, sigma = after, left
 
     def clean_images(self) -> list[Image.Image]:
