@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from eridiff.errors import LoraError
 from eridiff.lora import Lora, attach_lora, install_slots, merge_into
-from eridiff.memory.stages import on_device
+from eridiff.memory.stages import asked_once, on_device
 from tests import tiny
 from tests.loras import (
     FAMILIES,
@@ -227,7 +227,9 @@ def test_branches_come_along_when_a_network_visits_a_device() -> None:
     found = ask(network)
     own = [id(t) for t in [*attached.parameters(), *attached.buffers()]]
     with on_device(network, torch.device("meta")):
-        assert all(t.is_meta for t in [*network.parameters(), *attached.parameters(), *attached.buffers()])
+        once = {id(p) for layer in asked_once(network) for p in layer.parameters()}
+        assert once and all(t.is_meta != (id(t) in once) for t in network.parameters())
+        assert all(t.is_meta for t in [*attached.parameters(), *attached.buffers()])
     with on_device(network, torch.device("cpu")):
         assert torch.equal(ask(network), found)
     assert [id(t) for t in [*attached.parameters(), *attached.buffers()]] == own

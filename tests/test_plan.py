@@ -82,7 +82,8 @@ def test_memory_use(tmp_path: Path) -> None:
     assert list(needed) == ["CLIP", "T5", "denoising", "decoding"]
     assert max(needed.values()) == needed["denoising"] < 24 * GIB
     weights = 11_901_408_320 * 2
-    assert weights < needed["denoising"] < weights + 1.5 * GIB
+    modulation = 6.5e9  # comes for a call alone
+    assert weights - modulation < needed["denoising"] < 18.5e9
     assert 4_762_310_656 * 2 < needed["T5"] < 4_762_310_656 * 2 + 0.5 * GIB
     assert weights + 4_762_310_656 * 2 > 24 * GIB  # why offload="stages" is there
     assert needed["decoding"] < 3 * GIB
@@ -91,7 +92,9 @@ def test_memory_use(tmp_path: Path) -> None:
 def test_memory_use_is_predicted_as_it_is_measured(built_in: FluxInference) -> None:
     """The prediction runs on the meta device; on the CPU the same tensors live at once."""
     told: dict[str, Any] = {"steps": 8, "text_length": 12, "dtype": torch.float32}
-    predicted = {stage.name: stage.total for stage in stages(locate(BUILT_IN).components, 64, 64, **told)}
+    predicted = {
+        stage.name: stage.weights + stage.work for stage in stages(locate(BUILT_IN).components, 64, 64, **told)
+    }
     network, c = built_in.network, built_in.network.config
     weights = sum(p.nbytes for p in network.parameters())
 

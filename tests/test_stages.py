@@ -10,8 +10,9 @@ import eridiff
 import eridiff.inference.base
 from eridiff.errors import ConfigError
 from eridiff.inference import DiffusionInference
-from eridiff.memory.stages import on_device
+from eridiff.memory.stages import asked_once, on_device
 from tests import tiny
+from tests.loras import FAMILIES, arguments
 from tests.on_gpu import folder as folder
 from tests.on_gpu import gpu as gpu
 from tests.on_gpu import modules, photo
@@ -44,6 +45,30 @@ def test_offload_moves_each_component_once_for_all_prompts(
     encoders = [name for name in modules(model) if name not in ("network", "autoencoder")]
     assert stages == [*encoders, "autoencoder", "network", "autoencoder"]
     assert all(p.device.type == "cpu" for module in modules(model).values() for p in module.parameters())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_layers_that_a_run_asks_once_come_to_the_device_for_their_call_alone(family: str) -> None:
+    """Modulation is computed before the steps; beside them its weights would only take memory."""
+    network, meta = FAMILIES[family](), torch.device("meta")
+    latents, given = arguments(network)
+    own = [id(p) for p in network.parameters()]
+    there: list[bool] = []
+
+    def moved(value: Any) -> Any:
+        return value.to(meta) if isinstance(value, torch.Tensor) else value
+
+    with torch.no_grad(), on_device(network, meta):
+        layers = asked_once(network)
+        for layer in layers:
+            layer.register_forward_pre_hook(lambda layer, _: there.append(layer.weight.is_meta))
+        run = network.prepare(*map(moved, given))
+        assert there == [True] * len(layers) and not any(layer.weight.is_meta for layer in layers)
+        assert network.step(moved(latents), run, 0).is_meta and len(there) == len(layers)
+        with pytest.raises(RuntimeError):
+            layers[0](torch.zeros(1, 3, device=meta))
+        assert not layers[0].weight.is_meta
+    assert [id(p) for p in network.parameters()] == own
 
 
 def test_with_offload_what_came_before_a_failure_is_finished(folder: Path) -> None:

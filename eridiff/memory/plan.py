@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 from eridiff.errors import ConfigError
+from eridiff.memory.stages import asked_once
 from eridiff.memory.strips import decode_in_strips
 from eridiff.models.autoencoder import Autoencoder
 from eridiff.models.flux import Flux
@@ -95,10 +96,12 @@ class Stage:
     component: str
     weights: int
     work: int
+    visiting: int = 0  # of the weights, those that `on_device` brings for a call alone, but for the largest
 
     @property
     def total(self) -> int:
-        return self.weights + self.work
+        """With only this stage's component on the device (`offload="stages"`)."""
+        return self.weights - self.visiting + self.work
 
 
 def stages(
@@ -134,9 +137,11 @@ def stages(
             own = dtype[network] if isinstance(dtype, Mapping) else dtype
             module = _empty(components[network]).to(own)
             weights = sum(t.nbytes for t in [*module.parameters(), *module.buffers()])
+            once = [sum(p.nbytes for p in layer.parameters()) for layer in asked_once(module)]
+            visiting = sum(once) - max(once, default=0)
             rows = images if network == "vae" or not guided else 2 * images
             work = peak_bytes(partial(_run, module, width, height, steps, text_length, rows, own, vae_rows))
-            found.append(Stage(stage, network, weights, work))
+            found.append(Stage(stage, network, weights, work, visiting))
     return found
 
 
