@@ -19,6 +19,7 @@ from eridiff.inference.sdxl import PREDICTIONS
 from eridiff.inference.section import early, requests_of
 from eridiff.inference.words import read_words
 from eridiff.lora.ledger import counted
+from eridiff.memory.stages import OFFLOAD
 from eridiff.ranks import agreed, launched, ranks, spread
 from eridiff.request import FIELDS, Request, size_of
 from eridiff.run_files import load_config
@@ -96,7 +97,9 @@ def _add_model(group: Any) -> None:
     switch("--allow-unknown", "leave out what of a model's file its network does not use")
     group.add_argument("--vae-rows", type=int, metavar="N", help="decode in strips of N rows: exact, in less memory")
     group.add_argument("--vram", metavar="SIZE", help="of the device, 24GiB say: chooses --offload and --vae-rows")
-    group.add_argument("--offload", choices=["stages"], help="only the component at work is on the device")
+    group.add_argument(
+        "--offload", choices=OFFLOAD, help="only the component at work, or only the layer at work, is on the device"
+    )
 
 
 def _add_request(group: Any) -> None:
@@ -264,6 +267,6 @@ def _check(settings: SampleSettings, config: RunConfig) -> None:
     for words in settings.each():
         early(words).check(None if settings.lenient else 16)
     dtype_of(config.dtype)
-    if config.offload not in (None, "stages"):
-        raise ConfigError(f"offload must be 'stages', not '{config.offload}'")
+    if config.offload not in (None, *OFFLOAD):
+        raise ConfigError(f"offload must be {' or '.join(OFFLOAD)}, not '{config.offload}'")
     check_writable(Path(settings.out))
