@@ -27,7 +27,8 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     except (MemoryError, torch.OutOfMemoryError):
         print(
-            "eridiff: out of memory: --offload stages keeps one component on the device, --vae-rows 64 decodes in strips",
+            "eridiff: out of memory: --offload stages keeps one component on the device, --offload layers one layer, "
+            "--vae-rows 64 decodes in strips; eridiff plan says what is needed",
             file=sys.stderr,
         )
         return 2
