@@ -9,6 +9,7 @@ from torch import nn
 from benchmarks.gpu_measure import ROOT, available_bytes, free, synchronise
 from benchmarks.gpu_sections import Bench
 from eridiff import FluxInference
+from eridiff.memory.stages import OFFLOAD
 from eridiff.models.autoencoder import Autoencoder, AutoencoderConfig
 from eridiff.models.flux import Flux, FluxConfig
 from eridiff.text.encoders import ClipEncoder, T5Encoder
@@ -42,8 +43,8 @@ def run(bench: Bench) -> None:
     # a T5 with random weights needs no published tokenizer, only ids
     t5 = T5Encoder(parts["t5"], t5_tokenizer(ROOT / "tests" / "goldens" / "text-tokenizers-tiny" / "t5"), 512)
     found = {}
-    for offload in ("stages", None):
-        name = "offload='stages'" if offload else "all on the device"
+    for offload in (*OFFLOAD, None):
+        name = f"offload={offload!r}" if offload else "all on the device"
         if offload is None and device.type == "cuda":
             if torch.cuda.mem_get_info(device)[0] < needed + 4e9:
                 bench.row(name, "not run", f"{needed / 1e9 + 4:.0f} GB are needed")
@@ -53,8 +54,9 @@ def run(bench: Bench) -> None:
         model = FluxInference(parts["flux"], parts["vae"], clip, t5, device=device, offload=offload, progress=False)
         with bench.guarded(name):
             found[name] = draw(bench, name, model, bool(offload))
-    if len(found) == 2:
-        equal = torch.equal(*found.values())
+    if len(found) > 1:
+        first, *others = found.values()
+        equal = all(torch.equal(first, other) for other in others)
         bench.row("the same latents, bit for bit", "done" if equal else "failed", None if equal else "they differ")
 
 

@@ -10,13 +10,31 @@ import eridiff
 import eridiff.inference.base
 from eridiff.errors import ConfigError
 from eridiff.inference import DiffusionInference
-from eridiff.memory.stages import asked_once, on_device
+from eridiff.memory.stages import OFFLOAD, asked_once, on_device
 from tests import tiny
-from tests.loras import FAMILIES, arguments
+from tests.loras import FAMILIES, arguments, some_lora
 from tests.on_gpu import folder as folder
 from tests.on_gpu import gpu as gpu
 from tests.on_gpu import modules, photo
 from tests.pretend_gpu import PretendedGPU
+
+
+@pytest.mark.parametrize("offload", OFFLOAD)
+def test_with_offload_an_image_is_the_same_and_everything_is_back_after_it(
+    offload: str, folder: Path, gpu: PretendedGPU
+) -> None:
+    plain = eridiff.load(folder, progress=False, dtype=torch.float32)
+    model = eridiff.load(folder, progress=False, offload=offload, dtype=torch.float32)
+    lora = some_lora(plain.network)
+    own = [id(p) for module in modules(model).values() for p in module.parameters()]
+    asked: dict[str, Any] = {"seed": 1, "width": 64, "height": 64, "steps": 2, "image": photo(), "strength": 0.7}
+    for attached in (False, True):
+        if attached:
+            plain.apply_lora(lora), model.apply_lora(lora)
+        expected, found = (m.generate("a swan", **asked).images[0] for m in (plain, model))
+        assert found.tobytes() == expected.tobytes()
+    assert [id(p) for module in modules(model).values() for p in module.parameters()] == own
+    assert all(p.device.type == "cpu" for module in modules(model).values() for p in module.parameters())
 
 
 def test_offload_moves_each_component_once_for_all_prompts(
@@ -33,11 +51,11 @@ def test_offload_moves_each_component_once_for_all_prompts(
     alone = [model.generate(**request).images[0] for request in requests]
     stages: list[str] = []
 
-    def spy(module: Any, device: Any) -> Any:
+    def spy(module: Any, device: Any, by_layer: bool) -> Any:
         name = next(name for name, component in modules(model).items() if component is module)
         crossing = next(module.parameters()).device.type != device.type
         stages.extend([name] * crossing)
-        return on_device(module, device)
+        return on_device(module, device, by_layer)
 
     monkeypatch.setattr(eridiff.inference.base, "on_device", spy)
     together = [result.images[0] for result in model.generate_each(requests)]

@@ -19,6 +19,7 @@ from eridiff.inference.sdxl import PREDICTIONS
 from eridiff.inference.section import early, requests_of
 from eridiff.inference.words import read_words
 from eridiff.lora.ledger import counted
+from eridiff.memory.stages import OFFLOAD
 from eridiff.ranks import agreed, launched, ranks, spread
 from eridiff.request import FIELDS, Request, size_of
 from eridiff.run_files import load_config
@@ -130,7 +131,9 @@ def _add_model(groups: dict[str, Any]) -> None:
     device.add_argument(
         "--vram", metavar="SIZE", help="memory of the device, such as 24GiB: chooses --offload and --vae-rows"
     )
-    device.add_argument("--offload", choices=["stages"], help="keep only the component at work on the device")
+    device.add_argument(
+        "--offload", choices=OFFLOAD, help="keep only the component at work, or only the layer at work, on the device"
+    )
     device.add_argument("--vae-rows", type=int, metavar="N", help="decode in strips of N rows: exact, in less memory")
 
 
@@ -304,8 +307,8 @@ def _check(settings: SampleSettings, config: RunConfig) -> None:
     for words in settings.each():
         early(words).check(None if settings.lenient else 16)
     dtype_of(config.dtype)
-    if config.offload not in (None, "stages"):
-        raise ConfigError(f"offload must be 'stages', not '{config.offload}'")
+    if config.offload not in (None, *OFFLOAD):
+        raise ConfigError(f"offload must be {' or '.join(OFFLOAD)}, not '{config.offload}'")
     check_writable(Path(settings.out))
     named = config.model.values() if isinstance(config.model, dict) else [config.model, config.refiner]
     for file in [*named, *(file for file, _ in settings.lora)]:

@@ -47,7 +47,7 @@ from eridiff.inference.provenance import records
 from eridiff.inference.result import Callback, HandedIn, Prompt, Result, Run, Step
 from eridiff.lora.attach import Scale
 from eridiff.lora.load import Lora
-from eridiff.memory.stages import Stages, on_device, together
+from eridiff.memory.stages import OFFLOAD, Stages, on_device, together
 from eridiff.memory.strips import decode_in_strips, encode_in_strips
 from eridiff.precision import outside_autocast
 from eridiff.request import FIELDS, Checked, Request, Table, Text, known_names, listed
@@ -120,8 +120,8 @@ class DiffusionInference(Family):
         check_names(type(self).__name__, options, [*self.own_options(), *Options.__annotations__])
         variant, device, dtype = options.get("variant"), options.get("device"), options.get("dtype")
         offload, vae_rows, progress = options.get("offload"), options.get("vae_rows"), options.get("progress", True)
-        if offload not in (None, "stages"):
-            raise ConfigError(f"offload must be 'stages' or nothing, not {offload!r}")
+        if offload not in (None, *OFFLOAD):
+            raise ConfigError(f"offload must be {' or '.join(map(repr, OFFLOAD))} or nothing, not {offload!r}")
         if vae_rows is not None and (type(vae_rows) is not int or vae_rows < 1):
             raise ConfigError(f"vae_rows must be a whole number, at least 1, not {vae_rows!r}")
         if variant is not None and variant not in self.variants:
@@ -629,7 +629,10 @@ class DiffusionInference(Family):
             for one in adopted:
                 one.refresh()
             with (
-                on_device(module, self.device) if self.offload else nullcontext(),
+                # the autoencoder is small, and has layers whose weights are read without a call
+                on_device(module, self.device, self.offload == "layers" and module is not self.autoencoder)
+                if self.offload
+                else nullcontext(),
                 evaluation({"": module}),
                 nullcontext() if module is self.network else outside_autocast(self.device),
             ):

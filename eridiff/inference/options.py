@@ -20,7 +20,8 @@ class Options(TypedDict, total=False):
     - vram: how much memory the device has ("24GiB", or bytes), which chooses `offload` and `vae_rows`; an image that would not fit
       is refused before it is begun.
     - offload: "stages" keeps every component on the CPU and moves it to the device only for its stage, its
-      layers of modulation for their calls alone.
+      layers of modulation for their calls alone. "layers" moves each linear layer of the network and the text encoders for its
+      calls alone: the least memory, at the price of the whole network over the bus in each step.
     - vae_rows: the autoencoder works in strips of so many rows, exactly and in less memory (memory/strips.py).
     - progress: whether to show progress bars, True by default.
     - allow_unknown: tensors of a file that its network does not use are left out with a warning, and are no error.

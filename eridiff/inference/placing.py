@@ -12,6 +12,7 @@ from eridiff.errors import ConfigError, MemoryPlanError
 from eridiff.inference.family import Family
 from eridiff.inference.loading import check_parts, dtypes_of, model_name, own_sampling, used
 from eridiff.memory.plan import Stage, stages
+from eridiff.memory.stages import OFFLOAD
 from eridiff.weights.locate import Parts
 
 UNITS = {"kib": 2**10, "mib": 2**20, "gib": 2**30, "kb": 10**3, "mb": 10**6, "gb": 10**9}
@@ -54,11 +55,11 @@ class Plan:
     def placements(self) -> list[Placement]:
         """The fastest first."""
         found = []
-        for offload in (None, "stages"):
+        for offload in (None, *OFFLOAD):
             for rows in (None, STRIPS):
                 own = [self.in_strips if rows and s.component == "vae" else s for s in self.stages]
                 resident = sum(s.weights for s in own) + max(s.work for s in own)
-                found.append(Placement(offload, rows, max(s.total for s in own) if offload else resident))
+                found.append(Placement(offload, rows, max(s.peak(offload) for s in own) if offload else resident))
         return found
 
     def placement(self, vram: int | str) -> Placement:
@@ -71,7 +72,7 @@ class Plan:
             if placement.peak <= room:
                 return placement
         least = min(self.placements, key=lambda p: p.peak)
-        largest = max(self.stages, key=lambda s: s.total)
+        largest = max(self.stages, key=lambda s: s.peak(least.offload))
         raise MemoryPlanError(
             f"{self.variant} at {self.width}x{self.height} needs {gib(least.peak + RUNTIME)} with {least.flags}, most of it for "
             f"{largest.name}, and there are {gib(bytes_of(vram))}: ask for a smaller image or a narrower dtype"

@@ -6,14 +6,14 @@ takes for itself (on CUDA some 0.5 GiB) and scratch of the attention kernels.
 """
 
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
@@ -97,11 +97,16 @@ class Stage:
     weights: int
     work: int
     visiting: int = 0  # of the weights, those that `on_device` brings for a call alone, but for the largest
+    by_layer: int = 0  # the same where it brings every layer so
+
+    def peak(self, offload: str | None) -> int:
+        """With this stage's component on the device, whole (None), for its stage ("stages") or by "layers"."""
+        return self.weights + self.work - {"stages": self.visiting, "layers": self.by_layer}.get(offload or "", 0)
 
     @property
     def total(self) -> int:
-        """With only this stage's component on the device (`offload="stages"`)."""
-        return self.weights - self.visiting + self.work
+        """With `offload="stages"`."""
+        return self.peak("stages")
 
 
 def stages(
@@ -137,12 +142,18 @@ def stages(
             own = dtype[network] if isinstance(dtype, Mapping) else dtype
             module = _empty(components[network]).to(own)
             weights = sum(t.nbytes for t in [*module.parameters(), *module.buffers()])
-            once = [sum(p.nbytes for p in layer.parameters()) for layer in asked_once(module)]
-            visiting = sum(once) - max(once, default=0)
+            linears = [m for m in module.modules() if isinstance(m, nn.Linear)] if network != "vae" else []
+            visiting, by_layer = (_but_the_largest(layers) for layers in (asked_once(module), linears))
             rows = images if network == "vae" or not guided else 2 * images
             work = peak_bytes(partial(_run, module, width, height, steps, text_length, rows, own, vae_rows))
-            found.append(Stage(stage, network, weights, work, visiting))
+            found.append(Stage(stage, network, weights, work, visiting, by_layer))
     return found
+
+
+def _but_the_largest(layers: Sequence[nn.Module]) -> int:
+    """Bytes of all layers' parameters but one's."""
+    sizes = [sum(p.nbytes for p in layer.parameters()) for layer in layers]
+    return sum(sizes) - max(sizes, default=0)
 
 
 def _empty(component: Component) -> Any:

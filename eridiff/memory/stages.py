@@ -48,15 +48,18 @@ def asked_once(network: nn.Module) -> list[nn.Linear]:
     return [layer for layer in named if isinstance(layer, nn.Linear)]
 
 
+OFFLOAD = ("stages", "layers")  # what is on the device at once: a component, or of most components a layer
+
+
 @contextmanager
-def on_device(module: nn.Module, device: torch.device) -> Iterator[None]:
+def on_device(module: nn.Module, device: torch.device, by_layer: bool = False) -> Iterator[None]:
     """Within the block the module works with copies of its parameters and buffers on `device`, its own afterwards; LoRAs beside it come along.
 
     The module's tensors are left as they are and not copied back: memory-mapped weights stay mapped, an optimizer keeps
     its parameters, and tensors that several modules share are copied once. Layers that are `asked_once` come for each call
-    alone, so that they take no memory beside the steps.
+    alone, so that they take no memory beside the steps; `by_layer` every `nn.Linear` does.
     """
-    visitors = asked_once(module)
+    visitors = [m for m in module.modules() if isinstance(m, nn.Linear)] if by_layer else asked_once(module)
     apart = set(map(id, visitors))
     branches = [branch for m in module.modules() for branch in vars(m).get("lora_branches", ())]  # no parts of a module
     staying = [m for m in [*module.modules(), *branches] if id(m) not in apart]
