@@ -79,7 +79,7 @@ def test_every_sampler_and_schedule_draws_its_own_picture(whole: SD35Inference) 
 
 def test_the_scripts_schedule_has_shift_1_for_sd3_medium_alone() -> None:
     for name, shift in (("sd3-medium", 1.0), ("sd3.5-medium", 3.0), ("sd3.5-large", 3.0)):
-        model = SD35Inference(device="cpu")
+        model = SD35Inference(tiny.mmdit(), tiny.autoencoder(), device="cpu")
         model.sampling = SD35Inference.variants[name]
         expected = model.schedule(10, 64, 64, "original", shift).sigmas
         assert torch.equal(model.schedule(10, 64, 64, "script").sigmas, expected)

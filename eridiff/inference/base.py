@@ -16,7 +16,7 @@ from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
+from tqdm.auto import tqdm
 from typing_extensions import Self, Unpack
 
 from eridiff.adopt import Adopted

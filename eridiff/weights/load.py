@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from eridiff.errors import CheckpointError, ConfigError, quoted
 from eridiff.models.autoencoder import PRESETS, Autoencoder
