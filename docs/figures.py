@@ -283,13 +283,14 @@ def unet_blocks() -> Figure:
 
 def house() -> Figure:
     """The folders, in the direction in which they import each other."""
-    f = Figure("house", "Which folder uses which", 520)
+    f = Figure("house", "Which folder uses which", 586)
     rows = (
         (("cli/", "one file per command", "plain"),),
         (("training/", "sampling in a loop", "mlp"), ("trace/", "record, compare", "mlp")),
         (("inference/", "one loop for all families", "block"),),
-        (("memory/", "offload, strips", "norm"), ("text/", "CLIP, T5", "block")),
-        (("lora/", "read, attach, merge", "norm"), ("request.py, config.py", "all settings", "plain")),
+        (("adopt/", "trainers' own modules", "norm"), ("memory/", "offload, plan, strips", "norm")),
+        (("text/", "CLIP, T5", "block"), ("lora/", "read, attach, merge", "norm")),
+        (("request.py, config.py", "all settings", "plain"),),
         (("weights/", "files to modules", "attention"), ("weights_map/", "names, as data", "attention")),
         (("models/", "the networks", "block"), ("schedulers/", "noise levels, samplers", "block")),
     )
