@@ -2,6 +2,9 @@
 
 import json
 import random
+import subprocess
+import sys
+import tempfile
 from collections.abc import Callable
 from functools import cache, partial
 from pathlib import Path
@@ -20,7 +23,7 @@ from eridiff.cli import main
 from eridiff.lora.names import network_of
 from eridiff.trace.causes import CAUSES
 from eridiff.trace.compare import compare
-from eridiff.trace.format import read_trace, write_trace
+from eridiff.trace.format import TraceFile, read_trace, write_trace
 from eridiff.trace.names import Names, align
 from eridiff.trace.record import record, relative_l2
 from eridiff.trace.shapes import distances, fit
@@ -29,7 +32,7 @@ from eridiff.weights.keymap import key_map
 from tests import tiny
 from tests.port_bugs import FLUX, Q_NORM
 from tests.ports import GOLDENS, case, compared, ported
-from tests.test_traces import arguments
+from tests.test_traces import arguments, damaged
 
 # names and arrangements -----------------------------------------------------------------------------------------------
 
@@ -143,6 +146,7 @@ def test_a_table_that_is_repeated_is_taken_once(make: Callable[[Tensor], Tensor]
     repeated = fit(table, table[None].expand(2, 5, 8))
     assert repeated is not None and repeated.how == "[5, 8] against [2, 5, 8]: the same for each row"
     assert fit(torch.zeros(3, 4), torch.zeros(5, 4)) is None
+    assert fit(torch.zeros(2), torch.zeros(1, 4, 2, 3)) is None
 
 
 def test_distances_are_what_numpy_computes() -> None:
@@ -384,6 +388,56 @@ def test_a_recorded_picture_is_replayed_step_by_step_with_its_checkpoint(
     code, text = said(capsys, *both, "--weights", weights)
     made = [line for line in text.splitlines() if "FIRST" in line or "ALSO" in line]
     assert code == 1 and made[0].split()[0] == "single_blocks.0.linear2@1" and len(made) <= 2
+
+
+def test_another_number_of_calls_is_listed_and_the_rest_compared() -> None:
+    network = tiny.flux().double()
+    with record(network, calls="all") as recording, torch.no_grad():
+        for _ in range(3):
+            recorded_run(network, torch.float64)
+    fewer = {name: tensor for name, tensor in recording.items() if not name.endswith("@2")}
+    report = compare(fewer, dict(recording), network=network)
+    assert report.equal and set(report.missing) == {name for name in recording if name.endswith("@2")}
+    report = compare(dict(recording), fewer, network=network)
+    assert report.equal and report.missing == () and "forward@2" in report.added
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("cut.safetensors", "is an incomplete download"), ("cut.npz", "is no complete .npz archive"), ("objects.npz", "holds Python objects"),
+        ("bfloat16", "a type that NumPy does not know, bfloat16 perhaps"), ("text", "not numbers"), ("empty", "a folder without .npy files"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("side", [0, 1])
+def test_a_damaged_trace_on_either_side_is_one_sentence_and_2(
+    name: str, says: str, side: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    traces = [saved({"x": np.zeros((64, 64))}, tmp_path / "good.npz"), str(damaged(tmp_path, name))]
+    code, text = said(capsys, *(traces if side else traces[::-1]))
+    assert code == 2 and says in text and text.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_two_traces_of_a_gigabyte_are_compared_within_300_megabytes(tmp_path: Path) -> None:
+    """What importing torch takes, 220 MB, is part of it. getrusage would count what this process has, too."""
+    value = torch.randn(4608, 3072, generator=torch.Generator().manual_seed(0))
+    for name, noise in (("a", 0.0), ("b", 1e-4)):
+        with tempfile.TemporaryFile(dir=tmp_path) as data:
+            trace = TraceFile(data)
+            for i in range(19):
+                trace[f"double_blocks.{i}.image.proj"] = value.roll(i, 0) + noise * (i == 7)
+            trace.write(tmp_path / f"{name}.safetensors", {})
+    code = (
+        "import re, sys; from eridiff.cli import main; code = main(['diff', *sys.argv[1:]]);"
+        "print(code, int(re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1]) // 1024)"
+    )
+    files = [str(tmp_path / f"{name}.safetensors") for name in "ab"]
+    assert Path(files[0]).stat().st_size > 1e9
+    ran = subprocess.run([sys.executable, "-c", code, *files], capture_output=True, text=True, check=True)
+    assert "double_blocks.7.image.proj  " in ran.stdout and "FIRST" in ran.stdout
+    found, peak = map(int, ran.stdout.splitlines()[-1].split())
+    assert found == 1 and peak < 300
 
 
 def test_probes_are_compared_with_a_whole_trace(tmp_path: Path) -> None:

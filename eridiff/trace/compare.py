@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from eridiff.errors import TraceError
 from eridiff.trace.causes import causes_of
-from eridiff.trace.format import Trace, natural, probe
+from eridiff.trace.format import Trace, natural, parts_of, probe
 from eridiff.trace.inputs import cause_of
 from eridiff.trace.names import NETWORKS, Aligned, Source, align, nearest
 from eridiff.trace.replay import Run, floors, replay, trace_run
@@ -254,7 +254,7 @@ def _row(
 ) -> Row:  # fmt: skip
     source, other = mine.sources[native], theirs.sources.get(native)
     value = source.read(found)
-    if not bool(value.isfinite().all()):
+    if not all(bool(part.isfinite().all()) for part in parts_of(value)):
         place = [int(i) for i in (~value.isfinite()).nonzero()[0]]
         count = int((~value.isfinite()).sum())
         how = f"{count} of {value.numel()} values are not finite, the first at {place}"

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import cache
+from inspect import signature
 from typing import Any
 
 import torch
@@ -41,6 +42,8 @@ class Source:
 
     @property
     def name(self) -> str:
+        if self.operation == "part":
+            return f"{self.names[0]}[{self.index} of {self.total}]"
         return self.names[0] if len(self.names) == 1 else f"{self.names[0]} ... {self.names[-1].rpartition('.')[2]}"
 
     def read(self, trace: Mapping[str, Tensor]) -> Tensor:
@@ -85,7 +88,11 @@ class Names:
             module = NETWORKS[network](config)
         # lists and parts that never run themselves have no values
         self.owners: set[str] = set()  # the layout's names of modules that have parameters themselves
+        self.ends: set[str] = set()  # the layout's names of modules that give what the last in them gives
+        self.around: set[str] = set()  # the layout's names of modules around them
         self.paths = {n for n, m in module.named_modules() if n and type(m).forward is not nn.Module.forward}
+        # modules with one argument, which others have too
+        self.single = {n for n, m in module.named_modules() if len(signature(m.forward).parameters) == 1}
         natives = list(module.state_dict())
         self.fused: dict[str, list[Piece]] = defaultdict(list)  # the layout's module -> several of ours
         if layout == NATIVE:
@@ -113,6 +120,7 @@ class Names:
                 table.setdefault(name, Piece(native, kind, i, len(parts)))
         distinct = set(everywhere)
         self.owners = set(table)
+        self.around = {above for name in distinct for above in _above(name)} - self.owners
         for path in sorted(beneath.keys() & self.paths, key=len, reverse=True):
             for common in [*_above(_common(beneath[path]))][::-1]:
                 inside = {name for name in distinct if name == common or name.startswith(f"{common}.")}
@@ -121,6 +129,7 @@ class Names:
                 within = next(iter(inside))
                 if len(inside) > 1 or within.rpartition(".")[2].isdigit():  # an nn.Sequential gives what its last gives
                     table[common] = table[within] if len(inside) == 1 else Piece(path)
+                    self.ends |= {common} if len(inside) == 1 else set()
         return table
 
     def native(self, name: str) -> tuple[str, Piece] | None:
@@ -130,8 +139,14 @@ class Names:
         for rule in self.values:
             entry = rule.entry(place, self.sizes)
             if entry is not None:
-                return entry.foreign[0] + call, Piece(entry.foreign[0])
+                return None if entry.foreign[0] == "-" else (entry.foreign[0] + call, Piece(entry.foreign[0]))
         base, colon, argument = place.partition(":")
+        if (
+            colon
+            and base in self.around
+            and (base in self.ends or self.modules.get(base, Piece("")).native not in self.single)
+        ):
+            return None  # a block's arguments are not ours, nor is what a Sequential gives to the activation before its layer
         for path in [base] if colon else [*_above(base)][::-1]:
             part = base[len(path) :]
             if path in self.modules and self._is_output(self.modules[path].native, part):
@@ -150,7 +165,9 @@ class Names:
         found = BETWEEN.match(native)
         place, call = (found["place"], found["call"] or "") if found else (native, "")
         base, colon, argument = place.partition(":")
-        names = [name for name, piece in self.modules.items() if piece.native == base]
+        names = [
+            n for n, piece in self.modules.items() if base in (piece.native, *(p.native for p in self.fused.get(n, ())))
+        ]
         owners = [name for name in names if name in self.owners]
         parts = [name for name in owners if self.modules[name].kind == "rows"] or owners[:1] or names[-1:]
         return " + ".join(f"{name}{colon}{argument}{call}" for name in (parts[:1] if colon else parts)) or "-"
