@@ -93,7 +93,7 @@ def padded(ids, end):
 
 def clip(weights, config, ids):
     """ids `[B, 77]` -> what SDXL and SD 3 take, `[B, 77, D]`, and the projected pooled state `[B, P]`."""
-    hidden = [embedded(weights, padded(ids, config["eos_token_id"]))]
+    hidden = [embedded(weights, padded(kept("ids", ids), config["eos_token_id"]))]
     for b in range(config["num_layers"]):
         hidden.append(clip_layer(weights, f"text_model.encoder.layers.{b}", hidden[-1], config))
     last = layer_norm(weights, "text_model.final_layer_norm", hidden[-1])
@@ -150,7 +150,7 @@ def looked_up(weights, ids):
 
 def t5(weights, config, ids):
     """ids `[B, T]` -> `[B, T, D]` after the final norm."""
-    x = looked_up(weights, ids)
+    x = looked_up(weights, kept("ids", ids))
     bias = bias_of(weights, "encoder.block.0.layer.0.SelfAttention.relative_attention_bias", ids.shape[1])
     for b in range(config["num_layers"]):
         name = f"encoder.block.{b}.layer"

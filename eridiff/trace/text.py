@@ -180,4 +180,6 @@ def load_encoder(path: str | os.PathLike[str], network: str) -> nn.Module:
     component = next((c for c in found if c.network.startswith(network)), None)
     if component is None:
         raise CheckpointError(f"{quoted(path)} holds no {network}, but {', '.join(c.network for c in found)}")
-    return replayable(component.network, build_encoder(component, dtype=torch.float64, progress=False))
+    module = build_encoder(component, dtype=torch.float64, progress=False)
+    end = component.config.get("eos_token_id")  # of a small model's metadata; published files do not say it
+    return replayable(component.network, module, **({} if end is None else {"eos_token_id": end}))
