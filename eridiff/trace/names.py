@@ -143,6 +143,7 @@ class Names:
         base, colon, argument = place.partition(":")
         if (
             colon
+            and self.network not in text.ENCODERS  # whose modules are transformers' own
             and base in self.around
             and (base in self.ends or self.modules.get(base, Piece("")).native not in self.single)
         ):
