@@ -71,6 +71,14 @@ def from_latents(latents, config):
     return latents / config["scale_factor"] + config["shift_factor"]
 
 
+def mean_of(moments):
+    return np.split(moments, 2, 1)[0]  # the other half is the log-variance
+
+
+def to_latents(mean, config):
+    return (mean - config["shift_factor"]) * config["scale_factor"]
+
+
 def encoded(weights, config, x):
     h = conv(weights, "encoder.conv_in", x)
     for level in range(len(config["ch_mult"])):
@@ -79,8 +87,7 @@ def encoded(weights, config, x):
         if level < len(config["ch_mult"]) - 1:
             h = halved(weights, f"encoder.down.{level}.downsample", h)
     h = silu(norm(weights, "encoder.norm_out", middle(weights, "encoder.mid", h)))
-    mean = np.split(conv(weights, "encoder.conv_out", h), 2, 1)[0]
-    return kept("latents.mode", (mean - config["shift_factor"]) * config["scale_factor"])
+    return kept("latents.mode", to_latents(mean_of(conv(weights, "encoder.conv_out", h)), config))
 
 
 def decoded(weights, config, latents):

@@ -35,6 +35,28 @@ def ported(name: str, folder: Path, *options: str) -> Path:
     return target
 
 
+def test_a_text_encoder_is_compared_with_its_weights_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """No case is told: the file says the sizes and the end token, and the trace the ids."""
+    for name, wrong in (("text-clip-g-tiny", "text_model.encoder.layers.1"), ("text-t5-tiny", "hidden.2")):
+        folder, mine = tmp_path / name, tmp_path / f"{name}.npz"
+        assert main(["golden", "export", name, "--out", str(folder), "--layout", "huggingface"]) == 0
+        subprocess.run([sys.executable, ROOT / "examples" / "numpy_text.py", folder, mine], check=True)
+        command = [
+            "diff",
+            str(mine),
+            str(folder / "expected.safetensors"),
+            "--weights",
+            str(folder / "weights.safetensors"),
+        ]
+        assert main(command) == 0
+        arrays = dict(np.load(mine))
+        arrays[wrong] = arrays[wrong] * 1.01
+        np.savez(mine, **arrays)
+        capsys.readouterr()
+        assert main(command) == 1
+        assert f"{wrong}  " in next(line for line in capsys.readouterr().out.splitlines() if "FIRST" in line)
+
+
 def test_the_wheel_holds_the_cases_that_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
     code, lines = run(capsys, "list")
     names = [line.split()[0] for line in lines]

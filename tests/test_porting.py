@@ -3,8 +3,10 @@
 import importlib.util
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -49,8 +51,8 @@ def test_weights_are_the_same_in_every_language(language: str, salt: str, name: 
 # diffusers' own classes, recorded by the example -----------------------------------------------------------------------
 
 
-def recorder() -> Any:
-    spec = importlib.util.spec_from_file_location("trace_diffusers", EXAMPLES / "trace_diffusers.py")
+def recorder(name: str = "trace_diffusers") -> Any:
+    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -156,6 +158,95 @@ def test_an_error_in_diffusers_classes_is_found_through_their_names(
     assert report.made[0].name == first and says in report.made[0].cause
 
 
-def test_the_recorder_is_short_and_needs_no_eridiff() -> None:
-    lines = (EXAMPLES / "trace_diffusers.py").read_text().splitlines()
+# the originals' code, recorded by the example --------------------------------------------------------------------------
+
+ORIGINALS = {  # stand-ins: as in the originals, attention is a function of a file, not a module
+    "flux.math": """
+import torch
+def attention(q, k, v, pe):
+    q, k = apply_rope(q, k, pe)
+    return torch.nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+def apply_rope(q, k, pe):
+    turned = [torch.stack([-x[..., 1::2], x[..., ::2]], -1).flatten(-2) for x in (q, k)]
+    return tuple(pe[0] * x + pe[1] * y for x, y in zip((q, k), turned))
+""",
+    "flux.modules.layers": """
+import torch
+from flux.math import attention
+class SingleStreamBlock(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear1, self.linear2 = torch.nn.Linear(8, 24), torch.nn.Linear(8, 8)
+    def forward(self, x, pe):
+        q, k, v = self.linear1(x).unflatten(-1, (3, 2, 4)).permute(2, 0, 3, 1, 4)
+        return x + self.linear2(attention(q, k, v, pe=pe))
+""",
+    "other_impls": """
+import torch
+def attention(q, k, v, heads, mask=None):
+    q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))
+    return torch.nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+""",
+    "mmditx": """
+import torch
+from other_impls import attention
+class JointBlock(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.qkv = torch.nn.Linear(8, 24)
+    def forward(self, context, x, c):
+        q, k, v = self.qkv(torch.cat([context, x], 1)).chunk(3, -1)
+        return None, x + attention(q, k, v, 2)[:, context.shape[1]:]
+""",
+    "sgm.modules.attention": """
+import torch
+class BasicTransformerBlock(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm1 = torch.nn.LayerNorm(8)
+    def forward(self, x, context=None):
+        return x + self.norm1(x)
+""",
+}
+
+
+@pytest.fixture
+def originals(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    for name, text in ORIGINALS.items():
+        for i in range(1, 1 + name.count(".")):
+            monkeypatch.setitem(sys.modules, name.rsplit(".", i)[0], ModuleType(name.rsplit(".", i)[0]))
+        module = ModuleType(name)
+        monkeypatch.setitem(sys.modules, name, module)
+        exec(text, vars(module))
+    return {name: sys.modules[name] for name in ORIGINALS}
+
+
+def test_the_originals_code_is_recorded_with_its_functions_and_left_as_it_was(
+    originals: dict[str, Any], tmp_path: Path
+) -> None:
+    files = {name: dict(vars(module)) for name, module in originals.items()}
+    flux, sd3, sgm = (originals[name] for name in ("flux.modules.layers", "mmditx", "sgm.modules.attention"))
+    x = drawn(2, 5, 8)
+    runs: dict[str, tuple[torch.nn.Module, tuple[Tensor, ...], list[str]]] = {
+        "single_blocks": (flux.SingleStreamBlock(), (x, torch.ones(2, 1, 1, 5, 4)), ["q_rope", "k_rope", "attention", "linear2"]),
+        "joint_blocks": (sd3.JointBlock(), (x, x[:, :3], x), ["attention", "qkv:0", "1"]),
+        "transformer_blocks": (sgm.BasicTransformerBlock(), (x,), ["norm1", "norm1:0", ""]),
+    }  # fmt: skip
+    for parent, (block, given, names) in runs.items():
+        network = torch.nn.ModuleDict({parent: torch.nn.ModuleList([block])})
+        network.forward = lambda *a, block=block: block(*a)  # type: ignore[method-assign]
+        plain = network(*given)
+        with recorder("trace_original").recorded(network, tmp_path / "t.safetensors"):
+            again, second = network(*given), network(*given)
+        trace = read_trace(tmp_path / "t.safetensors")
+        last = again[1] if isinstance(again, tuple) else again
+        assert torch.equal(last, plain[1] if isinstance(plain, tuple) else plain) and second is not None
+        wanted = [f"{parent}.0{'.' if name else ''}{name}" for name in names]
+        assert trace.ordered and all(name in trace and f"{name}@1" in trace for name in wanted), parent
+    assert {name: dict(vars(module)) for name, module in originals.items()} == files
+
+
+@pytest.mark.parametrize("name", ["trace_diffusers", "trace_original"])
+def test_a_recorder_is_short_and_needs_no_eridiff(name: str) -> None:
+    lines = (EXAMPLES / f"{name}.py").read_text().splitlines()
     assert len(lines) <= 60 and not any("eridiff" in line for line in lines if line.startswith(("import", "from")))

@@ -296,7 +296,7 @@ def test_numpy_files_are_traces(tmp_path: Path) -> None:
     assert not read_trace(tmp_path / "t.safetensors").ordered  # what others write is read too
 
 
-def _damaged(folder: Path, kind: str) -> Path:
+def damaged(folder: Path, kind: str) -> Path:
     array = np.random.default_rng(0).normal(size=(64, 64))
     if kind == "objects.npz":
         np.savez(folder / kind, x=np.array([{}], dtype=object))
@@ -347,7 +347,7 @@ def _damaged(folder: Path, kind: str) -> Path:
 )
 def test_what_is_no_trace_is_refused_in_one_sentence(kind: str, says: str, tmp_path: Path) -> None:
     with pytest.raises(TraceError, match=says) as caught:
-        list(read_trace(_damaged(tmp_path, kind)).values())
+        list(read_trace(damaged(tmp_path, kind)).values())
     assert "\n" not in str(caught.value)
 
 

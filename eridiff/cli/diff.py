@@ -6,14 +6,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from eridiff.errors import TraceError
 from eridiff.files import replacing
 from eridiff.trace.cases import Case, find_case
 from eridiff.trace.compare import BROKEN, HERE, NAMED, Report, Row, compare
 from eridiff.trace.format import Trace, read_trace
-from eridiff.trace.names import parse_map
+from eridiff.trace.names import align, parse_map
 from eridiff.trace.page import page
+from eridiff.trace.text import ENCODERS, load_encoder
 from eridiff.weights.load import load_network
 
 
@@ -49,7 +51,7 @@ def _diff(options: argparse.Namespace) -> int:
     if case is not None:
         report = case_report(found, case, **told)
     else:
-        network = load_network(options.weights, dtype=torch.float64, progress=False) if options.weights else None
+        network = _network(options.weights, layout[0] if layout else "", found) if options.weights else None
         if options.explain and network is None:
             raise TraceError(
                 "to explain a difference needs the weights: give --weights FILE, or compare with a golden case"
@@ -60,6 +62,14 @@ def _diff(options: argparse.Namespace) -> int:
             temporary.write_text(page(report, f"{options.found} beside {options.expected}"), encoding="utf-8")
     print(json.dumps(report.as_json(), default=str) if options.json else text(report, case, options.all))
     return 0 if report.equal else 1
+
+
+def _network(weights: str, network: str, found: Trace) -> nn.Module:
+    """The network of a checkpoint in float64: the one that `--map` names, or by whose names most of the trace is known."""
+    network = network or align(list(found)).network
+    if network in ENCODERS:
+        return load_encoder(weights, network)
+    return load_network(weights, dtype=torch.float64, progress=False)
 
 
 def case_report(found: Trace, case: Case, **options: Any) -> Report:
@@ -111,7 +121,7 @@ def text(report: Report, case: Case | None = None, whole: bool = False) -> str:
         )
     else:
         lines.append("equal")
-    if case is not None and not groups and "eps" not in case.name:
+    if case is not None and not groups and case.epsilons != case.name:
         lines.append(f"a wrong epsilon may not show in {case.name}: compare with {case.epsilons} too")
     return "\n".join(lines)
 

@@ -168,7 +168,7 @@ def empty_encoder(component: Component) -> Any:
     try:
         with torch.device("meta"):
             if component.network in ("clip", "clip_g"):
-                return CLIPTextModelWithProjection(CLIPTextConfig(**component.config, **ends))
+                return CLIPTextModelWithProjection(CLIPTextConfig(**ends | component.config))
             return T5EncoderModel(T5Config(**component.config, feed_forward_proj="gated-gelu"))
     except Exception as error:  # transformers validates by an error of its own
         reason = " ".join(str(error.__cause__ or error).split())

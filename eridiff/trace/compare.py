@@ -10,11 +10,12 @@ from torch import Tensor, nn
 
 from eridiff.errors import TraceError
 from eridiff.trace.causes import causes_of
-from eridiff.trace.format import Trace, natural, probe
-from eridiff.trace.names import Aligned, Source, align, nearest
+from eridiff.trace.format import Trace, natural, parts_of, probe
+from eridiff.trace.inputs import cause_of
+from eridiff.trace.names import NETWORKS, Aligned, Source, align, nearest
 from eridiff.trace.replay import Run, floors, replay, trace_run
 from eridiff.trace.shapes import distances, fit
-from eridiff.weights.load import NETWORKS
+from eridiff.trace.watch import METHODS
 
 EQUAL, CARRIED, HERE, BROKEN = "equal", "carried", "made here", "not finite"
 FAR = 1e-3  # from the other trace, where no value is wrong by itself: float32 sinusoids alone move Flux Fill by 2.5e-4
@@ -145,13 +146,18 @@ def compare(
         )
         before = max(before, row.distance or 0.0)
         rows.append(row)
+    if explain:
+        rows = [_with_cause_of_input(n, row, mine, theirs, found, expected) for n, row in zip(order, rows, strict=True)]
     if explain and network is not None and calls is not None:
-        made = {
-            n: (r.local, r.bound) for n, r in zip(order, rows, strict=True) if r.verdict == HERE and r.local is not None
+        known = {
+            n: (r.local, r.bound)
+            for n, r in zip(order, rows, strict=True)
+            if r.verdict != BROKEN and r.local is not None
         }
-        causes = causes_of(network, found, mine.sources, calls, made) if made else {}
+        made = any(difference > bound for difference, bound in known.values())
+        causes = causes_of(network, found, mine.sources, calls, known) if made else {}
         rows = [
-            replace(row, cause=f"{causes[n][0]} (fits to {causes[n][1]:.0e})" if n in causes else "")
+            row if row.cause or n not in causes else replace(row, cause=f"{causes[n][0]} (fits to {causes[n][1]:.0e})")
             for n, row in zip(order, rows, strict=True)
         ]
         rows = _one_fit(rows)
@@ -162,6 +168,26 @@ def compare(
         tuple((n, nearest(n, [s.name for s in theirs.sources.values()])) for n in mine.unknown),
         str(dtype).removeprefix("torch."), floor, calls is not None,
     )  # fmt: skip
+
+
+def _is_input(native: str, names: Mapping[str, Any]) -> bool:
+    """Whether it is what the network is given from outside; of the latents those of the first step alone.
+
+    Where `forward` has inputs, it calls the other functions itself.
+    """
+    function, _, argument = native.partition(":")
+    outside = ("forward",) if any(name.startswith("forward:") for name in names) else METHODS
+    return bool(argument) and function in outside and not argument.startswith("latents@")
+
+
+def _with_cause_of_input(
+    native: str, row: Row, mine: Aligned, theirs: Aligned, found: Mapping[str, Tensor], expected: Mapping[str, Tensor]
+) -> Row:
+    if row.verdict != HERE or not row.other or not _is_input(native, mine.sources):
+        return row
+    value, wanted = mine.sources[native].read(found), theirs.sources[native].read(expected)
+    cause = cause_of(native, value, wanted, max(row.bound, 1e-6))
+    return replace(row, cause=f"{cause[0]} (fits to {cause[1]:.0e})") if cause else row
 
 
 def _called(network: nn.Module, trace: Mapping[str, Tensor], aligned: Aligned) -> Callable[[torch.dtype], Run] | None:
@@ -228,7 +254,7 @@ def _row(
 ) -> Row:  # fmt: skip
     source, other = mine.sources[native], theirs.sources.get(native)
     value = source.read(found)
-    if not bool(value.isfinite().all()):
+    if not all(bool(part.isfinite().all()) for part in parts_of(value)):
         place = [int(i) for i in (~value.isfinite()).nonzero()[0]]
         count = int((~value.isfinite()).sum())
         how = f"{count} of {value.numel()} values are not finite, the first at {place}"
@@ -246,7 +272,9 @@ def _row(
             how, distance = fitted.how, float(measures["relative"])
     names = source.name, other.name if other else "", how or (local[2] if local else "")
     if local is not None:
-        verdict = HERE if local[0] > local[1] else CARRIED if (distance or 0.0) > far else EQUAL
+        # what was taken from the trace itself to call the network was compared with itself
+        given = _is_input(native, mine.sources) and distance is not None and local[0] == 0.0 and distance > far
+        verdict = HERE if local[0] > local[1] or given else CARRIED if (distance or 0.0) > far else EQUAL
         return Row(*names, verdict, distance, local[0], local[1], measures)
     if distance is None:
         return Row(*names, EQUAL, None, None, bound)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import mmap
 import os
 import tempfile
 import zipfile
@@ -246,7 +247,23 @@ class _Mapped:
             raw = np.memmap(self.path, np.uint8, "c", self.span.begin, (size,))
         except (OSError, ValueError):
             raise TraceError(f"{quoted(self.path)} was changed or removed while it was read; open it again") from None
-        return torch.from_numpy(raw).view(self.span.dtype).reshape(self.span.shape)
+        tensor = torch.from_numpy(raw).view(self.span.dtype).reshape(self.span.shape)
+        vars(tensor)["mapping"] = raw.base
+        return tensor
+
+
+def parts_of(tensor: Tensor, size: int = 1 << 16) -> Iterator[Tensor]:
+    """The values in order, `size` at a time."""
+    for part in tensor.detach().reshape(-1).split(size):
+        yield part
+        give_back(tensor)
+
+
+def give_back(tensor: Tensor) -> None:
+    """Of a tensor that `read_trace` gave, the memory of what was read of its file; the next access reads anew."""
+    mapping = vars(tensor).get("mapping")
+    if mapping is not None and hasattr(mmap, "MADV_DONTNEED"):  # not everywhere
+        mapping.madvise(mmap.MADV_DONTNEED)
 
 
 def _archive(path: Path) -> Trace:

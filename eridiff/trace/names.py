@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import cache
+from inspect import signature
 from typing import Any
 
 import torch
@@ -13,13 +14,19 @@ from torch import Tensor, nn
 
 from eridiff.errors import TraceError
 from eridiff.models import autoencoder, flux, mmdit, unet
+from eridiff.trace import text
 from eridiff.trace.watch import METHODS
+from eridiff.weights import load
 from eridiff.weights.detect import sizes_of
 from eridiff.weights.keymap import key_map
-from eridiff.weights.load import NETWORKS
 
 NATIVE = "native"
-PRESETS = {"flux": flux.PRESETS, "mmdit": mmdit.PRESETS, "unet": unet.PRESETS, "vae": autoencoder.PRESETS}
+NETWORKS: dict[str, Any] = {**load.NETWORKS, **text.ENCODERS}
+PRESETS: dict[str, Mapping[str, Any]] = {
+    "flux": flux.PRESETS, "mmdit": mmdit.PRESETS, "unet": unet.PRESETS, "vae": autoencoder.PRESETS,
+    **{name: {"published": config()} for name, config in text.CONFIGS.items()},
+}  # fmt: skip
+RECORDED = ("network.", "model.", "autoencoder.", "clip.", "clip_g.", "t5.")  # prefixes beside those of checkpoints
 BETWEEN = re.compile(r"^(?P<place>[^@]*?)(?P<call>@\d+)?$")
 
 
@@ -28,11 +35,15 @@ class Source:
     """How a tensor of ours is made from those of a trace."""
 
     names: tuple[str, ...]  # in the trace
-    operation: str = "same"  # rows: joined on the last axis; swap_halves: of the last axis; part: an element of axis 0
+    # rows: joined on the last axis; swap_halves: of the last axis; part: of `total` on it; element: of axis 0
+    operation: str = "same"
     index: int = 0
+    total: int = 1
 
     @property
     def name(self) -> str:
+        if self.operation == "part":
+            return f"{self.names[0]}[{self.index} of {self.total}]"
         return self.names[0] if len(self.names) == 1 else f"{self.names[0]} ... {self.names[-1].rpartition('.')[2]}"
 
     def read(self, trace: Mapping[str, Tensor]) -> Tensor:
@@ -41,7 +52,9 @@ class Source:
             return torch.cat(tensors, dim=-1)
         if self.operation == "swap_halves":
             return torch.cat(tensors[0].chunk(2, dim=-1)[::-1], dim=-1)
-        return tensors[0][self.index] if self.operation == "part" else tensors[0]
+        if self.operation == "part":
+            return tensors[0].chunk(self.total, dim=-1)[self.index]
+        return tensors[0][self.index] if self.operation == "element" else tensors[0]
 
 
 @dataclass(frozen=True)
@@ -75,8 +88,13 @@ class Names:
             module = NETWORKS[network](config)
         # lists and parts that never run themselves have no values
         self.owners: set[str] = set()  # the layout's names of modules that have parameters themselves
+        self.ends: set[str] = set()  # the layout's names of modules that give what the last in them gives
+        self.around: set[str] = set()  # the layout's names of modules around them
         self.paths = {n for n, m in module.named_modules() if n and type(m).forward is not nn.Module.forward}
+        # modules with one argument, which others have too
+        self.single = {n for n, m in module.named_modules() if len(signature(m.forward).parameters) == 1}
         natives = list(module.state_dict())
+        self.fused: dict[str, list[Piece]] = defaultdict(list)  # the layout's module -> several of ours
         if layout == NATIVE:
             self.modules = {path: Piece(path) for path in self.paths}
         else:
@@ -88,20 +106,21 @@ class Names:
         beneath: dict[str, list[str]] = defaultdict(list)  # of each module of ours: foreign names
         everywhere: list[str] = []
         for entry in key_map(self.network).layouts[self.layout].entries(natives, self.sizes):
-            if entry.operation in ("part", "alias", "default"):
-                continue
             native, _, last = entry.native.rpartition(".")
             if last not in ("weight", "bias"):
                 continue  # a table: what a module gives is not it
-            parts = [name.rpartition(".")[0] for name in entry.foreign]
+            parts = [_module(name, last) for name in entry.foreign]
             everywhere += parts
             for above in _above(native):
                 beneath[above] += parts
             for i, name in enumerate(parts):
-                kind = entry.operation if entry.operation in ("rows", "swap_halves") else "same"
+                if entry.operation == "part" and (piece := Piece(native, "part", *entry.sizes)) not in self.fused[name]:
+                    self.fused[name].append(piece)
+                kind = entry.operation if entry.operation in ("rows", "swap_halves", "part") else "same"
                 table.setdefault(name, Piece(native, kind, i, len(parts)))
         distinct = set(everywhere)
         self.owners = set(table)
+        self.around = {above for name in distinct for above in _above(name)} - self.owners
         for path in sorted(beneath.keys() & self.paths, key=len, reverse=True):
             for common in [*_above(_common(beneath[path]))][::-1]:
                 inside = {name for name in distinct if name == common or name.startswith(f"{common}.")}
@@ -110,6 +129,7 @@ class Names:
                 within = next(iter(inside))
                 if len(inside) > 1 or within.rpartition(".")[2].isdigit():  # an nn.Sequential gives what its last gives
                     table[common] = table[within] if len(inside) == 1 else Piece(path)
+                    self.ends |= {common} if len(inside) == 1 else set()
         return table
 
     def native(self, name: str) -> tuple[str, Piece] | None:
@@ -119,8 +139,15 @@ class Names:
         for rule in self.values:
             entry = rule.entry(place, self.sizes)
             if entry is not None:
-                return entry.foreign[0] + call, Piece(entry.foreign[0])
+                return None if entry.foreign[0] == "-" else (entry.foreign[0] + call, Piece(entry.foreign[0]))
         base, colon, argument = place.partition(":")
+        if (
+            colon
+            and self.network not in text.ENCODERS  # whose modules are transformers' own
+            and base in self.around
+            and (base in self.ends or self.modules.get(base, Piece("")).native not in self.single)
+        ):
+            return None  # a block's arguments are not ours, nor is what a Sequential gives to the activation before its layer
         for path in [base] if colon else [*_above(base)][::-1]:
             part = base[len(path) :]
             if path in self.modules and self._is_output(self.modules[path].native, part):
@@ -129,15 +156,19 @@ class Names:
         return (name, Piece(base)) if known else None
 
     def _is_output(self, native: str, part: str) -> bool:
-        """Whether `part`, `.0` or nothing, is an element of a module's output, and not a module inside."""
-        return not part or (part.replace(".", "0").isdigit() and native + part not in self.paths)
+        """Whether `part`, `.0`, transformers' name or nothing, is an element of a module's output, and not a module inside."""
+        return part in ("", ".last_hidden_state", ".pooler_output") or (
+            part.replace(".", "0").isdigit() and native + part not in self.paths
+        )
 
     def foreign(self, native: str) -> str:
         """A name of ours in this layout; `-` if it has none."""
         found = BETWEEN.match(native)
         place, call = (found["place"], found["call"] or "") if found else (native, "")
         base, colon, argument = place.partition(":")
-        names = [name for name, piece in self.modules.items() if piece.native == base]
+        names = [
+            n for n, piece in self.modules.items() if base in (piece.native, *(p.native for p in self.fused.get(n, ())))
+        ]
         owners = [name for name in names if name in self.owners]
         parts = [name for name in owners if self.modules[name].kind == "rows"] or owners[:1] or names[-1:]
         return " + ".join(f"{name}{colon}{argument}{call}" for name in (parts[:1] if colon else parts)) or "-"
@@ -159,22 +190,33 @@ class Names:
                 parts[native][piece.index] = name
                 if len(parts[native]) == piece.total:
                     sources[native] = Source(tuple(parts[native][i] for i in range(piece.total)), "rows")
+            elif piece.kind == "part" and ":" not in native:
+                for other in self.fused[name.removeprefix(prefix).partition("@")[0]]:
+                    place = other.native + native.removeprefix(piece.native)
+                    sources.setdefault(place, Source((name,), "part", other.index, other.total))
             elif native in cut:
                 for i in range(2):
-                    sources.setdefault(f"{native}[{i}]", Source((name,), "part", i))
+                    sources.setdefault(f"{native}[{i}]", Source((name,), "element", i))
             elif native not in sources:
-                sources[native] = Source((name,), piece.kind if ":" not in native and piece.kind != "rows" else "same")
+                sources[native] = Source(
+                    (name,), "swap_halves" if piece.kind == "swap_halves" and ":" not in native else "same"
+                )
         unknown += [name for native, found in parts.items() if native not in sources for name in found.values()]
         return Aligned(self.network, self.layout, sources, tuple(unknown))
 
     def _prefix(self, names: Sequence[str]) -> str:
         """What stands before most names: `transformer.`, `model.diffusion_model.`."""
         layouts = key_map(self.network).layouts
-        known = {prefix for layout in layouts.values() for prefix in layout.prefixes} | {"network.", "model."}
+        known = {prefix for layout in layouts.values() for prefix in layout.prefixes} | set(RECORDED)
         return max(
             sorted(known),
             key=lambda p: sum(n.startswith(p) and self.native(n.removeprefix(p)) is not None for n in names),
         )
+
+
+def _module(name: str, last: str) -> str:
+    """`a.b.weight`, `a.b.scale` -> `a.b`; OpenCLIP has `attn.in_proj_weight` -> `attn.in_proj`, `text_projection` as it is."""
+    return name.removesuffix(f"_{last}") if name.endswith(f"_{last}") else name.rpartition(".")[0] or name
 
 
 def _above(path: str) -> Iterator[str]:
@@ -225,8 +267,7 @@ def align(
     best = Aligned("", NATIVE, {name: Source((name,)) for name in names}, ())
     score = len(names) / 4
     for kind in [network] if network else [name for name in NETWORKS if not configs or name in configs]:
-        published: Mapping[str, Any] = PRESETS[kind]  # type: ignore[assignment]
-        candidates = [configs[kind]] if configs and kind in configs else list(published.values())
+        candidates = [configs[kind]] if configs and kind in configs else list(PRESETS[kind].values())
         for name in [layout] if layout else [NATIVE, *key_map(kind).layouts]:
             if sum(_first_words(kind, name).intersection(n.split(":")[0].split(".")) != set() for n in names) <= score:
                 continue  # which spares making the network

@@ -72,10 +72,15 @@ def _shape(source: Source, trace: Mapping[str, Tensor]) -> list[int]:
 
 
 def _source(native: str, computed: Tensor, trace: Mapping[str, Tensor], sources: Mapping[str, Source]) -> Source | None:
-    """The trace's tensor of this name; of two outputs that another implementation gives in the other order, the one that fits."""
+    """The trace's tensor of this name; of two outputs that another implementation gives in the other order, the one that fits.
+
+    None where it gives one alone and that is the other.
+    """
     own = sources.get(native)
     base, _, index = native.rpartition(".")
     other = sources.get(f"{base}.{1 - int(index)}") if index in ("0", "1") else None
+    if own is not None and other is None and index == "1" and fit(own.read(trace), computed) is None:
+        return None
     if own is None or other is None:
         return own
     shapes = [_shape(source, trace) for source in (own, other)]

@@ -6,9 +6,11 @@ from dataclasses import dataclass
 from itertools import permutations
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from eridiff.trace.format import give_back, parts_of
 from eridiff.trace.record import relative_l2
 
 
@@ -68,7 +70,7 @@ def _arrangements(tensor: Tensor, like: Tensor) -> Iterator[Fitted]:
         bare = tensor.reshape(_without_ones(tensor))
         if list(like.shape[-bare.ndim :]) == list(bare.shape):
             yield Fitted(bare.expand(like.shape), f"{shapes}: the same for each row")
-        elif lacking * tensor.numel() == like.numel() and like.ndim > 1:
+        elif lacking * tensor.numel() == like.numel() and like.ndim > 1 and like.shape[0] > 1:
             rows = [like.shape[0] if i == 0 else 1 for i in range(like.ndim)]
             for found in _arrangements(tensor, like[:1]):
                 yield Fitted(found.tensor.repeat(rows), f"{shapes}: the same for each row")
@@ -125,10 +127,9 @@ def distances(found: Tensor, expected: Tensor) -> dict[str, Any]:
     sums = torch.zeros(4, dtype=torch.float64)  # squares of difference, found, expected; product
     worst = worst_relative = worst_ulp = 0.0
     first = -1
-    flat = found.detach().reshape(-1), expected.detach().reshape(-1)
-    scale = max((float(part.double().abs().max()) for part in flat[1].split(1 << 18)), default=0.0)
+    scale = max((float(part.double().abs().max()) for part in parts_of(expected) if part.numel()), default=0.0)
     begin = 0
-    for a, b in zip(*(side.split(1 << 18) for side in flat), strict=True):
+    for a, b in zip(parts_of(found), parts_of(expected), strict=True):
         a, b = a.to("cpu", torch.float64), b.to("cpu", torch.float64)
         gap = (a - b).abs()
         sums += torch.stack([(a - b).square().sum(), a.square().sum(), b.square().sum(), (a * b).sum()])
@@ -141,12 +142,24 @@ def distances(found: Tensor, expected: Tensor) -> dict[str, Any]:
         begin += len(a)
     gap2, a2, b2, product = sums.tolist()
     relative = math.sqrt(gap2) / max(math.sqrt(b2), 1e-300)
-    rows = (found.detach().to("cpu", torch.float32) - expected.detach().to("cpu", torch.float32)).abs()
-    rows = rows.reshape(1, -1, found.shape[-1] if found.ndim else 1)
-    cells = torch.nn.functional.adaptive_max_pool2d(rows, (min(16, rows.shape[1]), min(48, rows.shape[2])))
     return {
-        "map": cells[0].tolist(), "relative": relative if math.isfinite(relative) else math.inf,
+        "map": _heat(found, expected), "relative": relative if math.isfinite(relative) else math.inf,
         "max_abs": worst, "max_rel": worst_relative,
         "cosine": product / max(math.sqrt(a2 * b2), 1e-300), "ulp": worst_ulp,
-        "first": [int(i) for i in torch.unravel_index(torch.tensor(first), found.shape)] if first >= 0 else [],
+        "first": [int(i) for i in np.unravel_index(first, tuple(found.shape))] if first >= 0 else [],
     }  # fmt: skip
+
+
+def _heat(found: Tensor, expected: Tensor) -> list[list[float]]:
+    """The largest difference in each part, band by band: a whole difference would be the largest tensor of a comparison."""
+    width = found.shape[-1] if found.ndim else 1
+    rows = [side.detach().reshape(-1, width) for side in (found, expected)]
+    count = min(16, len(rows[0]))
+    bands = []
+    for i in range(count):
+        band = slice(i * len(rows[0]) // count, -(-(i + 1) * len(rows[0]) // count))
+        gap = (rows[0][band].to("cpu", torch.float32) - rows[1][band].to("cpu", torch.float32)).abs().amax(dim=0)
+        give_back(found)
+        give_back(expected)
+        bands.append(torch.nn.functional.adaptive_max_pool1d(gap[None], min(48, width))[0].tolist())
+    return bands

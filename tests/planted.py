@@ -1,0 +1,76 @@
+"""How `eridiff diff` does on ports with planted errors: `python -m tests.planted [FAMILY ...]` prints the table of docs/porting.md.
+
+Each error alone and in threes, in float64 and float32, the port and the reference both named as ours, the original's and diffusers'
+modules: in how many traces the first divergence is the right one, and of how many errors the cause is the one that is named.
+"""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from eridiff.weights.keymap import key_map
+from tests.port_bugs import BUGS, alone, case_of, triples
+from tests.ports import Report, beside_reference, case, native_names, ported
+
+
+@dataclass(frozen=True)
+class Score:
+    """Of one trace: whether its first divergence is right, the errors whose cause is not named, and how many places it names."""
+
+    first: bool
+    unnamed: tuple[str, ...]
+    places: int
+
+
+def score(family: str, names: Sequence[str], dtype: type, layout: str) -> tuple[Score, Report]:
+    """What the report says of a port with these errors."""
+    bugs = {name: BUGS[family][name] for name in names}
+    golden = case(case_of(family, names))
+    trace = ported(golden, list(bugs.values()), dtype)
+    place_of = native_names(golden, trace)
+    report, native = beside_reference(golden, trace, layout, explain=True)
+    groups = [([native(row.name) for row in group], group[0].cause) for group in report.groups()]
+    order = [native(row.name) for row in report.rows]
+    firsts = {name: place_of[bug.first] for name, bug in bugs.items()}
+    wanted = min(firsts.values(), key=order.index)
+    unnamed = [
+        n for n, bug in bugs.items() if not any(bug.says in cause and firsts[n] in rows for rows, cause in groups)
+    ]
+    return Score(bool(groups) and groups[0][0][0] == wanted, tuple(unnamed), len(groups)), report
+
+
+def layouts(family: str) -> list[str]:
+    return ["native", *key_map(family).layouts]
+
+
+def main(families: Sequence[str]) -> int:
+    print(
+        f"{'':22} {'alone':>22} {'in threes':>26}\n{'':22} {'first':>11} {'cause':>10} {'first':>15} {'cause':>10}",
+        flush=True,
+    )
+    wrong = []
+    for family in families:
+        for layout in layouts(family):
+            for dtype in (np.float64, np.float32):
+                cells = []
+                for sets in ([(name,) for name in alone(family, dtype)], triples(family, dtype)):
+                    scores = [score(family, names, dtype, layout)[0] for names in sets]
+                    count = sum(map(len, sets))
+                    named = count - sum(len(s.unnamed) for s in scores)
+                    cells += [f"{sum(s.first for s in scores)} of {len(sets)}", f"{named} of {count}"]
+                    for names, found in zip(sets, scores, strict=True):
+                        if not found.first or found.unnamed:
+                            place = "" if found.first else "first divergence elsewhere; "
+                            wrong.append(
+                                f"{family} {layout} {dtype.__name__} {' + '.join(names)}: {place}not named: {', '.join(found.unnamed) or '-'}"
+                            )
+                label = f"{family} {layout} {dtype.__name__}"
+                print(f"{label:22} {cells[0]:>11} {cells[1]:>10} {cells[2]:>15} {cells[3]:>10}", flush=True)
+    print("\n".join(wrong))
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:] or list(BUGS)))
