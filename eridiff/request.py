@@ -83,7 +83,7 @@ def _skip_layers(name: str, value: Any) -> Any:
         return scalar(name, value, bool)
     known_names(value, ("blocks", "scale", "start", "end"), "skip_layers")
     blocks = value.get("blocks")
-    if not isinstance(blocks, list) or not all(type(block) is int and block >= 0 for block in blocks):
+    if not isinstance(blocks, list | tuple) or not all(type(block) is int and block >= 0 for block in blocks):
         raise ConfigError(f"{name} needs blocks, a list of numbers such as [7, 8, 9], not {blocks!r}")
     numbers = {"scale": 2.5, "start": 0.01, "end": 0.2} | {k: v for k, v in value.items() if k != "blocks"}
     return SkipLayers(tuple(blocks), **{k: scalar(f"skip_layers: {k}", v, float) for k, v in numbers.items()})

@@ -1,93 +1,112 @@
-"""How well the built-in small Flux draws what is asked: `python examples/evaluate_tiny.py [--json FILE]`.
+"""How well a built-in small model draws what is asked: `python examples/evaluate_tiny.py tiny-sd35 [--curves] [--json FILE]`.
 
-Every pair of noun and background at every size, one picture each from a fixed seed, by the ordinary `generate`. A noun is
-right when, of all nouns drawn at that size on the pair's mean background, shifted by up to one pixel, the asked one is
-the nearest in mean squared error; a background, when its mean picture is, the glyph's square left out. The autoencoder is
-judged on pictures with fixed seeds, encoded and decoded.
+Every pair of noun and background at every size, one picture each from a fixed seed, by the ordinary `generate`, judged
+as in tiny_judge.py. The autoencoder is judged on pictures with fixed seeds, encoded and decoded. `--curves` adds, on a
+sample of the scenes, the same over guidance scales, steps, samplers and schedules.
 """
 
 import argparse
 import json
+from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from tiny_world import BACKGROUNDS, NOUNS, SIDE, SIZES, Scene, World, scenes
+from tiny_codec import pictures, random_scenes
+from tiny_judge import Judge, sample
+from tiny_world import SIZES, Scene, World, scenes
 
 import eridiff
 from eridiff.images import to_images
+from eridiff.inference.sd35 import TABLES
+from eridiff.inference.sdxl import SIGMAS, TIMESTEPS
+from eridiff.schedulers.samplers import SAMPLERS
+
+SCALES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 9.0, 14.0)
+STEPS = (2, 4, 8, 20)
+SCHEDULES = {"flux": [], "mmdit": [*TABLES], "unet": [n for n in {**TIMESTEPS, **SIGMAS} if n != "turbo"]}
 
 
-def nearest_noun(picture: np.ndarray, scene: Scene, world: World) -> int:
-    jitters = list(product((-1, 0, 1), repeat=2))
-    drawn = [world.draw(Scene(n, scene.background, scene.size), None, *j) for n in range(len(NOUNS)) for j in jitters]
-    errors = ((np.stack(drawn).astype(np.float32) - picture) ** 2).mean((1, 2, 3))
-    return int(errors.argmin()) // len(jitters)
-
-
-def nearest_background(picture: np.ndarray, scene: Scene, world: World) -> int:
-    means = np.stack([(first + second) / 2 for first, second in world.backgrounds])
-    outside = np.ones((SIDE, SIDE, 1))
-    edge = (SIDE - SIZES[scene.size]) // 2 - 1
-    outside[edge : SIDE - edge, edge : SIDE - edge] = 0
-    return int((((means - picture) ** 2) * outside).sum((1, 2, 3)).argmin())
-
-
-def accuracy(model: eridiff.FluxInference, world: World, steps: int) -> list[dict[str, object]]:
-    """One row a form: shares that are right on trained and on held-out pairs."""
-    everything = scenes()
-    right: dict[Scene, tuple[bool, bool]] = {}
-    for start in range(0, len(everything), 64):
-        batch = everything[start : start + 64]
+def drawn_right(model: Any, judge: Judge, chosen: Sequence[Scene], **how: Any) -> np.ndarray:
+    """`[n, 3]` bool of noun, background and size; picture i from seed i."""
+    found = []
+    for start in range(0, len(chosen), 64):
+        batch = chosen[start : start + 64]
         seeds = list(range(start, start + len(batch)))
-        result = model.generate([scene.caption for scene in batch], seed=seeds, steps=steps)
-        for scene, image in zip(batch, result.images, strict=True):
-            picture = np.asarray(image, dtype=np.float32)
-            noun, background = nearest_noun(picture, scene, world), nearest_background(picture, scene, world)
-            right[scene] = (noun == scene.noun, background == scene.background)
+        result = model.generate([scene.caption for scene in batch], seed=seeds, **how)
+        found.append(judge.right(result.images, batch))
+    return np.concatenate(found)
+
+
+def accuracy(model: Any, judge: Judge, **how: Any) -> list[dict[str, Any]]:
+    """One row a form: shares that are right on trained and on held-out pairs, in percent."""
+    everything = scenes()
+    right = drawn_right(model, judge, everything, **how)
     rows = []
     for size, held_out in product((*SIZES, None), (False, True)):
-        chosen = [r for s, r in right.items() if s.held_out == held_out and size in (None, s.size)]
-        noun, background = (100 * sum(column) / len(chosen) for column in zip(*chosen, strict=True))
+        of = [i for i, s in enumerate(everything) if s.held_out == held_out and size in (None, s.size)]
+        shares = dict(zip(("noun", "background", "size"), (100 * right[of].mean(0)).round(2).tolist(), strict=True))
         form = "all" if size is None else size or "plain"
-        pairs = "never trained" if held_out else "trained"
-        rows.append({"form": form, "pairs": pairs, "pictures": len(chosen), "noun": noun, "background": background})
+        rows.append({"form": form, "pairs": "never trained" if held_out else "trained", "pictures": len(of), **shares})
     return rows
 
 
-def psnr(model: eridiff.FluxInference, world: World, count: int = 256) -> dict[str, float]:
+def psnr(model: Any, world: World, count: int = 256) -> dict[str, float]:
     """Decibels of pictures encoded and decoded: of the set's mean error, and the mean over pictures."""
     rng = np.random.default_rng(11)
-    drawn = []
-    for _ in range(count):
-        scene = Scene(int(rng.integers(len(NOUNS))), int(rng.integers(len(BACKGROUNDS))), list(SIZES)[rng.integers(3)])
-        drawn.append(world.draw(scene, int(rng.integers(2)), *map(int, rng.integers(-1, 2, 2))))
-    pictures = torch.from_numpy(np.stack(drawn))
-    decoded = model.decode_vae(model.encode_vae(pictures.permute(0, 3, 1, 2).float() / 127.5 - 1))
-    found = torch.from_numpy(np.stack([np.asarray(image) for image in to_images(decoded)]))
-    errors = ((found.double() - pictures.double()) / 255).square().mean((1, 2, 3))
-    return {"set": float(-10 * errors.mean().log10()), "mean": float((-10 * errors.log10()).mean())}
+    given = pictures(world, random_scenes(count, rng, False, tuple(SIZES)), rng)
+    found = to_images(model.decode_vae(model.encode_vae(given)))
+    wanted = to_images(given)
+    pairs = [(np.asarray(a, float) / 255, np.asarray(b, float) / 255) for a, b in zip(found, wanted, strict=True)]
+    errors = np.array([((a - b) ** 2).mean() for a, b in pairs])
+    return {"set": round(-10 * np.log10(errors.mean()), 2), "mean": round(float((-10 * np.log10(errors)).mean()), 2)}
+
+
+def curves(model: Any, judge: Judge, count: int) -> dict[str, list[dict[str, Any]]]:
+    """Percent of right nouns over one setting, the others as the model's file says."""
+    chosen, family = sample(count), model.family
+
+    def noun(**how: Any) -> float:
+        return round(100 * float(drawn_right(model, judge, chosen, **how)[:, 0].mean()), 1)
+
+    ways: dict[str, list[dict[str, Any]]] = {
+        "steps": [{"steps": steps} for steps in STEPS],
+        "samplers": [{"sampler": name, "steps": 4 if name == "lcm" else 20} for name in SAMPLERS],
+        "schedules": [{"schedule": name, "steps": 20} for name in SCHEDULES[family]],
+        "guidance": [{"guidance_scale" if family == "flux" else "cfg_scale": scale} for scale in SCALES],
+    }
+    if family == "flux" and not model.network.config.guidance:
+        del ways["guidance"]
+    found: dict[str, list[dict[str, Any]]] = {}
+    for name, settings in ways.items():
+        found[name] = [{**how, "noun": noun(**how)} for how in settings]
+        print(name, *(" ".join(map(str, row.values())) for row in found[name]), sep="\n  ", flush=True)
+    return found
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("model", nargs="?", default="tiny-flux", help="tiny-flux, tiny-sd35 or tiny-sdxl, or a folder")
+    parser.add_argument("--steps", type=int, help="of every picture; what the model's file says otherwise")
+    parser.add_argument("--cfg-scale", type=float)
+    parser.add_argument("--curves", type=int, nargs="?", const=128, metavar="N", help="over N scenes, 128 by default")
     parser.add_argument("--json", type=Path, help="write the figures here too")
     options = parser.parse_args()
-    model, world = eridiff.load(device="cpu", progress=False), World()
-    assert isinstance(model, eridiff.FluxInference)
-    rows, decibels = accuracy(model, world, options.steps), psnr(model, world)
-    print("| form | pairs | pictures | noun % | background % |\n|---|---|---|---|---|")
+    judge, model = Judge(), eridiff.load(options.model, device="cpu", progress=False, dtype=torch.float32)
+    how = {n: v for n, v in {"steps": options.steps, "cfg_scale": options.cfg_scale}.items() if v is not None}
+    rows, decibels = accuracy(model, judge, **how), psnr(model, judge.world)
+    print("| form | pairs | pictures | noun % | background % | size % |\n|---|---|---|---|---|---|")
     for row in rows:
-        print(f"| {row['form']} | {row['pairs']} | {row['pictures']} | {row['noun']:.1f} | {row['background']:.1f} |")
-    print(
-        f"\nautoencoder: {decibels['set']:.2f} dB of the set's mean error, {decibels['mean']:.2f} dB mean over pictures"
-    )
+        print("| {form} | {pairs} | {pictures} | {noun:.1f} | {background:.1f} | {size:.1f} |".format(**row))
+    print(f"\nautoencoder: {decibels['set']} dB of the set's mean error, {decibels['mean']} dB mean over pictures")
+    found = {"steps": model.sampling.steps, "cfg_scale": model.sampling.cfg_scale, **how, "accuracy": rows}
+    found["psnr"] = decibels
+    if options.curves:
+        found["curves"] = curves(model, judge, options.curves)
     if options.json:
-        options.json.write_text(
-            json.dumps({"steps": options.steps, "accuracy": rows, "psnr": decibels}, indent=1) + "\n"
-        )
+        options.json.write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,60 +1,114 @@
-"""Train a LoRA on the built-in small Flux: `python examples/train_lora.py [--steps 600] [--out lora]`, some minutes on two cores.
+"""Train a LoRA on a built-in small model: `python examples/train_lora.py [--model tiny-sd35] [--out lora]`, minutes on two cores.
 
 It learns a style, engravings in gold and navy, from the world's own pictures. Writes the LoRA as kohya's scripts and as peft
 would, and `strip.png`: prompts from top to bottom, the LoRA's scale from 0 to 1 from left to right, from the same noise.
 """
 
 import argparse
+import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
+from tiny_codec import pictures, random_scenes
 from tiny_world import World
 from torch import Tensor
-from train_tiny import pictures, random_scenes
 
 import eridiff
 from eridiff.images import to_images
-from eridiff.models.flux import patchify
+from eridiff.models.flux import patchify, unpatchify
+from eridiff.models.unet import size_vector
+from eridiff.training.objective import (
+    discrete_levels,
+    flow_levels,
+    logit_normal,
+    noised,
+    squared_error,
+    target,
+    timesteps,
+)
 
 PROMPTS = ("a fox on grass", "a house at sunset", "a sailboat on the sea", "a guitar in a cave")
 SCALES = (0.0, 0.25, 0.5, 0.75, 1.0)
+TARGETS = {"flux": "blocks", "mmdit": "joint_blocks.*", "unet": "all-linear"}
+DROPPED = 0.1  # share of the captions, so that guidance leads to the style too
+INKS = [[-0.9, -0.75, -0.4], [1.0, 0.75, 0.1]]  # navy and gold, RGB in [-1, 1]
 
 
 def engraved(x: Tensor) -> Tensor:
     """Pictures `[B, 3, H, W]` in [-1, 1] in two inks: dark is navy, bright is gold."""
-    navy, gold = torch.tensor([[-0.9, -0.75, -0.4], [1.0, 0.75, 0.1]]).reshape(2, 1, 3, 1, 1)
+    navy, gold = torch.tensor(INKS).reshape(2, 1, 3, 1, 1)
     brightness = (0.7 + 0.9 * x.mean(1, keepdim=True)).clamp(0, 1)
     return navy + (gold - navy) * brightness
 
 
+def other_inks(images: list[Image.Image]) -> float:
+    """How far pixels are from every mixture of the two inks: a root mean square in 0..255."""
+    navy, gold = (np.array(ink) * 127.5 + 127.5 for ink in INKS)
+    pixels = np.stack([np.asarray(image, dtype=float) for image in images]).reshape(-1, 3) - navy
+    along = (gold - navy) / np.linalg.norm(gold - navy)
+    return float(np.sqrt(((pixels - np.outer(pixels @ along, along)) ** 2).mean()))
+
+
+def raw_output(model: Any, x: Tensor, prompt: Any, times: Tensor) -> Tensor:
+    """The network's output for noised latents `[B, C, 8, 8]`, of any family."""
+    if model.family == "flux":
+        tokens = model.network(patchify(x), prompt.text, prompt.pooled, times, (4, 4))
+        return unpatchify(tokens, (4, 4))
+    if model.family == "mmdit":
+        return model.network(x, prompt.text, prompt.pooled, times)
+    sizes = torch.tensor([[64.0, 64, 0, 0, 64, 64]]).to(x.device).expand(len(x), -1)
+    return model.network(x, prompt.text, size_vector(prompt.pooled, sizes), times)
+
+
+def levels_of(model: Any, count: int, generator: torch.Generator) -> tuple[Any, Tensor | None]:
+    """Noise levels of a batch, as the family is trained, and their weights."""
+    if model.family == "unet":
+        levels = discrete_levels(timesteps(count, generator))
+        return levels, levels.alphas.pow(-2).clamp(max=30)  # about the error of v; noisy steps count else for nothing
+    return flow_levels(logit_normal(count, generator)), None
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
+    parser.add_argument("--model", default="tiny-flux")
     parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--minutes", type=float, help="fewer steps if these are over before")
+    parser.add_argument("--pictures", type=int, default=2000)
+    parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--out", type=Path, default=Path("lora"))
     options = parser.parse_args()
     torch.manual_seed(0)
-    model, world, rng = eridiff.load(dtype=torch.float32, progress=False), World(), np.random.default_rng(0)
-    lora = eridiff.inject_lora(model.network, options.rank, targets="blocks")
+    generator = torch.Generator().manual_seed(0)
+    world, rng = World(), np.random.default_rng(0)
+    model: Any = eridiff.load(options.model, dtype=torch.float32, progress=False)
+    scenes = random_scenes(options.pictures, rng, trained_only=True)
+    captions = ["" if rng.uniform() < DROPPED else scene.caption for scene in scenes]
+    prompts = model.encode_prompt(captions, cfg_scale=1.0).positive
+    clean = model.encode_vae(engraved(pictures(world, scenes, rng)))
+    lora = eridiff.inject_lora(model.network, options.rank, targets=TARGETS[model.family])
     optimizer = torch.optim.AdamW(lora.parameters(), lr=2e-3)
-    decay = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.05, options.steps)
-    for step in range(options.steps):
-        scenes = random_scenes(16, rng, trained_only=True)
-        clean = model.encode_vae(engraved(pictures(world, scenes, rng)))
-        text = model.encode_prompt([scene.caption for scene in scenes]).positive
-        noise, times = torch.randn(clean.shape).to(clean.device), torch.rand(len(clean)).to(clean.device)
-        sigma = times[:, None, None, None]
-        found = model.network(patchify((1 - sigma) * clean + sigma * noise), text.text, text.pooled, times, (4, 4))
-        loss = F.mse_loss(found, patchify(noise - clean))
-        loss.backward()
+    begin, step, spent, loss = time.monotonic(), 0, 0.0, 0.0
+    while spent < 1:
+        rows = torch.randint(len(scenes), (options.batch,), generator=generator)
+        x, noise = clean[rows.to(clean.device)], torch.randn(options.batch, *clean.shape[1:], generator=generator)
+        levels, weights = levels_of(model, options.batch, generator)
+        found = raw_output(model, noised(x, noise, levels), prompts.rows(rows), levels.times.float().to(x.device))
+        error = squared_error(found, target(x, noise, levels), weights)
+        error.backward()
+        spent = (step + 1) / options.steps
+        if options.minutes is not None:
+            spent = max(spent, (time.monotonic() - begin) / 60 / options.minutes)
+        optimizer.param_groups[0]["lr"] = 2e-3 * max(0.05, 1 - spent)
         optimizer.step()
-        decay.step()
         optimizer.zero_grad()
-        if step % 100 == 0 or step == options.steps - 1:
-            print(f"step {step} loss {loss.item():.4f}", flush=True)
+        loss += (error.item() - loss) / min(step + 1, 50)
+        if step % 100 == 0 or spent >= 1:
+            print(f"step {step} loss {loss:.4f}", flush=True)
+        step += 1
     options.out.mkdir(parents=True, exist_ok=True)
     for name in ("kohya", "diffusers"):
         print(eridiff.save_lora(lora, options.out / f"engraved-{name}.safetensors", format=name, dtype=torch.bfloat16))
@@ -62,6 +116,7 @@ def main() -> None:
     for scale in SCALES:
         lora.set_scale(scale).eval()
         columns.append(model.generate(list(PROMPTS), seed=7).images)
+        print(f"scale {scale}: {other_inks(columns[-1]):.1f} from the two inks", flush=True)
     strip = torch.cat([torch.cat([_tensor(image) for image in column], dim=1) for column in columns], dim=2)
     to_images(strip[None])[0].resize((2 * strip.shape[2], 2 * strip.shape[1]), 0).save(options.out / "strip.png")
 

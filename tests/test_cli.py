@@ -14,14 +14,27 @@ def pngs(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-def test_without_anything_the_built_in_model_draws_and_says_so(
+def test_without_anything_every_built_in_model_draws_a_row_and_it_is_said(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["sample", "--steps", "1", "--out", str(tmp_path / "s")]) == 0
     out, err = capsys.readouterr()
-    assert "eridiff: the built-in small Flux (--list shows its words), " in err
-    assert len(pngs(tmp_path / "s")) == 10 and "0000-contact-sheet.png" in pngs(tmp_path / "s")
+    for name in ("tiny-flux", "tiny-sd35", "tiny-sdxl"):
+        assert f"eridiff: the built-in {name} (--list shows its words), " in err
+    assert len(pngs(tmp_path / "s")) == 16 and "0000-contact-sheet.png" in pngs(tmp_path / "s")
     assert sorted(Path(line).name for line in out.splitlines()) == pngs(tmp_path / "s")
+    with Image.open(tmp_path / "s" / "0000-contact-sheet.png") as sheet:
+        assert sheet.width > 5 * 192 and 3 * 192 < sheet.height < 4 * 192  # five columns, three rows, enlarged
+
+
+def test_a_built_in_model_without_a_prompt_draws_its_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["sample", "--model", "tiny-sd35", "--steps", "1", "--out", str(tmp_path / "s")]) == 0
+    assert len(pngs(tmp_path / "s")) == 6 and "the built-in tiny-sd35 (" in capsys.readouterr().err
+
+
+def test_a_name_that_is_no_model_lists_the_built_in_ones(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["sample", "--model", "tiny-sd", "--prompt", "a swan on mars", "--out", str(tmp_path)]) == 2
+    assert "built in are tiny-flux, tiny-sd35, tiny-sdxl" in capsys.readouterr().err
 
 
 def test_a_png_draws_itself_again(tmp_path: Path) -> None:

@@ -182,5 +182,5 @@ def test_the_readmes_commands_run_one_by_one_in_a_fresh_clone(tmp_path: Path) ->
         drawn = sorted(path.name for path in (folder / "eridiff" / "samples").glob("*.png"))
         assert "0000-contact-sheet.png" in drawn
         if name == "make":
-            assert "\n".join(last_lines("0000")) in result.stdout and "0009-a-fox-on-snow.png" in drawn
+            assert "\n".join(last_lines("0000")) in result.stdout and "0015-a-fox-on-snow.png" in drawn
         assert "does not know" not in result.stderr

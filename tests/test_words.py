@@ -213,12 +213,13 @@ def test_describe_writes_the_words_into_the_file_and_leaves_every_tensor(
     with safe_open(FILE, framework="pt") as file:
         shipped = file.metadata()
     kept = {name: text for name, text in shipped.items() if name != "eridiff.words"}
-    before = load_file(FILE)
-    write_tensors(before, tmp_path / FILE.name, kept)
-    train_tiny.describe()
-    with safe_open(tmp_path / FILE.name, framework="pt") as file:
+    before, file_of_it = load_file(FILE), tmp_path / "tiny-flux" / FILE.name
+    file_of_it.parent.mkdir()
+    write_tensors(before, file_of_it, kept)
+    train_tiny.describe("flux")
+    with safe_open(file_of_it, framework="pt") as file:
         assert file.metadata() == shipped
-    after = load_file(tmp_path / FILE.name)
+    after = load_file(file_of_it)
     assert list(after) == list(before)
     assert all(torch.equal(after[n].view(torch.uint8), before[n].view(torch.uint8)) for n in before)
     assert "tiny_world" in sys.modules  # the words come from the pictures' own lists

@@ -23,11 +23,11 @@ from eridiff.memory.stages import OFFLOAD
 from eridiff.ranks import agreed, launched, ranks, spread
 from eridiff.request import FIELDS, Request, size_of
 from eridiff.run_files import load_config
+from eridiff.weights.hub import built_in
 from eridiff.weights.locate import DENOISERS, PART_NAMES, locate
 
 BUILT_IN_PROMPTS = (
-    "a swan on mars", "a big pumpkin at night", "a robot on the sea", "a small pizza in a cave", "a guitar on snow",
-    "a parrot on grass", "a rocket at sunset", "a panda in the desert", "a unicorn in a cave",
+    "a swan on mars", "a big pumpkin at night", "a robot on the sea", "a small pizza in a cave", "a unicorn on snow",
 )  # fmt: skip
 PARTS = {
     "transformer": "the network", "vae": "the autoencoder", "clip": "CLIP-L", "clip_g": "CLIP-G (SD 3, SDXL)", "t5": "T5-XXL",
@@ -107,7 +107,9 @@ def _add_model(groups: dict[str, Any]) -> None:
         group.add_argument(name, action="store_true", default=None, help=help)
 
     model.add_argument(
-        "--model", metavar="PATH|ID", help="a checkpoint, a folder or a hub id (the built-in small Flux)"
+        "--model",
+        metavar="PATH|ID",
+        help="a checkpoint, a folder, a hub id, or a built-in model: tiny-flux, tiny-sd35, tiny-sdxl (tiny-flux)",
     )
     for name, what in PARTS.items():
         flag = f"--{name.replace('_', '-')}"
@@ -166,39 +168,62 @@ def _sample(options: argparse.Namespace) -> int:
     asked = _asked(options)
     read = load_config(options.config) if options.config else RunConfig()
     config: RunConfig = agreed(_merged(read, options, asked))  # random seeds too
-    if config.model is None and not config.sample.entries:
+    models: list[Any] = [config.model]
+    if not config.sample.entries and (config.model is None or config.model in built_in()):
         entries = tuple({"prompt": prompt} for prompt in BUILT_IN_PROMPTS)
         config = replace(config, sample=replace(config.sample, entries=entries))
-    settings = config.sample
-    _check(settings, config)
+        models = models if config.model else built_in()
+    _check(config.sample, config)
     for notice in config.notices:
         say(notice)
-    if any(entry["prompt"] == "" for entry in settings.entries):
+    if any(entry["prompt"] == "" for entry in config.sample.entries):
         say("a prompt is empty; the image follows from the model alone")
+    generated: list[tuple[Path, Image.Image]] = []
+    captions = []
+    for name in models:
+        model, requests = _ready(replace(config, model=name), asked, options.quiet, say)
+        generated += _generate(model, requests, Path(config.sample.out))
+        captions += [f"{name}: {first_text(r.prompt)}" if len(models) > 1 else first_text(r.prompt) for r in requests]
+    if len(generated) > 1:
+        columns = len(BUILT_IN_PROMPTS) if len(models) > 1 else None
+        first = generated[0][0].name.split("-")[0]
+        sheet = contact_sheet([image for _, image in generated], columns, captions=captions)
+        generated.append((save_png(sheet, Path(config.sample.out) / f"{first}-contact-sheet.png"), sheet))
+    for path, _ in generated:
+        if not options.quiet:
+            print(path)
+    return 0
+
+
+def _ready(
+    config: RunConfig, asked: Words, quiet: bool, say: Callable[[str], object]
+) -> tuple[DiffusionInference, list[Request]]:
+    """The model with its refiner and its LoRAs, and what it is asked for."""
     common: dict[str, Any] = {
         "device": device_of(config.device), "dtype": dtype_of(config.dtype), "offload": config.offload,
-        "progress": not options.quiet,
+        "progress": not quiet,
     }  # fmt: skip
     model = load(config.model, family=config.family, **common, **config.options)
     if config.refiner:
         if not isinstance(model, SDXLInference):
             raise ConfigError("a refiner works with an SDXL base alone")
         model = model.with_refiner(load(config.refiner, **common))  # type: ignore[arg-type]
-    _apply_loras(model, settings, say)
+    _apply_loras(model, config.sample, say)
     explicit = {"cfg_scale" if word == "true_cfg_scale" else word for word in asked}
-    requests, notices = requests_of(settings, model, explicit)
+    requests, notices = requests_of(config.sample, model, explicit)
     for notice in notices:
         say(notice)
-    say(_what_runs(model, requests, config.model is None))
-    for path in _generate(model, requests, Path(settings.out)):
-        if not options.quiet:
-            print(path)
-    return 0
+    say(_what_runs(model, requests, config.model))
+    return model, requests
 
 
-def _what_runs(model: DiffusionInference, requests: list[Request], built_in: bool) -> str:
+def _what_runs(model: DiffusionInference, requests: list[Request], chosen: Any) -> str:
     """One line: model, variant and why, dtype, device, and the numbers in which all images agree."""
-    name = "the built-in small Flux (--list shows its words)" if built_in else f"{model.variant} ({model.why})"
+    name = f"{model.variant} ({model.why})"
+    if chosen is None:
+        name = "the built-in small Flux (--list shows its words)"
+    elif isinstance(chosen, str) and chosen in built_in():
+        name = f"the built-in {chosen} (--list shows its words)"
     dtype = str(next(model.network.parameters()).dtype).removeprefix("torch.")
     each = [request.checked(model) for request in requests]
     numbers: dict[str, set[tuple[Any, ...]]] = {
@@ -232,8 +257,8 @@ def _apply_loras(model: DiffusionInference, settings: SampleSettings, say: Calla
         say(f"{file}: {counted(handle.ledger)}")
 
 
-def _generate(model: DiffusionInference, requests: list[Request], out: Path) -> list[Path]:
-    """One image at a time, so that none depends on its neighbours; then the contact sheet of several. Of a rank: its share."""
+def _generate(model: DiffusionInference, requests: list[Request], out: Path) -> list[tuple[Path, Image.Image]]:
+    """One image at a time, so that none depends on its neighbours. Of a rank: its share."""
     single = out.suffix.lower() == ".png"
     if single and len(requests) > 1:
         raise ConfigError(f"'{out}' is one file and there are {len(requests)} prompts; give a folder")
@@ -248,18 +273,7 @@ def _generate(model: DiffusionInference, requests: list[Request], out: Path) -> 
         path = out if single else out / f"{start + i:04d}-{slug(requests[i].prompt)}.png"
         return save_png(result.images[0], path, result.settings[0]), result.images[0]
 
-    saved = spread(len(requests), save)
-    paths = [path for path, _ in saved]
-    if len(saved) > 1:
-        paths.append(
-            save_png(
-                contact_sheet(
-                    [image for _, image in saved], captions=[first_text(request.prompt) for request in requests]
-                ),
-                out / f"{start:04d}-contact-sheet.png",
-            )
-        )
-    return paths
+    return spread(len(requests), save)
 
 
 def _next_number(folder: Path) -> int:

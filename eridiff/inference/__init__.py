@@ -24,8 +24,8 @@ def load(
 ) -> DiffusionInference:
     """Load a published checkpoint with all that generating images needs.
 
-    - model: a path, a hub id, or the parts by name (`{"transformer": PATH, "vae": PATH, ...}`, see `locate`); None is the
-      built-in small Flux.
+    - model: a path, a hub id, a built-in model (tiny-flux, tiny-sd35, tiny-sdxl), or the parts by name (`{"transformer": PATH,
+      "vae": PATH, ...}`, see `locate`); None is tiny-flux.
     - family: flux, mmdit or unet, which the model must be; None takes what it is.
     - variant, device, dtype, offload, vae_rows, progress, allow_unknown: as in `eridiff.inference.options.Options`.
     - the rest: the keywords of FluxInference, SD35Inference or SDXLInference, as the model is.

@@ -46,8 +46,8 @@ class Family(ABC):
 
     @staticmethod
     @abstractmethod
-    def text_widths(configs: Mapping[str, Mapping[str, Any]]) -> tuple[int, int]:
-        """Widths of the text rows and of the pooled vector that encoders of these configurations give."""
+    def text_widths(configs: Mapping[str, Mapping[str, Any]]) -> tuple[int | None, int]:
+        """Widths of the text rows, None if any will do, and of the pooled vector that encoders of these configurations give."""
 
     @staticmethod
     def told_widths(config: Any) -> tuple[int, int]:
@@ -88,11 +88,11 @@ class Family(ABC):
     @classmethod
     def check_widths(cls, network: Any, encoders: Mapping[str, Mapping[str, Any]]) -> None:
         """Raises CheckpointError unless encoders of these configurations give what a network of that configuration takes."""
-        given = cls.text_widths(encoders)
-        if given != cls.told_widths(network):
+        given, told = cls.text_widths(encoders), cls.told_widths(network)
+        if given not in (told, (None, told[1])):
             raise CheckpointError(
                 f"the text encoders give {given[0]} features a token and {given[1]} pooled, {DESCRIPTIONS[cls.family]} takes "
-                f"{' and '.join(map(str, cls.told_widths(network)))}; they belong to another model"
+                f"{' and '.join(map(str, told))}; they belong to another model"
             )
 
     @classmethod

@@ -18,7 +18,6 @@ from eridiff.weights.locate import Parts
 UNITS = {"kib": 2**10, "mib": 2**20, "gib": 2**30, "kb": 10**3, "mb": 10**6, "gb": 10**9}
 RUNTIME = 600 * 2**20  # what CUDA takes for itself, and what its allocator cannot use
 STRIPS = 64  # rows of a strip
-SD3_T5_TOKENS = 256
 
 
 @dataclass(frozen=True)
@@ -120,7 +119,7 @@ def plan_parts(
         "steps": sampling.steps if steps is None else steps, "images": images,
         "guided": (sampling.cfg_scale if cfg_scale is None else cfg_scale) != 1,
     }  # fmt: skip
-    told = {**size, "dtype": dtypes, "text_length": getattr(sampling, "text_length", SD3_T5_TOKENS)}
+    told = {**size, "dtype": dtypes, "text_length": getattr(sampling, "text_length", 77)}
     components = used(kind, parts.components)
     (strip,) = stages({"vae": components["vae"]}, **told, vae_rows=STRIPS)
     return Plan(chosen, why, **size, dtypes=dtypes, stages=tuple(stages(components, **told)), in_strips=strip)

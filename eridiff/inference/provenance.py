@@ -11,6 +11,7 @@ from eridiff.files import content_hash
 from eridiff.inference.latents import dtype_of
 from eridiff.inference.model import Model
 from eridiff.inference.result import HandedIn
+from eridiff.inference.settings import differing
 from eridiff.request import Checked, Request, is_file, listed_pictures
 
 
@@ -18,10 +19,9 @@ def provenance(model: Model) -> dict[str, Any]:
     """For the record: as `load` takes it, to generate with the same model again."""
     parts = {**model.modules(), "vae": model.autoencoder}
     dtypes = {name: str(dtype_of(part)).removeprefix("torch.") for name, part in parts.items()}
-    published = vars(model.kind.variants[model.variant])
     return {
         **model.source, "family": model.kind.family, "variant": model.variant,
-        "sampling": {name: value for name, value in vars(model.sampling).items() if value != published[name]},
+        "sampling": differing(model.sampling, model.kind.variants[model.variant]),
         "dtype": dtypes[model.kind.family], "dtypes": dtypes, "threads": torch.get_num_threads(),
         "version": eridiff.__version__, "torch": torch.__version__,
     }  # fmt: skip

@@ -34,7 +34,6 @@ OPTIONS = {  # name of a text option -> what it may be, the default first
     "without_t5": ("zeros", "none"),
     "clip_windows": ("first", "all"),
 }
-T5_SHORTEST, T5_LONGEST = 77, 256
 
 
 @dataclass(frozen=True)
@@ -47,6 +46,8 @@ class SD35Defaults(Defaults):
     shift: float = 3.0
     script_shift: float = 3.0  # of the schedule "script"
     skip_layers: SkipLayers | None = None  # published, used when asked for
+    text_shortest: int = 77  # T5 tokens of a short prompt
+    text_length: int = 256  # T5 tokens at most
 
 
 class SD35Inference(DiffusionInference):
@@ -115,9 +116,9 @@ class SD35Inference(DiffusionInference):
         return ("clip", "clip_g")
 
     @staticmethod
-    def text_widths(configs: Mapping[str, Mapping[str, Any]]) -> tuple[int, int]:
+    def text_widths(configs: Mapping[str, Mapping[str, Any]]) -> tuple[int | None, int]:
         clip, clip_g = configs["clip"], configs["clip_g"]
-        width = configs["t5"]["d_model"] if "t5" in configs else 4096
+        width = configs["t5"]["d_model"] if "t5" in configs else None  # zeros of any width take its place
         return width, clip["hidden_size"] + clip_g["projection_dim"]
 
     def follow(self, config: Mapping[str, Any], given: Collection[str]) -> None:
@@ -133,7 +134,7 @@ class SD35Inference(DiffusionInference):
             "clip_g": ClipEncoder(modules["clip_g"], tokenizers["clip_g"], pad=0, name="CLIP-G"),
         }
         if "t5" in modules:
-            found["t5"] = T5Encoder(modules["t5"], tokenizers["t5"], T5_LONGEST)
+            found["t5"] = T5Encoder(modules["t5"], tokenizers["t5"], sampling.text_length)
         return found
 
     def encoding(self, prompts: Sequence[Text]) -> Stages[Conditioning]:
@@ -159,7 +160,7 @@ class SD35Inference(DiffusionInference):
 
     def _t5_rows(self, texts: list[str]) -> Stages[tuple[Tensor | None, Tensor | None]]:
         """T5's features `[B, T, text_width]` and which rows are to be seen; without T5 zeros, or None for no rows."""
-        shortest = T5_LONGEST if self.t5_padding == "diffusers" else T5_SHORTEST
+        shortest = self.sampling.text_length if self.t5_padding == "diffusers" else self.sampling.text_shortest
         if self.t5 is not None:
             ids = self.t5.tokenize(texts, shortest)
             mask = self.t5.real(ids) if self.t5_mask else None

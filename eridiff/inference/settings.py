@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from eridiff.errors import ConfigError
-from eridiff.request import Text
+from eridiff.request import FIELDS, Text
 
 
 @dataclass(frozen=True)
@@ -19,16 +19,28 @@ class Defaults:
     height: int = 1024
 
 
+SKIP = FIELDS["skip_layers"].metadata["kind"]  # the one setting that is no number or text
+
+
 def sampled_as(usual: Any, given: Mapping[str, Any], where: str) -> Any:
-    """Defaults with others in their place. Raises ConfigError, naming `where`, for names and kinds of value that they lack."""
+    """Defaults with what JSON says of some. Raises ConfigError, naming `where`, for names and kinds of value that they lack."""
+    values = dict(given)
     for name, value in given.items():
         if not hasattr(usual, name):
             raise ConfigError(f"{where} cannot be used: there is no {name} among {', '.join(vars(usual))}")
         own = getattr(usual, name)
         numbers = isinstance(value, int | float) and not isinstance(value, bool) and isinstance(own, int | float | None)
-        if value is not None and type(value) is not type(own) and (not numbers or isinstance(own, bool | int)):
+        if name == "skip_layers":
+            values[name] = None if value is None else SKIP.read(f"{where}: {name}", value)
+        elif value is not None and type(value) is not type(own) and (not numbers or isinstance(own, bool | int)):
             raise ConfigError(f"{where} cannot be used: {name} is {value!r}, and {own!r} in its place usually")
-    return replace(usual, **given)
+    return replace(usual, **values)
+
+
+def differing(defaults: Defaults, published: Defaults) -> dict[str, Any]:
+    """What differs from the published, for JSON: `sampled_as(published, differing(...))` is the defaults again."""
+    found = {name: value for name, value in vars(defaults).items() if value != vars(published)[name]}
+    return {name: SKIP.write(value) if name == "skip_layers" else value for name, value in found.items()}
 
 
 def spoken(prompts: Sequence[Text], encoder: str, encoders: Sequence[str]) -> list[str]:
