@@ -109,7 +109,7 @@ def test_a_prompt_without_a_known_noun_is_refused_with_the_way_out(prompt: str, 
         built_in.generate(["a swan on mars", prompt], seed=1)
     assert str(caught.value) == (
         f"{prompt!r} names none of the nouns that this model knows (swan, dog, fox, ...); "
-        "eridiff sample --list shows them all, and inference.words = None ends this check"
+        "eridiff sample --list shows them all, and --any-prompt, or inference.words = None, ends this check"
     )
 
 
@@ -169,6 +169,12 @@ def test_the_command_line_refuses_before_it_draws(tmp_path: Path, capsys: pytest
     out = tmp_path / "out"
     assert main(["sample", "--prompt", "a fox", "--prompt", "a cat", "--out", str(out), "--quiet"]) == 2
     assert "'a cat' names none of the nouns" in capsys.readouterr().err and not out.exists()
+    assert main(["sample", "--prompt", "a cat", "--any-prompt", "--steps", "1", "--out", str(out)]) == 0
+    assert "names none" not in capsys.readouterr().err and len([*out.iterdir()]) == 1
+    folder = tiny.write_model(tmp_path / "m")
+    line = ["sample", "--model", str(folder), "--prompt", "a cat", "--any-prompt", "--steps", "1", "--size", "32x32"]
+    assert main([*line, "--device", "cpu", "--out", str(out)]) == 0
+    assert "without effect here: --any-prompt (the model lists no words)" in capsys.readouterr().err
 
 
 def test_the_command_line_warns_of_each_prompt_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

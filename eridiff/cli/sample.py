@@ -81,6 +81,9 @@ def add_parser(commands: Any) -> None:
         "--out", metavar="FOLDER", help="folder of the images (samples); a name ending in .png is one file"
     )
     run.add_argument("--quiet", action="store_true", help="print only errors")
+    run.add_argument(
+        "--any-prompt", action="store_true", help="generate also what names nothing that a built-in model knows"
+    )
     run.add_argument("--list", action="store_true", help="show the words that the built-in model, or --model, knows")
 
 
@@ -182,6 +185,10 @@ def _sample(options: argparse.Namespace) -> int:
     captions = []
     for name in models:
         model, requests = _ready(replace(config, model=name), asked, options.quiet, say)
+        if options.any_prompt:
+            if model.words is None:
+                say("without effect here: --any-prompt (the model lists no words)")
+            model.words = None
         generated += _generate(model, requests, Path(config.sample.out))
         captions += [f"{name}: {first_text(r.prompt)}" if len(models) > 1 else first_text(r.prompt) for r in requests]
     if len(generated) > 1:

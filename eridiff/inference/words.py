@@ -44,7 +44,7 @@ class Words:
             if refuse and not any(set(noun.split()) <= readable for noun in self.nouns):
                 raise ConfigError(
                     f"{text!r} names none of the nouns that this model knows ({', '.join(self.nouns[:3])}, ...); {LIST} shows "
-                    "them all, and inference.words = None ends this check"
+                    "them all, and --any-prompt, or inference.words = None, ends this check"
                 )
             unknown = [repr(word) for word in dict.fromkeys(words) if word not in known]
             found = [f"does not know {', '.join(unknown)}"] if unknown else []
