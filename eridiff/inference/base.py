@@ -142,6 +142,7 @@ class DiffusionInference(Family):
         self._model: Model | None = None
         if network is not None:
             self.model = Model.of(type(self), network, autoencoder, encoders, variant=variant)
+            self._check_device()
         elif autoencoder is not None or any(encoder is not None for encoder in encoders.values()):
             raise ConfigError(
                 f"{type(self).__name__} was given modules without a network: give it too, or none and load_model"
@@ -156,11 +157,14 @@ class DiffusionInference(Family):
 
     @model.setter
     def model(self, model: Model) -> None:
-        """Raises ConfigError for modules on another device than the one that is asked for."""
-        asked = self.asked_device
-        if asked is not None and not self.offload and not same_device(model.device, asked):
-            raise ConfigError(f"the network is on {model.device}, not on {asked}: move it there, or give no device")
         self._model = model
+
+    def _check_device(self) -> Self:
+        """This inference; raises ConfigError for modules on another device than the one that is asked for."""
+        own, asked = self.model.device, self.asked_device
+        if asked is not None and not self.offload and not same_device(own, asked):
+            raise ConfigError(f"the network is on {own}, not on {asked}: move it there, or give no device")
+        return self
 
     @classmethod
     def from_diffusers(
@@ -183,7 +187,7 @@ class DiffusionInference(Family):
         inference = cls(None, None, **options)
         inference.model, said = model_of(cls, pipeline, given, inference.asked_variant)
         inference.follow(said, options)
-        return inference
+        return inference._check_device()
 
     @classmethod
     def own_options(cls) -> list[str]:

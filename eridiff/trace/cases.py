@@ -90,8 +90,8 @@ class Case:
     @property
     def family(self) -> str:
         """The network, by its key map; both CLIPs have one."""
-        kind: str = self.description["kind"]
-        return "clip" if kind == "clip_g" else kind
+        network: str = self.description["kind"].partition("-")[0]
+        return "clip" if network == "clip_g" else network
 
     @property
     def epsilons(self) -> str:
