@@ -172,7 +172,7 @@ class DiffusionInference(Family):
         text_encoder: Any = None, text_encoder_2: Any = None, text_encoder_3: Any = None, tokenizer: Any = None,
         tokenizer_2: Any = None, tokenizer_3: Any = None, scheduler: Any = None, **options: Any,
     ) -> Self:  # fmt: skip
-        """Draw with the modules of a trainer: those of a diffusers pipeline, or single ones by diffusers' names.
+        """Generate with the modules of a trainer: those of a diffusers pipeline, or single ones by diffusers' names.
 
         The network and the autoencoder are adopted (`eridiff.adopt`): of diffusers' classes or under the
         originals' names, wrapped or not, they share their parameters and nothing is copied; what `adopt` returned is

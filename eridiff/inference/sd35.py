@@ -51,7 +51,7 @@ class SD35Defaults(Defaults):
 
 
 class SD35Inference(DiffusionInference):
-    """Draws with any SD 3: `SD35Inference().load_model("sd3.5_medium/")`, or with modules that are already there."""
+    """Generates with any SD 3: `SD35Inference().load_model("sd3.5_medium/")`, or with modules that are already there."""
 
     family = "mmdit"
     encoders = ("clip", "clip_g", "t5")

@@ -54,7 +54,7 @@ class SDXLDefaults(Defaults):
 
 
 class SDXLInference(DiffusionInference):
-    """Draws with any SDXL: `SDXLInference().load_model("sd_xl_base_1.0.safetensors")`, or with modules already there."""
+    """Generates with any SDXL: `SDXLInference().load_model("sd_xl_base_1.0.safetensors")`, or with modules already there."""
 
     family = "unet"
     encoders = ("clip", "clip_g")
