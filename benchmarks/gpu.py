@@ -87,6 +87,7 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=480, help="what all may take")
     parser.add_argument("--tiny", action="store_true", help="tiny networks on the CPU, to try the program itself")
     parser.add_argument("--out", type=Path, help="the JSON file")
+    parser.add_argument("--host-gb", type=float, help="memory of the host, where the system grows into more than it says")
     parser.add_argument(
         "--only", nargs="*", help="the names of sections to run, such as G1 (and --out, or the rest is overwritten)"
     )
@@ -99,7 +100,8 @@ def main() -> int:
     machine = gpu_measure.machine(device)
     slug = re.sub(r"[^a-z0-9]+", "-", machine["device"].lower()).strip("-")
     path = options.out or ROOT / "benchmarks" / "results" / f"gpu-{slug}.json"
-    bench = Bench(device, budget, options.tiny, plan(options.tiny))
+    host = options.host_gb * 1e9 if options.host_gb else gpu_measure.available_bytes()
+    bench = Bench(device, budget, options.tiny, host, plan(options.tiny))
     told = {"seconds": options.seconds, "tiny": options.tiny, "only": options.only}
     print("\n".join(f"{name}: {value}" for name, value in machine.items()), flush=True)
     write(path, machine, told, bench)

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks.gpu_measure import ROOT, available_bytes, free, synchronise
+from benchmarks.gpu_measure import ROOT, free, synchronise
 from benchmarks.gpu_sections import Bench
 from eridiff import FluxInference
 from eridiff.memory.stages import OFFLOAD
@@ -26,11 +26,11 @@ def run(bench: Bench) -> None:
     device, tiny = bench.device, bench.tiny
     parts, layers = empty_parts(tiny), T5_LAYERS
     needed = sum(bytes_of(module) for module in parts.values())
-    while not tiny and ROOM * needed > available_bytes() and layers > 1:
+    while not tiny and ROOM * needed > bench.host_bytes and layers > 1:
         layers //= 2
         parts = empty_parts(tiny, layers)
         needed = sum(bytes_of(module) for module in parts.values())
-    if not tiny and ROOM * needed > available_bytes():
+    if not tiny and ROOM * needed > bench.host_bytes:
         return bench.row("weights", "not run", f"{ROOM * needed / 1e9:.0f} GB of free host memory are needed")
     begun = time.monotonic()
     for module in parts.values():

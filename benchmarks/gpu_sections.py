@@ -40,6 +40,7 @@ class Bench:
     device: torch.device
     budget: Budget
     tiny: bool
+    host_bytes: float  # free memory of the host; 0 where nobody says
     sections: list[Section] = field(default_factory=list)
     section: Section = field(default_factory=lambda: Section("", "", 0, lambda _: None))  # the one that runs
     rates: tuple[float, float] | None = None  # FLOP/s, bytes/s

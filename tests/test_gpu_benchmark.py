@@ -79,7 +79,7 @@ def test_the_work_of_a_published_case_is_counted_right(name: str) -> None:
 
 
 def bench(seconds: float, *sections: Section) -> Bench:
-    return Bench(torch.device("cpu"), Budget(seconds), True, list(sections))
+    return Bench(torch.device("cpu"), Budget(seconds), True, 0.0, list(sections))
 
 
 OUTCOMES = """
