@@ -41,7 +41,8 @@ def run_pytest(bench: Bench, files: list[str], chosen: str) -> None:
     if gpu_measure.version("pytest") is None:
         return bench.row("pytest", "not run", "pytest is not installed")
     options = ["-o", "addopts=", "-v", "-rfE", "--tb=short", "--color=no", "--noconftest", "-p", "no:cacheprovider"]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "400", "HF_HUB_OFFLINE": "1"}
+    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    environment = os.environ | {"PYTHONPATH": path, "COLUMNS": "400", "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, "-m", "pytest", *files, *options, "-m", chosen]
     seconds = max(1, bench.budget.left / 2)
     with tempfile.TemporaryFile("w+") as log:
@@ -87,7 +88,9 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=480, help="what all may take")
     parser.add_argument("--tiny", action="store_true", help="tiny networks on the CPU, to try the program itself")
     parser.add_argument("--out", type=Path, help="the JSON file")
-    parser.add_argument("--host-gb", type=float, help="memory of the host, where the system grows into more than it says")
+    parser.add_argument(
+        "--host-gb", type=float, help="memory of the host, where the system grows into more than it says"
+    )
     parser.add_argument(
         "--only", nargs="*", help="the names of sections to run, such as G1 (and --out, or the rest is overwritten)"
     )

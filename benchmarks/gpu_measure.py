@@ -93,8 +93,11 @@ def spread(values: list[float]) -> list[float]:
     return statistics.quantiles(values, n=4, method="inclusive")
 
 
-def kernels(ask: Ask, device: torch.device) -> int | None:
-    """CUDA kernels of one call, without copies and fills by the driver; on a CPU operators. None: the profiler saw none."""
+def kernels(ask: Ask, device: torch.device) -> tuple[int | None, list[tuple[str, int, float]]]:
+    """CUDA kernels of one call, without copies and fills by the driver; on a CPU operators. None: the profiler saw none.
+
+    And those that take longest together: name, number, milliseconds.
+    """
     from torch.autograd import DeviceType
     from torch.profiler import ProfilerActivity, profile
 
@@ -104,8 +107,15 @@ def kernels(ask: Ask, device: torch.device) -> int | None:
         ask()
         synchronise(device)
     wanted = DeviceType.CUDA if on_gpu else DeviceType.CPU
-    names = [event.name for event in seen.events() if event.device_type == wanted and not event.is_user_annotation]
-    return sum(not n.startswith(("Memcpy", "Memset")) if on_gpu else n.startswith("aten::") for n in names) or None
+    events = [event for event in seen.events() if event.device_type == wanted and not event.is_user_annotation]
+    chosen = [
+        e for e in events if (not e.name.startswith(("Memcpy", "Memset")) if on_gpu else e.name.startswith("aten::"))
+    ]
+    spent: dict[str, list[float]] = {}
+    for event in chosen:
+        spent.setdefault(event.name, []).append(event.time_range.elapsed_us() / 1000)
+    longest = sorted(((name, len(t), sum(t)) for name, t in spent.items()), key=lambda row: -row[2])
+    return len(chosen) or None, longest[:12]
 
 
 def memory(ask: Ask, device: torch.device) -> dict[str, float]:

@@ -1,6 +1,7 @@
 """A section of `benchmarks/gpu.py`: a whole Flux of flux1-dev's size that lives on the host, under a cap of 24 GiB."""
 
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,11 +10,15 @@ from torch import nn
 from benchmarks.gpu_measure import ROOT, free, synchronise
 from benchmarks.gpu_sections import Bench
 from eridiff import FluxInference
+from eridiff.memory.plan import Stage, stages
 from eridiff.memory.stages import OFFLOAD
 from eridiff.models.autoencoder import Autoencoder, AutoencoderConfig
 from eridiff.models.flux import Flux, FluxConfig
 from eridiff.text.encoders import ClipEncoder, T5Encoder
 from eridiff.text.tokenizers import clip_tokenizer, t5_tokenizer
+from eridiff.weights.detect import Component
+from eridiff.weights.header import Checkpoint
+from eridiff.weights.keymap import key_map
 
 CAP = 24 * 2**30
 ROOM = 1.25  # of the host's memory: how much more than the weights must be free
@@ -42,7 +47,9 @@ def run(bench: Bench) -> None:
     clip = ClipEncoder(parts["clip"], clip_tokenizer())
     # a T5 with random weights needs no published tokenizer, only ids
     t5 = T5Encoder(parts["t5"], t5_tokenizer(ROOT / "tests" / "goldens" / "text-tokenizers-tiny" / "t5"), 512)
-    found = {}
+    # of CLIP and T5 the tensors of their work are left out: small beside their weights
+    found, sizes = {}, [predicted(bench, parts, n) for n in ("flux", "vae")]
+    needs = {offload: max(stage.peak(offload) for stage in sizes) / 1e9 for offload in OFFLOAD}
     for offload in (*OFFLOAD, None):
         name = f"offload={offload!r}" if offload else "all on the device"
         if offload is None and device.type == "cuda":
@@ -54,10 +61,21 @@ def run(bench: Bench) -> None:
         model = FluxInference(parts["flux"], parts["vae"], clip, t5, device=device, offload=offload, progress=False)
         with bench.guarded(name):
             found[name] = draw(bench, name, model, bool(offload))
+            bench.section.rows[name]["predicted_gb"] = needs.get(offload)
     if len(found) > 1:
         first, *others = found.values()
         equal = all(torch.equal(first, other) for other in others)
         bench.row("the same latents, bit for bit", "done" if equal else "failed", None if equal else "they differ")
+
+
+def predicted(bench: Bench, parts: dict[str, Any], name: str) -> Stage:
+    """What `eridiff plan` says of a stage in bfloat16."""
+    component = Component(
+        name, key_map(name).layouts["original"], "", Checkpoint(Path(), {}, {}, {}), parts[name].config
+    )
+    size = 64 if bench.tiny else 1024
+    (stage,) = stages({name: component}, size, size, steps=4)
+    return stage
 
 
 def draw(bench: Bench, name: str, model: FluxInference, capped: bool) -> torch.Tensor:

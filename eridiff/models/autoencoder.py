@@ -91,7 +91,8 @@ class AttentionBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.norm(x)
-        q, k, v = (project(h).flatten(2).transpose(1, 2)[:, None] for project in (self.q, self.k, self.v))  # B 1 HW C
+        # contiguous: GPUs have no kernel for a head whose features are not side by side, and form the whole score matrix
+        q, k, v = (project(h).flatten(2).mT.contiguous()[:, None] for project in (self.q, self.k, self.v))  # B 1 HW C
         return x + self.proj_out(self.attention(q, k, v).transpose(1, 2).reshape(x.shape))
 
 

@@ -125,14 +125,20 @@ def rope_table(ids: Tensor, axes: Sequence[int], theta: int) -> Tensor:
         exponents = torch.arange(0, width, 2, dtype=torch.float64, device="cpu") / width
         angles.append(ids[:, axis, None] * theta**-exponents)
     joined = torch.cat(angles, dim=-1)
-    return torch.stack([joined.cos(), joined.sin()])
+    return torch.stack([joined.cos(), joined.sin()], dim=-1).movedim(-1, 0)  # side by side in memory, as complex numbers
 
 
 def apply_rope(x: Tensor, rope: Tensor) -> Tensor:
     """Rotate neighbouring features: x `[B, H, S, D]`, rope `[2, S, D / 2]` in float32 or float64."""
-    even, odd = x.to(rope.dtype).unflatten(-1, (-1, 2)).unbind(-1)
-    cos, sin = rope
-    return torch.stack([cos * even - sin * odd, sin * even + cos * odd], dim=-1).flatten(-2).to(x.dtype)
+    pairs = x.to(rope.dtype).unflatten(-1, (-1, 2))
+    if torch.compiler.is_compiling():  # which joins these products into one kernel, and complex ones it does not
+        (even, odd), (cos, sin) = pairs.unbind(-1), rope
+        rotated = torch.stack([cos * even - sin * odd, sin * even + cos * odd], dim=-1)
+    else:
+        turn, numbers = (torch.view_as_complex(t) for t in (rope.movedim(0, -1).contiguous(), pairs))
+        # in the copy's own memory where the line above has made one
+        rotated = torch.view_as_real(numbers * turn if x.dtype == rope.dtype else numbers.mul_(turn))
+    return rotated.flatten(-2).to(x.dtype)
 
 
 class DoubleBlock(nn.Module):
@@ -188,7 +194,7 @@ class SingleBlock(nn.Module):
         qkv, mlp = self.linear1(modulated(x, shift, scale)).split(self.sizes, dim=-1)
         q, k, v = split_heads(qkv, self.heads)
         attention = self.attention(apply_rope(self.q_norm(q), rope), apply_rope(self.k_norm(k), rope), v, seen)
-        return x + gate * self.linear2(torch.cat([attention, self.mlp_act(mlp)], dim=-1))
+        return torch.addcmul(x, gate, self.linear2(torch.cat([attention, self.mlp_act(mlp)], dim=-1)))
 
 
 @dataclass(frozen=True)

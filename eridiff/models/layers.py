@@ -76,16 +76,33 @@ def wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
+LAST_FREQUENCIES: dict[int, Last] = {}
+
+
+def frequencies(values: Tensor, count: int) -> Tensor:
+    """`10000 ** -(i / count)` for i below `count`, where the values are; those asked for last are kept.
+
+    Made on the CPU, as in the originals: the last bit of a GPU's exponential is another one, and arguments of thousands
+    make 3e-5 of it.
+    """
+    dtype = wide(values.dtype)
+
+    def make() -> Tensor:
+        exponents = torch.arange(count, dtype=dtype, device="cpu") / count
+        return torch.exp(-math.log(10000) * exponents).to(values.device)
+
+    if torch.compiler.is_compiling():
+        return make()
+    return LAST_FREQUENCIES.setdefault(count, Last())((values.device, dtype, type(values)), make)
+
+
 def sinusoid(values: Tensor, width: int = 256) -> Tensor:
     """Sinusoidal embedding of any numbers `[...]` -> `[..., width]`: cosines first, then sines (Vaswani et al. 2017).
 
     float32, or float64 for float64 values: arguments reach 30,000 (1000 times a guidance of 30), where float32 moves the
     network's output by up to 3e-4 relative.
     """
-    half = width // 2
-    dtype = wide(values.dtype)
-    frequencies = torch.exp(-math.log(10000) * torch.arange(half, dtype=dtype, device=values.device) / half)
-    angles = values.to(dtype)[..., None] * frequencies
+    angles = values.to(wide(values.dtype))[..., None] * frequencies(values, width // 2)
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
@@ -98,7 +115,7 @@ def timestep_sinusoid(times: Tensor, width: int = 256) -> Tensor:
 
 
 class RMSNorm(nn.Module):
-    """`x / sqrt(mean(x^2) + eps)` over the last dimension in float32 (float64 stays), then times a learned weight."""
+    """`x / sqrt(mean(x^2) + eps)` times a learned weight over the last dimension, computed in float32 (float64 stays)."""
 
     def __init__(self, width: int, eps: float = 1e-6) -> None:
         super().__init__()
@@ -106,8 +123,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(width))
 
     def forward(self, x: Tensor) -> Tensor:
-        normed = F.rms_norm(x.to(wide(x.dtype)), (x.shape[-1],), eps=self.eps)
-        return normed.to(x.dtype) * self.weight
+        return F.rms_norm(x, (x.shape[-1],), self.weight, self.eps)  # one kernel on a GPU
 
 
 class Attention(nn.Module):
@@ -125,6 +141,8 @@ def seen_keys(mask: Tensor | None, image_tokens: int, device: torch.device) -> T
 
 def modulated(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """Layer norm without affine (eps 1e-6), then `(1 + scale) * x + shift`: `[B, L, D]` and `[B, 1, D]`."""
+    if scale.shape[0] == 1:  # one modulation for all rows is the norm's own affine part, in one kernel
+        return F.layer_norm(x, x.shape[-1:], 1 + scale[0, 0], shift[0, 0], eps=1e-6)
     return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=1e-6), 1 + scale)
 
 
@@ -181,8 +199,8 @@ class Stream(StreamInput):
     def update(self, x: Tensor, attention: Tensor, modulation: Sequence[Tensor]) -> Tensor:
         """The stream `[B, L, hidden]` after its part of the joint attention `[B, L, hidden]` and its MLP."""
         _, _, gate1, shift2, scale2, gate2 = modulation
-        x = x + gate1 * self.proj(attention)
-        return x + gate2 * self.mlp(modulated(x, shift2, scale2))
+        x = torch.addcmul(x, gate1, self.proj(attention))
+        return torch.addcmul(x, gate2, self.mlp(modulated(x, shift2, scale2)))
 
 
 class FinalLayer(nn.Module):

@@ -153,7 +153,7 @@ class DualStream(Stream):
         *first, shift, scale, gate = modulation
         q, k, v = split_heads(self.qkv2(modulated(x, shift, scale)), self.heads)
         own = self.attention2(self.q_norm2(q), self.k_norm2(k), v)
-        return super().update(x + gate * self.proj2(own), attention, first)
+        return super().update(torch.addcmul(x, gate, self.proj2(own)), attention, first)
 
 
 class LastTextStream(StreamInput):
