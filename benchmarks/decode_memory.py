@@ -52,7 +52,7 @@ def predict(size: int, rows: int) -> int:
     """The same on the meta device."""
     with torch.device("meta"):
         autoencoder = Autoencoder(AutoencoderConfig.preset("sdxl")).eval()
-        return peak_bytes(lambda: decode(autoencoder, size, rows))
+        return peak_bytes(lambda: decode(autoencoder, size, rows), cpu=True)
 
 
 def main() -> None:

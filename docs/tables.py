@@ -1,9 +1,10 @@
-"""Write the tables of docs/configuration.md that follow from the code, and docs/cli.md: `python docs/tables.py`; a test runs it.
+"""Write the tables that follow from the code or from measurements, and docs/cli.md: `python docs/tables.py`; a test runs it.
 
 A table stands between `<!-- NAME -->` and `<!-- end -->`.
 """
 
 import argparse
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +14,8 @@ from eridiff.config import KEYS, NO_EFFECT, SAID
 from eridiff.prompt_files import FLAGS, KOHYA_KEYS
 from eridiff.request import FIELDS, WORDS
 
-DOCUMENT = Path(__file__).parent / "configuration.md"
+FOLDER = Path(__file__).parent
+RESULTS = FOLDER.parent / "benchmarks" / "results"
 EXAMPLES = {  # of keys that are not of an image
     "prompts": "[a swan, a fox]", "samples": "[{prompt: a swan, seed: 5}]", "walk_seed": "true", "lenient": "true",
     "lora": "[fox.safetensors, {file: night.safetensors, scale: 0.5}]", "use_lora": "false", "lora_partial": "true",
@@ -70,22 +72,59 @@ def doors() -> Iterator[str]:
         yield f"| {' | '.join(columns)} |"
 
 
+def on_a_gpu() -> Iterator[str]:
+    """Milliseconds a step on an H200, of the last run and of the one before: ours, diffusers' and the limit by arithmetic."""
+    cases = {
+        "G1": "FLUX.1-dev, 512 text tokens", "G3": "SD 3.5 large, guidance", "G5": "SDXL base, guidance",
+        "G6a": "decoding, 16 channels",
+    }  # fmt: skip
+    found: dict[str, dict[str, dict[str, float]]] = {}
+    for run in ("-before", "", "-sdxl-compiled"):
+        for part in json.loads((RESULTS / f"gpu-nvidia-h200{run}.json").read_text())["sections"]:
+            rows = {row["name"]: row for row in part["rows"] if "ms" in row}
+            found[part["name"] + run] = rows or found.get(part["name"] + run, {})
+
+    def ms(section: str, row: str) -> str:
+        return f"{found[section][row]['ms']:.0f}" if row in found.get(section, {}) else ""
+
+    for name, what in cases.items():
+        row = "ours" if name == "G6a" else "ours, step"
+        compiled = f"{name} compiled" + ("-sdxl-compiled" if name == "G5" else "")
+        limit = found[name][row]["ms"] * found[name][row]["of_limit"]
+        eager, theirs = found[name][row]["ms"], found[name]["diffusers"]["ms"]
+        cells = (
+            ms(f"{name}-before", row), f"**{eager:.0f}**", f"{theirs:.0f}", f"{theirs / eager:.2f}",
+            ms(name, "ours, step, as a CUDA graph"), ms(compiled, "ours compiled, step"),
+            ms(compiled, "ours compiled, step, as a CUDA graph"), ms(compiled, "diffusers compiled"), f"{limit:.0f}",
+        )  # fmt: skip
+        yield f"| {what} | {' | '.join(cells)} |"
+
+
 TABLES = {
-    "request": (
-        "| Python, PNG, resample | section, ai-toolkit's too | command line | ai-toolkit's prompts | kohya's prompts | what |",
-        doors,
-    ),
-    "section": ("| key | example | each | here |", section),
+    "configuration.md": {
+        "request": (
+            "| Python, PNG, resample | section, ai-toolkit's too | command line | ai-toolkit's prompts | kohya's prompts | what |",
+            doors,
+        ),
+        "section": ("| key | example | each | here |", section),
+    },
+    "speed.md": {
+        "gpu": (
+            "| 1024 x 1024, bfloat16, ms | before | eager | diffusers | faster | CUDA graph | compiled | both | diffusers compiled | limit |",
+            on_a_gpu,
+        ),
+    },
 }
 
 
-def written(text: str) -> str:
+def written(document: str) -> str:
     """The document with its tables made anew."""
-    for name, (head, rows) in TABLES.items():
+    text = (FOLDER / document).read_text()
+    for name, (head, rows) in TABLES[document].items():
         made = f"<!-- {name} -->\n\n{table(head, rows())}\n\n<!-- end -->"
         text, count = re.subn(rf"<!-- {name} -->.*?<!-- end -->", lambda _, made=made: made, text, flags=re.DOTALL)
         if count != 1:
-            raise SystemExit(f"{DOCUMENT} has {count} places for the table '{name}'")
+            raise SystemExit(f"{document} has {count} places for the table '{name}'")
     return text
 
 
@@ -118,8 +157,9 @@ def _usage(action: argparse.Action) -> str:
     return f"{names}{taken}".strip()
 
 
-COMMANDS = DOCUMENT.with_name("cli.md")
+COMMANDS = FOLDER / "cli.md"
 
 if __name__ == "__main__":
     COMMANDS.write_text(command_line())
-    DOCUMENT.write_text(written(DOCUMENT.read_text()))
+    for document in TABLES:
+        (FOLDER / document).write_text(written(document))

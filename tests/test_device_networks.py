@@ -57,7 +57,12 @@ def test_the_table_of_positions_crosses_once_per_size(gpu: PretendedGPU) -> None
 
     crossed((3, 3))  # with what crosses once whatever the size
     first = crossed((2, 2))
-    assert first == 1 and [crossed((2, 2)), crossed((2, 2)), crossed((2, 3)), crossed((2, 2))] == [first - 1, first - 1, first, first]
+    assert first == 1 and [crossed((2, 2)), crossed((2, 2)), crossed((2, 3)), crossed((2, 2))] == [
+        first - 1,
+        first - 1,
+        first,
+        first,
+    ]
     network.positions.table += 1  # a table that changed is read anew
     assert crossed((2, 2)) == first
     assert torch.equal(

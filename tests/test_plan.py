@@ -1,5 +1,6 @@
 """The plan's verification tests for Flux, by its names. (Those of LoRA: test_plan_lora.py.)"""
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import torch
 
 from eridiff.inference import BUILT_IN, FluxInference
 from eridiff.memory.plan import peak_bytes, stages
+from eridiff.memory.stages import OFFLOAD
 from eridiff.models.flux import patchify, unpatchify
 from eridiff.trace.record import relative_l2
 from eridiff.weights.locate import locate
@@ -17,6 +19,7 @@ from tests.sparse import sparse_manifest
 
 GIB = 2**30
 CAPTION = "a swan on mars"
+MEASURED = Path(__file__).parents[1] / "benchmarks" / "results" / "gpu-nvidia-h200.json"
 
 
 @pytest.fixture(scope="module")
@@ -87,6 +90,16 @@ def test_memory_use(tmp_path: Path) -> None:
     assert 4_762_310_656 * 2 < needed["T5"] < 4_762_310_656 * 2 + 0.5 * GIB
     assert weights + 4_762_310_656 * 2 > 24 * GIB  # why offload="stages" is there
     assert needed["decoding"] < 3 * GIB
+
+
+@pytest.mark.parametrize("offload", OFFLOAD)
+def test_memory_use_is_predicted_as_it_was_measured_on_a_gpu(offload: str, tmp_path: Path) -> None:
+    """`benchmarks/gpu.py` has generated 1024 x 1024 pixels with a network of flux1-dev's size under a cap of 24 GiB."""
+    parts = locate(full_size(tmp_path))
+    predicted = max(stage.peak(offload) for stage in stages(parts.components, 1024, 1024, steps=4))
+    (section,) = (s for s in json.loads(MEASURED.read_text())["sections"] if s["name"] == "offload")
+    (measured,) = (row["peak_gb"] for row in section["rows"] if row["name"] == f"offload={offload!r}")
+    assert math.isclose(predicted / 1e9, measured, rel_tol=0.1), (predicted / 1e9, measured)
 
 
 def test_memory_use_is_predicted_as_it_is_measured(built_in: FluxInference) -> None:

@@ -1,7 +1,8 @@
 """What each stage of an image needs on the device, from headers alone: the modules run on the meta device.
 
-Counted is every tensor that is alive at once, weights included, and what a convolution takes while it runs: it rearranges
-its input and then its output (oneDNN; measured by `benchmarks/decode_memory.py`). Not counted: what the device's runtime
+Counted is every tensor that is alive at once, weights included, and what a convolution takes while it runs: copies of its
+input and its output in another arrangement. cuDNN has both at once (within 1 % of what was measured on an H200,
+`benchmarks/gpu.py`), oneDNN one after the other (`benchmarks/decode_memory.py`). Not counted: what the device's runtime
 takes for itself (on CUDA some 0.5 GiB) and scratch of the attention kernels.
 """
 
@@ -37,11 +38,13 @@ STAGES = {  # component -> stage, in order
 class LiveBytes(TorchDispatchMode):
     """Within the block, `peak` is the largest sum of bytes of tensors that were made in it and alive at once.
 
-    While a convolution runs, a copy of its input or of its output in another arrangement is alive too.
+    While a convolution runs, copies of its input and its output in another arrangement are alive too: both, or on a CPU
+    the larger.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, cpu: bool = False) -> None:
         super().__init__()
+        self.rearranged = max if cpu else int.__add__
         self.alive: dict[int, int] = {}
         self.sum, self.peak = 0, 0
 
@@ -50,7 +53,7 @@ class LiveBytes(TorchDispatchMode):
         result = function(*args, **(kwargs or {}))
         tree_map_only(Tensor, lambda t: self._count(t, given), result)
         if function is torch.ops.aten.convolution.default:
-            self._peak(max(args[0].nbytes, result.nbytes))
+            self._peak(self.rearranged(args[0].nbytes, result.nbytes))
         return result
 
     def _count(self, tensor: Tensor, given: set[int]) -> Tensor:
@@ -70,19 +73,21 @@ class LiveBytes(TorchDispatchMode):
         self.peak = max(self.peak, self.sum + scratch)
 
 
-class FusedAttention(TorchFunctionMode):
-    """Attention allocates its output only, as the fused kernels do; without this, meta tensors get the full scores."""
+class Fused(TorchFunctionMode):
+    """Attention and RMS norm allocate their output only, as the fused kernels do; meta tensors would get all between."""
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if function is F.scaled_dot_product_attention:
             query, _, value = args[:3]
             return query.new_empty(*query.shape[:-1], value.shape[-1])
+        if function is F.rms_norm:
+            return torch.empty_like(args[0], memory_format=torch.contiguous_format)
         return function(*args, **(kwargs or {}))
 
 
-def peak_bytes(work: Callable[[], object]) -> int:
-    """The peak of the tensors that `work` makes."""
-    with torch.no_grad(), LiveBytes() as live, FusedAttention():
+def peak_bytes(work: Callable[[], object], cpu: bool = False) -> int:
+    """The peak of the tensors that `work` makes on meta tensors, were it run on a GPU, or on a CPU."""
+    with torch.no_grad(), LiveBytes(cpu) as live, Fused():
         result = work()
     del result
     return live.peak

@@ -123,7 +123,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(width))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, (x.shape[-1],), self.weight, self.eps)  # one kernel on a GPU
+        return F.rms_norm(x, (x.shape[-1],), self.weight.to(x.dtype), self.eps)  # of one dtype one kernel on a GPU
 
 
 class Attention(nn.Module):
