@@ -1,5 +1,6 @@
 """The links of the documents lead somewhere, and the site shows every page."""
 
+import json
 import pkgutil
 import re
 import types
@@ -10,6 +11,7 @@ import pytest
 import yaml
 from PIL import Image, ImageChops, ImageStat
 
+from benchmarks import cpu
 from docs import figures, one_image
 
 ROOT = Path(__file__).parents[1]
@@ -61,7 +63,10 @@ def test_the_site_shows_every_page() -> None:
 def test_the_figures_are_those_that_the_script_writes() -> None:
     for figure in figures.FIGURES:
         assert (figures.FOLDER / f"{figure.name}.svg").read_text() == figure.svg(), "run python docs/figures.py"
-    assert {f"{figure.name}.svg" for figure in figures.FIGURES} == {path.name for path in figures.FOLDER.glob("*.svg")}
+    rows = json.loads(cpu.RESULTS.read_text())["rows"]
+    assert cpu.FIGURE.read_text() == cpu.figure(rows), "run python -m benchmarks.cpu"
+    names = {f"{figure.name}.svg" for figure in figures.FIGURES} | {cpu.FIGURE.name}
+    assert names == {path.name for path in figures.FOLDER.glob("*.svg")}
 
 
 @pytest.mark.parametrize("figure", figures.FIGURES, ids=lambda figure: figure.name)
