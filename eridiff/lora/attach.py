@@ -22,17 +22,14 @@ from eridiff.lora.names import Target, network_of
 log = logging.getLogger(__name__)
 Scale = float | Tensor
 TARGETS: dict[str, tuple[str, ...]] = {  # preset -> patterns of native module names
+    "attention": ("*.self_attention.*", "*.cross_attention.*"),  # SDXL, as diffusers' scripts: 560 of the base
     "cross-attention": ("*.cross_attention.*",),  # SDXL
-    "joint-attention": (
-        "joint_blocks.*.qkv",
-        "joint_blocks.*.qkv2",
-        "joint_blocks.*.proj",
-        "joint_blocks.*.proj2",
-    ),  # SD 3
+    "transformers": ("*.transformer.*",),  # SDXL, as kohya's sd-scripts: 722 of the base
+    "joint-attention": ("joint_blocks.*.qkv", "joint_blocks.*.qkv2", "joint_blocks.*.proj", "joint_blocks.*.proj2"),  # SD 3
     "blocks": ("double_blocks.*", "single_blocks.*"),  # Flux
     "all-linear": ("*",),
-}
-USUAL = {"unet": "cross-attention", "mmdit": "joint-attention", "flux": "blocks"}
+}  # fmt: skip
+USUAL = {"unet": "attention", "mmdit": "joint-attention", "flux": "blocks"}
 
 
 class LoraSet(nn.Module):
@@ -286,7 +283,7 @@ def inject_lora(
 
     alpha None is the rank, so that the scale alpha / rank is 1. `targets` is a preset of `TARGETS` or patterns of native
     module names (`"double_blocks.*.qkv"`); they choose `nn.Linear`s, and `nn.Conv2d`s that a pattern other than "*" names.
-    None is cross-attention for SDXL, joint attention for SD 3, the blocks for Flux, else all linears. Raises LoraError for
+    None is both attentions for SDXL, joint attention for SD 3, the blocks for Flux, else all linears. Raises LoraError for
     a pattern that chooses nothing.
     """
     if rank < 1 or not 0 <= dropout < 1:
