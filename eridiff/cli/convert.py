@@ -24,7 +24,7 @@ from eridiff.weights.detect import Component
 from eridiff.weights.keymap import key_map
 from eridiff.weights.load import MARKERS, NETWORKS, VARIANT, native_reader, prediction_told, said_by_file
 from eridiff.weights.locate import DENOISERS, ModelPath, Parts, locate
-from eridiff.weights.save import Stored, marked, stored, write_file, write_json, write_shards
+from eridiff.weights.save import Stored, copies, marked, stored, write_file, write_json, write_shards
 
 LAYOUTS = ("original", "diffusers")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp8": torch.float8_e4m3fn}
@@ -164,6 +164,8 @@ def _part(
     tensors = stored(
         key_map(network).layouts[layout], shapes, component.sizes, dtypes, native, prefix=prefix, scaled=scaled
     )
+    if to == "original" and layout == component.layout.name:
+        tensors += copies(component, prefix)
     if to == "diffusers" or layout == "openclip":  # transformers ties the embedding's second name itself
         tensors = [tensor for tensor in tensors if not tensor.name.endswith("encoder.embed_tokens.weight")]
     metadata = said_by_file(component) | {

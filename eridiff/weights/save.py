@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from eridiff.errors import ConfigError, quoted
 from eridiff.files import replacing
-from eridiff.weights.detect import DESCRIPTIONS, sizes_of
+from eridiff.weights.detect import DESCRIPTIONS, Component, sizes_of
 from eridiff.weights.header import DTYPES
 from eridiff.weights.keymap import Layout, key_map, unwrapped, without_wrappers
 from eridiff.weights.load import MARKERS, NETWORKS, WORDS
@@ -99,6 +99,15 @@ def carried(module: nn.Module) -> dict[str, str]:
 def marked(names: str) -> list[Stored]:
     """Tensors that say how a network is sampled by being there; empty, as published files have them."""
     return [Stored(name, torch.float32, (0,), lambda: torch.empty(0)) for name in names.split()]
+
+
+def copies(component: Component, prefix: str) -> list[Stored]:
+    """What a file holds beside the tensors that a network uses and that a file of the same layout keeps, as it is."""
+    held = (
+        (component.prefix + name, prefix + name) for name in sorted(component.keys.intersection(component.layout.carry))
+    )
+    entries = ((old, new, component.checkpoint.tensors[old]) for old, new in held)
+    return [Stored(new, e.dtype, e.shape, partial(component.checkpoint.read, old)) for old, new, e in entries]
 
 
 def originals(network: nn.Module, by: int | None = None) -> dict[str, Tensor]:
