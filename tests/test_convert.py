@@ -273,8 +273,11 @@ def large_flux(folder: Path) -> Path:
     return write_sparse(folder / "flux.safetensors", {e.foreign[0]: ("BF16", shapes[e.native]) for e in entries})
 
 
-def anonymous_megabytes(*commands: list[str]) -> float:
-    """How much memory that is no file's some commands of `eridiff` take at most, beside what the program takes."""
+def anonymous_megabytes(*commands: list[str], first: str = "") -> float:
+    """How much memory that is no file's some commands of `eridiff` take at most, beside what the program takes.
+
+    `first` is a line of Python that is run before them.
+    """
     program = f"""
 import threading, time
 import torch, transformers
@@ -286,6 +289,7 @@ def watch():
         most[0] = max(most[0], anonymous())
         time.sleep(0.002)
 torch.ones(8).to(torch.bfloat16)
+{first}
 before, most = anonymous(), [0.0]
 threading.Thread(target=watch, daemon=True).start()
 for command in {list(commands)!r}:

@@ -13,17 +13,8 @@ from torch import Tensor, nn
 
 from eridiff.errors import CheckpointError, LoraError
 from eridiff.lora import hints
-from eridiff.lora.check import (
-    ALLOWED,
-    EITHER,
-    NEEDED,
-    Incomplete,
-    Misshapen,
-    check_overlaps,
-    check_shapes,
-    kind_of,
-)
-from eridiff.lora.deltas import FACTORED, Item, widened
+from eridiff.lora.check import Incomplete, Misshapen, check_overlaps, check_roles, check_shapes
+from eridiff.lora.deltas import FACTORED, Item, kind_of, widened
 from eridiff.lora.formats import Source, sort_names
 from eridiff.lora.ledger import APPLIED, LEFT_OUT, Row, counted
 from eridiff.lora.names import PEFT, Names, Target, find, inner, names_of, network_of
@@ -150,7 +141,7 @@ class _Reader:
         self.widths: list[tuple[str, int, int]] = []  # of matrices that do not fit: network, their width, the network's
         self.parts: dict[str, set[str]] = {}  # kind -> which optional parts some module of that kind has
         for source in self.sources.values():
-            self.parts.setdefault(kind_of(set(source.names)), set()).update(_parts(source.names))
+            self.parts.setdefault(kind_of(source.names.keys()), set()).update(_parts(source.names))
 
     def read(self, part: str | None, allow_partial: bool) -> Lora:
         rows: list[Row] = []
@@ -311,20 +302,8 @@ class _Reader:
 
     def _item(self, source: Source, target: Target) -> Item:
         """A module's tensors, read and checked against its target."""
-        roles = set(source.names)
-        kind = kind_of(roles)
-        if not kind:
-            raise Incomplete(f"{source} is incomplete: it has only {', '.join(map(repr, source.names.values()))}")
-        for group in NEEDED[kind]:
-            if not roles.intersection(group):
-                raise Incomplete(f"{source} is incomplete: '{hints.missing(source, group[0])}' is missing")
-        strange = roles - {name for group in NEEDED[kind] for name in group} - ALLOWED.get(kind, set())
-        if strange:
-            raise LoraError(f"'{source.names[min(strange)]}' has no place in a module of the kind {kind}")
-        for whole, factors in EITHER:
-            if whole <= roles and factors & roles:
-                both = [source.names[min(whole)], source.names[min(factors & roles)]]
-                raise LoraError(f"'{both[0]}' and '{both[1]}' are two forms of one matrix; keep one")
+        kind = kind_of(source.names.keys())
+        check_roles(source, kind)
         tensors = {role: self._tensor(name, role) for role, name in source.names.items()}
         shape = self._shape(source, target, tensors)
         try:
@@ -333,7 +312,7 @@ class _Reader:
             if kind == "lora" and not target.rows and tensors["down"].ndim > 1:
                 self.widths.append((target.network, tensors["down"].shape[1], shape[1]))
             raise
-        if any(role in roles for role in ("up_bias", "diff_b", "b_norm")) and self._bias(target) is None:
+        if source.names.keys() & {"up_bias", "diff_b", "b_norm"} and self._bias(target) is None:
             raise LoraError(f"{source} changes a bias, and {target} has none")
         alpha, rank, ratio = self._scale(source, kind, tensors)
         tensors = {role: t for role, t in tensors.items() if role not in ("alpha", "reshape_weight")}
@@ -375,8 +354,6 @@ class _Reader:
             ):
                 if good and matrix.shape[1] == columns * area != shape[1] * area:
                     return (shape[0], columns, *shape[2:])
-        if "reshape_weight" in tensors and "set_weight" not in tensors:
-            raise LoraError(f"{source} enlarges a weight, which only a set_weight may")
         return shape
 
     def _scale(
