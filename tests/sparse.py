@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from eridiff.weights.header import DTYPES, open_checkpoint
+from eridiff.weights.checkpoint import open_checkpoint
+from eridiff.weights.header import DTYPES
 from eridiff.weights.keymap import Shape
 from tests.manifest import Tensors, read_manifest
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from eridiff.errors import CheckpointError, LoraError
 from eridiff.weights.detect import sizes_of
-from eridiff.weights.keymap import Entry, Layout, Shape, key_map
+from eridiff.weights.keymap import WRAPPERS, Entry, Layout, Shape, key_map
 from eridiff.weights.load import NETWORKS
 from eridiff.weights.locate import DENOISERS, TEXT_ENCODERS
 
@@ -30,9 +30,8 @@ PREFIXES: dict[str, tuple[str, ...]] = {
 
 COMPUTED = ("positions.table", "encoder.embed_tokens.weight")  # MMDiT's is no parameter, T5's is shared.weight again
 PEFT = "base_model.model."
-WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")  # what wrappers put into names
-IN_DOTS = re.compile(rf"(?:(?<=\.)|^)(?:{'|'.join(WRAPPERS)}|module|base_layer)\.")
-IN_UNDERSCORES = re.compile(rf"(?:{'|'.join(WRAPPERS)})_|^module_")
+IN_DOTS = re.compile(rf"(?:(?<=\.)|^)(?:{'|'.join(WRAPPERS)}|base_layer)\.")
+IN_UNDERSCORES = re.compile(rf"(?:{'|'.join(name for name in WRAPPERS if name != 'module')})_|^module_")
 
 
 @dataclass(frozen=True)

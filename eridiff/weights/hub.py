@@ -8,16 +8,16 @@ from pathlib import Path
 from typing import Any
 
 from eridiff.errors import CheckpointError, quoted
-from eridiff.weights.header import (
+from eridiff.weights.checkpoint import (
     HALF_SINGLE_NAMES,
     PICKLED_SUFFIXES,
     SINGLE_NAMES,
     choose_index,
     choose_single,
     read_index,
-    read_json_file,
     refuse_folder,
 )
+from eridiff.weights.header import read_json_file
 
 HUB_ID = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:/((?:[^/\\]+/)*[^/\\]+\.safetensors))?")
 FILES = (".safetensors", ".json", ".yaml", ".yml", ".gguf", *PICKLED_SUFFIXES)  # a name that ends so is no repository
