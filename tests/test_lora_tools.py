@@ -15,7 +15,7 @@ from eridiff.cli import main
 from eridiff.cli.convert import convert
 from eridiff.errors import LoraError
 from eridiff.lora import Lora, inject_lora, load_lora, merge_into, save_lora
-from eridiff.lora.decompose import energy, extract_lora, resize_lora, table
+from eridiff.lora.decompose import energy, energy_table, extract_lora, resize_lora
 from eridiff.lora.deltas import Item
 from eridiff.lora.names import Target
 from eridiff.text.encoders import build_encoder
@@ -66,7 +66,7 @@ def test_what_no_pattern_chooses_is_counted(tmp_path: Path) -> None:
     left = [entry for entry in kept if entry.rank == 0]
     assert {item.target.module.split(".")[0] for item in lora.items} == {"double_blocks"}
     assert {entry.module.split(".")[0] for entry in left} >= {"single_blocks", "image_in", "final"}
-    assert f"{len(left)} more are left out" in list(table(kept))[-1] and energy(kept) < 0.9
+    assert f"{len(left)} more are left out" in list(energy_table(kept))[-1] and energy(kept) < 0.9
     assert any("diff_b" in item.tensors for item in lora.items), "biases of the chosen layers too"
     with pytest.raises(LoraError, match="equal where a LoRA could change them"):
         extract_lora(base, base, 2)

@@ -153,16 +153,17 @@ def _part(
         chosen = parameters if dtype != torch.float8_e4m3fn else eights if component.network != "vae" else set()
         dtypes |= {name: dtype for name in shapes if name in chosen}
     scaled = [name for name in shapes if dtype == torch.float8_e4m3fn and to == "original" and dtypes[name] == dtype]
-    network = "clip" if component.network == "clip_g" else component.network
-    layout = (
-        to
-        if network in NETWORKS
-        else "openclip"
-        if "embedders" in prefix and component.network == "clip_g"
-        else "huggingface"
-    )
+    layout = to
+    if component.network not in NETWORKS:
+        layout = "openclip" if "embedders" in prefix and component.network == "clip_g" else "huggingface"
     tensors = stored(
-        key_map(network).layouts[layout], shapes, component.sizes, dtypes, native, prefix=prefix, scaled=scaled
+        key_map(component.network).layouts[layout],
+        shapes,
+        component.sizes,
+        dtypes,
+        native,
+        prefix=prefix,
+        scaled=scaled,
     )
     if to == "original" and layout == component.layout.name:
         tensors += copies(component, prefix)

@@ -13,8 +13,7 @@ from torch import nn
 
 from eridiff.cli.common import check_model, dtype_of, scaled
 from eridiff.errors import ConfigError
-from eridiff.lora.decompose import extract_lora, resize_lora
-from eridiff.lora.decompose import table as energy_table
+from eridiff.lora.decompose import energy_table, extract_lora, resize_lora
 from eridiff.lora.ledger import APPLIED, Row, counted, table
 from eridiff.lora.load import PARTS, Refusal, load_lora
 from eridiff.lora.merge import merge_file, merge_folder

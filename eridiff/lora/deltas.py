@@ -262,7 +262,7 @@ def demands(kind: str, t: Tensors, shape: tuple[int, ...]) -> Iterator[Demand]:
     yield from KINDS[kind].demands(t, shape)
     for role in ("magnitude", "up_bias", "diff_b", "b_norm"):
         if role in t:
-            yield t[role].numel() == shape[0], role, f"{shape[0]} values"
+            yield t[role].numel() == shape[0], role, f"{shape[0]} {'lengths' if role == 'magnitude' else 'values'}"
     for role in ("diff", "w_norm", "set_weight"):
         if role in t:  # a 1x1 convolution's may be a matrix
             yield [d for d in t[role].shape if d > 1] == [d for d in shape if d > 1], role, "the same shape"

@@ -260,8 +260,8 @@ class KeyMap:
 
 @cache
 def key_map(network: str) -> KeyMap:
-    """The map of a network, read once."""
-    return KeyMap(network)
+    """The map of a network, read once; both CLIPs have one."""
+    return key_map("clip") if network == "clip_g" else KeyMap(network)
 
 
 def without_wrappers(name: str) -> str:
