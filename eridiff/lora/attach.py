@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from eridiff.errors import LoraError
 from eridiff.lora.branches import Branch, branch_place, has_slot, install_slots, packed
 from eridiff.lora.deltas import Item, check_dora_rule, widened
-from eridiff.lora.inplace import change_in_place, check_changeable, originals, parts_of, restore
+from eridiff.lora.inplace import change_in_place, original, originals, parts_of, restore
 from eridiff.lora.load import Lora
 from eridiff.lora.names import Target, network_of
 
@@ -105,7 +105,7 @@ class LoraSet(nn.Module):
     @property
     def originals(self) -> dict[str, Tensor]:
         """The network's own tensors of what the set changes in place while it is attached."""
-        return originals(self.network, id(self))
+        return originals(self.network, self)
 
     def all_branches(self) -> list[Branch]:
         return [branch for branch in self.branches.values() if isinstance(branch, Branch)]
@@ -212,27 +212,21 @@ class LoraSet(nn.Module):
     @torch.no_grad()
     def _patch(self) -> None:
         parts = parts_of(self.patches, self.dora)
-        held = originals(self.network)
         enlarging = {}
         for branch in self.all_branches():  # the first layer of a control LoRA takes twice as many channels
             name, place = branch.target.name, branch_place(self.network, branch.target)
             if packed(place):  # reads as many features as it says
                 continue
-            weight = held.get(name, place.weight.data)
+            weight = original(self.network, name)
             if branch.columns and branch.columns > weight.shape[1] and widened(weight, branch.item) is not weight:
                 enlarging[name] = branch.item
-        for name in [*parts, *enlarging]:
-            check_changeable(self.network, name)
         for name in {**parts, **enlarging}:
-            change_in_place(self.network, name, id(self), parts.get(name, []), enlarging.get(name))
+            change_in_place(self.network, name, self, parts.get(name, []), enlarging=enlarging.get(name))
 
     @torch.no_grad()
     def _unpatch(self) -> None:
-        names = list(self.originals)
-        for name in names:
-            check_changeable(self.network, name)
-        for name in names:
-            restore(self.network, name, id(self))
+        for name in self.originals:
+            restore(self.network, name, self)
 
 
 def matches(target: Target, pattern: str) -> bool:

@@ -20,12 +20,13 @@ from eridiff.errors import LoraError, quoted
 from eridiff.lora.deltas import Item, check_dora_rule, widened
 from eridiff.lora.inplace import (
     Part,
-    changed_by,
+    change_in_place,
     changed_tensor,
-    check_last_change,
-    exchange,
     is_sharded,
+    original,
+    originals,
     parts_of,
+    restore,
     tensors_of,
 )
 from eridiff.lora.load import Lora
@@ -248,21 +249,17 @@ class MergedModule:
     """A module with a LoRA in its weights, and its own weights kept beside it; `restore()`, or the end of a `with`, brings them back."""
 
     def __init__(self, module: nn.Module, merged: Merged) -> None:
-        """Puts `merged` in place."""
-        self.module = module
-        self.merged = replace(merged, state={})  # the counts
-        self._before = {name: changed_by(module, name) for name in merged.tensors}
-        self.originals = {name: exchange(module, name, merged.state[name], id(self)) for name in merged.tensors}
+        self.module, self.merged = module, merged
 
     def restore(self) -> None:
-        """The module's own tensors again, the very ones; a second call does nothing.
+        """The module's own tensors again, bit for bit, or with what other LoRAs do to them; a second call does nothing."""
+        for name in self.originals:
+            restore(self.module, name, self)
 
-        Raises LoraError while another LoRA that was merged or attached later has changed the same tensors in place.
-        """
-        check_last_change(self.module, self.originals, id(self))
-        for name, original in self.originals.items():
-            exchange(self.module, name, original, self._before[name])
-        self.originals = {}
+    @property
+    def originals(self) -> dict[str, Tensor]:
+        """The module's own tensors, until `restore`."""
+        return originals(self.module, self)
 
     def __enter__(self) -> "MergedModule":
         return self
@@ -275,17 +272,19 @@ class MergedModule:
 def merge_into(
     module: nn.Module, lora: Lora, scale: float = 1.0, *, dtype: torch.dtype = torch.float32, dora: str = "peft"
 ) -> MergedModule:
-    """Merge in place: the module's parameters stay the same objects and get new values, the old ones are kept.
+    """Merge in place: the module's parameters stay the same objects and get new values, the old ones are kept in memory.
 
-    Arguments and errors as for `merge_lora`; a LoRA that enlarges a layer is not merged in place.
+    Several merges, and what attached LoRAs change in place, add up on the module's own tensors, and come off in any order. To
+    merge for good, without a second copy, load what `merge_lora` returns. Arguments and errors as for `merge_lora`; a LoRA that
+    enlarges a layer is not merged in place.
     """
-    tensors = _tensors(module)
-    merged = merge_lora({name: t.data for name, t in tensors.items()}, lora, scale, dtype=dtype, dora=dora)
-    wider = next((name for name in merged.tensors if merged.state[name].shape != tensors[name].shape), None)
+    names = [*dict(module.named_parameters()), *dict(module.named_buffers())]
+    merged = merge_lora({name: original(module, name) for name in names}, lora, scale, dtype=dtype, dora=dora)
+    wider = next((n for n in merged.tensors if merged.state[n].shape != original(module, n).shape), None)
     if wider:
         raise LoraError(f"the LoRA enlarges {wider}: attach it, or merge it into a state dict")
-    return MergedModule(module, merged)
-
-
-def _tensors(module: nn.Module) -> dict[str, Tensor]:
-    return {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    found = MergedModule(module, replace(merged, state={}))
+    for name, parts in parts_of([(item, scale) for item in lora.items], dora).items():
+        if name in merged.tensors:
+            change_in_place(module, name, found, parts, merged=merged.state[name], dtype=dtype)
+    return found

@@ -74,10 +74,11 @@ def save_network(
         )
     state, first = _gathered(inner)
     config = inner.config
-    for name, own in originals(inner).items():
-        state[without_wrappers(name)] = own
-        if own.shape != inner.get_parameter(name).shape:  # a control LoRA has widened the first layer
+    for name, change in changes_of(inner):  # what is attached is not of the network, what is merged is
+        own = change.value(change.merges)
+        if own.shape != change.value().shape:  # a control LoRA has widened the first layer
             config = replace(config, in_channels=own.shape[1])
+        state[without_wrappers(name)] = own.full_tensor() if hasattr(own, "full_tensor") else own
     parameters = {without_wrappers(name) for name, _ in inner.named_parameters()}
     dtypes = {n: dtype if dtype and n in parameters else t.dtype for n, t in state.items()}
     if not first:
@@ -110,14 +111,13 @@ def copies(component: Component, prefix: str) -> list[Stored]:
     return [Stored(new, e.dtype, e.shape, partial(component.checkpoint.read, old)) for old, new, e in entries]
 
 
-def originals(network: nn.Module, by: int | None = None) -> dict[str, Tensor]:
-    """The network's own tensors of those that attached LoRAs, or one set, have changed in place (`lora.inplace`)."""
-    return {
-        f"{path}.{short}" if path else short: change.original
+def changes_of(network: nn.Module) -> list[tuple[str, Any]]:
+    """The tensors that LoRAs change in place, by name, with what each does (`lora.inplace.Change`)."""
+    return [
+        (f"{path}.{short}" if path else short, change)
         for path, layer in network.named_modules()
         for short, change in vars(layer).get("lora_in_place", {}).items()
-        if by is None or by in change.parts
-    }
+    ]
 
 
 def _gathered(module: nn.Module) -> tuple[dict[str, Tensor], bool]:
