@@ -15,8 +15,8 @@ from eridiff.lora.formats import Source, sort_names
 from eridiff.lora.hints import FAMILIES, WIDTHS
 from eridiff.models import flux, mmdit, unet
 from eridiff.text.encoders import empty
-from eridiff.weights.checkpoint import open_checkpoint
 from eridiff.weights.detect import DESCRIPTIONS, Component
+from eridiff.weights.header import open_checkpoint
 from eridiff.weights.load import plan
 from eridiff.weights.locate import locate
 

@@ -21,7 +21,7 @@ from tiny_world import BACKGROUNDS, NOUNS, SIZES, words
 from torch import nn
 
 from eridiff.models.layers import Attention
-from eridiff.weights.checkpoint import open_checkpoint
+from eridiff.weights.header import open_checkpoint
 from eridiff.weights.save import save_network, write_tensors
 
 FAMILIES = {"flux": tiny_flux, "sd35": tiny_sd35, "sdxl": tiny_sdxl}

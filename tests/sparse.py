@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from eridiff.weights.checkpoint import open_checkpoint
-from eridiff.weights.header import DTYPES
+from eridiff.weights.format import DTYPES
+from eridiff.weights.header import open_checkpoint
 from eridiff.weights.keymap import Shape
 from tests.manifest import Tensors, read_manifest
 

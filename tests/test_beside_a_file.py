@@ -20,7 +20,7 @@ from eridiff.report import inspect
 from eridiff.text.tokenizers import clip_tokenizer, published_clip_tokenizer
 from eridiff.trace.record import relative_l2
 from eridiff.training import adopt
-from eridiff.weights.checkpoint import open_checkpoint
+from eridiff.weights.header import open_checkpoint
 from eridiff.weights.locate import locate
 from eridiff.weights.save import write_tensors
 from tests import tiny

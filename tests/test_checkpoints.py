@@ -20,8 +20,8 @@ from eridiff.files import replacing
 from eridiff.models.mmdit import MMDiTConfig
 from eridiff.models.unet import UNetConfig
 from eridiff.report import inspect
-from eridiff.weights.checkpoint import open_checkpoint
 from eridiff.weights.detect import component_of, detect
+from eridiff.weights.header import open_checkpoint
 from eridiff.weights.save import save_network, write_tensors
 from tests import tiny
 from tests.manifest import Tensors, read_manifest

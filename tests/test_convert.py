@@ -24,8 +24,8 @@ from eridiff.lora import attach_lora, inject_lora, load_lora, merge_into, save_l
 from eridiff.models.flux import Flux, FluxConfig
 from eridiff.models.unet import UNetConfig
 from eridiff.trace.record import relative_l2
-from eridiff.weights.checkpoint import open_checkpoint
 from eridiff.weights.detect import sizes_of
+from eridiff.weights.header import open_checkpoint
 from eridiff.weights.keymap import key_map
 from eridiff.weights.locate import locate
 from eridiff.weights.save import write_tensors

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from eridiff.weights.checkpoint import open_checkpoint
+from eridiff.weights.header import open_checkpoint
 from tests.manifest import read_manifest
 from tests.sparse import write_random, write_scattered
 from tests.test_convert import anonymous_megabytes

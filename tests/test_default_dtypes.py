@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from eridiff.weights import load
-from eridiff.weights.checkpoint import open_checkpoint
 from eridiff.weights.detect import Component, detect
+from eridiff.weights.header import open_checkpoint
 from eridiff.weights.load import default_dtype, default_dtypes
 from tests.manifest import read_manifest
 from tests.sparse import write_sparse

@@ -12,7 +12,7 @@ from torch import Tensor
 import eridiff
 from eridiff import load_network
 from eridiff.errors import CheckpointError
-from eridiff.weights.checkpoint import open_checkpoint
+from eridiff.weights.header import open_checkpoint
 from eridiff.weights.load import default_dtype
 from eridiff.weights.locate import locate
 from eridiff.weights.save import save_network

@@ -13,8 +13,8 @@ from eridiff import load_network
 from eridiff.models.autoencoder import Autoencoder, AutoencoderConfig
 from eridiff.text.encoders import ClipEncoder, build_encoder
 from eridiff.text.tokenizers import clip_tokenizer
-from eridiff.weights.checkpoint import open_checkpoint
 from eridiff.weights.detect import component_of
+from eridiff.weights.header import open_checkpoint
 from eridiff.weights.save import save_network
 from tests.manifest import read_manifest
 from tests.sparse import sparse_manifest

@@ -15,7 +15,7 @@ from eridiff.lora.load import Refusal
 from eridiff.report import inspect, summary
 from eridiff.run_files import load_config
 from eridiff.text.tokenizers import clip_tokenizer
-from eridiff.weights.checkpoint import open_checkpoint
+from eridiff.weights.header import open_checkpoint
 from eridiff.weights.save import save_network, write_tensors
 from tests import tiny
 from tests.fuzz import outcome

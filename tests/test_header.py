@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from eridiff import load_network
 from eridiff.cli import main
 from eridiff.errors import CheckpointError, ConfigError
-from eridiff.weights.checkpoint import open_checkpoint
+from eridiff.weights.header import open_checkpoint
 from eridiff.weights.save import save_network
 from tests import tiny
 

@@ -18,8 +18,8 @@ from eridiff.models.flux import Flux, FluxConfig
 from eridiff.models.mmdit import MMDiT, MMDiTConfig
 from eridiff.models.unet import UNet, UNetConfig
 from eridiff.text.encoders import empty_encoder
-from eridiff.weights.checkpoint import Checkpoint
 from eridiff.weights.detect import Component
+from eridiff.weights.header import Checkpoint
 from eridiff.weights.keymap import KeyMap, Layout, Rule, key_map
 from eridiff.weights.load import NETWORKS
 from tests.golden import run_case

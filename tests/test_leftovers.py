@@ -20,8 +20,8 @@ from eridiff.errors import CheckpointError, EridiffError
 from eridiff.models.unet import UNet, UNetConfig
 from eridiff.report import inspect, summary
 from eridiff.text.encoders import build_encoder
-from eridiff.weights.checkpoint import open_checkpoint
 from eridiff.weights.detect import component_of, detect
+from eridiff.weights.header import open_checkpoint
 from eridiff.weights.save import save_network
 from tests import tiny
 from tests.manifest import Tensors, read_manifest

@@ -18,7 +18,7 @@ from eridiff.lora import Lora, hints, load_lora
 from eridiff.models.flux import Flux, FluxConfig
 from eridiff.models.mmdit import MMDiT, MMDiTConfig
 from eridiff.models.unet import UNet, UNetConfig
-from eridiff.weights.checkpoint import open_checkpoint
+from eridiff.weights.header import open_checkpoint
 from tests.lora_files import GOLDENS
 from tests.manifest import read_manifest
 from tests.sparse import write_sparse

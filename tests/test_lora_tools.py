@@ -20,7 +20,7 @@ from eridiff.lora.deltas import Item
 from eridiff.lora.names import Target
 from eridiff.text.encoders import build_encoder
 from eridiff.trace.record import relative_l2
-from eridiff.weights.checkpoint import open_checkpoint
+from eridiff.weights.header import open_checkpoint
 from eridiff.weights.locate import locate
 from eridiff.weights.save import write_tensors
 from tests import tiny

@@ -18,7 +18,7 @@ from eridiff.lora import inject_lora, load_lora, merge_into, save_lora
 from eridiff.lora.load import Lora
 from eridiff.lora.names import network_of
 from eridiff.trace.record import relative_l2
-from eridiff.weights.checkpoint import open_checkpoint
+from eridiff.weights.header import open_checkpoint
 from eridiff.weights.load import load_network
 from eridiff.weights.save import write_tensors
 from tests import tiny

@@ -23,7 +23,7 @@ from eridiff.models.unet import PRESETS, size_vector
 from eridiff.schedulers.discrete import discrete_schedule
 from eridiff.schedulers.samplers import SAMPLERS
 from eridiff.text import Conditioning
-from eridiff.weights.checkpoint import open_checkpoint
+from eridiff.weights.header import open_checkpoint
 from eridiff.weights.locate import locate
 from eridiff.weights.save import save_network, write_tensors
 from tests import tiny

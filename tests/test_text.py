@@ -22,8 +22,8 @@ from eridiff.text.encoders import ClipEncoder, T5Encoder, build_encoder
 from eridiff.text.tokenizers import clip_tokenizer, published_clip_tokenizer, t5_tokenizer, token_ids
 from eridiff.trace.record import relative_l2
 from eridiff.training import EmbeddingCache
-from eridiff.weights.checkpoint import open_checkpoint
 from eridiff.weights.detect import component_of
+from eridiff.weights.header import open_checkpoint
 from tests import tiny
 
 GOLDENS = Path(__file__).parent / "goldens"

@@ -19,8 +19,8 @@ from eridiff.lora.formats import Source, sort_names
 from eridiff.lora.ledger import APPLIED, LEFT_OUT, Row, counted
 from eridiff.lora.names import PEFT, Names, Target, find, inner, names_of, network_of
 from eridiff.lora.peft import Scaling
-from eridiff.weights.checkpoint import Checkpoint, open_checkpoint
-from eridiff.weights.header import read_json_file
+from eridiff.weights.format import read_json_file
+from eridiff.weights.header import Checkpoint, open_checkpoint
 from eridiff.weights.hub import LORA_NAMES, resolve
 from eridiff.weights.locate import DENOISERS, TEXT_ENCODERS
 

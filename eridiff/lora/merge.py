@@ -30,8 +30,8 @@ from eridiff.lora.inplace import (
     tensors_of,
 )
 from eridiff.lora.load import Lora
-from eridiff.weights.checkpoint import PICKLED_SUFFIXES
 from eridiff.weights.detect import Component, sizes_of
+from eridiff.weights.header import PICKLED_SUFFIXES
 from eridiff.weights.load import NETWORKS, WORDS, native_reader, said_by_file
 from eridiff.weights.locate import DENOISERS
 from eridiff.weights.save import Stored, copies, stored, write_file, write_shards

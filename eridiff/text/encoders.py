@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from eridiff.blocks import unwrapped
 from eridiff.errors import CheckpointError, ConfigError, quoted
 from eridiff.text.tokenizers import token_ids, token_windows
-from eridiff.weights.checkpoint import open_checkpoint
 from eridiff.weights.configs import DESCRIPTIONS
 from eridiff.weights.detect import Component, detect
+from eridiff.weights.header import open_checkpoint
 from eridiff.weights.hub import resolve
 from eridiff.weights.load import NETWORKS, read_state
 from eridiff.weights.locate import TEXT_ENCODERS, locate_part

@@ -18,8 +18,8 @@ from eridiff.text.encoders import build_encoder
 from eridiff.trace.hashfill import parameter, value
 from eridiff.trace.replay import Run, arguments_run
 from eridiff.trace.text import ENCODERS, replayable
-from eridiff.weights.checkpoint import open_checkpoint
 from eridiff.weights.detect import component_of
+from eridiff.weights.header import open_checkpoint
 from eridiff.weights.load import NETWORKS, build
 from eridiff.weights.save import write_tensors
 

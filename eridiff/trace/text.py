@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from eridiff.errors import CheckpointError, TraceError, quoted
 from eridiff.models.layers import RMSNorm
 from eridiff.text.encoders import build_encoder
-from eridiff.weights.checkpoint import open_checkpoint
 from eridiff.weights.detect import detect
+from eridiff.weights.header import open_checkpoint
 from eridiff.weights.hub import resolve
 
 

@@ -10,7 +10,7 @@ from eridiff.models.autoencoder import AutoencoderConfig
 from eridiff.models.flux import FluxConfig
 from eridiff.models.mmdit import MMDiTConfig
 from eridiff.models.unet import RESIDUAL_BLOCKS, UNetConfig
-from eridiff.weights.checkpoint import Checkpoint
+from eridiff.weights.header import Checkpoint
 from eridiff.weights.keymap import Shape
 
 ShapeOf = Callable[..., Shape | None]  # a native name, and sizes of its key map -> the shape, None where it is absent

@@ -15,9 +15,9 @@ import yaml
 
 from eridiff.errors import CheckpointError, ConfigError, quoted
 from eridiff.weights import configs
-from eridiff.weights.checkpoint import Checkpoint
 from eridiff.weights.configs import DESCRIPTIONS as DESCRIPTIONS
 from eridiff.weights.configs import ShapeOf, check_fixed
+from eridiff.weights.header import Checkpoint
 from eridiff.weights.keymap import Layout, Shape, key_map, map_folder, without_wrappers
 
 log = logging.getLogger(__name__)

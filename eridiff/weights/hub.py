@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from eridiff.errors import CheckpointError, quoted
-from eridiff.weights.checkpoint import (
+from eridiff.weights.format import read_json_file
+from eridiff.weights.header import (
     HALF_SINGLE_NAMES,
     PICKLED_SUFFIXES,
     SINGLE_NAMES,
@@ -17,7 +18,6 @@ from eridiff.weights.checkpoint import (
     read_index,
     refuse_folder,
 )
-from eridiff.weights.header import read_json_file
 
 HUB_ID = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:/((?:[^/\\]+/)*[^/\\]+\.safetensors))?")
 FILES = (".safetensors", ".json", ".yaml", ".yml", ".gguf", *PICKLED_SUFFIXES)  # a name that ends so is no repository

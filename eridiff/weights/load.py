@@ -20,10 +20,10 @@ from eridiff.models.autoencoder import PRESETS, Autoencoder
 from eridiff.models.flux import Flux
 from eridiff.models.mmdit import MMDiT
 from eridiff.models.unet import UNet
-from eridiff.weights.checkpoint import open_checkpoint
 from eridiff.weights.configs import DESCRIPTIONS
 from eridiff.weights.detect import Component, detect, listing, with_statistics
-from eridiff.weights.header import read_json_file
+from eridiff.weights.format import read_json_file
+from eridiff.weights.header import open_checkpoint
 from eridiff.weights.hub import resolve
 from eridiff.weights.keymap import Entry
 from eridiff.weights.locate import locate_part

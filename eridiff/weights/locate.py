@@ -6,9 +6,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from eridiff.errors import CheckpointError, ConfigError, quoted
-from eridiff.weights.checkpoint import SHARD_NAME, open_checkpoint
 from eridiff.weights.detect import DESCRIPTIONS, Component, component_of, detect, with_statistics
-from eridiff.weights.header import read_json_file
+from eridiff.weights.format import read_json_file
+from eridiff.weights.header import SHARD_NAME, open_checkpoint
 from eridiff.weights.hub import SUBFOLDERS, TOKENIZER_FOLDERS, check_pipeline, resolve
 
 DENOISERS = ("flux", "mmdit", "unet")

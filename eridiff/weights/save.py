@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from eridiff.errors import ConfigError, quoted
 from eridiff.files import replacing
 from eridiff.weights.detect import DESCRIPTIONS, Component, sizes_of
-from eridiff.weights.header import DTYPES
+from eridiff.weights.format import DTYPES
 from eridiff.weights.keymap import Layout, key_map, unwrapped, without_wrappers
 from eridiff.weights.load import MARKERS, NETWORKS, WORDS
 
