@@ -179,20 +179,17 @@ class LoraSet(nn.Module):
         def chosen(target: Target) -> Tensor | None:
             return next((value for pattern, value in values.items() if matches(target, pattern)), None)
 
-        for branch in self.all_branches():
-            given = chosen(branch.target)
-            if given is not None and given.ndim and branch.scales_rows_inside:
-                raise LoraError('DoRA has one scale for all rows inside its norm; attach it with dora="interpolate"')
-        for item, _ in self.patches:
-            given = chosen(item.target)
+        weights = [(branch, chosen(branch.target)) for branch in self.all_branches()]
+        patches = [(item, old, chosen(item.target)) for item, old in self.patches]
+        if any(branch.scales_rows_inside and given is not None and given.ndim for branch, given in weights):
+            raise LoraError('DoRA has one scale for all rows inside its norm; attach it with dora="interpolate"')
+        for item, _, given in patches:
             if given is not None and given.ndim:
                 raise LoraError(f"{item.target} is changed in place, for all rows alike; give one scale")
-        for branch in self.all_branches():
-            given = chosen(branch.target)
+        for branch, given in weights:
             if given is not None:
                 branch.weigh(given)
-        found = [(item, chosen(item.target)) for item, _ in self.patches]
-        new = [(i, old if v is None else float(v)) for (i, v), (_, old) in zip(found, self.patches, strict=True)]
+        new = [(item, old if given is None else float(given)) for item, old, given in patches]
         changed, self.patches = new != self.patches, new
         if self.attached and changed:
             self._patch()
