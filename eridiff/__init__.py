@@ -9,10 +9,10 @@ if TYPE_CHECKING:  # what type checkers and editors see; a test compares it with
     from eridiff import errors as errors
     from eridiff import images as images
     from eridiff import inference as inference
-    from eridiff import inspect as inspect
     from eridiff import lora as lora
     from eridiff import memory as memory
     from eridiff import models as models
+    from eridiff import report as report
     from eridiff import run_files as run_files
     from eridiff import schedulers as schedulers
     from eridiff import text as text
@@ -41,6 +41,7 @@ if TYPE_CHECKING:  # what type checkers and editors see; a test compares it with
     from eridiff.text import Conditioning as Conditioning
     from eridiff.text.encoders import ClipEncoder as ClipEncoder
     from eridiff.text.encoders import T5Encoder as T5Encoder
+    from eridiff.text.encoders import load_encoder as load_encoder
     from eridiff.weights.load import load_network as load_network
     from eridiff.weights.save import save_network as save_network
 
@@ -48,7 +49,7 @@ __version__ = "0.1.0.dev0"
 
 # imported on first use, so that importing a network imports no text encoder
 _MODULES = (
-    "adopt", "blocks", "errors", "images", "inference", "inspect", "lora", "memory", "models", "run_files", "schedulers", "text",
+    "adopt", "blocks", "errors", "images", "inference", "lora", "memory", "models", "report", "run_files", "schedulers", "text",
     "trace", "training", "weights",
 )  # fmt: skip
 _PLACES = {
@@ -63,6 +64,7 @@ _PLACES = {
     "inject_lora": "eridiff.lora",
     "merge_lora": "eridiff.lora",
     "save_lora": "eridiff.lora",
+    "load_encoder": "eridiff.text.encoders",
     "load_network": "eridiff.weights.load",
     "save_network": "eridiff.weights.save",
     "Flux": "eridiff.models.flux",

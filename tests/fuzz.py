@@ -31,8 +31,8 @@ import eridiff
 from eridiff.errors import EridiffError
 from eridiff.images import read_image, save_png
 from eridiff.inference.again import read_settings
-from eridiff.inspect import inspect, summary
 from eridiff.lora import inject_lora, load_lora, save_lora
+from eridiff.report import inspect, summary
 from eridiff.run_files import load_config
 from eridiff.text.tokenizers import clip_tokenizer, t5_tokenizer
 from eridiff.weights.locate import locate

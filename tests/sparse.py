@@ -2,13 +2,17 @@
 
 import json
 import math
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from eridiff.weights.header import DTYPES, open_checkpoint
+from eridiff.weights.format import DTYPES
+from eridiff.weights.header import open_checkpoint
 from eridiff.weights.keymap import Shape
 from tests.manifest import Tensors, read_manifest
 
@@ -44,3 +48,45 @@ def write_random(path: Path, tensors: Tensors, draw: Callable[[str, Shape], Tens
             file.seek(entry.begin)
             file.write(memoryview(values.numpy()))
     return path
+
+
+def write_scattered(path: Path, tensors: Tensors, seed: int, pieces: int = 24, numbers: int = 64) -> Path:
+    """A full-size file with random numbers in so many places of each tensor, the first and the last among them, and holes between."""
+    write_sparse(path, tensors)
+    generator = torch.Generator().manual_seed(seed)
+    with open(path, "r+b") as file:
+        for entry in open_checkpoint(path).tensors.values():
+            size = entry.dtype.itemsize
+            values = torch.randn(pieces, min(numbers, (entry.end - entry.begin) // size), generator=generator).to(
+                entry.dtype
+            )
+            for i, piece in enumerate(values):
+                last = (entry.end - entry.begin) // size - len(piece)
+                file.seek(entry.begin + last * i // (pieces - 1) * size)
+                file.write(memoryview(piece.contiguous().view(torch.uint8).numpy()))
+    return path
+
+
+class SparseWriter:
+    """`open(path, "wb")` that leaves holes for blocks of zeros, so that full-size files can be written on a small disk."""
+
+    BLOCK = 1 << 16
+
+    def __init__(self, path: os.PathLike[str], mode: str) -> None:
+        self.file: Any = open(path, mode)  # noqa: SIM115
+
+    def __enter__(self) -> "SparseWriter":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.file.truncate(self.file.tell())
+        self.file.close()
+
+    def write(self, data: Any) -> None:
+        whole = np.frombuffer(data, np.uint8)
+        for start in range(0, len(whole), self.BLOCK):
+            block = whole[start : start + self.BLOCK]
+            if block.any():
+                self.file.write(block)
+            else:
+                self.file.seek(len(block), os.SEEK_CUR)

@@ -15,13 +15,14 @@ from torch import nn
 import eridiff
 from eridiff import Autoencoder, AutoencoderConfig, load_network, save_network
 from eridiff.errors import ConfigError, EridiffError, quoted
-from eridiff.inspect import inspect
-from eridiff.models.unet import UNetConfig
+from eridiff.models.unet import UNet, UNetConfig
+from eridiff.report import inspect
 from eridiff.text.tokenizers import clip_tokenizer, published_clip_tokenizer
 from eridiff.trace.record import relative_l2
 from eridiff.training import adopt
 from eridiff.weights.header import open_checkpoint
 from eridiff.weights.locate import locate
+from eridiff.weights.save import write_tensors
 from tests import tiny
 from tests.manifest import read_manifest
 from tests.sparse import sparse_manifest, write_sparse
@@ -304,3 +305,37 @@ def test_every_manifest_still_names_its_own_family(tmp_path: Path) -> None:
     path = write_sparse(tmp_path / "model.safetensors", read_manifest("sd_xl_base_1.0"))
     (tmp_path / "config.json").write_text("{}")
     assert [c["network"] for c in inspect(path)["components"]] == ["unet", "vae", "clip", "clip_g"]
+
+
+def test_each_part_of_one_file_loads_by_its_name(tmp_path: Path) -> None:
+    source = tiny.write_sdxl_model(tmp_path / "m")
+    path = source / "sdxl.safetensors"
+    assert type(load_network(path)) is type(load_network(path, part="transformer")) is UNet
+    assert isinstance(load_network(path, part="vae"), Autoencoder)
+    encoder = eridiff.load_encoder(path, "clip_g", dtype=torch.float64)
+    assert torch.equal(
+        encoder.text_projection.weight.float(), eridiff.load_encoder(source, "clip_g").text_projection.weight
+    )
+    assert encoder.dtype == torch.float64 and not encoder.training
+    lone = write_tensors(
+        {name: tensor.contiguous() for name, tensor in eridiff.load_encoder(path, "clip").state_dict().items()},
+        tmp_path / "clip_l.safetensors", open_checkpoint(path).metadata,
+    )  # fmt: skip
+    assert eridiff.load_encoder(lone).config.hidden_size == eridiff.load_encoder(path, "clip").config.hidden_size
+    for call, words in (
+        (
+            lambda: load_network(path, part="clip"),
+            "part is transformer or vae, not 'clip'; load_encoder loads text encoders",
+        ),
+        (lambda: load_network(lone), "holds a text encoder, which load_encoder loads"),
+        (lambda: load_network(lone, part="vae"), "text encoder, not an autoencoder"),
+        (lambda: eridiff.load_encoder(path), "a CLIP text encoder and a CLIP-G text encoder; choose by part='clip'"),
+        (lambda: eridiff.load_encoder(path, "t5"), "not a T5 text encoder"),
+        (
+            lambda: eridiff.load_encoder(path, "vae"),
+            "part is clip, clip_g, t5, not 'vae'; load_network loads the others",
+        ),
+    ):
+        with pytest.raises(EridiffError) as error:
+            call()
+        assert words in str(error.value)

@@ -17,9 +17,9 @@ from eridiff import load_network
 from eridiff.cli import main
 from eridiff.errors import CheckpointError, ConfigError, EridiffError
 from eridiff.files import replacing
-from eridiff.inspect import inspect
 from eridiff.models.mmdit import MMDiTConfig
 from eridiff.models.unet import UNetConfig
+from eridiff.report import inspect
 from eridiff.weights.detect import component_of, detect
 from eridiff.weights.header import open_checkpoint
 from eridiff.weights.save import save_network, write_tensors

@@ -92,6 +92,23 @@ def test_what_is_written_holds_what_the_source_holds(converted: tuple[str, Path]
             assert own.config == other.config and same(own.state_dict(), other.state_dict())
 
 
+def test_what_no_network_uses_stays_in_the_layout_that_has_it(tmp_path: Path) -> None:
+    source = tiny.write_sdxl_model(tmp_path / "m")
+    path = source / "sdxl.safetensors"
+    kept = {
+        "conditioner.embedders.0.transformer.text_model.embeddings.position_ids": torch.arange(77)[None],
+        "conditioner.embedders.1.model.logit_scale": torch.tensor(4.6052),
+    }
+    write_tensors(load_file(path) | kept, path, open_checkpoint(path).metadata)
+    convert(source, tmp_path / "again.safetensors", "original", dtype=torch.bfloat16)
+    found = load_file(tmp_path / "again.safetensors")
+    assert found.keys() == load_file(path).keys()
+    assert same({name: found[name] for name in kept}, kept)  # neither a weight: their dtype stays
+    convert(source, tmp_path / "d", "diffusers")
+    assert not any(word in name for file in (tmp_path / "d").rglob("*.safetensors") for name in load_file(file)
+                   for word in ("position_ids", "logit_scale"))  # fmt: skip
+
+
 def test_diffusers_loads_the_folder_and_every_part(converted: tuple[str, Path]) -> None:
     name, folder = converted
     import diffusers
@@ -256,8 +273,11 @@ def large_flux(folder: Path) -> Path:
     return write_sparse(folder / "flux.safetensors", {e.foreign[0]: ("BF16", shapes[e.native]) for e in entries})
 
 
-def anonymous_megabytes(*commands: list[str]) -> float:
-    """How much memory that is no file's some commands of `eridiff` take at most, beside what the program takes."""
+def anonymous_megabytes(*commands: list[str], first: str = "") -> float:
+    """How much memory that is no file's some commands of `eridiff` take at most, beside what the program takes.
+
+    `first` is a line of Python that is run before them.
+    """
     program = f"""
 import threading, time
 import torch, transformers
@@ -269,6 +289,7 @@ def watch():
         most[0] = max(most[0], anonymous())
         time.sleep(0.002)
 torch.ones(8).to(torch.bfloat16)
+{first}
 before, most = anonymous(), [0.0]
 threading.Thread(target=watch, daemon=True).start()
 for command in {list(commands)!r}:

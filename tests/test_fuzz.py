@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from eridiff.errors import CheckpointError, ConfigError, EridiffError, LoraError
-from eridiff.inspect import inspect, summary
 from eridiff.lora import load_lora, save_lora
 from eridiff.lora.load import Refusal
+from eridiff.report import inspect, summary
 from eridiff.run_files import load_config
 from eridiff.text.tokenizers import clip_tokenizer
 from eridiff.weights.header import open_checkpoint

@@ -39,7 +39,7 @@ def case_of(kind: str) -> Callable[[Callable[[Path], Built]], Callable[[Path], B
 
 def filled(network: str, module: Any, layout: str = "original", prefix: str = "") -> list[list[Any]]:
     """Gives a module hashfill's weights by the names of a layout, in float64; the list of these names for case.json."""
-    table, sizes = key_map("clip" if network == "clip_g" else network).layouts[layout], {}
+    table, sizes = key_map(network).layouts[layout], {}
     if network in ("flux", "mmdit", "unet", "vae"):
         sizes = sizes_of(module.config)
     state = {n: t for n, t in module.double().eval().state_dict().items() if n != "encoder.embed_tokens.weight"}

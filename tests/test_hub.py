@@ -10,10 +10,13 @@ from typing import Any
 from urllib.parse import unquote
 
 import pytest
+import torch
 from huggingface_hub import constants, file_download, utils
 from safetensors.torch import load_file, save
 
 import eridiff
+from eridiff import load_encoder, load_network
+from eridiff.cli.convert import convert
 from eridiff.errors import CheckpointError, EridiffError
 from eridiff.lora import inject_lora, load_lora, save_lora
 from eridiff.weights.hub import resolve
@@ -240,6 +243,22 @@ def test_single_parts_and_loras_load_by_id_and_by_file(hub: Hub, tmp_path: Path)
         load_lora("some-one/many", network)
     with pytest.raises(CheckpointError, match="'some-one/pipe' is a whole pipeline; give one file of it"):
         eridiff.load_network("some-one/pipe")
+
+
+def test_of_a_pipeline_a_part_alone_is_fetched(hub: Hub, tmp_path: Path) -> None:
+    folder = tmp_path / "d"
+    convert(tiny.write_model(tmp_path / "m"), folder, "diffusers")
+    hub.repositories["org/flux"] = {
+        str(f.relative_to(folder)): f.read_bytes() for f in folder.rglob("*") if f.is_file()
+    }
+    autoencoder = load_network("org/flux", part="vae", progress=False)
+    assert torch.equal(autoencoder.encoder.conv_in.weight, load_network(folder, part="vae").encoder.conv_in.weight)  # type: ignore[union-attr, arg-type]
+    assert {name for name, _ in hub.sent if name.endswith(".safetensors")} == {
+        "vae/diffusion_pytorch_model.safetensors"
+    }
+    hub.sent.clear()
+    assert type(load_encoder("org/flux", "t5", progress=False)).__name__ == "T5EncoderModel"
+    assert not [name for name, _ in hub.sent if name.startswith(("transformer/", "vae/"))]
 
 
 def test_tokenizers_by_id_bring_no_weights(hub: Hub, tmp_path: Path) -> None:

@@ -17,8 +17,8 @@ import eridiff
 from eridiff import load_network
 from eridiff.cli import main
 from eridiff.errors import CheckpointError, EridiffError
-from eridiff.inspect import inspect, summary
 from eridiff.models.unet import UNet, UNetConfig
+from eridiff.report import inspect, summary
 from eridiff.text.encoders import build_encoder
 from eridiff.weights.detect import component_of, detect
 from eridiff.weights.header import open_checkpoint

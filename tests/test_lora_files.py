@@ -11,7 +11,7 @@ from torch import Tensor
 
 from eridiff.errors import LoraError
 from eridiff.lora import Row, load_lora
-from eridiff.lora.check import kind_of
+from eridiff.lora.deltas import kind_of
 from eridiff.lora.formats import ENDINGS, Source, sort_names
 from eridiff.lora.load import OPTIONAL
 from tests.lora_files import BAD, FILES, GOOD, contents, loaded, look_names_up_once, networks_of, write

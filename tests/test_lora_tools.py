@@ -1,5 +1,6 @@
 """`eridiff lora extract | resize | merge`: nothing is lost without a word, nothing grows, and files stay what they were."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,10 @@ from torch import Tensor, nn
 import eridiff
 from eridiff import load_network, save_network
 from eridiff.cli import main
+from eridiff.cli.convert import convert
 from eridiff.errors import LoraError
 from eridiff.lora import Lora, inject_lora, load_lora, merge_into, save_lora
-from eridiff.lora.decompose import energy, extract_lora, resize_lora, table
+from eridiff.lora.decompose import energy, energy_table, extract_lora, resize_lora
 from eridiff.lora.deltas import Item
 from eridiff.lora.names import Target
 from eridiff.text.encoders import build_encoder
@@ -64,7 +66,7 @@ def test_what_no_pattern_chooses_is_counted(tmp_path: Path) -> None:
     left = [entry for entry in kept if entry.rank == 0]
     assert {item.target.module.split(".")[0] for item in lora.items} == {"double_blocks"}
     assert {entry.module.split(".")[0] for entry in left} >= {"single_blocks", "image_in", "final"}
-    assert f"{len(left)} more are left out" in list(table(kept))[-1] and energy(kept) < 0.9
+    assert f"{len(left)} more are left out" in list(energy_table(kept))[-1] and energy(kept) < 0.9
     assert any("diff_b" in item.tensors for item in lora.items), "biases of the chosen layers too"
     with pytest.raises(LoraError, match="equal where a LoRA could change them"):
         extract_lora(base, base, 2)
@@ -254,11 +256,46 @@ def test_a_lora_for_an_encoder_in_another_file_is_refused_or_left_out(
     arguments = ["lora", "merge", str(file), "--model", str(source), "--out", str(out)]
     assert main(arguments) == 2 and not out.exists()
     assert "the LoRA changes clip, which is not in the file" in capsys.readouterr().err
+    for other in (source / "in", tmp_path):
+        assert main([*arguments[:-1], str(other)]) == 2 and not (source / "in").exists()
+        assert "are one in the other; give another folder" in capsys.readouterr().err
     assert main([*arguments, "--part", "network"]) == 0
     with merge_into(modules["flux"], load_lora(file, modules).of("flux")):
         assert all(torch.equal(t, modules["flux"].state_dict()[n]) for n, t in load_network(out).state_dict().items())
     assert main(["lora", "merge", f"{file}:nan", "--model", str(source), "--part", "network", "--out", str(out)]) == 2
     assert "a scale is a finite number, not nan" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("layout", ["original", "diffusers"])
+def test_merging_into_a_folder_merges_each_part_and_copies_the_rest(layout: str, tmp_path: Path) -> None:
+    source = tiny.write_sdxl_model(tmp_path / "m")
+    file, _ = sdxl_lora(tmp_path, source)
+    folder, out = tmp_path / "folder", tmp_path / "merged"
+    convert(source, folder, layout, shard=3e-4 if layout == "diffusers" else None)
+    (folder / "of-nobody.bin").write_bytes(b"other weights")
+    if layout == "diffusers":
+        shutil.copy(
+            next((folder / "vae").glob("*.safetensors")), folder / "unet" / "diffusion_pytorch_model.fp16.safetensors"
+        )
+        assert (folder / "unet" / "diffusion_pytorch_model.safetensors.index.json").exists()
+    assert main(["lora", "merge", f"{file}:0.5", "--model", str(folder), "--out", str(out)]) == 0
+    before, after = locate(folder).components, locate(out).components
+    assert before.keys() == after.keys()
+    for name, component in before.items():
+        tensors = {n: component.checkpoint.read(n) for n in component.checkpoint.tensors}
+        same = [torch.equal(t, after[name].checkpoint.read(n)) for n, t in tensors.items()]
+        assert after[name].checkpoint.tensors.keys() == tensors.keys() and all(same) == (name == "vae")
+    files = {
+        path.relative_to(folder) for path in folder.rglob("*") if path.is_file() and "safetensors" not in path.name
+    }
+    assert {path.relative_to(out) for path in out.rglob("*") if path.is_file() and "safetensors" not in path.name} == {
+        path for path in files if path.name != "of-nobody.bin"
+    }
+    attached = eridiff.load(folder, device="cpu", progress=False)
+    attached.apply_lora(file, 0.5)
+    given: Any = {"seed": 1, "steps": 1, "height": 32, "width": 32, "keep": ("latents",)}
+    merged = eridiff.load(out, device="cpu", progress=False).generate("a swan", **given).latents
+    assert relative_l2(merged, attached.generate("a swan", **given).latents) < 1e-4
 
 
 @pytest.mark.parametrize("layout", ["original", "diffusers"])

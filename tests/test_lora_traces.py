@@ -3,13 +3,13 @@
 import copy
 import io
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from eridiff.errors import LoraError
-from eridiff.lora import Lora, attach_lora, install_slots, merge_into
+from eridiff.lora import Lora, MergedModule, attach_lora, install_slots, merge_into, merge_lora
 from eridiff.memory.stages import asked_once, on_device
 from tests import tiny
 from tests.loras import (
@@ -80,33 +80,32 @@ def test_while_attached_names_classes_and_the_tree_are_the_networks_own(family: 
     assert not [name for name, _ in attached.named_modules() if "_network" in name]
 
 
-def test_merges_come_off_in_the_reverse_order_only() -> None:
+@pytest.mark.parametrize("order", [(0, 1, 2, 3), (3, 2, 1, 0), (2, 0, 3, 1)])
+def test_merges_and_attached_loras_come_off_in_any_order(order: tuple[int, ...]) -> None:
     network = tiny.flux()
     before = bits(network)
-    first = merge_into(network, some_lora(network, 1))
-    second = merge_into(network, some_lora(network, 2))
-    with pytest.raises(LoraError, match=r"another LoRA has changed double_blocks\.\S+ since; take that one away first"):
-        first.restore()
-    second.restore()
-    first.restore()
+    norm = Lora((item(network, "double_blocks.0.image.q_norm", {"w_norm": (16,)}, "norm"),))
+    changes: list[Any] = [merge_into(network, some_lora(network, 1)), attach_lora(network, norm, 0.5),
+                          merge_into(network, some_lora(network, 2)), merge_into(network, norm)]  # fmt: skip
+    both = merge_lora(tiny.flux().state_dict(), [(some_lora(network, 1), 1.0), (some_lora(network, 2), 1.0)]).state
+    name = "double_blocks.0.image.qkv.weight"
+    assert torch.equal(network.get_parameter(name), both[name]), "each computed on the network's own weights"
+    for place in order:
+        assert not unchanged(network, before)
+        one = changes[place]
+        one.restore() if isinstance(one, MergedModule) else one.detach()
     assert unchanged(network, before)
-    first.restore()
+    changes[0].restore()
     assert unchanged(network, before)
 
 
-def test_a_merge_over_what_a_lora_changed_in_place_comes_off_before_it() -> None:
-    network = tiny.flux()
-    before = bits(network)
-    lora = Lora((item(network, "double_blocks.0.image.q_norm", {"w_norm": (16,)}, "norm"),))
-    attached = attach_lora(network, lora)
-    merged = merge_into(network, lora)
-    with pytest.raises(LoraError, match="take that one away first"):
-        attach_lora(network, lora)
-    with pytest.raises(LoraError, match="take that one away first"):
-        attached.detach()
-    merged.restore()
-    attached.detach()
-    assert unchanged(network, before)
+def test_what_is_left_after_one_merge_is_taken_out_is_the_other() -> None:
+    network, lora = tiny.flux(), some_lora(tiny.flux(), 2)
+    with merge_into(network, some_lora(network, 1)):
+        kept = merge_into(network, lora, 0.3)
+    with merge_into(tiny.flux(), lora, 0.3) as alone:
+        assert unchanged(network, bits(alone.module))
+    assert kept.originals.keys() == set(kept.merged.tensors)
 
 
 def test_merges_of_different_weights_come_off_in_any_order() -> None:

@@ -88,7 +88,9 @@ def test_gradients_of_every_kind_equal_differences_of_the_loss() -> None:
         (lambda: Flux(FluxConfig.preset("dev")), None, "flux"),
         (lambda: MMDiT(MMDiTConfig.preset("sd3.5-medium")), None, "sd3.5-medium"),
         (lambda: MMDiT(MMDiTConfig.preset("sd3.5-large")), "joint-attention", "sd3.5-large"),
-        (lambda: UNet(UNetConfig.preset("base")), None, "sdxl"),
+        (lambda: UNet(UNetConfig.preset("base")), None, "sdxl attention"),
+        (lambda: UNet(UNetConfig.preset("base")), "cross-attention", "sdxl"),
+        (lambda: UNet(UNetConfig.preset("base")), "transformers", "sdxl transformers"),
         (lambda: Flux(FluxConfig.preset("dev")), "all-linear", "flux all"),
         (lambda: MMDiT(MMDiTConfig.preset("sd3.5-medium")), "all-linear", "sd3.5-medium all"),
         (lambda: UNet(UNetConfig.preset("base")), "all-linear", "sdxl all"),
@@ -131,7 +133,9 @@ def diffusers_weights(which: str) -> tuple[int, int]:
             )  # fmt: skip
     linears = {n: m for n, m in network.named_modules() if isinstance(m, nn.Linear)}
     if not which.endswith("all"):
-        inside = {"flux": "transformer_blocks", "sdxl": ".attn2."}.get(name, ".attn")
+        inside = {
+            "flux": "transformer_blocks", "sdxl": ".attn2.", "sdxl attention": ".attn", "sdxl transformers": ".attentions.",
+        }.get(which, ".attn")  # fmt: skip
         linears = {n: m for n, m in linears.items() if inside in n and not ("norm" in n and name != "flux")}
     fused = {"to_q": 3, "add_q_proj": 3} if name != "sdxl" else {}
     count = 0
@@ -169,7 +173,7 @@ def test_patterns_choose_layers_and_convolutions_that_they_name() -> None:
         ({"alpha": float("nan")}, "alpha must be a number"),
         (
             {"targets": "cross-attn"},
-            "no linear layer or convolution matches 'cross-attn'; presets are cross-attention,",
+            "no linear layer or convolution matches 'cross-attn'; presets are attention, cross-attention,",
         ),
         ({"targets": ["double_blocks.*", "single.*"]}, "matches 'single.*'"),
         ({"targets": "cross-attention"}, "Flux has no module for the targets *.cross_attention.*"),

@@ -67,13 +67,24 @@ def test_lora_application(model: Any, folder: Path, format: str) -> None:
     attached = tiny.draw(model, "a swan")
     for kind, module in model.model.modules().items():
         assert all(torch.equal(t, before[kind][name]) for name, t in module.state_dict().items())
+    assert {target.network for one in handle.sets for target in one.targets()} == set(before)
+    merged = tiny.draw(model, "a swan") if handle.merge() else None
+    assert merged.settings[0]["loras"] == attached.settings[0]["loras"]
+    assert relative_l2(attached.latents, merged.latents) < 1e-4 and not torch.equal(attached.latents, merged.latents)
+    with pytest.raises(LoraError, match="merged at one scale: detach it"):
+        handle.set_scale(0.5)
     handle.detach()
-    lora = load_lora(file, model.model.modules())
-    assert set(lora.networks) == set(before)
-    merged = [merge_into(module, lora.of(kind), 0.7) for kind, module in model.model.modules().items()]
-    assert relative_l2(attached.latents, tiny.draw(model, "a swan").latents) < 1e-4
-    for change in merged:
-        change.restore()
+    for kind, module in model.model.modules().items():
+        assert all(torch.equal(t, before[kind][name]) for name, t in module.state_dict().items())
+
+
+def test_what_has_no_one_scale_is_not_merged_and_stays_attached(model: Any, folder: Path) -> None:
+    handle = model.apply_lora(folder.parent / "lora" / "kohya.safetensors", torch.tensor([0.7]))
+    attached = tiny.draw(model, "a swan").latents
+    with pytest.raises(LoraError, match="merged at one scale for all"):
+        handle.merge()
+    assert torch.equal(tiny.draw(model, "a swan").latents, attached)
+    handle.detach()
 
 
 def test_lora_weights_properly_affect_output(model: Any, folder: Path) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import yaml
 
-from eridiff.inspect import inspect
+from eridiff.report import inspect
 from eridiff.text.encoders import empty
 from eridiff.weights.load import native_reader
 from eridiff.weights.locate import locate

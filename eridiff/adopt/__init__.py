@@ -19,7 +19,8 @@ from eridiff.models.flux import Flux
 from eridiff.models.mmdit import MMDiT
 from eridiff.models.unet import UNet
 from eridiff.weights.detect import component_of
-from eridiff.weights.header import Checkpoint, TensorEntry
+from eridiff.weights.format import TensorEntry
+from eridiff.weights.header import Checkpoint
 from eridiff.weights.keymap import Entry, without_wrappers
 from eridiff.weights.load import NETWORKS, plan
 

@@ -24,7 +24,7 @@ from eridiff.weights.detect import Component
 from eridiff.weights.keymap import key_map
 from eridiff.weights.load import MARKERS, NETWORKS, VARIANT, native_reader, prediction_told, said_by_file
 from eridiff.weights.locate import DENOISERS, ModelPath, Parts, locate
-from eridiff.weights.save import Stored, marked, stored, write_file, write_json, write_shards
+from eridiff.weights.save import Stored, copies, marked, stored, write_file, write_json, write_shards
 
 LAYOUTS = ("original", "diffusers")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp8": torch.float8_e4m3fn}
@@ -153,17 +153,20 @@ def _part(
         chosen = parameters if dtype != torch.float8_e4m3fn else eights if component.network != "vae" else set()
         dtypes |= {name: dtype for name in shapes if name in chosen}
     scaled = [name for name in shapes if dtype == torch.float8_e4m3fn and to == "original" and dtypes[name] == dtype]
-    network = "clip" if component.network == "clip_g" else component.network
-    layout = (
-        to
-        if network in NETWORKS
-        else "openclip"
-        if "embedders" in prefix and component.network == "clip_g"
-        else "huggingface"
-    )
+    layout = to
+    if component.network not in NETWORKS:
+        layout = "openclip" if "embedders" in prefix and component.network == "clip_g" else "huggingface"
     tensors = stored(
-        key_map(network).layouts[layout], shapes, component.sizes, dtypes, native, prefix=prefix, scaled=scaled
+        key_map(component.network).layouts[layout],
+        shapes,
+        component.sizes,
+        dtypes,
+        native,
+        prefix=prefix,
+        scaled=scaled,
     )
+    if to == "original" and layout == component.layout.name:
+        tensors += copies(component, prefix)
     if to == "diffusers" or layout == "openclip":  # transformers ties the embedding's second name itself
         tensors = [tensor for tensor in tensors if not tensor.name.endswith("encoder.embed_tokens.weight")]
     metadata = said_by_file(component) | {

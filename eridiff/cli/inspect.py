@@ -5,7 +5,7 @@ import json
 from typing import Any
 
 from eridiff.cli.common import check_model
-from eridiff.inspect import inspect, inspect_lora, lora_summary, summary
+from eridiff.report import inspect, inspect_lora, lora_summary, summary
 
 
 def add_parser(commands: Any) -> None:

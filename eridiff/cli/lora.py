@@ -13,14 +13,14 @@ from torch import nn
 
 from eridiff.cli.common import check_model, dtype_of, scaled
 from eridiff.errors import ConfigError
-from eridiff.lora.decompose import extract_lora, resize_lora
-from eridiff.lora.decompose import table as energy_table
+from eridiff.lora.decompose import energy_table, extract_lora, resize_lora
 from eridiff.lora.ledger import APPLIED, Row, counted, table
 from eridiff.lora.load import PARTS, Refusal, load_lora
-from eridiff.lora.merge import merge_file
+from eridiff.lora.merge import merge_file, merge_folder
 from eridiff.lora.save import FORMATS, save_lora
 from eridiff.models import flux, mmdit, unet
 from eridiff.text.encoders import build_encoder, empty, published_encoder
+from eridiff.weights.hub import resolve
 from eridiff.weights.load import NETWORKS, build
 from eridiff.weights.locate import DENOISERS, TEXT_ENCODERS, locate
 
@@ -62,7 +62,9 @@ def add_parser(commands: Any) -> None:
     output(convert, "kohya")
     merge = command("merge", _merge, "write the network with LoRAs in its weights")
     merge.add_argument("lora", nargs="+", metavar="FILE[:SCALE]")
-    merge.add_argument("--out", required=True, type=Path, metavar="FILE")
+    merge.add_argument(
+        "--out", required=True, type=Path, metavar="FILE|FOLDER", help="a name ending in .safetensors for the network's file; of a model's folder otherwise all of it"
+    )  # fmt: skip
     merge.add_argument("--dtype", choices=DTYPES, help="dtype of the weights (the file's)")
     extract = command("extract", _extract, "make a LoRA of the difference of two checkpoints", model=False)
     extract.add_argument("tuned")
@@ -162,11 +164,16 @@ def _merge(options: argparse.Namespace) -> int:
         known = {name: module for name, module in modules.items() if name in (*DENOISERS, *TEXT_ENCODERS)}
         lora = load_lora(file, known, part=options.part, allow_partial=options.partial)
         loras.append((lora, 1.0 if scale is None else scale))
-    source = components[network].checkpoint.path
-    held = {name: (c, modules[name]) for name, c in components.items() if c.checkpoint.path == source}
-    written, merged = merge_file(held, loras, options.out, dtype=dtype_of(options.dtype))
+    source, dtype = components[network].checkpoint.path, dtype_of(options.dtype)
+    held = {name: (component, modules[name]) for name, component in components.items()}
+    folder = resolve(options.model)
+    if folder.is_dir() and options.out.suffix != ".safetensors":
+        files, merged = merge_folder(folder, held, loras, options.out, dtype=dtype)
+    else:
+        one, merged = merge_file({n: own for n, own in held.items() if own[0].checkpoint.path == source}, loras, options.out, dtype=dtype)  # fmt: skip
+        files = [one]
     print(merged)
-    print(written)
+    print(*files, sep="\n")
     return 0
 
 

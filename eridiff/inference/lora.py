@@ -12,6 +12,7 @@ from eridiff.files import tensors_hash
 from eridiff.lora.attach import LoraSet, Scale, attach_lora, matches
 from eridiff.lora.ledger import Row
 from eridiff.lora.load import PARTS, Lora, load_lora
+from eridiff.lora.merge import MergedModule, merge_into
 
 
 class LoraHandle:
@@ -25,6 +26,7 @@ class LoraHandle:
         self.ledger: tuple[Row, ...] = lora.ledger
         self.scale: Scale | Mapping[str, Scale] | None = None  # None: each request's `lora_scale`
         self._hash: str | None = None
+        self._merged: list[MergedModule] = []
         self._weight: Scale | Mapping[str, Scale] = 1.0
 
     def set_scale(self, scale: Scale | Mapping[str, Scale]) -> "LoraHandle":
@@ -35,6 +37,8 @@ class LoraHandle:
 
     def weigh(self, scale: Scale | Mapping[str, Scale]) -> None:
         """As `set_scale`, for the time of a request."""
+        if self._merged:
+            raise LoraError("the LoRA is merged at one scale: detach it, and apply it again")
         if not isinstance(scale, Mapping):
             for lora in self.sets:
                 lora.set_scale(scale)
@@ -49,8 +53,34 @@ class LoraHandle:
                 raise LoraError(f"no module of the LoRA matches '{next(iter(rest))}'")
         self._weight = scale
 
+    def merge(self) -> "LoraHandle":
+        """Put the LoRA into the weights at its scale, so that it takes no time; `detach` brings the weights back, bit for bit.
+
+        Computed in float32, rounded once to the weights' dtype. Raises LoraError, having changed nothing, for a scale of rows or
+        by module and for a LoRA that enlarges a layer.
+        """
+        if isinstance(self._weight, Mapping) or self.weighs_rows:
+            raise LoraError("a LoRA is merged at one scale for all that it changes: give it one by set_scale")
+        try:
+            for lora in self.sets:
+                lora.detach()
+                self._merged.append(merge_into(lora.network, lora.lora(), float(self._weight), dora=lora.dora))
+        except LoraError:
+            self._restore()
+            for lora in self.sets:
+                lora.attach()
+            raise
+        self.scale = self._weight
+        return self
+
+    def _restore(self) -> None:
+        while self._merged:
+            self._merged[-1].restore()
+            self._merged.pop()
+
     def detach(self) -> None:
         """Take the LoRA away; the model draws, bit for bit, as before it."""
+        self._restore()
         for lora in self.sets:
             lora.detach()
         if self._taken_away is not None:

@@ -15,24 +15,21 @@ from torch import Tensor, nn
 from eridiff.errors import LoraError
 from eridiff.lora.branches import Branch, branch_place, has_slot, install_slots, packed
 from eridiff.lora.deltas import Item, check_dora_rule, widened
-from eridiff.lora.inplace import change_in_place, check_changeable, originals, parts_of, restore
+from eridiff.lora.inplace import change_in_place, original, originals, parts_of, restore
 from eridiff.lora.load import Lora
 from eridiff.lora.names import Target, network_of
 
 log = logging.getLogger(__name__)
 Scale = float | Tensor
 TARGETS: dict[str, tuple[str, ...]] = {  # preset -> patterns of native module names
+    "attention": ("*.self_attention.*", "*.cross_attention.*"),  # SDXL, as diffusers' scripts: 560 of the base
     "cross-attention": ("*.cross_attention.*",),  # SDXL
-    "joint-attention": (
-        "joint_blocks.*.qkv",
-        "joint_blocks.*.qkv2",
-        "joint_blocks.*.proj",
-        "joint_blocks.*.proj2",
-    ),  # SD 3
+    "transformers": ("*.transformer.*",),  # SDXL, as kohya's sd-scripts: 722 of the base
+    "joint-attention": ("joint_blocks.*.qkv", "joint_blocks.*.qkv2", "joint_blocks.*.proj", "joint_blocks.*.proj2"),  # SD 3
     "blocks": ("double_blocks.*", "single_blocks.*"),  # Flux
     "all-linear": ("*",),
-}
-USUAL = {"unet": "cross-attention", "mmdit": "joint-attention", "flux": "blocks"}
+}  # fmt: skip
+USUAL = {"unet": "attention", "mmdit": "joint-attention", "flux": "blocks"}
 
 
 class LoraSet(nn.Module):
@@ -108,7 +105,7 @@ class LoraSet(nn.Module):
     @property
     def originals(self) -> dict[str, Tensor]:
         """The network's own tensors of what the set changes in place while it is attached."""
-        return originals(self.network, id(self))
+        return originals(self.network, self)
 
     def all_branches(self) -> list[Branch]:
         return [branch for branch in self.branches.values() if isinstance(branch, Branch)]
@@ -182,20 +179,17 @@ class LoraSet(nn.Module):
         def chosen(target: Target) -> Tensor | None:
             return next((value for pattern, value in values.items() if matches(target, pattern)), None)
 
-        for branch in self.all_branches():
-            given = chosen(branch.target)
-            if given is not None and given.ndim and branch.scales_rows_inside:
-                raise LoraError('DoRA has one scale for all rows inside its norm; attach it with dora="interpolate"')
-        for item, _ in self.patches:
-            given = chosen(item.target)
+        weights = [(branch, chosen(branch.target)) for branch in self.all_branches()]
+        patches = [(item, old, chosen(item.target)) for item, old in self.patches]
+        if any(branch.scales_rows_inside and given is not None and given.ndim for branch, given in weights):
+            raise LoraError('DoRA has one scale for all rows inside its norm; attach it with dora="interpolate"')
+        for item, _, given in patches:
             if given is not None and given.ndim:
                 raise LoraError(f"{item.target} is changed in place, for all rows alike; give one scale")
-        for branch in self.all_branches():
-            given = chosen(branch.target)
+        for branch, given in weights:
             if given is not None:
                 branch.weigh(given)
-        found = [(item, chosen(item.target)) for item, _ in self.patches]
-        new = [(i, old if v is None else float(v)) for (i, v), (_, old) in zip(found, self.patches, strict=True)]
+        new = [(item, old if given is None else float(given)) for item, old, given in patches]
         changed, self.patches = new != self.patches, new
         if self.attached and changed:
             self._patch()
@@ -215,27 +209,21 @@ class LoraSet(nn.Module):
     @torch.no_grad()
     def _patch(self) -> None:
         parts = parts_of(self.patches, self.dora)
-        held = originals(self.network)
         enlarging = {}
         for branch in self.all_branches():  # the first layer of a control LoRA takes twice as many channels
             name, place = branch.target.name, branch_place(self.network, branch.target)
             if packed(place):  # reads as many features as it says
                 continue
-            weight = held.get(name, place.weight.data)
+            weight = original(self.network, name)
             if branch.columns and branch.columns > weight.shape[1] and widened(weight, branch.item) is not weight:
                 enlarging[name] = branch.item
-        for name in [*parts, *enlarging]:
-            check_changeable(self.network, name)
         for name in {**parts, **enlarging}:
-            change_in_place(self.network, name, id(self), parts.get(name, []), enlarging.get(name))
+            change_in_place(self.network, name, self, parts.get(name, []), enlarging=enlarging.get(name))
 
     @torch.no_grad()
     def _unpatch(self) -> None:
-        names = list(self.originals)
-        for name in names:
-            check_changeable(self.network, name)
-        for name in names:
-            restore(self.network, name, id(self))
+        for name in self.originals:
+            restore(self.network, name, self)
 
 
 def matches(target: Target, pattern: str) -> bool:
@@ -286,7 +274,7 @@ def inject_lora(
 
     alpha None is the rank, so that the scale alpha / rank is 1. `targets` is a preset of `TARGETS` or patterns of native
     module names (`"double_blocks.*.qkv"`); they choose `nn.Linear`s, and `nn.Conv2d`s that a pattern other than "*" names.
-    None is cross-attention for SDXL, joint attention for SD 3, the blocks for Flux, else all linears. Raises LoraError for
+    None is both attentions for SDXL, joint attention for SD 3, the blocks for Flux, else all linears. Raises LoraError for
     a pattern that chooses nothing.
     """
     if rank < 1 or not 0 <= dropout < 1:

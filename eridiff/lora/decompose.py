@@ -213,7 +213,7 @@ def _shape(item: Item, shapes: Mapping[str, Mapping[str, tuple[int, ...]]] | Non
     return (item.tensors["up"].shape[0], item.tensors["down"].shape[1], *kernel)
 
 
-def table(kept: Sequence[Kept]) -> Iterator[str]:
+def energy_table(kept: Sequence[Kept]) -> Iterator[str]:
     """A line a module, the worst first, and the whole."""
     width = max((len(entry.module) for entry in kept), default=0)
     for entry in sorted(kept, key=lambda entry: entry.energy):

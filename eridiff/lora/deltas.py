@@ -4,7 +4,8 @@ Sources: Hu et al. 2021 (LoRA); Hyeon-Woo et al. 2021 (LoHa) and Edalati et al. 
 2023); Liu et al. 2022 ((IA)3); Liu et al. 2024 (DoRA). Letters: o outputs, i inputs, r rank, h x w a kernel.
 """
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass, field
 
 import torch
@@ -24,7 +25,7 @@ class Item:
 
     key: str  # the module's name in the file
     target: Target
-    kind: str  # lora, loha, lokr, full, norm, ia3 or set
+    kind: str  # of KINDS
     tensors: Mapping[str, Tensor] = field(repr=False)
     ratio: float = 1.0  # alpha / rank, or what the format has in its place
     alpha: float | None = None
@@ -60,7 +61,7 @@ class Item:
         "interpolate" is s (W'(1) - W). A `set` replaces W, whatever the scale.
         """
         if self.kind == "set":
-            return self.tensors["set_weight"].to(base).reshape(base.shape) - base
+            return self.delta(base)
         if not self.dora:
             return times(scale, self.delta(base))
         if dora == "peft":
@@ -80,25 +81,8 @@ class Item:
 
     def delta(self, base: Tensor) -> Tensor:
         """What is added to W at scale 1, in W's shape, dtype and device; without DoRA's change of lengths."""
-        t = {name: tensor.to(base) for name, tensor in self.tensors.items()}
-        if self.kind == "ia3":
-            per_input = bool(self.tensors["on_input"].item())
-            shape = [-1 if d == int(per_input) else 1 for d in range(base.ndim)]
-            return base * t["multiplier"].reshape(shape)
-        if self.kind == "norm":
-            return t["w_norm"].reshape(base.shape)
-        if self.kind == "full" and "diff" in t:
-            return _fitted(t["diff"], base)
-        if self.kind == "lora":
-            delta = low_rank(t["down"], t["up"], t.get("mid"))
-        elif self.kind == "loha":
-            delta = _hadamard_factor(t, "hada_w1", "hada_t1") * _hadamard_factor(t, "hada_w2", "hada_t2")
-        elif self.kind == "lokr":
-            first, second = kronecker_factors(t)
-            delta = torch.kron(first.reshape(*first.shape, *[1] * (second.ndim - first.ndim)), second.contiguous())
-        else:
-            return torch.zeros_like(base)
-        return times(self.ratio, _fitted(delta, base))
+        tensors = {name: tensor.to(base) for name, tensor in self.tensors.items()}
+        return times(self.ratio, _fitted(KINDS[self.kind].delta(tensors, base), base))
 
     def bias_delta(self, base: Tensor) -> Tensor:
         """What is added to the bias at scale 1."""
@@ -131,7 +115,7 @@ def columns(item: Item) -> int | None:
     if "hada_w1_b" in t and "hada_t1" not in t:
         return t["hada_w1_b"].shape[1]
     if item.kind == "lokr":
-        return kronecker_shape({name: tensor.to("meta") for name, tensor in t.items()})[1]
+        return _product("lokr", t)[1]
     return None
 
 
@@ -144,6 +128,37 @@ def widened(base: Tensor, item: Item) -> Tensor:
     return torch.cat([base, base.new_zeros(base.shape[0], missing)], dim=1) if missing > 0 else base
 
 
+# the kinds: what a module consists of, what its tensors must look like, what they add to a weight -----------------------------
+
+Tensors = Mapping[str, Tensor]  # by role: what a tensor is
+Demand = tuple[
+    bool, str, str
+]  # whether it is met, the role of the tensor that it is for ("": all together), what is needed
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One kind of adapter."""
+
+    needed: tuple[tuple[str, ...], ...]  # roles of tensors, of each group at least one
+    own: tuple[str, ...] = ()  # further roles that no other kind has
+    shared: tuple[str, ...] = ()  # and those that others have too
+    delta: Callable[[Tensors, Tensor], Tensor] = lambda t, base: torch.zeros_like(
+        base
+    )  # in W's dtype, W -> what is added
+    demands: Callable[[Tensors, tuple[int, ...]], Iterable[Demand]] = lambda t, shape: ()  # of W's shape
+
+    @property
+    def marks(self) -> set[str]:
+        """The roles that tell the kind."""
+        return {role for group in self.needed for role in group} | set(self.own)
+
+
+def kind_of(roles: Set[str]) -> str:
+    """The first kind that a module with these roles may be; "" if there is none."""
+    return next((name for name, kind in KINDS.items() if kind.marks & roles), "")
+
+
 def low_rank(down: Tensor, up: Tensor, mid: Tensor | None = None) -> Tensor:
     """up [o, r(, 1, 1)] and down [r, i(, h, w)] -> [o, i(, h, w)]; with a Tucker core mid [r, r, h, w] down is [r, i(, 1, 1)]."""
     if mid is not None:
@@ -151,9 +166,27 @@ def low_rank(down: Tensor, up: Tensor, mid: Tensor | None = None) -> Tensor:
     return (up.flatten(1) @ down.flatten(1)).reshape(up.shape[0], *down.shape[1:])
 
 
-def _hadamard_factor(t: Mapping[str, Tensor], matrix: str, core: str) -> Tensor:
-    a, b = t[f"{matrix}_a"], t[f"{matrix}_b"]
-    return _tucker(t[core], a, b) if core in t else a @ b
+def _low_rank_demands(t: Tensors, shape: tuple[int, ...]) -> Iterator[Demand]:
+    down, up, mid = t["down"], t["up"], t.get("mid")
+    yield mid is None or len(shape) == 4, "mid", "no Tucker core, as it is no convolution"
+    same_rank = min(down.ndim, up.ndim) > 1 and down.shape[0] == up.shape[1]
+    yield same_rank, "up", f"as many columns as the other matrix, {list(down.shape)}, has rows: the ranks disagree"
+    yield up.shape[0] == shape[0] and up[0, 0].numel() == 1, "up", f"{shape[0]} rows"
+    kernel = math.prod(shape[2:]) if mid is None else 1
+    wanted = f"{shape[1]} columns" + (f" and a kernel of {kernel}" if kernel > 1 else "")
+    yield down.shape[1] == shape[1] and down[0, 0].numel() == kernel, "down", wanted
+    if mid is not None:
+        yield tuple(mid.shape) == (down.shape[0], up.shape[1], *shape[2:]), "mid", "a core of its kernel"
+
+
+def _hadamard(t: Tensors, base: Tensor) -> Tensor:
+    first, second = (
+        _tucker(t[f"hada_t{n}"], t[f"hada_w{n}_a"], t[f"hada_w{n}_b"]) if f"hada_t{n}" in t else t[f"hada_w{n}_a"] @ t[f"hada_w{n}_b"]
+        for n in (1, 2)
+    )  # fmt: skip
+    if first.shape != second.shape:  # which a product would spread
+        raise ValueError("the factors disagree")
+    return first * second
 
 
 def _tucker(core: Tensor, a: Tensor, b: Tensor) -> Tensor:
@@ -163,7 +196,7 @@ def _tucker(core: Tensor, a: Tensor, b: Tensor) -> Tensor:
     return torch.einsum("abhw,ao,bi->oihw", core, a, b)
 
 
-def kronecker_factors(t: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+def kronecker_factors(t: Tensors) -> tuple[Tensor, Tensor]:
     """The two factors of LoKr, [p, q] and [o / p, i / q(, h, w)], each whole or of low rank."""
     first = t["lokr_w1"] if "lokr_w1" in t else t["lokr_w1_a"] @ t["lokr_w1_b"]
     if "lokr_w2" in t:
@@ -173,16 +206,72 @@ def kronecker_factors(t: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
     return first, t["lokr_w2_a"] @ t["lokr_w2_b"]
 
 
-def hadamard_shape(t: Mapping[str, Tensor]) -> tuple[int, int]:
-    """Rows and columns that the two factors of LoHa have; (0, 0) when they differ."""
-    first, second = (_hadamard_factor(t, f"hada_w{n}", f"hada_t{n}").flatten(1).shape for n in (1, 2))
-    return (first[0], first[1]) if first == second else (0, 0)
+def _kronecker(t: Tensors, base: Tensor) -> Tensor:
+    first, second = kronecker_factors(t)
+    return torch.kron(first.reshape(*first.shape, *[1] * (second.ndim - first.ndim)), second.contiguous())
 
 
-def kronecker_shape(t: Mapping[str, Tensor]) -> tuple[int, int]:
-    """Rows and columns of the product of LoKr's two factors."""
-    (p, q), (rows, columns) = (factor.flatten(1).shape for factor in kronecker_factors(t))
-    return p * rows, q * columns
+def _product(kind: str, t: Tensors) -> tuple[int, int]:
+    """Rows and columns of what LoHa or LoKr makes, told by its formula without numbers; (0, 0) for tensors that do not fit together."""
+    try:
+        made = KINDS[kind].delta({name: tensor.to("meta") for name, tensor in t.items()}, torch.empty(0, device="meta"))
+        return made.shape[0], made.flatten(1).shape[1]
+    except (RuntimeError, IndexError, ValueError):
+        return 0, 0
+
+
+def _scaled(t: Tensors, base: Tensor) -> Tensor:
+    """(IA)3: W with its columns, or its rows, multiplied."""
+    shape = [-1 if d == int(t["on_input"].item()) else 1 for d in range(base.ndim)]
+    return base * t["multiplier"].reshape(shape)
+
+
+def _scaled_demands(t: Tensors, shape: tuple[int, ...]) -> Iterator[Demand]:
+    yield t["on_input"].numel() == 1 and t["on_input"].item() in (0, 1), "on_input", "one number, 0 or 1"
+    count = shape[int(t["on_input"].item())]
+    yield t["multiplier"].numel() == count, "multiplier", f"{count} values"
+
+
+KINDS = {
+    "lora": Kind(
+        (("down",), ("up",)), ("mid", "up_bias", "magnitude"), ("alpha", "dora_scale", "diff_b"),
+        lambda t, base: low_rank(t["down"], t["up"], t.get("mid")), _low_rank_demands,
+    ),
+    "loha": Kind(
+        (("hada_w1_a",), ("hada_w1_b",), ("hada_w2_a",), ("hada_w2_b",)), ("hada_t1", "hada_t2"),
+        ("alpha", "dora_scale", "diff_b"), _hadamard,
+        lambda t, shape: [(_product("loha", t) == (shape[0], math.prod(shape[1:])), "", "")],
+    ),
+    "lokr": Kind(
+        (("lokr_w1", "lokr_w1_a"), ("lokr_w1", "lokr_w1_b"), ("lokr_w2", "lokr_w2_a"), ("lokr_w2", "lokr_w2_b")), ("lokr_t2",),
+        ("alpha", "dora_scale", "diff_b"), _kronecker,
+        lambda t, shape: [(_product("lokr", t) == (shape[0], math.prod(shape[1:])), "", "")],
+    ),
+    "ia3": Kind((("multiplier",), ("on_input",)), delta=_scaled, demands=_scaled_demands),
+    "norm": Kind((("w_norm", "b_norm"),), delta=lambda t, base: t["w_norm"]),
+    "set": Kind((("set_weight",),), ("reshape_weight",), delta=lambda t, base: t["set_weight"].reshape(base.shape) - base),
+    "full": Kind((("diff", "diff_b"),), delta=lambda t, base: t["diff"] if "diff" in t else torch.zeros_like(base)),
+}  # fmt: skip
+EITHER = (  # of these only one may be there: whole, or a product
+    ({"lokr_w1"}, {"lokr_w1_a", "lokr_w1_b"}), ({"lokr_w2"}, {"lokr_w2_a", "lokr_w2_b", "lokr_t2"}),
+)  # fmt: skip
+
+
+def demands(kind: str, t: Tensors, shape: tuple[int, ...]) -> Iterator[Demand]:
+    """What the tensors of a module must look like to change a weight of this shape; ask no further after one that is not met."""
+    yield from KINDS[kind].demands(t, shape)
+    for role in ("magnitude", "up_bias", "diff_b", "b_norm"):
+        if role in t:
+            yield t[role].numel() == shape[0], role, f"{shape[0]} {'lengths' if role == 'magnitude' else 'values'}"
+    for role in ("diff", "w_norm", "set_weight"):
+        if role in t:  # a 1x1 convolution's may be a matrix
+            yield [d for d in t[role].shape if d > 1] == [d for d in shape if d > 1], role, "the same shape"
+    if "dora_scale" in t:
+        lengths, count = t["dora_scale"].shape, t["dora_scale"].numel()
+        good = len(lengths) == len(shape) and any(count == shape[axis] == lengths[axis] for axis in (0, 1))
+        yield good, "dora_scale", f"{shape[0]} rows' or {shape[1]} columns' lengths"
+    if "reshape_weight" in t:
+        yield t["reshape_weight"].tolist() == list(shape), "reshape_weight", f"that it says this shape, not {t['reshape_weight'].tolist()}"  # fmt: skip
 
 
 def check_dora_rule(dora: str) -> None:

@@ -1,20 +1,19 @@
 """Tensors of a network that a LoRA changes in place: computed from the originals, which are kept, and given back bit for bit.
 
-Who has changed what is kept by the layer, as `.to()` and FSDP2 may give it other parameter objects. Attached LoRAs share a
-`Change` for each tensor, so that they come and go in any order; merges lie on top of each other and come off in reverse.
+Who changes what is kept by the layer, as `.to()` and FSDP2 may give it other parameter objects. All LoRAs, attached and merged,
+share a `Change` for each tensor, so that they come and go in any order.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from eridiff.errors import LoraError
 from eridiff.lora.deltas import Item, widened
 from eridiff.precision import full_float32
-from eridiff.weights.save import originals as originals
+from eridiff.weights.save import changes_of
 
 
 class Part(NamedTuple):
@@ -66,21 +65,24 @@ def changed_tensor(base: Tensor, parts: Sequence[Part]) -> Tensor:
 
 @dataclass
 class Change:
-    """What attached LoRAs do to one tensor of a layer together."""
+    """What LoRAs do to one tensor of a layer together, all computed on the tensor as it was before the first."""
 
     original: Tensor
-    before: int  # who had changed it already, a merge
-    parts: dict[int, list[Part]] = field(default_factory=dict)  # by the set's identity; an empty list widens alone
-    enlarging: dict[int, Item] = field(default_factory=dict)  # whose branch needs more inputs
+    parts: dict[object, list[Part]] = field(default_factory=dict)  # by who does it; an empty list widens alone
+    enlarging: dict[object, Item] = field(default_factory=dict)  # whose branch needs more inputs
+    merges: set[object] = field(default_factory=set)  # who of them is merged, and not attached: a file gets these
+    dtype: torch.dtype = torch.float32  # in which it is computed; where the tensor is float64, in that
 
-    def value(self) -> Tensor:
+    def value(self, of: Collection[object] | None = None) -> Tensor:
+        """The tensor with what all do to it, or some."""
+        chosen = self.parts if of is None else of
         base = self.original
-        for item in self.enlarging.values():
-            base = widened(base, item)
-        parts = [part for own in self.parts.values() for part in own]
+        for by, item in self.enlarging.items():
+            base = widened(base, item) if by in chosen else base
+        parts = [part for by, own in self.parts.items() if by in chosen for part in own]
         if not parts:
             return base
-        wide = base if base.dtype == torch.float64 else base.float()
+        wide = base if base.dtype == torch.float64 else base.to(self.dtype)
         return changed_tensor(wide, parts).to(base.dtype)
 
 
@@ -91,30 +93,27 @@ class Changes(dict[str, Change]):
         return Changes()
 
 
-def change_in_place(network: nn.Module, name: str, by: int, parts: list[Part], enlarging: Item | None = None) -> None:
-    """Let a set change a tensor, or change it otherwise than before; the tensor stays the same object."""
+def change_in_place(
+    network: nn.Module, name: str, by: object, parts: list[Part], *, enlarging: Item | None = None,
+    merged: Tensor | None = None, dtype: torch.dtype = torch.float32,
+) -> None:  # fmt: skip
+    """Let somebody change a tensor, or change it otherwise than before; the tensor stays the same object.
+
+    `merged` is what it becomes if nobody else changes it, of a merge.
+    """
     layer, short = _layer(network, name)
-    changes = vars(layer).setdefault("lora_in_place", Changes())
-    change = changes.get(short)
-    if change is None:
-        change = Change(_kept(_held(layer, short)), changed_by(network, name))
+    change = vars(layer).setdefault("lora_in_place", Changes()).setdefault(short, Change(_kept(_held(layer, short))))
     change.parts[by] = parts
     if enlarging is not None:
         change.enlarging[by] = enlarging
-    exchange(network, name, change.value(), id(change))
-    changes[short] = change
+    if merged is not None:
+        change.merges.add(by)
+    change.dtype = torch.promote_types(change.dtype, dtype)
+    exchange(network, name, change.value() if merged is None or len(change.parts) > 1 else merged)
 
 
-def check_changeable(network: nn.Module, name: str) -> None:
-    """Raises LoraError when a tensor that attached LoRAs hold changed has been merged into since."""
-    layer, short = _layer(network, name)
-    change = vars(layer).get("lora_in_place", {}).get(short)
-    if change is not None:
-        check_last_change(network, [name], id(change))
-
-
-def restore(network: nn.Module, name: str, by: int) -> None:
-    """Take a set's change of a tensor away; without others it is, bit for bit, what it was."""
+def restore(network: nn.Module, name: str, by: object) -> None:
+    """Take somebody's change of a tensor away; without others it is, bit for bit, what it was."""
     layer, short = _layer(network, name)
     changes = vars(layer).get("lora_in_place", {})
     change = changes.get(short)
@@ -122,22 +121,26 @@ def restore(network: nn.Module, name: str, by: int) -> None:
         return
     del change.parts[by]
     change.enlarging.pop(by, None)
-    if change.parts:
-        exchange(network, name, change.value(), id(change))
-    else:
-        exchange(network, name, change.original, change.before)
+    change.merges.discard(by)
+    exchange(network, name, change.value())
+    if not change.parts:
         del changes[short]
 
 
-def changed_by(module: nn.Module, name: str) -> int:
-    """Who has changed a module's tensor in place last, by `id`; 0 for nobody."""
-    layer, short = _layer(module, name)
-    changes: dict[str, int] = vars(layer).get("changed_by_lora", {})
-    return changes.get(short, 0)
+def originals(network: nn.Module, by: object) -> dict[str, Tensor]:
+    """The network's own tensors of those that somebody changes."""
+    return {name: change.original for name, change in changes_of(network) if by in change.parts}
 
 
-def exchange(module: nn.Module, name: str, new: Tensor, by: int) -> Tensor:
-    """Give a module's tensor, which stays the same object, another value; returns the one it had.
+def original(network: nn.Module, name: str) -> Tensor:
+    """A network's own tensor, whoever changes it now."""
+    layer, short = _layer(network, name)
+    change = vars(layer).get("lora_in_place", {}).get(short)
+    return _held(layer, short).data if change is None else change.original
+
+
+def exchange(module: nn.Module, name: str, new: Tensor) -> None:
+    """Give a module's tensor, which stays the same object, another value.
 
     While a module works with copies on a device (`memory.stages.on_device`), both the copy and its original get it.
     """
@@ -146,26 +149,14 @@ def exchange(module: nn.Module, name: str, new: Tensor, by: int) -> Tensor:
     if hasattr(tensor, "copy_of"):
         tensor.data = new.to(tensor)
     tensor = _held(layer, short)
-    old: Tensor = _kept(tensor)
+    columns = tensor.shape[1:2]
     if is_sharded(tensor):
         tensor.data.copy_(new)
     else:
-        tensor.data = new.to(old)  # a module may have been moved since
-    if new.shape != old.shape:
+        tensor.data = new.to(tensor)  # a module may have been moved since
+    if new.shape[1:2] != columns:
         layer.in_features = new.shape[1]  # type: ignore[assignment]
         module.config = replace(module.config, in_channels=new.shape[1])  # type: ignore[type-var]
-    changes = vars(layer).setdefault("changed_by_lora", {})
-    changes[short] = by
-    if not by:
-        del changes[short]
-    return old
-
-
-def check_last_change(module: nn.Module, names: Iterable[str], by: int) -> None:
-    """Raises LoraError for originals that would come back under somebody else's change, and undo it."""
-    name = next((name for name in names if changed_by(module, name) != by), None)
-    if name:
-        raise LoraError(f"another LoRA has changed {name} since; take that one away first")
 
 
 def is_sharded(tensor: Tensor) -> bool:

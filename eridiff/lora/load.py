@@ -4,7 +4,7 @@ import logging
 import math
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -13,22 +13,14 @@ from torch import Tensor, nn
 
 from eridiff.errors import CheckpointError, LoraError
 from eridiff.lora import hints
-from eridiff.lora.check import (
-    ALLOWED,
-    EITHER,
-    NEEDED,
-    Incomplete,
-    Misshapen,
-    check_overlaps,
-    check_shapes,
-    kind_of,
-)
-from eridiff.lora.deltas import FACTORED, Item, widened
+from eridiff.lora.check import Incomplete, Misshapen, check_overlaps, check_roles, check_shapes
+from eridiff.lora.deltas import FACTORED, Item, kind_of, widened
 from eridiff.lora.formats import Source, sort_names
 from eridiff.lora.ledger import APPLIED, LEFT_OUT, Row, counted
 from eridiff.lora.names import PEFT, Names, Target, find, inner, names_of, network_of
 from eridiff.lora.peft import Scaling
-from eridiff.weights.header import Checkpoint, open_checkpoint, read_json_file
+from eridiff.weights.format import read_json_file
+from eridiff.weights.header import Checkpoint, open_checkpoint
 from eridiff.weights.hub import LORA_NAMES, resolve
 from eridiff.weights.locate import DENOISERS, TEXT_ENCODERS
 
@@ -38,6 +30,7 @@ OPTIONAL = {  # role of a tensor -> what a module lacks without it
     "up_bias": "bias", "diff_b": "bias", "b_norm": "bias", "diff": "weight", "w_norm": "weight",
     "dora_scale": "DoRA lengths", "magnitude": "DoRA lengths",
 }  # fmt: skip
+UNKNOWN_ENDING = "unknown ending"
 PARTS = {"network": DENOISERS, "text_encoders": TEXT_ENCODERS}  # what `part` may choose
 FIRST = {  # network -> its first layer, whose other inputs than the latents a variant may have, and its last
     "flux": ("image_in", "final.linear"), "unet": ("conv_in", "conv_out"),
@@ -150,59 +143,53 @@ class _Reader:
         self.widths: list[tuple[str, int, int]] = []  # of matrices that do not fit: network, their width, the network's
         self.parts: dict[str, set[str]] = {}  # kind -> which optional parts some module of that kind has
         for source in self.sources.values():
-            self.parts.setdefault(kind_of(set(source.names)), set()).update(_parts(source.names))
+            self.parts.setdefault(kind_of(source.names.keys()), set()).update(_parts(source.names))
 
     def read(self, part: str | None, allow_partial: bool) -> Lora:
-        rows: list[Row] = []
-        items: list[Item] = []
-        problems: list[str] = []
-        misshapen: list[str] = []
-        left = [network for name, networks in PARTS.items() if part not in (None, name) for network in networks]
         if self.unknown and not self.sources:
             raise LoraError(
                 f"its names are of no known LoRA format, the first are {', '.join(map(repr, self.unknown[:3]))}"
             )
-        for source in self.sources.values():
-            target = find(source.key, self.tables)
-            meant = (target.network,) if target else inner(source.key)[1]
-            if set(meant) <= set(left) and (target or set(meant).isdisjoint(self.tables)):
-                status, problem = (LEFT_OUT, "") if target else hints.unmatched(source, self.tables, False)
-                if target or status != "unmatched" or not set(meant) <= set(TEXT_ENCODERS):
-                    rows.append(self._row(source, LEFT_OUT, target))
-                    continue
-            if target is None:
-                status, problem = hints.unmatched(source, self.tables, self.hints > 0)
-                self.hints -= 1
-                problems.append(problem)
-                rows.append(self._row(source, status, note=problem))
-                continue
-            try:
-                item = self._item(source, target)
-            except Misshapen as error:
-                misshapen.append(str(error))
-                rows.append(self._row(source, "shape mismatch", target, str(error)))
-                continue
-            except Incomplete as error:
-                raise Refusal(self._strange() if self.unknown else str(error), tuple(rows)) from None
-            except LoraError as error:
-                raise Refusal(str(error), tuple(rows)) from None
-            items.append(item)
-            rows.append(self._applied(item))
-        rows += [Row(name, "", "?", None, None, None, None, "unmatched", "unknown ending") for name in self.unknown]
-        rows += [Row(n, "", "embedding", None, None, None, None, "embedding", self._word(n)) for n in self.embeddings]
-        ledger = tuple(rows)
+        left = {network for name, networks in PARTS.items() if part not in (None, name) for network in networks}
+        rows: list[Row] = []
+        items: list[Item] = []
         try:
+            for source in self.sources.values():
+                row, item = self._module(source, left)
+                rows.append(row)
+                items += [item] if item else []
+            rows += [self._left(name, "unmatched", UNKNOWN_ENDING) for name in self.unknown]
+            rows += [self._left(name, "embedding", self._word(name)) for name in self.embeddings]
             check_overlaps(items)
         except LoraError as error:
-            raise Refusal(str(error), ledger) from None
-        self._judge(ledger, items, problems, misshapen, part, allow_partial)
-        return Lora(tuple(items), ledger, dict(self.checkpoint.metadata), self.checkpoint.path)
+            unclear = isinstance(error, Incomplete) and self.unknown
+            raise Refusal(self._strange() if unclear else str(error), tuple(rows)) from None
+        self._judge(tuple(rows), items, part, allow_partial)
+        return Lora(tuple(items), tuple(rows), dict(self.checkpoint.metadata), self.checkpoint.path)
 
-    def _judge(
-        self, ledger: tuple[Row, ...], items: list[Item], problems: list[str], misshapen: list[str], part: str | None,
-        allow_partial: bool,
-    ) -> None:  # fmt: skip
+    def _module(self, source: Source, left: Set[str]) -> tuple[Row, Item | None]:
+        """What becomes of a module of the file: its row, and its item if it is applied; `left` are networks to leave out."""
+        target = find(source.key, self.tables)
+        meant = {target.network} if target else set(inner(source.key)[1])
+        if meant <= left and (target or meant.isdisjoint(self.tables)):
+            known = target or hints.unmatched(source, self.tables, False)[0] != "unmatched"
+            if known or not meant <= set(TEXT_ENCODERS):
+                return self._row(source, LEFT_OUT, target), None
+        if target is None:
+            status, problem = hints.unmatched(source, self.tables, self.hints > 0)
+            self.hints -= 1
+            return self._row(source, status, note=problem), None
+        try:
+            item = self._item(source, target)
+        except Misshapen as error:
+            return self._row(source, "shape mismatch", target, str(error)), None
+        return self._applied(item), item
+
+    def _judge(self, ledger: tuple[Row, ...], items: list[Item], part: str | None, allow_partial: bool) -> None:
         """Raises Refusal for what was not found good, unless it is left out on request."""
+        noted = [(row.status, row.note) for row in ledger if row.note != UNKNOWN_ENDING]
+        problems = [note for status, note in noted if status in ("unmatched", "no text encoder here")]
+        misshapen = [note for status, note in noted if status == "shape mismatch"]
         given = set(DENOISERS) & self.tables.keys()
         strangers = hints.strangers([row.key for row in ledger if row.status == "unmatched"], self.tables)
         ours = [item for item in items if item.target.network in given]
@@ -240,19 +227,15 @@ class _Reader:
         return f"the embedding of the word '{word}' is left out: eridiff has no embeddings of words"
 
     def _row(self, source: Source, status: str, target: Target | None = None, note: str = "") -> Row:
-        roles = set(source.names)
-        rank = self.checkpoint.tensors[source.names["down"]].shape[:1] if "down" in roles else ()
-        return Row(
-            source.key,
-            str(target) if target else "",
-            kind_of(roles) or "?",
-            rank[0] if rank else None,
-            None,
-            None,
-            None,
-            status,
-            note,
-        )
+        down = source.names.get("down")
+        rank = self.checkpoint.tensors[down].shape[:1] if down else ()
+        kind = kind_of(source.names.keys()) or "?"
+        return Row(source.key, str(target or ""), kind, rank[0] if rank else None, None, None, None, status, note)
+
+    @staticmethod
+    def _left(name: str, status: str, note: str) -> Row:
+        """The row of a tensor that belongs to no module."""
+        return Row(name, "", "embedding" if status == "embedding" else "?", None, None, None, None, status, note)
 
     def _applied(self, item: Item) -> Row:
         """The row of an item."""
@@ -311,20 +294,8 @@ class _Reader:
 
     def _item(self, source: Source, target: Target) -> Item:
         """A module's tensors, read and checked against its target."""
-        roles = set(source.names)
-        kind = kind_of(roles)
-        if not kind:
-            raise Incomplete(f"{source} is incomplete: it has only {', '.join(map(repr, source.names.values()))}")
-        for group in NEEDED[kind]:
-            if not roles.intersection(group):
-                raise Incomplete(f"{source} is incomplete: '{hints.missing(source, group[0])}' is missing")
-        strange = roles - {name for group in NEEDED[kind] for name in group} - ALLOWED.get(kind, set())
-        if strange:
-            raise LoraError(f"'{source.names[min(strange)]}' has no place in a module of the kind {kind}")
-        for whole, factors in EITHER:
-            if whole <= roles and factors & roles:
-                both = [source.names[min(whole)], source.names[min(factors & roles)]]
-                raise LoraError(f"'{both[0]}' and '{both[1]}' are two forms of one matrix; keep one")
+        kind = kind_of(source.names.keys())
+        check_roles(source, kind)
         tensors = {role: self._tensor(name, role) for role, name in source.names.items()}
         shape = self._shape(source, target, tensors)
         try:
@@ -333,7 +304,7 @@ class _Reader:
             if kind == "lora" and not target.rows and tensors["down"].ndim > 1:
                 self.widths.append((target.network, tensors["down"].shape[1], shape[1]))
             raise
-        if any(role in roles for role in ("up_bias", "diff_b", "b_norm")) and self._bias(target) is None:
+        if source.names.keys() & {"up_bias", "diff_b", "b_norm"} and self._bias(target) is None:
             raise LoraError(f"{source} changes a bias, and {target} has none")
         alpha, rank, ratio = self._scale(source, kind, tensors)
         tensors = {role: t for role, t in tensors.items() if role not in ("alpha", "reshape_weight")}
@@ -375,8 +346,6 @@ class _Reader:
             ):
                 if good and matrix.shape[1] == columns * area != shape[1] * area:
                     return (shape[0], columns, *shape[2:])
-        if "reshape_weight" in tensors and "set_weight" not in tensors:
-            raise LoraError(f"{source} enlarges a weight, which only a set_weight may")
         return shape
 
     def _scale(

@@ -6,7 +6,8 @@ Weights are never restored by subtraction, which in bfloat16 loses up to a quart
 import json
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+import shutil
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -15,23 +16,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from eridiff.errors import LoraError
+from eridiff.errors import LoraError, quoted
 from eridiff.lora.deltas import Item, check_dora_rule, widened
 from eridiff.lora.inplace import (
     Part,
-    changed_by,
+    change_in_place,
     changed_tensor,
-    check_last_change,
-    exchange,
     is_sharded,
+    original,
+    originals,
     parts_of,
+    restore,
     tensors_of,
 )
 from eridiff.lora.load import Lora
 from eridiff.weights.detect import Component, sizes_of
-from eridiff.weights.load import WORDS, native_reader, said_by_file
+from eridiff.weights.header import PICKLED_SUFFIXES
+from eridiff.weights.load import NETWORKS, WORDS, native_reader, said_by_file
 from eridiff.weights.locate import DENOISERS
-from eridiff.weights.save import Stored, stored, write_file
+from eridiff.weights.save import Stored, copies, stored, write_file, write_shards
 
 
 @dataclass(frozen=True)
@@ -61,9 +64,7 @@ def merge_lora(
     """
     check_dora_rule(dora)
     weights = [scale] if isinstance(lora, Lora) else [scale, *(weight for _, weight in lora)]
-    wrong = next((weight for weight in weights if not math.isfinite(weight)), None)
-    if wrong is not None:
-        raise LoraError(f"a scale is a finite number, not {wrong}")
+    _check_scales(weights)
     if dtype not in (torch.float32, torch.float64):
         raise LoraError(f"a merge is computed in float32 or float64, not in {dtype}")
     items: list[tuple[Item, float]] = []
@@ -78,17 +79,9 @@ def merge_lora(
     found: dict[str, Tensor] = {}
     changed = lost = 0
     for name, parts in parts_of(items, dora).items():
-        if name not in state_dict:
-            continue
-        old = state_dict[name]
-        base = old.to(dtype)
-        for part in parts:
-            base = base if part.bias else widened(base, part.item)
-        new = changed_tensor(base, parts)
-        found[name] = new.to(old.dtype)
-        differ = new != base
-        changed += counted(differ)
-        lost += counted(differ & (found[name].to(dtype) == base))
+        if name in state_dict:
+            found[name], more, rounded = _merged(state_dict[name], parts, dtype, state_dict[name].dtype)
+            changed, lost = changed + more, lost + rounded
     return Merged(dict(state_dict) | found, tuple(found), changed, lost)
 
 
@@ -106,18 +99,86 @@ def merge_file(
     Layout, metadata and marker tensors stay. Returns the file, and what was changed, without the tensors. Raises LoraError when a
     LoRA changes what the file does not hold, or nothing.
     """
-    wrong = next((weight for _, weight in loras if not math.isfinite(weight)), None)
-    if wrong is not None:
-        raise LoraError(f"a scale is a finite number, not {wrong}")
+    _check(held, loras, "file; choose its part for the network, give the file of that, or a folder to be written")
+    count = _Count()
+    tensors, metadata = _file(held, loras, dtype, count)
+    return write_file(tensors, path, metadata), count.told()
+
+
+@torch.no_grad()
+def merge_folder(
+    folder: Path, held: Mapping[str, tuple[Component, nn.Module]], loras: Sequence[tuple[Lora, float]], out: Path, *,
+    dtype: torch.dtype | None = None,
+) -> tuple[list[Path], Merged]:  # fmt: skip
+    """Write a model's folder anew with LoRAs in its weights: the parts that change as by `merge_file`, copies of the rest.
+
+    - folder: a diffusers folder, or one of whole files side by side; `held` are its networks and text encoders.
+    - out: the new folder. Weights that no part of the model is read from are not copied.
+
+    Returns the files of the parts that changed, and what was changed. Raises LoraError for a control LoRA too, as the folder's
+    config.json says the sizes of the first layer.
+    """
+    _check(held, loras, "folder; choose its part for the network")
+    if out.resolve().is_relative_to(folder.resolve()) or folder.resolve().is_relative_to(out.resolve()):
+        raise LoraError(f"{quoted(out)} and {quoted(folder)} are one in the other; give another folder")
+    changed = {network for lora, _ in loras for network in lora.networks}
+    by_place: dict[Path, dict[str, tuple[Component, nn.Module]]] = {}
+    for name, (component, module) in held.items():
+        by_place.setdefault(component.checkpoint.path, {})[name] = (component, module)
+    new = {place: group for place, group in by_place.items() if changed & group.keys()}
+    kept = {e.file for place, group in by_place.items() if place not in new for c, _ in group.values() for e in c.checkpoint.tensors.values()}  # fmt: skip
+    count, written = _Count(), []
+    for place, group in new.items():
+        target = out / place.relative_to(folder)
+        tensors, metadata = _file(group, loras, dtype, count)
+        if not place.is_dir():
+            written.append(write_file(tensors, target, metadata))
+            continue
+        if count.widened:
+            raise LoraError(
+                f"the LoRA enlarges {count.widened}, which {place.name}/config.json says: give a file to be written"
+            )
+        sizes = [
+            file.stat().st_size for file in {e.file for c, _ in group.values() for e in c.checkpoint.tensors.values()}
+        ]
+        stem = "diffusion_pytorch_model" if group.keys() & NETWORKS.keys() else "model"
+        written.append(
+            write_shards(
+                tensors, target, stem, metadata, max(sizes) if len(sizes) > 1 else sum(t.bytes for t in tensors)
+            )
+        )
+    for file in sorted(path for path in folder.rglob("*") if path.is_file()):
+        inside = file.relative_to(folder)
+        index = ".safetensors.index" in file.name
+        if any(part.startswith(".") for part in inside.parts) or (index and file.parent in new):
+            continue
+        if file in kept or not file.name.endswith((".safetensors", ".gguf", *PICKLED_SUFFIXES)):
+            (out / inside).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, out / inside)
+    return written, count.told()
+
+
+def _check(held: Collection[str], loras: Sequence[tuple[Lora, float]], where: str) -> None:
+    """Raises LoraError for a scale that is not a number, and for a LoRA of a network that is not held."""
+    _check_scales([weight for _, weight in loras])
     lacking = next((network for lora, _ in loras for network in lora.networks if network not in held), None)
     if lacking is not None:
-        raise LoraError(
-            f"the LoRA changes {lacking}, which is not in the file; choose its part for the network, or give the file of that"
-        )
+        raise LoraError(f"the LoRA changes {lacking}, which is not in the {where}")
+
+
+def _check_scales(scales: Sequence[float]) -> None:
+    wrong = next((scale for scale in scales if not math.isfinite(scale)), None)
+    if wrong is not None:
+        raise LoraError(f"a scale is a finite number, not {wrong}")
+
+
+def _file(
+    held: Mapping[str, tuple[Component, nn.Module]], loras: Sequence[tuple[Lora, float]], dtype: torch.dtype | None, count: "_Count"
+) -> tuple[list[Stored], dict[str, str]]:  # fmt: skip
+    """The tensors and the metadata of a checkpoint's file with LoRAs in it."""
     tensors: list[Stored] = []
     metadata: dict[str, str] = {}
     configs: dict[str, Any] = {}
-    count = _Count()
     for network, (component, module) in held.items():
         read, shapes, dtypes = native_reader(component, module)
         if dtype is not None:
@@ -130,21 +191,20 @@ def merge_file(
                 wider = widened(torch.empty(shapes[name], device="meta"), part.item)
                 if not part.bias and tuple(wider.shape) != shapes[name]:  # a control LoRA's first layer
                     shapes[name], config = tuple(wider.shape), replace(config, in_channels=wider.shape[1])
+                    count.widened = name
         merged = partial(count.merged, read, parts, dtypes)
         own = stored(component.layout, shapes, sizes_of(config), dtypes, merged, prefix=component.prefix)
-        copied = [*component.keys.intersection(component.layout.carry), *component.markers]
         tensors += [tensor for tensor in own if tensor.name.removeprefix(component.prefix) in component.keys]
-        for name in (component.prefix + n if n in component.keys else n for n in copied):
-            entry = component.checkpoint.tensors[name]
-            if all(tensor.name != name for tensor in tensors):
-                tensors.append(Stored(name, entry.dtype, entry.shape, partial(component.checkpoint.read, name)))
-        metadata = (
-            said_by_file(component) | metadata if network not in DENOISERS else metadata | said_by_file(component)
-        )
+        tensors += copies(component, component.prefix)
+        told = said_by_file(component)
+        metadata = told | metadata if network not in DENOISERS else metadata | told
         configs[network] = dict(config) if isinstance(config, Mapping) else asdict(config)
+    markers = {name: component for component, _ in held.values() for name in component.markers}
+    for name, component in markers.items():
+        entry = component.checkpoint.tensors[name]
+        tensors.append(Stored(name, entry.dtype, entry.shape, partial(component.checkpoint.read, name)))
     metadata.pop(WORDS, None)  # a LoRA may have brought others
-    written = write_file(tensors, path, {**metadata, "eridiff.config": json.dumps(configs, sort_keys=True)})
-    return written, Merged({}, tuple(count.tensors), count.changed, count.lost)
+    return tensors, {**metadata, "eridiff.config": json.dumps(configs, sort_keys=True)}
 
 
 def counted(where: Tensor) -> int:
@@ -158,47 +218,48 @@ class _Count:
 
     def __init__(self) -> None:
         self.tensors, self.changed, self.lost = dict[str, None](), 0, 0
+        self.widened = ""  # the first layer that a control LoRA enlarges
 
     def merged(
-        self,
-        read: Callable[[str], Tensor],
-        parts: Mapping[str, list[Part]],
-        dtypes: Mapping[str, torch.dtype],
-        name: str,
-    ) -> Tensor:
+        self, read: Callable[[str], Tensor], parts: Mapping[str, list[Part]], dtypes: Mapping[str, torch.dtype], name: str
+    ) -> Tensor:  # fmt: skip
         old = read(name)
         if name not in parts:
             return old
-        base = old if old.dtype == torch.float64 else old.float()
-        for part in parts[name]:
-            base = base if part.bias else widened(base, part.item)
-        new = changed_tensor(base, parts[name])
-        rounded, differ, before = new.to(dtypes[name]), new != base, base.to(dtypes[name])
+        new, changed, lost = _merged(old, parts[name], torch.promote_types(old.dtype, torch.float32), dtypes[name])
         self.tensors[name] = None
-        self.changed += counted(differ)
-        self.lost += counted(differ & (rounded == before))
-        return rounded
+        self.changed, self.lost = self.changed + changed, self.lost + lost
+        return new
+
+    def told(self) -> Merged:
+        return Merged({}, tuple(self.tensors), self.changed, self.lost)
+
+
+def _merged(old: Tensor, parts: Sequence[Part], within: torch.dtype, dtype: torch.dtype) -> tuple[Tensor, int, int]:
+    """A tensor with changes in it, computed `within` a dtype and rounded once; how many weights change, how many do not after that."""
+    base = old.to(within)
+    for part in parts:
+        base = base if part.bias else widened(base, part.item)
+    exact = changed_tensor(base, parts)
+    new, differ = exact.to(dtype), exact != base
+    return new, counted(differ), counted(differ & (new == base.to(dtype)))
 
 
 class MergedModule:
     """A module with a LoRA in its weights, and its own weights kept beside it; `restore()`, or the end of a `with`, brings them back."""
 
     def __init__(self, module: nn.Module, merged: Merged) -> None:
-        """Puts `merged` in place."""
-        self.module = module
-        self.merged = replace(merged, state={})  # the counts
-        self._before = {name: changed_by(module, name) for name in merged.tensors}
-        self.originals = {name: exchange(module, name, merged.state[name], id(self)) for name in merged.tensors}
+        self.module, self.merged = module, merged
 
     def restore(self) -> None:
-        """The module's own tensors again, the very ones; a second call does nothing.
+        """The module's own tensors again, bit for bit, or with what other LoRAs do to them; a second call does nothing."""
+        for name in self.originals:
+            restore(self.module, name, self)
 
-        Raises LoraError while another LoRA that was merged or attached later has changed the same tensors in place.
-        """
-        check_last_change(self.module, self.originals, id(self))
-        for name, original in self.originals.items():
-            exchange(self.module, name, original, self._before[name])
-        self.originals = {}
+    @property
+    def originals(self) -> dict[str, Tensor]:
+        """The module's own tensors, until `restore`."""
+        return originals(self.module, self)
 
     def __enter__(self) -> "MergedModule":
         return self
@@ -211,17 +272,19 @@ class MergedModule:
 def merge_into(
     module: nn.Module, lora: Lora, scale: float = 1.0, *, dtype: torch.dtype = torch.float32, dora: str = "peft"
 ) -> MergedModule:
-    """Merge in place: the module's parameters stay the same objects and get new values, the old ones are kept.
+    """Merge in place: the module's parameters stay the same objects and get new values, the old ones are kept in memory.
 
-    Arguments and errors as for `merge_lora`; a LoRA that enlarges a layer is not merged in place.
+    Several merges, and what attached LoRAs change in place, add up on the module's own tensors, and come off in any order. To
+    merge for good, without a second copy, load what `merge_lora` returns. Arguments and errors as for `merge_lora`; a LoRA that
+    enlarges a layer is not merged in place.
     """
-    tensors = _tensors(module)
-    merged = merge_lora({name: t.data for name, t in tensors.items()}, lora, scale, dtype=dtype, dora=dora)
-    wider = next((name for name in merged.tensors if merged.state[name].shape != tensors[name].shape), None)
+    names = [*dict(module.named_parameters()), *dict(module.named_buffers())]
+    merged = merge_lora({name: original(module, name) for name in names}, lora, scale, dtype=dtype, dora=dora)
+    wider = next((n for n in merged.tensors if merged.state[n].shape != original(module, n).shape), None)
     if wider:
         raise LoraError(f"the LoRA enlarges {wider}: attach it, or merge it into a state dict")
-    return MergedModule(module, merged)
-
-
-def _tensors(module: nn.Module) -> dict[str, Tensor]:
-    return {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    found = MergedModule(module, replace(merged, state={}))
+    for name, parts in parts_of([(item, scale) for item in lora.items], dora).items():
+        if name in merged.tensors:
+            change_in_place(module, name, found, parts, merged=merged.state[name], dtype=dtype)
+    return found

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from eridiff.errors import CheckpointError, LoraError
 from eridiff.weights.detect import sizes_of
-from eridiff.weights.keymap import Entry, Layout, Shape, key_map
+from eridiff.weights.keymap import WRAPPERS, Entry, Layout, Shape, key_map
 from eridiff.weights.load import NETWORKS
-from eridiff.weights.locate import DENOISERS, TEXT_ENCODERS
+from eridiff.weights.locate import DENOISERS
 
 # what stands before a module's name -> the networks it may belong to; sd-scripts counts the text encoders of SD 3 as
 # te1, te2, te3 and those of Flux as te1, te3, OneTrainer those of Flux as te1, te2
@@ -30,9 +30,8 @@ PREFIXES: dict[str, tuple[str, ...]] = {
 
 COMPUTED = ("positions.table", "encoder.embed_tokens.weight")  # MMDiT's is no parameter, T5's is shared.weight again
 PEFT = "base_model.model."
-WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")  # what wrappers put into names
-IN_DOTS = re.compile(rf"(?:(?<=\.)|^)(?:{'|'.join(WRAPPERS)}|module|base_layer)\.")
-IN_UNDERSCORES = re.compile(rf"(?:{'|'.join(WRAPPERS)})_|^module_")
+IN_DOTS = re.compile(rf"(?:(?<=\.)|^)(?:{'|'.join(WRAPPERS)}|base_layer)\.")
+IN_UNDERSCORES = re.compile(rf"(?:{'|'.join(name for name in WRAPPERS if name != 'module')})_|^module_")
 
 
 @dataclass(frozen=True)
@@ -81,13 +80,13 @@ class Names:
             self._add(self.own if network in DENOISERS else self.targets, native, Target(network, *_split(native)))
         self.lacks = root_that_lacks(network, shapes)
         if network:
-            sizes = {} if config is None or network in TEXT_ENCODERS else sizes_of(config)
+            sizes = sizes_of(config)
             natives = {rooted(name, self.lacks): shape for name, shape in shapes.items()}
             for layout in layouts_of(network):
                 for entry in layout.spellings(natives, sizes):
                     self._add_entry(entry)
             for native in shapes:
-                for rule in key_map("clip" if network == "clip_g" else network).lora_rules:
+                for rule in key_map(network).lora_rules:
                     if found_entry := rule.entry(native, sizes):
                         self._add_entry(found_entry)
         self.underscored = {name.replace(".", "_"): target for name, target in self.targets.items()}
@@ -149,7 +148,7 @@ def rooted(name: str, root: str) -> str:
 
 def layouts_of(network: str) -> list[Layout]:
     """The layouts whose names LoRA files use."""
-    layouts = key_map("clip" if network == "clip_g" else network).layouts
+    layouts = key_map(network).layouts
     return [layout for name, layout in layouts.items() if network in DENOISERS or name in ("huggingface", "flat")]
 
 

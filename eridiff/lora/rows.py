@@ -45,22 +45,25 @@ def part_of(items: Sequence[Item], part: Target, rows: int) -> Item | None:
     return replace(in_native_order(replace(found, target=part)), target=part) if part.swapped else found
 
 
+def along_rows(item: Item, name: str) -> bool:
+    """Whether a tensor of an item has a row for each row of the weight, and moves with them."""
+    if name in ("dora_scale", "multiplier"):  # of columns as well
+        return item.tensors[name].shape[0] > 1 if name == "dora_scale" else not bool(item.tensors["on_input"].any())
+    if name in HADAMARD and "hada_t1" in item.tensors:
+        raise LoraError(f"{item.target}: rows of a {item.kind} with a Tucker core cannot be taken apart or exchanged")
+    return name in ROWS or name in HADAMARD
+
+
 def in_native_order(item: Item) -> Item:
     """The same item with rows in our order; exchanging halves is its own inverse."""
     if not item.target.swapped:
         return item
     moved: dict[str, Tensor] = {}
     for name, tensor in item.tensors.items():
-        along_rows = name in ROWS or (name in HADAMARD and "hada_t1" not in item.tensors)
-        if name == "dora_scale" or (name == "multiplier" and not bool(item.tensors["on_input"].any())):
-            along_rows = tensor.shape[0] > 1
-        if name in ("lokr_w1", "lokr_w1_a"):  # the outer factor counts blocks of rows
-            along_rows = True
-            if tensor.shape[0] % 2:
-                raise LoraError(f"{item.target}: the halves of a lokr of {tensor.shape[0]} blocks cannot be exchanged")
-        if name in HADAMARD and not along_rows:
-            raise LoraError(f"{item.target}: the halves of a {item.kind} with a Tucker core cannot be exchanged")
-        moved[name] = tensor.roll(tensor.shape[0] // 2, 0) if along_rows else tensor
+        blocks = name in ("lokr_w1", "lokr_w1_a")  # the outer factor counts blocks of rows
+        if blocks and tensor.shape[0] % 2:
+            raise LoraError(f"{item.target}: the halves of a lokr of {tensor.shape[0]} blocks cannot be exchanged")
+        moved[name] = tensor.roll(tensor.shape[0] // 2, 0) if blocks or along_rows(item, name) else tensor
     return replace(item, tensors=moved, target=replace(item.target, swapped=False))
 
 
@@ -69,16 +72,9 @@ def cut(item: Item, start: int, stop: int) -> Item | None:
 
     Of a block-diagonal `up` only the columns that these rows use stay, as before the parts were stacked.
     """
-    moved: dict[str, Tensor] = {}
-    for name, tensor in item.tensors.items():
-        along_rows = name in ROWS or (name in HADAMARD and "hada_t1" not in item.tensors)
-        if name == "dora_scale":
-            along_rows = tensor.shape[0] > 1
-        if name == "multiplier":
-            along_rows = not bool(item.tensors["on_input"].any())
-        if item.kind == "lokr" or name in HADAMARD and not along_rows:
-            raise LoraError(f"{item.target}: a {item.kind} of a fused weight cannot be split")
-        moved[name] = tensor[start:stop] if along_rows else tensor
+    if item.kind == "lokr":
+        raise LoraError(f"{item.target}: a lokr of a fused weight cannot be split")
+    moved = {n: tensor[start:stop] if along_rows(item, n) else tensor for n, tensor in item.tensors.items()}
     if item.kind == "lora" and "mid" not in moved:
         used = moved["up"].flatten(1).any(0)
         count = int(used.sum())
@@ -114,7 +110,7 @@ def stacked(pieces: Sequence[tuple[int, int, Item]], start: int, stop: int) -> I
             raise LoraError(
                 f"{first.target.module}: some of its rows have no {name}, which cannot be left out of a whole"
             )
-        if name == "dora_scale" and any(item.tensors[name].shape[0] == 1 for item in items):
+        if name == "dora_scale" and not all(along_rows(item, name) for item in items):
             raise LoraError(
                 f"{first.target.module}: lengths of columns of parts are none of the whole; write diffusers"
             )

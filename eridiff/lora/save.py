@@ -137,11 +137,10 @@ def _parts(network: str, given: Network, name: str, shapes: Mapping[str, tuple[i
     whole = Target(network, module, parameter)
     if format == "native" or not network:
         return [Part(module if parameter in ("weight", "scale") else name, whole)]
-    found = key_map("clip" if network == "clip_g" else network)
-    layout = found.layouts[LAYOUTS[format] if network in DENOISERS else "huggingface"]
+    layout = key_map(network).layouts[LAYOUTS[format] if network in DENOISERS else "huggingface"]
     config = getattr(given, "config", None)
     native = rooted(name, root_that_lacks(network, shapes))
-    entry = layout.entry(native, sizes_of(config) if network in DENOISERS else {})
+    entry = layout.entry(native, sizes_of(config))
     parts, start = [], 0
     for foreign, shape in zip(entry.foreign, entry.foreign_shapes(shapes[name]), strict=True):
         owner, _, last = foreign.rpartition(".")

@@ -3,7 +3,8 @@
 Sources: Radford et al. 2021 (CLIP), Raffel et al. 2020 (T5); which output a family takes is said where it is taken.
 """
 
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,10 +12,26 @@ import torch
 from torch import Tensor, nn
 
 from eridiff.blocks import unwrapped
-from eridiff.errors import CheckpointError, ConfigError
+from eridiff.errors import CheckpointError, ConfigError, quoted
 from eridiff.text.tokenizers import token_ids, token_windows
-from eridiff.weights.detect import Component
+from eridiff.weights.configs import DESCRIPTIONS
+from eridiff.weights.detect import Component, detect
+from eridiff.weights.header import open_checkpoint
+from eridiff.weights.hub import resolve
 from eridiff.weights.load import NETWORKS, read_state
+from eridiff.weights.locate import TEXT_ENCODERS, locate_part
+
+PUBLISHED: dict[str, dict[str, Any]] = {  # sizes by transformers' names
+    "clip": {
+        "vocab_size": 49408, "hidden_size": 768, "intermediate_size": 3072, "projection_dim": 768, "num_hidden_layers": 12,
+        "num_attention_heads": 12,
+    },
+    "clip_g": {
+        "vocab_size": 49408, "hidden_size": 1280, "intermediate_size": 5120, "projection_dim": 1280, "num_hidden_layers": 32,
+        "num_attention_heads": 20,
+    },
+    "t5": {"vocab_size": 32128, "d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_heads": 64},
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -123,6 +140,35 @@ class T5Encoder:
         return (ids != 0).flip(1).cumsum(1).flip(1) > 0
 
 
+def load_encoder(
+    path: str | os.PathLike[str],
+    part: str | None = None,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    progress: bool = True,
+    allow_unknown: bool = False,
+) -> Any:
+    """A text encoder of a checkpoint as transformers' module, in evaluation mode, without gradients; `ClipEncoder` and `T5Encoder` take it.
+
+    - path: a file, a folder or a hub id, of the encoder or of a whole model.
+    - part: "clip", "clip_g" or "t5"; None is the one that is there.
+    - dtype, allow_unknown: as for `load_network`.
+
+    Raises CheckpointError, with the names, for anything missing, unknown or misshapen, and where None could mean several.
+    """
+    if part is not None:
+        if part not in TEXT_ENCODERS:
+            raise ConfigError(f"part is {', '.join(TEXT_ENCODERS)}, not {quoted(part)}; load_network loads the others")
+        return build_encoder(locate_part(path, part, allow_unknown), dtype=dtype, device=device, progress=progress)
+    held = detect(open_checkpoint(resolve(path, "part")), allow_unknown)
+    found = [component for component in held if component.network in TEXT_ENCODERS]
+    if len(found) != 1:
+        what = " and ".join(DESCRIPTIONS[component.network] for component in found or held)
+        raise CheckpointError(f"{quoted(path)} holds {what}" + (f"; choose by part={found[0].network!r}" if found else ", not a text encoder"))  # fmt: skip
+    return build_encoder(found[0], dtype=dtype, device=device, progress=progress)
+
+
 def build_encoder(
     component: Component,
     *,
@@ -161,15 +207,9 @@ def empty(component: Component) -> Any:
 
 
 def empty_encoder(component: Component) -> Any:
-    """The transformers module of a component, on the meta device."""
-    from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
-
-    ends = {"bos_token_id": 0, "eos_token_id": 1}  # unused: pooling asks the tokenizer
+    """The transformers module of a component, on the meta device; raises ConfigError for sizes that transformers refuses."""
     try:
-        with torch.device("meta"):
-            if component.network in ("clip", "clip_g"):
-                return CLIPTextModelWithProjection(CLIPTextConfig(**ends | component.config))
-            return T5EncoderModel(T5Config(**component.config, feed_forward_proj="gated-gelu"))
+        return _on_meta(component.network, component.config)
     except Exception as error:  # transformers validates by an error of its own
         reason = " ".join(str(error.__cause__ or error).split())
         raise ConfigError(
@@ -179,19 +219,17 @@ def empty_encoder(component: Component) -> Any:
 
 def published_encoder(network: str) -> Any:
     """The published clip, clip_g or t5 of all families, on the meta device: its names and sizes."""
+    return _on_meta(network, PUBLISHED[network])
+
+
+def _on_meta(network: str, config: Mapping[str, Any]) -> Any:
     from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
     with torch.device("meta"):
         if network == "t5":
-            sizes = {"vocab_size": 32128, "d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_heads": 64}
-            return T5EncoderModel(T5Config(**sizes, feed_forward_proj="gated-gelu"))
-        width, layers, heads = {"clip": (768, 12, 12), "clip_g": (1280, 32, 20)}[network]
-        return CLIPTextModelWithProjection(
-            CLIPTextConfig(
-                vocab_size=49408, hidden_size=width, intermediate_size=4 * width, projection_dim=width,
-                num_hidden_layers=layers, num_attention_heads=heads,
-            )
-        )  # fmt: skip
+            return T5EncoderModel(T5Config(**config, feed_forward_proj="gated-gelu"))
+        ends = {"bos_token_id": 0, "eos_token_id": 1}  # unused: pooling asks the tokenizer
+        return CLIPTextModelWithProjection(CLIPTextConfig(**{**ends, **config}))
 
 
 def _check_size(name: str, tokenizer: Any, rows: int) -> None:

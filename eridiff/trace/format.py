@@ -17,7 +17,7 @@ from torch import Tensor
 
 from eridiff.errors import CheckpointError, TraceError, quoted
 from eridiff.files import replacing
-from eridiff.weights.header import DTYPES, read_header
+from eridiff.weights.format import DTYPES, read_header
 
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 CHUNK = 1 << 24  # bytes that are copied at a time

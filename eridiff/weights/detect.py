@@ -5,7 +5,7 @@ import logging
 import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from functools import cache
@@ -43,9 +43,9 @@ USUAL_SIZES = {"levels": 4, "hidden": 0, "mlp": 0, "middle_attends": 1}  # where
 
 
 def sizes_of(config: Any) -> dict[str, Any]:
-    """What the expressions of a key map may name: the fields and properties of a network's configuration."""
-    if isinstance(config, Mapping):
-        return dict(config)
+    """What the expressions of a key map may name: the fields and properties of a network's configuration, nothing of transformers'."""
+    if not is_dataclass(config):
+        return dict(config) if isinstance(config, Mapping) else {}
     names = [
         *(f.name for f in fields(config)),
         *(n for n, v in vars(type(config)).items() if isinstance(v, property)),

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from eridiff.errors import CheckpointError, quoted
+from eridiff.weights.format import read_json_file
 from eridiff.weights.header import (
     HALF_SINGLE_NAMES,
     PICKLED_SUFFIXES,
@@ -15,7 +16,6 @@ from eridiff.weights.header import (
     choose_index,
     choose_single,
     read_index,
-    read_json_file,
     refuse_folder,
 )
 

@@ -2,7 +2,7 @@
 
 A rule's left side is matched against the names that a module really has, so a map needs no conditions: `{b}` binds a
 number (`{s}` encoder or decoder, `{c}` a letter), `*` the rest of the name. The right side may compute with what was bound and
-with the sizes of the configuration: `{levels - 1 - l}`, `{1 + attends[l]}`.
+with the sizes of the configuration: `{levels - 1 - l}`, `{1 + attends[l]}`. `blocks` say once what is the same at several places.
 """
 
 import ast
@@ -178,7 +178,13 @@ class Layout:
         self.network, self.name = network, name
         self.prefixes: list[str] = body["prefixes"]
         self.carry: list[str] = body.get("carry", [])
-        self.rules = [Rule(native, right) for native, right in body["rules"].items()]
+        inside = {
+            f"{native}.{rule}": f"{foreign}.{right}"
+            for block in body.get("blocks", {}).values()
+            for native, foreign in block["at"].items()
+            for rule, right in block["rules"].items()
+        }
+        self.rules = [Rule(native, right) for native, right in {**body["rules"], **inside}.items()]
 
     def entry(self, native: str, sizes: Mapping[str, Any], held: Collection[str] = ()) -> Entry:
         """The entry of one native name, as a file with the names `held` spells it; CheckpointError if not exactly one rule matches."""
@@ -254,8 +260,8 @@ class KeyMap:
 
 @cache
 def key_map(network: str) -> KeyMap:
-    """The map of a network, read once."""
-    return KeyMap(network)
+    """The map of a network, read once; both CLIPs have one."""
+    return key_map("clip") if network == "clip_g" else KeyMap(network)
 
 
 def without_wrappers(name: str) -> str:

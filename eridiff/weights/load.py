@@ -22,9 +22,11 @@ from eridiff.models.mmdit import MMDiT
 from eridiff.models.unet import UNet
 from eridiff.weights.configs import DESCRIPTIONS
 from eridiff.weights.detect import Component, detect, listing, with_statistics
-from eridiff.weights.header import open_checkpoint, read_json_file
+from eridiff.weights.format import read_json_file
+from eridiff.weights.header import open_checkpoint
 from eridiff.weights.hub import resolve
 from eridiff.weights.keymap import Entry
+from eridiff.weights.locate import locate_part
 
 log = logging.getLogger(__name__)
 NETWORKS: dict[str, type[nn.Module]] = {"flux": Flux, "mmdit": MMDiT, "unet": UNet, "vae": Autoencoder}
@@ -53,13 +55,15 @@ def load_network(
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
     progress: bool = True,
+    part: str | None = None,
     family: str | None = None,
     allow_unknown: bool = False,
 ) -> nn.Module:
-    """The denoising network of a checkpoint, or its autoencoder if that is all it holds.
+    """The denoising network of a checkpoint, or its autoencoder if that is all it holds; text encoders: `load_encoder`.
 
     - path: a file, the folder of one network, or the hub id of either (`org/name`, `org/name/file.safetensors`).
     - dtype: None keeps the file's; of a file with fp8 weights all become what `eridiff.load` computes in.
+    - part: "transformer" (the denoising network) or "vae", of a file or a pipeline's folder that holds several.
     - family: flux, sd3 or sdxl, whose latents' statistics an autoencoder gets if nothing beside its tensors says them: those of
       Flux and SD 3 have the same names and shapes.
     - allow_unknown: tensors that the network does not use are left out with a warning, and are no error.
@@ -68,18 +72,23 @@ def load_network(
     """
     if family is not None and family not in PRESETS:
         raise ConfigError(f"{quoted(family)} is not a family; there are {', '.join(PRESETS)}")
-    checkpoint = open_checkpoint(resolve(path, "part"))
-    components = [with_statistics(c, family) for c in detect(checkpoint, allow_unknown) if c.network in NETWORKS]
-    if not components:
-        raise CheckpointError(f"{quoted(path)} holds a text encoder, not a denoising network or an autoencoder")
-    config = components[0].config
-    if components[0].network == "vae" and family is None and not config.stated and config.latent_channels == 16:
+    if part is None:
+        held = [c for c in detect(open_checkpoint(resolve(path, "part")), allow_unknown) if c.network in NETWORKS]
+        if not held:
+            raise CheckpointError(f"{quoted(path)} holds a text encoder, which load_encoder loads")
+        component = with_statistics(held[0], family)
+    elif part in ("transformer", "vae"):
+        component = with_statistics(locate_part(path, part, allow_unknown), family)
+    else:
+        raise ConfigError(f"part is transformer or vae, not {quoted(part)}; load_encoder loads text encoders")
+    config = component.config
+    if component.network == "vae" and family is None and not config.stated and config.latent_channels == 16:
         log.warning(
             "%s does not say its latents' statistics: Flux's are taken, scale %g and shift %g; family='sd3' takes SD 3's, and "
             "so does an SD35Inference that it is handed to",
             path, config.scale, config.shift,
         )  # fmt: skip
-    return build(components[0], dtype=dtype, device=device, progress=progress)
+    return build(component, dtype=dtype, device=device, progress=progress)
 
 
 def build(

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from eridiff.errors import CheckpointError, ConfigError, quoted
 from eridiff.weights.detect import DESCRIPTIONS, Component, component_of, detect, with_statistics
-from eridiff.weights.header import SHARD_NAME, open_checkpoint, read_json_file
+from eridiff.weights.format import read_json_file
+from eridiff.weights.header import SHARD_NAME, open_checkpoint
 from eridiff.weights.hub import SUBFOLDERS, TOKENIZER_FOLDERS, check_pipeline, resolve
 
 DENOISERS = ("flux", "mmdit", "unet")
@@ -59,6 +60,24 @@ def locate(model: ModelPath | Parts, allow_unknown: bool = False) -> Parts:
             parts = Parts({found.network: found, **kept}, parts.tokenizers, name_of_all)
     tokenizers = parts.tokenizers | _tokenizers(model.get("tokenizers"))
     return _with_statistics(replace(parts, tokenizers=tokenizers))
+
+
+def locate_part(path: str | os.PathLike[str], part: str, allow_unknown: bool = False) -> Component:
+    """One part of a file, a folder or a hub id, by its name in `PART_NAMES`; of a pipeline at the hub no other network is fetched.
+
+    Raises ConfigError for an unknown part, CheckpointError for what cannot be read or does not hold it.
+    """
+    if part not in PART_NAMES:
+        raise ConfigError(f"{quoted(part)} is not a part of a model; there are {', '.join(PART_NAMES)}")
+    own = FOLDERS_OF.get(part) or tuple(folder for folder in SUBFOLDERS if folder.startswith("text_encoder"))
+    place = resolve(path, without=[folder for folder in SUBFOLDERS if folder not in own])
+    held = _with_statistics(_search(place, allow_unknown)).components
+    found = next((held[network] for network in PART_NAMES[part] if network in held), None)
+    if found is None:
+        there = ", ".join(DESCRIPTIONS[network] for network in held) or "no network"
+        wanted = " or ".join(DESCRIPTIONS[network] for network in PART_NAMES[part])
+        raise CheckpointError(f"{quoted(path)} holds {there}, not {wanted}")
+    return found
 
 
 def _name(folder: Path) -> str:

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from eridiff.errors import ConfigError, quoted
 from eridiff.files import replacing
-from eridiff.weights.detect import DESCRIPTIONS, sizes_of
-from eridiff.weights.header import DTYPES
+from eridiff.weights.detect import DESCRIPTIONS, Component, sizes_of
+from eridiff.weights.format import DTYPES
 from eridiff.weights.keymap import Layout, key_map, unwrapped, without_wrappers
 from eridiff.weights.load import MARKERS, NETWORKS, WORDS
 
@@ -74,10 +74,11 @@ def save_network(
         )
     state, first = _gathered(inner)
     config = inner.config
-    for name, own in originals(inner).items():
-        state[without_wrappers(name)] = own
-        if own.shape != inner.get_parameter(name).shape:  # a control LoRA has widened the first layer
+    for name, change in changes_of(inner):  # what is attached is not of the network, what is merged is
+        own = change.value(change.merges)
+        if own.shape != change.value().shape:  # a control LoRA has widened the first layer
             config = replace(config, in_channels=own.shape[1])
+        state[without_wrappers(name)] = own.full_tensor() if hasattr(own, "full_tensor") else own
     parameters = {without_wrappers(name) for name, _ in inner.named_parameters()}
     dtypes = {n: dtype if dtype and n in parameters else t.dtype for n, t in state.items()}
     if not first:
@@ -101,14 +102,22 @@ def marked(names: str) -> list[Stored]:
     return [Stored(name, torch.float32, (0,), lambda: torch.empty(0)) for name in names.split()]
 
 
-def originals(network: nn.Module, by: int | None = None) -> dict[str, Tensor]:
-    """The network's own tensors of those that attached LoRAs, or one set, have changed in place (`lora.inplace`)."""
-    return {
-        f"{path}.{short}" if path else short: change.original
+def copies(component: Component, prefix: str) -> list[Stored]:
+    """What a file holds beside the tensors that a network uses and that a file of the same layout keeps, as it is."""
+    held = (
+        (component.prefix + name, prefix + name) for name in sorted(component.keys.intersection(component.layout.carry))
+    )
+    entries = ((old, new, component.checkpoint.tensors[old]) for old, new in held)
+    return [Stored(new, e.dtype, e.shape, partial(component.checkpoint.read, old)) for old, new, e in entries]
+
+
+def changes_of(network: nn.Module) -> list[tuple[str, Any]]:
+    """The tensors that LoRAs change in place, by name, with what each does (`lora.inplace.Change`)."""
+    return [
+        (f"{path}.{short}" if path else short, change)
         for path, layer in network.named_modules()
         for short, change in vars(layer).get("lora_in_place", {}).items()
-        if by is None or by in change.parts
-    }
+    ]
 
 
 def _gathered(module: nn.Module) -> tuple[dict[str, Tensor], bool]:

@@ -86,16 +86,14 @@ class Base:
         result = layout.to_foreign(merged(self.network, self.module.state_dict()), sizes_of(self.module.config))
         for prefix, state in self.states.items():
             network, name = ENCODERS[prefix]
-            foreign = (
-                key_map("clip" if network == "clip_g" else network).layouts[name].to_foreign(merged(network, state), {})
-            )
+            foreign = key_map(network).layouts[name].to_foreign(merged(network, state), {})
             result |= {prefix + name: tensor for name, tensor in foreign.items()}
         return result
 
 
 def candidates(network: str, name: str, held: Mapping[str, Tensor]) -> list[Entry]:
     """The entries of every native name that the held tensors may be."""
-    layout: Layout = key_map("clip" if network == "clip_g" else network).layouts[name]
+    layout: Layout = key_map(network).layouts[name]
     natives = list(held) if name == "huggingface" else list(published_encoder(network).state_dict())
     return layout.entries(natives, {})
 

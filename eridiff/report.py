@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from eridiff.errors import CheckpointError, LoraError
-from eridiff.lora.check import kind_of
+from eridiff.lora.deltas import kind_of
 from eridiff.lora.formats import Source, sort_names
 from eridiff.lora.hints import FAMILIES, WIDTHS
 from eridiff.models import flux, mmdit, unet
