@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from eridiff.errors import TraceError
-from eridiff.trace.causes import causes_of
+from eridiff.trace.explain import causes_of
 from eridiff.trace.format import Trace, natural, parts_of, probe
 from eridiff.trace.inputs import cause_of
 from eridiff.trace.names import NETWORKS, Aligned, Source, align, nearest
@@ -123,6 +123,7 @@ def compare(
     order = _order(mine, theirs, found, expected)
     local: dict[str, tuple[float, float, str]] = {}
     calls: Run | None = None
+    given: dict[str, Tensor] = {}  # what the network was called with
     if network is not None and mine.network:
         run = run or _called(network, found, mine) or _called(network, expected, theirs)
         if run is None:
@@ -138,6 +139,8 @@ def compare(
             least = torch.finfo(dtype).eps if dtype != torch.float64 else 1e-14
             bound = tolerance or 10 * max(least, rounding.get(place.native.partition("[")[0], 0.0))
             local[place.native] = place.relative, bound, place.how
+            if place.given is not None:
+                given[place.native] = place.given
         order = [*local, *(n for n in order if n not in local)]
     before = 0.0  # the largest difference of what was computed before
     for native in order:
@@ -147,7 +150,15 @@ def compare(
         before = max(before, row.distance or 0.0)
         rows.append(row)
     if explain:
-        rows = [_with_cause_of_input(n, row, mine, theirs, found, expected) for n, row in zip(order, rows, strict=True)]
+        wanted = {
+            n: theirs.sources[n].read(expected) for n in order if n in theirs.sources and _is_input(n, mine.sources)
+        }
+        rows = [
+            _with_cause_of_input(n, row, mine.sources[n].read(found), (given | wanted)[n])
+            if row.verdict == HERE and _is_input(n, mine.sources) and n in given | wanted
+            else row
+            for n, row in zip(order, rows, strict=True)
+        ]
     if explain and network is not None and calls is not None:
         known = {
             n: (r.local, r.bound)
@@ -180,12 +191,7 @@ def _is_input(native: str, names: Mapping[str, Any]) -> bool:
     return bool(argument) and function in outside and not argument.startswith("latents@")
 
 
-def _with_cause_of_input(
-    native: str, row: Row, mine: Aligned, theirs: Aligned, found: Mapping[str, Tensor], expected: Mapping[str, Tensor]
-) -> Row:
-    if row.verdict != HERE or not row.other or not _is_input(native, mine.sources):
-        return row
-    value, wanted = mine.sources[native].read(found), theirs.sources[native].read(expected)
+def _with_cause_of_input(native: str, row: Row, value: Tensor, wanted: Tensor) -> Row:
     cause = cause_of(native, value, wanted, max(row.bound, 1e-6))
     return replace(row, cause=f"{cause[0]} (fits to {cause[1]:.0e})") if cause else row
 

@@ -1,6 +1,6 @@
 """How functions of networks go wrong: each takes the right function and gives the wrong one; `causes.py` has the table."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -64,6 +64,10 @@ def regrouped(cut: Callable[[Tensor, int], Tensor]) -> Callable[[Wrong], Wrong]:
     return make
 
 
+def heads_of(count: int) -> Callable[[Tensor, int], Tensor]:
+    return lambda x, heads: x.unflatten(-1, (count, -1))
+
+
 def merged(right: Wrong) -> Wrong:
     def wrong(q: Tensor, *rest: Any, **named: Any) -> Tensor:
         out: Tensor = right(q, *rest, **named)  # B H L D
@@ -104,20 +108,88 @@ def gate_first(count: int) -> list[int]:
     return [i + (1, 1, -2)[i % 3] for i in range(count)] if count % 3 == 0 else list(range(count))
 
 
-def update(gates: bool, late: bool) -> Callable[[Wrong], Wrong]:
+def second_in_the_middle(count: int) -> list[int]:
+    return [0, 1, 2, 6, 7, 8, 3, 4, 5] if count == 9 else list(range(count))
+
+
+def update(attention_gate: bool = True, mlp_gate: bool = True, late: bool = False) -> Callable[[Wrong], Wrong]:
     """Of a stream after its attention: gates left out, or an MLP that reads what was there before."""
 
     def make(_: Wrong) -> Wrong:
         def update(self: Any, x: Tensor, attention: Tensor, modulation: Sequence[Tensor]) -> Tensor:
             _, _, gate1, shift2, scale2, gate2 = modulation
-            if not gates:
-                gate1 = gate2 = torch.ones_like(gate1)
-            after = x + gate1 * self.proj(attention)
-            return after + gate2 * self.mlp(layers.modulated(x if late else after, shift2, scale2))
+            added = self.proj(attention)
+            after = x + (gate1 * added if attention_gate else added)
+            added = self.mlp(layers.modulated(x if late else after, shift2, scale2))
+            return after + (gate2 * added if mlp_gate else added)
 
         return update
 
     return make
+
+
+def second_attention(
+    left_out: bool = False, late: bool = False, chunks: tuple[int, int, int] = (6, 7, 8)
+) -> Callable[[Wrong], Wrong]:
+    """Of SD 3.5 medium's dual blocks: left out, reading what the first attention was added to, with other modulation."""
+
+    def make(_: Wrong) -> Wrong:
+        def update(self: Any, x: Tensor, attention: Tensor, modulation: Sequence[Tensor]) -> Tensor:
+            after = x + modulation[2] * self.proj(attention)
+            if not left_out:
+                shift, scale, gate = (modulation[i] for i in chunks)
+                q, k, v = split_heads(self.qkv2(layers.modulated(after if late else x, shift, scale)), self.heads)
+                after = after + gate * self.proj2(self.attention2(self.q_norm2(q), self.k_norm2(k), v))
+            return after + modulation[5] * self.mlp(layers.modulated(after, modulation[3], modulation[4]))
+
+        return update
+
+    return make
+
+
+def borrowed(whose: Mapping[str, str]) -> Callable[[Wrong], Wrong]:
+    """Of a module's method: while it runs, parts of the module have the weights of others."""
+
+    def make(right: Wrong) -> Wrong:
+        def wrong(self: nn.Module, *args: Any, **named: Any) -> Any:
+            parts = {part: self.get_submodule(part) for part in {*whose, *whose.values()}}
+            own = {part: module._parameters for part, module in parts.items()}
+            try:
+                for part, other in whose.items():
+                    parts[part]._parameters = own[other]
+                return right(self, *args, **named)
+            finally:
+                for part, module in parts.items():
+                    module._parameters = own[part]
+
+        return wrong
+
+    return make
+
+
+QK_NORMS = {"q_norm": "k_norm", "k_norm": "q_norm"}
+NORMS_OF_IMAGE = {f"text.{norm}": f"image.{norm}" for norm in QK_NORMS}
+
+
+def values_normed(right: Wrong) -> Wrong:
+    def attention_inputs(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = right(*args)
+        return q, k, F.rms_norm(v, v.shape[-1:], eps=1e-6)
+
+    return attention_inputs
+
+
+def text_unseen(right: Wrong) -> Wrong:
+    def forward(self: nn.Module, image: Tensor, text: Tensor, *rest: Any) -> Any:
+        seen = torch.ones(1, 1, 1, text.shape[1] + image.shape[1], dtype=torch.bool, device=text.device)
+        seen[..., : text.shape[1]] = False
+        return right(self, image, text, *rest[:-1], seen)
+
+    return forward
+
+
+def text_unchanged(right: Wrong) -> Wrong:
+    return lambda self, image, text, *rest: (right(self, image, text, *rest)[0], text)
 
 
 def in_halves(_: Wrong) -> Wrong:
@@ -135,6 +207,53 @@ def axes(order: list[int]) -> Callable[[Wrong], Wrong]:
 
 def table_in(dtype: torch.dtype) -> Callable[[Wrong], Wrong]:
     return lambda right: lambda *args: right(*args).to(dtype).double()
+
+
+def table_of_float32(_: Wrong) -> Wrong:
+    def rope_table(ids: Tensor, axes: Sequence[int], theta: float) -> Tensor:
+        frequencies = [float(theta) ** -(torch.arange(0, width, 2, dtype=torch.float64) / width) for width in axes]
+        angles = torch.cat([ids[:, i, None].float() * f.float() for i, f in enumerate(frequencies)], dim=-1)
+        return torch.stack([angles.cos(), angles.sin()]).double()
+
+    return rope_table
+
+
+def frequencies_of_the_head(right: Wrong) -> Wrong:
+    """Each axis has the first frequencies of a table that spans the whole head."""
+
+    def rope_table(ids: Tensor, axes: Sequence[int], theta: float) -> Tensor:
+        whole = [right(ids[:, [i]], [sum(axes)], theta)[..., : width // 2] for i, width in enumerate(axes)]
+        return torch.cat(whole, dim=-1)
+
+    return rope_table
+
+
+def positions_of_image(change: Callable[[Tensor], Tensor]) -> Callable[[Wrong], Wrong]:
+    """Of Flux's rotary table: `change(ids)` of the image's tokens."""
+
+    def make(right: Wrong) -> Wrong:
+        def rotations(self: Any, grid: Any, ids: Tensor | None, text: Tensor) -> Tensor:
+            return right(self, None, change(flux.position_ids(grid) if ids is None else ids), text)
+
+        return rotations
+
+    return make
+
+
+def spread(ids: Tensor) -> Tensor:
+    """Over 0 to 63, whatever the size."""
+    return torch.cat([ids[:, :1], ids[:, 1:] * 63 / ids[:, 1:].amax(0).clamp_min(1)], dim=1)
+
+
+def text_counted(right: Wrong) -> Wrong:
+    def rotations(self: Any, grid: Any, ids: Tensor | None, text: Tensor) -> Tensor:
+        table: Tensor = right(self, grid, ids, text)
+        places = torch.zeros(text.shape[1], len(self.config.rope_axes), dtype=torch.float64)
+        places[:, 1] = torch.arange(text.shape[1])
+        counted = flux.rope_table(places, self.config.rope_axes, self.config.theta).to(table)
+        return torch.cat([counted, table[:, text.shape[1] :]], dim=1)
+
+    return rotations
 
 
 def half_less_one(values: Tensor, width: int = 256) -> Tensor:
@@ -158,6 +277,10 @@ def sine_first(right: Wrong) -> Wrong:
 
 def times(change: Callable[[Tensor], Tensor]) -> Callable[[Wrong], Wrong]:
     return lambda right: lambda times, *rest: right(change(times), *rest)
+
+
+def vector_left_out(right: Wrong) -> Wrong:
+    return lambda self, vector, *rest: right(self, vector, *rest) - self.vector_in(vector)[:, None]
 
 
 def conditioning(**left_out: bool) -> Callable[[Wrong], Wrong]:
@@ -210,24 +333,50 @@ def parts_as(order: list[int]) -> Callable[[Wrong], Wrong]:
     return make
 
 
-def single(wrong_in: bool, wrong_out: bool, gate: bool = True) -> Callable[[Wrong], Wrong]:
-    """Of Flux's single block: which rows of linear1 and columns of linear2 are the MLP's."""
+def single(
+    mlp_first: bool = False,
+    mlp_first_out: bool = False,
+    gate: bool = True,
+    late_norm: bool = False,
+    residual: bool = True,
+) -> Callable[[Wrong], Wrong]:
+    """Of Flux's single block: which rows of linear1 and columns of linear2 are the MLP's, what is normed, gated and added to."""
 
     def make(_: Wrong) -> Wrong:
         def forward(self: Any, x: Tensor, rope: Tensor, modulation: Tensor, seen: Tensor | None = None) -> Tensor:
             shift, scale, by = modulation.chunk(3, dim=-1)
-            whole = self.linear1(layers.modulated(x, shift, scale))
+            normed = layers.modulated(x, shift, scale)
+            whole = self.linear1(normed)
             qkv, mlp = whole.split(self.sizes, dim=-1)
-            if wrong_in:
+            if mlp_first:
                 mlp, qkv = whole.split(self.sizes[::-1], dim=-1)
             q, k, v = layers.split_heads(qkv, self.heads)
-            attention = self.attention(
-                flux.apply_rope(self.q_norm(q), rope), flux.apply_rope(self.k_norm(k), rope), v, seen
-            )
-            parts = [attention, self.mlp_act(mlp)][:: -1 if wrong_out else 1]
-            return x + (by if gate else 1) * self.linear2(torch.cat(parts, dim=-1))
+            if late_norm:
+                q, k = self.q_norm(flux.apply_rope(q, rope)), self.k_norm(flux.apply_rope(k, rope))
+            else:
+                q, k = flux.apply_rope(self.q_norm(q), rope), flux.apply_rope(self.k_norm(k), rope)
+            parts = [self.attention(q, k, v, seen), self.mlp_act(mlp)][:: -1 if mlp_first_out else 1]
+            return (x if residual else normed) + (by if gate else 1) * self.linear2(torch.cat(parts, dim=-1))
 
         return forward
+
+    return make
+
+
+def single_sequence(image_first: bool) -> Callable[[Wrong], Wrong]:
+    """Of Flux: the picture stands before the text in the single blocks, or only is taken from there behind them."""
+
+    def make(_: Wrong) -> Wrong:
+        def step(self: Any, latents: Tensor, run: Any, i: int) -> Tensor:
+            image, text = self.image_in(latents), run.text
+            for block, (image_mod, text_mod) in zip(self.double_blocks, run.double, strict=True):
+                image, text = block(image, text, run.rope, image_mod[:, i : i + 1], text_mod[:, i : i + 1], run.seen)
+            joint = torch.cat([image, text] if image_first else [text, image], dim=1)
+            for block, modulation in zip(self.single_blocks, run.single, strict=True):
+                joint = block(joint, run.rope, modulation[:, i : i + 1], run.seen)
+            return self.final(joint[:, : image.shape[1]], run.final[:, i : i + 1])
+
+        return step
 
     return make
 
@@ -253,6 +402,65 @@ def gate_in_front(_: Wrong) -> Wrong:
         return x + added
 
     return forward
+
+
+def cross_first(_: Wrong) -> Wrong:
+    def forward(self: Any, x: Tensor, keys_values: tuple[Tensor, Tensor]) -> Tensor:
+        x = x + self.cross_attention(self.norm2(x), keys_values)
+        normed = self.norm1(x)
+        x = x + self.self_attention(normed, self.self_attention.keys_values(normed))
+        value, gate = self.mlp_in(self.norm3(x)).chunk(2, dim=-1)
+        added: Tensor = self.mlp_out(value * F.gelu(gate))
+        return x + added
+
+    return forward
+
+
+def residual_of_the_norm(_: Wrong) -> Wrong:
+    def forward(self: Any, x: Tensor, keys_values: Any) -> Tensor:
+        normed = self.norm(x)
+        h = self.proj_in(normed.flatten(2).transpose(1, 2))
+        for block, pair in zip(self.blocks, keys_values, strict=True):
+            h = block(h, pair)
+        added: Tensor = self.proj_out(h).transpose(1, 2).reshape(x.shape)
+        return normed + added
+
+    return forward
+
+
+def residual_block(norm_last: bool = False, late_shift: bool = False) -> Callable[[Wrong], Wrong]:
+    """Of a residual block of UNet or autoencoder: SiLU before the norm, or time and vector added behind the second norm."""
+
+    def make(_: Wrong) -> Wrong:
+        def forward(self: Any, x: Tensor, *shifts: Tensor) -> Tensor:
+            shift: Any = shifts[0][:, :, None, None] if shifts else 0.0
+            h = self.conv1(self.norm1(F.silu(x)) if norm_last else F.silu(self.norm1(x)))
+            if late_shift:
+                h = F.silu(self.norm2(h) + shift)
+            else:
+                h = self.norm2(F.silu(h + shift)) if norm_last else F.silu(self.norm2(h + shift))
+            added: Tensor = self.shortcut(x) + self.conv2(h)
+            return added
+
+        return forward
+
+    return make
+
+
+def padded_behind(right: Wrong) -> Wrong:
+    """A convolution of stride 2 that is padded at the right and bottom alone."""
+
+    def conv2d(x: Tensor, weight: Tensor, bias: Any, stride: Any, padding: Any, *rest: Any) -> Tensor:
+        if tuple(stride) == (2, 2) and padding == (1, 1):
+            x, padding = F.pad(x, (0, 1, 0, 1)), (0, 0)
+        output: Tensor = right(x, weight, bias, stride, padding, *rest)
+        return output
+
+    return conv2d
+
+
+def convolved_first(_: Wrong) -> Wrong:
+    return lambda self, x: F.interpolate(self.conv(x), scale_factor=2.0, mode="nearest")
 
 
 def normed(change: Callable[[Any, Tensor], Tensor]) -> Callable[[Wrong], Wrong]:
@@ -309,6 +517,11 @@ def without_mean(_: Wrong) -> Wrong:
     return lambda x, shape, *rest, **named: F.rms_norm(x, shape, eps=1e-6)
 
 
+def over_all_heads(self: Any, x: Tensor) -> Tensor:
+    normed: Tensor = F.rms_norm(x.transpose(1, 2).flatten(2), (x.shape[1] * x.shape[3],), eps=self.eps)
+    return normed.unflatten(2, (x.shape[1], -1)).transpose(1, 2) * self.weight
+
+
 def as_layer_norm(self: Any, x: Tensor) -> Tensor:
     normed: Tensor = F.layer_norm(x, (x.shape[-1],), eps=self.eps) * self.weight
     return normed
@@ -356,12 +569,30 @@ def unshifted(right: Wrong) -> Wrong:
     return lambda self, x, *shift: right(self, x, *(0 * s for s in shift))
 
 
-def corner(right: Wrong) -> Wrong:
-    def crop(self: Any, grid: tuple[int, int]) -> Tensor:
-        cut: Tensor = self.table.unflatten(1, (self.side, self.side))[:, : grid[0], : grid[1]].flatten(1, 2)
-        return cut
+def cropped(cut: Callable[[Tensor, int, int], Tensor]) -> Callable[[Wrong], Wrong]:
+    """Of the table of positions: `cut(square, h, w)`, `[1, S, S, D]` -> `[1, h, w, D]`."""
 
-    return crop
+    def make(_: Wrong) -> Wrong:
+        def crop(self: Any, grid: tuple[int, int]) -> Tensor:
+            return cut(self.table.unflatten(1, (self.side, self.side)), *grid).flatten(1, 2)
+
+        return crop
+
+    return make
+
+
+def cut_from(top: Callable[[int, int], int]) -> Callable[[Tensor, int, int], Tensor]:
+    """A part of the table that begins at `top(side, size)` along both axes."""
+
+    def cut(square: Tensor, h: int, w: int) -> Tensor:
+        row, column = (top(square.shape[1], size) for size in (h, w))
+        return square[:, row : row + h, column : column + w]
+
+    return cut
+
+
+def resized(square: Tensor, h: int, w: int) -> Tensor:
+    return F.interpolate(square.movedim(-1, 1), size=(h, w), mode="bilinear").movedim(1, -1)
 
 
 # of text encoders --------------------------------------------------------------------------------------------------------
@@ -395,8 +626,36 @@ def padded_with(value: Callable[[int], int]) -> Callable[[Wrong], Wrong]:
     return lambda _: wrong
 
 
-def at(place: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Wrong], Wrong]:
-    return lambda _: lambda last, ids, end: place(last, ids)
+def pooled_of(
+    choose: Callable[[Sequence[Tensor]], Tensor] | None = None, at: Callable[[Tensor, Tensor], Tensor] | None = None
+) -> Callable[[Wrong], Wrong]:
+    """Of CLIP's pooled state: taken from other hidden states, or `at(last, ids)` in place of the first end token."""
+
+    def make(right: Wrong) -> Wrong:
+        def wrong(last: Tensor, ids: Tensor, end: int, hidden: Sequence[Tensor]) -> Any:
+            return at(last, ids) if at else right(choose(hidden) if choose else last, ids, end, hidden)
+
+        return wrong
+
+    return make
+
+
+def unprojected(_: Wrong) -> Wrong:
+    def wrong(pooled: Tensor, projection: Any) -> Any:
+        try:
+            projection.forward = lambda x: x
+            return projection(pooled)
+        finally:
+            del projection.forward
+
+    return wrong
+
+
+def padding_hidden(_: Wrong) -> Wrong:
+    def unseen(ids: Tensor, end: int | None = None) -> Tensor:
+        return ids != 0 if end is None else (ids == end).int().cumsum(1) - (ids == end).int() == 0
+
+    return unseen
 
 
 def buckets(change: Callable[[Wrong, Tensor], Tensor]) -> Callable[[Any], Any]:
