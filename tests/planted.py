@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from eridiff.weights.keymap import key_map
-from tests.port_bugs import BUGS, alone, case_of, triples
+from tests.bugs import BUGS, alone, case_of, triples
 from tests.ports import Report, beside_reference, case, native_names, ported
 
 

@@ -74,6 +74,8 @@ def ported(golden: Case, bugs: Sequence[Bug] = (), dtype: type = np.float64) -> 
             stack.enter_context(patch.dict(sys.modules, {name: modules[-1]}))
     functions = Functions(modules)
     for bug in bugs:
+        if bug.function == "inputs":
+            continue
         right = getattr(functions, bug.function)
         wrong = bug.wrong(functions, right)
         for module in modules:
@@ -81,8 +83,6 @@ def ported(golden: Case, bugs: Sequence[Bug] = (), dtype: type = np.float64) -> 
                 setattr(module, bug.function, wrong)
     weights = {name: tensor.numpy().astype(dtype) for name, tensor in weights_of(golden.description).items()}
     given = {n: t.numpy() for n, t in inputs_of(golden.description).items()}
-    given = {n: a.astype(dtype) if a.dtype.kind == "f" else a for n, a in given.items()}
-    config = golden.description["config"]
     if golden.family == "flux":
         names = {
             "img": "latents",
@@ -92,10 +92,14 @@ def ported(golden: Case, bugs: Sequence[Bug] = (), dtype: type = np.float64) -> 
             "ids": "ids",
             "guidance": "guidance",
         }
-        told = golden.arguments
-        modules[-1].flux(
-            weights, config, {n: told[a].numpy().astype(dtype) for n, a in names.items() if told[a] is not None}
-        )
+        given = {n: golden.arguments[a].numpy() for n, a in names.items() if golden.arguments[a] is not None}
+    given = {n: a.astype(dtype) if a.dtype.kind == "f" else a for n, a in given.items()}
+    for bug in bugs:
+        if bug.function == "inputs":
+            given = bug.wrong(functions, None)(given)
+    config = golden.description["config"]
+    if golden.family == "flux":
+        modules[-1].flux(weights, config, given)
     elif golden.family == "vae":
         modules[-1].encoded(weights, config, given["image"])
         modules[-1].decoded(weights, config, given["latents"])

@@ -30,7 +30,7 @@ from eridiff.trace.shapes import distances, fit
 from eridiff.weights.detect import sizes_of
 from eridiff.weights.keymap import key_map
 from tests import tiny
-from tests.port_bugs import FLUX, Q_NORM
+from tests.bugs.flux import FLUX, Q_NORM
 from tests.ports import GOLDENS, case, compared, ported
 from tests.test_traces import arguments, damaged
 

@@ -10,8 +10,8 @@ from torch import Tensor
 from eridiff.schedulers.flow_match import even_sigmas, flux_schedule, sd3_sigmas
 from eridiff.trace.compare import compare
 from eridiff.trace.inputs import cause_of
+from tests.bugs import BUGS, FLUX, alone, case_of, triples
 from tests.planted import layouts, score
-from tests.port_bugs import BUGS, FLUX, alone, case_of, triples
 from tests.ports import beside_reference, case, compared, ported
 
 DTYPES = {"float64": np.float64, "float32": np.float32}

@@ -171,6 +171,7 @@ def compare(
             row if row.cause or n not in causes else replace(row, cause=f"{causes[n][0]} (fits to {causes[n][1]:.0e})")
             for n, row in zip(order, rows, strict=True)
         ]
+        rows = [_with_rounding(n, row, mine, found) for n, row in zip(order, rows, strict=True)]
         rows = _one_fit(rows)
     return Report(
         tuple(rows),
@@ -194,6 +195,20 @@ def _is_input(native: str, names: Mapping[str, Any]) -> bool:
 def _with_cause_of_input(native: str, row: Row, value: Tensor, wanted: Tensor) -> Row:
     cause = cause_of(native, value, wanted, max(row.bound, 1e-6))
     return replace(row, cause=f"{cause[0]} (fits to {cause[1]:.0e})") if cause else row
+
+
+def _with_rounding(native: str, row: Row, mine: Aligned, found: Mapping[str, Tensor]) -> Row:
+    """With the cause of values that are those of a narrower dtype than the trace's, where no other was found."""
+    if row.verdict != HERE or row.cause or row.local is None:
+        return row
+    value = mine.sources[native].read(found)
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        eps = torch.finfo(dtype).eps
+        narrower = value.is_floating_point() and eps > torch.finfo(value.dtype).eps and row.local <= eps
+        if narrower and torch.equal(value.to(dtype).to(value.dtype), value):
+            says = f"it is rounded to {str(dtype).removeprefix('torch.')}"
+            return replace(row, cause=f"{says} (fits to {row.local:.0e})")
+    return row
 
 
 def _called(network: nn.Module, trace: Mapping[str, Tensor], aligned: Aligned) -> Callable[[torch.dtype], Run] | None:

@@ -1,7 +1,6 @@
 """What explains a difference: the known causes are tried in our network, each where it can reach."""
 
 import inspect
-from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -22,16 +21,18 @@ UNTRIED = (RuntimeError, ValueError, IndexError)  # of an error that these shape
 
 @dataclass(frozen=True)
 class Fit:
-    """Causes tried at one name: what they leave, how many other names they spoil, whether what is left is more than rounding."""
+    """Causes tried at one name."""
 
     causes: tuple[Cause, ...]
-    left: float
-    spoiled: int
-    rest: bool
+    left: float  # of the difference
+    rest: bool  # whether that is more than rounding
+    spoiled: int = 0  # names without an error that differ now
+    explained: int = 0  # names with an error that do not differ any more
 
     @property
-    def rank(self) -> tuple[bool, int, float]:
-        return self.rest, 0 if self.rest else self.spoiled, self.left
+    def rank(self) -> tuple[bool, int, int, float]:
+        """The smallest is the best."""
+        return (True, 0, 0, self.left) if self.rest else (False, self.spoiled, -self.explained, self.left)
 
 
 def causes_of(
@@ -45,12 +46,13 @@ def causes_of(
 
     - local: of every name, the difference made there and what rounding may do there.
 
-    A cause is tried everywhere at once; of those that fit, the one that spoils the fewest places without an error is taken.
+    A cause is tried everywhere at once; of those that fit, the one that spoils the fewest places without an error is taken,
+    and of these the one that explains the most with one.
     Where it leaves more than rounding, a second one is tried beside it: two errors in one stretch without a value of the
     trace between them. A name is absent where no cause takes away nine tenths of the difference.
     """
     made = {name: difference for name, (difference, bound) in local.items() if difference > bound}
-    best = {name: Fit((), difference, 0, True) for name, difference in made.items()}
+    best = {name: Fit((), difference, rest=True) for name, difference in made.items()}
     causes, reached = _within_reach(network, trace, sources, run)
 
     def try_beside(known: tuple[Cause, ...]) -> None:
@@ -62,9 +64,10 @@ def causes_of(
                 continue
             left = _planted((*known, cause), network, trace, sources, run)
             spoiled = sum(left.get(name, 0.0) > bound for name, (_, bound) in local.items() if name not in made)
+            explained = sum(left.get(name, difference) <= local[name][1] for name, difference in made.items())
             for name in near:
                 remains = left.get(name, rest[name])
-                fit = Fit((*known, cause), remains, spoiled, remains > local[name][1])
+                fit = Fit((*known, cause), remains, remains > local[name][1], spoiled, explained)
                 if fit.left < 0.1 * rest[name] and fit.rank < best[name].rank:
                     best[name] = fit
             if not any(best[name].rest or best[name].spoiled for name in rest):
@@ -100,15 +103,16 @@ def _within_reach(
 ) -> tuple[list[Cause], Mapping[str, set[str]]]:
     """The causes that this network can have, and for each name the places of those that can make a difference there.
 
-    What a function takes and gives is multiplied by a one of its own, and autograd says on which ones a value depends: those
-    between it and the values before it that the trace has. Trying every cause at every name takes ten times as long.
+    What a function gives is multiplied by a one of its own, and autograd says on which ones a value depends: those between it
+    and the values before it that the trace has. A method reaches what is computed within it, too. Trying every cause at
+    every name takes five times as long.
     """
     kind = type(network)
     entries = [f"{kind.__name__}.{method}" for method in ("forward", "encode", "decode") if method in vars(kind)]
     places = list(dict.fromkeys([*(cause.place for cause in CAUSES), *entries]))
     ones = {place: torch.ones((), dtype=torch.float64, requires_grad=True) for place in places if place != "torch"}
     anywhere = {"torch"}  # what gives no tensor that could be marked
-    called = {"torch"}
+    called, running = {"torch"}, [""]
     given: dict[str, Mapping[str, Tensor]] = {}  # of an entry: what it is called with
 
     def marking(place: str) -> Callable[[Any], Any]:
@@ -128,9 +132,9 @@ def _within_reach(
                         ones.setdefault(f"{place}:{name}", torch.ones((), dtype=torch.float64, requires_grad=True))
                         bound[name] = mark(bound[name], ones[f"{place}:{name}"])
                     args, kwargs = (bound.pop("self"),), bound
-                if not place.startswith("F.") and "." in place:
-                    args, kwargs = mark(args, ones[place]), mark(kwargs, ones[place])
+                running.append(place)
                 output = mark(inner(*args, **kwargs), ones[place])
+                running.pop()
                 if not _has_gradient(output):
                     anywhere.add(place)
                 return output
@@ -139,12 +143,13 @@ def _within_reach(
 
         return make
 
-    reached: dict[str, set[str]] = defaultdict(set)
+    reached: dict[str, set[str]] = {}
 
     def see(name: str, computed: Tensor) -> None:
+        reached[name] = set(running)
         if computed.requires_grad:
             slopes = torch.autograd.grad(computed.sum(), list(ones.values()), allow_unused=True, retain_graph=True)
-            reached[name] = {place for place, slope in zip(ones, slopes, strict=True) if slope is not None}
+            reached[name] |= {place for place, slope in zip(ones, slopes, strict=True) if slope is not None}
 
     with ExitStack() as stack:
         for place in ones:
@@ -153,7 +158,7 @@ def _within_reach(
     causes = [cause for cause in CAUSES if cause.place in called]
     for place, arguments in given.items():
         causes += causes_of_inputs(place, arguments)
-    return causes, defaultdict(lambda: anywhere, {name: found | anywhere for name, found in reached.items()})
+    return causes, {name: found | anywhere for name, found in reached.items()}
 
 
 def _has_gradient(value: Any) -> bool:
