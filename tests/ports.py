@@ -166,6 +166,13 @@ def recorded_case(name: str) -> dict[str, Tensor]:
     return dict(recording)
 
 
+@cache
+def reference(name: str, layout: str) -> dict[str, Tensor]:
+    """The same by the names of a layout."""
+    golden = case(name)
+    return renamed(golden.network, golden.family, recorded_case(name), layout)
+
+
 def beside_reference(golden: Case, trace: Any, layout: str, **options: Any) -> tuple[Report, Callable[[str], str]]:
     """The report on a port's trace beside a trace of the reference, both named by `layout`; a row's name -> ours."""
     found = {name: torch.as_tensor(value) for name, value in trace.items()}
@@ -173,8 +180,14 @@ def beside_reference(golden: Case, trace: Any, layout: str, **options: Any) -> t
     mine = renamed(
         golden.network, golden.family, {native: source.read(found) for native, source in sources.items()}, layout
     )
-    theirs = renamed(golden.network, golden.family, recorded_case(golden.name), layout)
-    report = compare(mine, theirs, network=golden.network, run=golden.run, layout=(golden.family, layout), **options)
+    report = compare(
+        mine,
+        reference(golden.name, layout),
+        network=golden.network,
+        run=golden.run,
+        layout=(golden.family, layout),
+        **options,
+    )
     back = {
         s.name: n for n, s in align(list(mine), {golden.family: golden.config}, layout, golden.family).sources.items()
     }

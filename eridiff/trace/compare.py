@@ -14,7 +14,7 @@ from eridiff.trace.format import Trace, natural, parts_of, probe
 from eridiff.trace.inputs import cause_of
 from eridiff.trace.names import NETWORKS, Aligned, Source, align, nearest
 from eridiff.trace.replay import Run, floors, replay, trace_run
-from eridiff.trace.shapes import distances, fit
+from eridiff.trace.shapes import distances, fit, heat
 from eridiff.trace.watch import METHODS
 
 EQUAL, CARRIED, HERE, BROKEN = "equal", "carried", "made here", "not finite"
@@ -33,7 +33,7 @@ class Row:
     distance: float | None  # relative L2 from the second trace; infinite if the shapes do not fit
     local: float | None  # relative L2 from what our network computes of the first trace's own values before it
     bound: float  # what rounding may do there
-    measures: Mapping[str, Any] = field(default_factory=dict)  # of `shapes.distances`
+    measures: Mapping[str, Any] = field(default_factory=dict)  # of `shapes.distances`; "map" of an error: `shapes.heat`
     cause: str = ""
 
 
@@ -282,7 +282,7 @@ def _row(
         return Row(source.name, other.name if other else "", how, BROKEN, None, None, 0.0)
     eps = max(torch.finfo(d).eps for d in (dtype, _floating(other, expected)))
     bound, far = tolerance or 10 * eps, tolerance or max(far, 100 * eps)
-    how, distance, measures = "", None, {}
+    how, distance, measures, fitted = "", None, {}, None
     if other is not None:
         value, wanted = _as_probes(value, other.read(expected), source, other, found, expected)
         fitted = fit(value, wanted)
@@ -296,6 +296,8 @@ def _row(
         # what was taken from the trace itself to call the network was compared with itself
         given = _is_input(native, mine.sources) and distance is not None and local[0] == 0.0 and distance > far
         verdict = HERE if local[0] > local[1] or given else CARRIED if (distance or 0.0) > far else EQUAL
+        if verdict == HERE and fitted is not None:
+            measures["map"] = heat(fitted.tensor, wanted)
         return Row(*names, verdict, distance, local[0], local[1], measures)
     if distance is None:
         return Row(*names, EQUAL, None, None, bound)
@@ -303,6 +305,8 @@ def _row(
     known = [d for d in inputs if d is not None]
     made = not replayed and distance > max(bound, 10 * (max(known) if known else before))
     verdict = HERE if made else CARRIED if distance > max(bound, far) else EQUAL
+    if made and fitted is not None:
+        measures["map"] = heat(fitted.tensor, wanted)
     return Row(*names, verdict, distance, None, bound, measures)
 
 
