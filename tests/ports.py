@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from eridiff.trace.cases import Case, inputs_of, open_case, weights_of
-from eridiff.trace.compare import Report, compare
+from eridiff.trace.compare import compare
 from eridiff.trace.names import NATIVE, align, names_of
 from eridiff.trace.record import record
+from eridiff.trace.report import Report
 from eridiff.weights.detect import sizes_of
 from eridiff.weights.keymap import key_map
 

@@ -11,12 +11,15 @@ from torch import nn
 from eridiff.errors import TraceError
 from eridiff.files import replacing
 from eridiff.trace.cases import Case, find_case
-from eridiff.trace.compare import BROKEN, HERE, NAMED, Report, Row, compare
+from eridiff.trace.compare import compare
 from eridiff.trace.format import Trace, read_trace
 from eridiff.trace.names import align, parse_map
 from eridiff.trace.page import page
+from eridiff.trace.report import BROKEN, HERE, Report, Row
 from eridiff.trace.text import ENCODERS, load_encoder
 from eridiff.weights.load import load_network
+
+NAMED = 3  # names of a kind that are printed; the rest is counted
 
 
 def add_parser(commands: Any) -> None:
@@ -104,6 +107,8 @@ def text(report: Report, case: Case | None = None, whole: bool = False) -> str:
         )
         if len(group) > 1:
             lines.append(f"    and in {len(group) - 1} more: {_some([row.name for row in group[1:]])}")
+        if (right := report.right(group)) and first.local is not None:
+            lines.append(f"    and right in {len(right)}: {_some([row.name for row in right])}")
         if first.cause:
             lines.append(f"    looks like: {first.cause}")
     if whole:

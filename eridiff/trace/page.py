@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from html import escape
 
-from eridiff.trace.compare import BROKEN, HERE, Report, Row
+from eridiff.trace.report import BROKEN, HERE, Report, Row
 
 STYLE = """
 body { font: 14px/1.4 system-ui, sans-serif; margin: 1.5em; color: #222; background: #fff; max-width: 70em }

@@ -88,6 +88,10 @@ def without_gates(*numbers: int) -> Callable[..., Any]:
     return wrong
 
 
+def gates_exchanged(port: Any, right: Any) -> Any:
+    return lambda *given: right(*given[:-1], [given[-1][i] for i in (0, 1, 5, 3, 4, 2)])
+
+
 def every_second(change: Callable[[Any, Any], Any]) -> Callable[..., Any]:
     """Of a function that is called for q and k, or for time and guidance, in turn: the second call."""
 
@@ -286,6 +290,7 @@ FLUX = {
     "sine first": Bug("sinusoid", sinusoid(sine_first=True), "time.sinusoid", "sines first"),
     "half - 1": Bug("sinusoid", sinusoid(divisor=127), "time.sinusoid", "half - 1"),
     "attention's gate": Bug("updated", without_gates(2), "double_blocks.0.img_mlp:0", "attention's gate is left out"),
+    "gates exchanged": Bug("updated", gates_exchanged, "double_blocks.0.img_mlp:0", "gates of attention and MLP are exchanged"),
     "mlp's gate": Bug("updated", without_gates(5), "double_blocks.0.image", "MLP's gate is left out"),
     "rope on q alone": Bug("rotated", every_second(lambda p, r: lambda x, c, s: x), "double_blocks.0.k_rope", "rotation is left out"),
     "rope of the image from 1": Bug("rope_table", of_image(lambda ids: ids + [0, 1, 1]), "rope.cos", "image's rotary positions start at 1"),
