@@ -107,10 +107,10 @@ def text(report: Report, case: Case | None = None, whole: bool = False) -> str:
         )
         if len(group) > 1:
             lines.append(f"    and in {len(group) - 1} more: {_some([row.name for row in group[1:]])}")
-        if (right := report.right(group)) and first.local is not None:
-            lines.append(f"    and right in {len(right)}: {_some([row.name for row in right])}")
         if first.cause:
             lines.append(f"    looks like: {first.cause}")
+        elif right := report.right(group):
+            lines.append(f"    and right in {len(right)}: {_some([row.name for row in right])}")
     if whole:
         lines += _table(report, width)
     carried = sum(row.verdict not in (HERE, BROKEN, "equal") for row in report.rows)

@@ -120,12 +120,12 @@ CAUSES: tuple[Cause, ...] = (
     Cause("the attention's mask is left out: CLIP's is causal, T5's its relative bias", "F.scaled_dot_product_attention", parts.unmasked),
     Cause("heads are cut as (features, heads) in place of (heads, features)", "F.scaled_dot_product_attention", parts.regrouped(lambda x, heads: x.unflatten(-1, (-1, heads)).transpose(-1, -2))),
     Cause("half as many heads, each twice as wide", "F.scaled_dot_product_attention", parts.regrouped(lambda x, heads: x.unflatten(-1, (heads // 2, -1)))),
+    Cause("twice as many heads, each half as wide", "F.scaled_dot_product_attention", parts.regrouped(lambda x, heads: x.unflatten(-1, (2 * heads, -1)))),
     Cause("a single head", "F.scaled_dot_product_attention", parts.regrouped(parts.heads_of(1))),
     *(
         Cause(f"{count} heads, whatever the width", "F.scaled_dot_product_attention", parts.regrouped(parts.heads_of(count)))
         for count in (4, 8)
     ),
-    Cause("twice as many heads, each half as wide", "F.scaled_dot_product_attention", parts.regrouped(lambda x, heads: x.unflatten(-1, (2 * heads, -1)))),
     Cause("a causal mask", "F.scaled_dot_product_attention", parts.attention(is_causal=True)),
     Cause("heads are joined as (features, heads) in place of (heads, features)", "F.scaled_dot_product_attention", parts.merged),
     Cause("qkv is read as (heads, 3, features) in place of (3, heads, features)", "split_heads", parts.heads_inside),

@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 EQUAL, CARRIED, HERE, BROKEN = "equal", "carried", "made here", "not finite"
-STREAMS = {"image", "text"}  # of a block: an error of both is one error
+STREAMS = {"image", "text"}  # of a block
 
 
 @dataclass(frozen=True)
@@ -25,9 +25,12 @@ class Row:
 
     @property
     def place(self) -> str:
-        """The same for each block, call and stream."""
-        parts = self.native.partition("@")[0].replace(":", ".").split(".")
-        return ".".join(part for part in parts if not part.isdigit() and part not in STREAMS)
+        """The same for each block, call and stream, and for all inputs of a module: an error of all is one error."""
+        parts = self.native.partition("@")[0].replace(":", ".:.").split(".")
+        numbers = {
+            i for i, part in enumerate(parts) if part.isdigit() and parts[i - 1] != "mlp"
+        }  # two layers, not blocks
+        return ".".join(part for i, part in enumerate(parts) if i not in numbers and part not in STREAMS)
 
 
 @dataclass(frozen=True)

@@ -60,11 +60,20 @@ def triples(family: str, dtype: type = np.float64) -> list[tuple[str, ...]]:
     while waiting:
         chosen = [waiting.pop(0)]
         for name in [*waiting, *left]:
-            if len(chosen) < 3 and not any(_hide(left[name], left[other]) for other in chosen):
+            if (
+                len(chosen) < 3
+                and not any(_hide(left[name], left[other]) for other in chosen)
+                and _show(family, [*chosen, name])
+            ):
                 chosen.append(name)
         waiting = [name for name in waiting if name not in chosen]
         found.append(tuple(chosen))
     return found
+
+
+def _show(family: str, names: Sequence[str]) -> bool:
+    """Not another input beside a wrong epsilon: the case that shows epsilons has one row, at a time of 0.5."""
+    return not any("eps" in name for name in names) or all(NETWORKS[family].get(name) for name in names)
 
 
 def _hide(one: Bug, other: Bug) -> bool:

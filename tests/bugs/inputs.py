@@ -30,7 +30,8 @@ def patches(*order: int) -> Change:
 
 
 def by_columns(x: Any) -> Any:
-    return x.reshape(len(x), 3, 5, -1).swapaxes(1, 2).reshape(x.shape)
+    rows = next(n for n in range(2, x.shape[1]) if x.shape[1] % n == 0)
+    return x.reshape(len(x), rows, x.shape[1] // rows, -1).swapaxes(1, 2).reshape(x.shape)
 
 
 def rolled(n: int, axis: int) -> Change:
