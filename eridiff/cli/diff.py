@@ -91,6 +91,8 @@ def text(report: Report, case: Case | None = None, whole: bool = False) -> str:
     if report.unknown:
         said = [f"{name} (nearest: {near})" if near else name for name, near in report.unknown]
         lines.append(f"{len(said)} names in yours are unknown: {_some(said)}")
+    if report.alone:
+        lines.append(f"{len(report.alone)} in yours alone: {_some(report.alone)}")
     arranged: dict[str, list[Row]] = {}
     for row in report.rows:
         if row.how and row.verdict not in (HERE, BROKEN):

@@ -57,10 +57,12 @@ def compare(
     Raises TraceError when there is nothing to compare.
     """
     own = {name: network.config for name, kind in NETWORKS.items() if network is not None and isinstance(network, kind)}
-    mine, theirs = sides(found, expected, {**configs_of(found), **configs_of(expected), **own}, layout)
+    mine, theirs = sides(
+        found, expected, {**configs_of(found), **configs_of(expected), **own}, layout or (next(iter(own), None), None)
+    )
     order = order_of(mine, theirs)
     if not order and (network is None or not mine.network):
-        near = [f"'{n}' (nearest: '{nearest(n, expected)}')" for n in list(found)[:3]]
+        near = [f"'{n}'" + (f" (nearest: '{like}')" if (like := nearest(n, expected)) else "") for n in list(found)[:3]]
         raise TraceError(
             f"no tensor of the two traces has the same name: {', '.join(near)}; give --map, or rename them"
         )

@@ -265,10 +265,10 @@ def align(
     - configs: network -> its configuration; the published sizes where it is not given, which have enough blocks of each kind.
     - network, layout: what is known of the trace.
 
-    Names that no map knows are left as they are if nearly all are.
+    Names that no map knows are left as they are if nearly all are, and the network is not known.
     """
     best = Aligned("", NATIVE, {name: Source((name,)) for name in names}, ())
-    score = len(names) / 4
+    score = 0.0 if network else len(names) / 4
     for kind in [network] if network else [name for name in NETWORKS if not configs or name in configs]:
         candidates = [configs[kind]] if configs and kind in configs else list(PRESETS[kind].values())
         for name in [layout] if layout else [NATIVE, *key_map(kind).layouts]:

@@ -61,6 +61,12 @@ class Report:
             found.setdefault((row.verdict, row.cause or row.place), []).append(row)
         return list(found.values())
 
+    @property
+    def alone(self) -> list[str]:
+        """Names of the first trace that were compared with nothing: of more calls, or of what our network does not have."""
+        seen = {row.name for row in self.rows}
+        return [name for name in self.added if name not in seen]
+
     def right(self, group: list[Row]) -> list[Row]:
         """The rows of the same places without an error: those of other blocks, calls or streams."""
         places = {row.place for row in group}

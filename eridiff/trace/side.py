@@ -56,10 +56,10 @@ def sides(
     found: Mapping[str, Tensor],
     expected: Mapping[str, Tensor],
     configs: Mapping[str, Any],
-    layout: tuple[str, str | None] | None = None,
+    layout: tuple[str | None, str | None] = (None, None),
 ) -> tuple[Side, Side]:
-    """Both traces by the same names; `layout` is whose names the first has, None finds it."""
-    kind, way = layout or (None, None)
+    """Both traces by the same names; `layout` is the network and the layout whose names the first has, None finds it."""
+    kind, way = layout
     names = align(list(found), configs, way, kind)
     others = align(list(expected), configs, None, names.network or None)
     if names.network == others.network:
