@@ -119,7 +119,7 @@ def text(report: Report, case: Case | None = None, whole: bool = False) -> str:
     if groups:
         kind = "error" if all(group[0].cause for group in groups) else "place"  # of which several may be one error
         lines.append(
-            f"{_count(len(groups), kind)}; {_count(carried, 'tensor')} behind {'it' if len(groups) == 1 else 'them'} differ"
+            f"{_count(len(groups), kind)}; {_count(carried, 'tensor')} behind {'it' if len(groups) == 1 else 'them'} {'differs' if carried == 1 else 'differ'}"
             + _known(report)
         )
     elif carried:
