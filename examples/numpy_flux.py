@@ -135,6 +135,14 @@ def single_block(weights, block, x, vec, rope, heads):
     return kept(block, x + gate * out)
 
 
+def one_sequence(text, image):
+    return np.concatenate([text, image], 1)  # B S hidden
+
+
+def image_of(x, length):
+    return x[:, length:]
+
+
 def flux(weights, config, inputs):
     """`config` and `inputs` are the case's: img `[B, N, 64]`, txt `[B, L, W]`, y `[B, P]`, timesteps, guidance `[B]`, ids `[N, 3]`."""
     heads, dtype = config["num_heads"], inputs["img"].dtype
@@ -149,11 +157,11 @@ def flux(weights, config, inputs):
     kept("rope.cos", rope[0]), kept("rope.sin", rope[1])
     for b in range(config["depth"]):
         image, text = double_block(weights, f"double_blocks.{b}", image, text, vec, rope, heads)
-    x = np.concatenate([text, image], 1)
+    x = one_sequence(text, image)
     for b in range(config["depth_single_blocks"]):
         x = single_block(weights, f"single_blocks.{b}", x, vec, rope, heads)
     chunks = chunks_of(weights, "final_layer.adaLN_modulation.1", vec, 2)
-    a = kept("final_layer.linear:0", final_modulated(x[:, text.shape[1] :], chunks))
+    a = kept("final_layer.linear:0", final_modulated(image_of(x, text.shape[1]), chunks))
     return kept("out", linear(weights, "final_layer.linear", a))
 
 

@@ -52,6 +52,14 @@ def updated(weights, name, x, attended, chunks):
     return x + chunks[5] * linear(weights, f"{name}.mlp.fc2", parts.gelu(linear(weights, f"{name}.mlp.fc1", a)))
 
 
+def second_attention(weights, name, x, chunks, heads):
+    """Of SD 3.5 medium's first blocks: among the picture's tokens alone, of the same input."""
+    if len(chunks) < 9:
+        return x
+    own = head_inputs(weights, f"{name}.attn2", x, *chunks[6:8], heads)
+    return x + chunks[8] * linear(weights, f"{name}.attn2.proj", parts.attention(*own))
+
+
 def joint_block(weights, block, x, context, vec, heads):
     count = len(weights[f"{block}.x_block.adaLN_modulation.1.bias"]) // x.shape[-1]
     chunks = parts.chunks_of(weights, f"{block}.x_block.adaLN_modulation.1", vec, count)
@@ -62,10 +70,7 @@ def joint_block(weights, block, x, context, vec, heads):
     q, k, v = (parts.joined_streams(t, i) for t, i in zip(of_text, of_image, strict=True))
     attended = kept(f"{block}.attention", parts.attention(q, k, v))
     length = context.shape[1]
-    after = x
-    if count == 9:  # a second attention among the picture's tokens alone, of the same input
-        own = head_inputs(weights, f"{block}.x_block.attn2", x, *chunks[6:8], heads)
-        after = x + chunks[8] * linear(weights, f"{block}.x_block.attn2.proj", parts.attention(*own))
+    after = second_attention(weights, f"{block}.x_block", x, chunks, heads)
     after = updated(weights, f"{block}.x_block", after, attended[:, length:], chunks)
     if not last:
         context = updated(weights, f"{block}.context_block", context, attended[:, :length], told)

@@ -87,6 +87,10 @@ def pooled(last, ids, end):
     return last[np.arange(len(ids)), (ids == end).argmax(1)]
 
 
+def projected(weights, one):
+    return kept("projected", one @ weights["text_projection.weight"].T)
+
+
 def padded(ids, end):
     return ids
 
@@ -99,7 +103,7 @@ def clip(weights, config, ids):
     last = layer_norm(weights, "text_model.final_layer_norm", hidden[-1])
     one = kept("pooled", pooled(last, ids, config["end_token"]))
     text = kept("penultimate", taken(hidden, lambda x: normed(weights, "text_model.final_layer_norm", x)))
-    return text, kept("projected", one @ weights["text_projection.weight"].T)
+    return text, projected(weights, one)
 
 
 # T5 -------------------------------------------------------------------------------------------------------------------

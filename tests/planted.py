@@ -1,4 +1,4 @@
-"""How `eridiff diff` does on ports with planted errors: `python -m tests.planted [FAMILY ...]` prints the table of docs/porting.md.
+"""How `eridiff diff` does on ports with planted errors: `python -m tests.planted [FAMILY[:LAYOUT[:DTYPE]] ...]` prints the table of docs/porting.md.
 
 Each error alone and in threes, in float64 and float32, the port and the reference both named as ours, the original's and diffusers'
 modules: in how many traces the first divergence is the right one, and of how many errors the cause is the one that is named.
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from eridiff.weights.keymap import key_map
-from tests.port_bugs import BUGS, alone, case_of, triples
+from tests.bugs import BUGS, alone, case_of, triples
 from tests.ports import Report, beside_reference, case, native_names, ported
 
 
@@ -45,29 +45,39 @@ def layouts(family: str) -> list[str]:
     return ["native", *key_map(family).layouts]
 
 
-def main(families: Sequence[str]) -> int:
+def rows_of(asked: str) -> list[tuple[str, str, type]]:
+    """`unet`, `unet:diffusers` or `unet:diffusers:float32` -> family, layout and dtype of each row of the table."""
+    family, layout, dtype = (*asked.split(":"), "", "")[:3]
+    return [
+        (family, name, kind)
+        for name in ([layout] if layout else layouts(family))
+        for kind in (np.float64, np.float32)
+        if dtype in ("", kind.__name__)
+    ]
+
+
+def main(asked: Sequence[str]) -> int:
     print(
         f"{'':22} {'alone':>22} {'in threes':>26}\n{'':22} {'first':>11} {'cause':>10} {'first':>15} {'cause':>10}",
         flush=True,
     )
     wrong = []
-    for family in families:
-        for layout in layouts(family):
-            for dtype in (np.float64, np.float32):
-                cells = []
-                for sets in ([(name,) for name in alone(family, dtype)], triples(family, dtype)):
-                    scores = [score(family, names, dtype, layout)[0] for names in sets]
-                    count = sum(map(len, sets))
-                    named = count - sum(len(s.unnamed) for s in scores)
-                    cells += [f"{sum(s.first for s in scores)} of {len(sets)}", f"{named} of {count}"]
-                    for names, found in zip(sets, scores, strict=True):
-                        if not found.first or found.unnamed:
-                            place = "" if found.first else "first divergence elsewhere; "
-                            wrong.append(
-                                f"{family} {layout} {dtype.__name__} {' + '.join(names)}: {place}not named: {', '.join(found.unnamed) or '-'}"
-                            )
-                label = f"{family} {layout} {dtype.__name__}"
-                print(f"{label:22} {cells[0]:>11} {cells[1]:>10} {cells[2]:>15} {cells[3]:>10}", flush=True)
+    for rows in map(rows_of, asked):
+        for family, layout, dtype in rows:
+            cells = []
+            for sets in ([(name,) for name in alone(family, dtype)], triples(family, dtype)):
+                scores = [score(family, names, dtype, layout)[0] for names in sets]
+                count = sum(map(len, sets))
+                named = count - sum(len(s.unnamed) for s in scores)
+                cells += [f"{sum(s.first for s in scores)} of {len(sets)}", f"{named} of {count}"]
+                for names, found in zip(sets, scores, strict=True):
+                    if not found.first or found.unnamed:
+                        place = "" if found.first else "first divergence elsewhere; "
+                        wrong.append(
+                            f"{family} {layout} {dtype.__name__} {' + '.join(names)}: {place}not named: {', '.join(found.unnamed) or '-'}"
+                        )
+            label = f"{family} {layout} {dtype.__name__}"
+            print(f"{label:22} {cells[0]:>11} {cells[1]:>10} {cells[2]:>15} {cells[3]:>10}", flush=True)
     print("\n".join(wrong))
     return 1 if wrong else 0
 

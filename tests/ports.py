@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from eridiff.trace.cases import Case, inputs_of, open_case, weights_of
-from eridiff.trace.compare import Report, compare
+from eridiff.trace.compare import compare
 from eridiff.trace.names import NATIVE, align, names_of
 from eridiff.trace.record import record
+from eridiff.trace.report import Report
 from eridiff.weights.detect import sizes_of
 from eridiff.weights.keymap import key_map
 
@@ -74,6 +75,8 @@ def ported(golden: Case, bugs: Sequence[Bug] = (), dtype: type = np.float64) -> 
             stack.enter_context(patch.dict(sys.modules, {name: modules[-1]}))
     functions = Functions(modules)
     for bug in bugs:
+        if bug.function == "inputs":
+            continue
         right = getattr(functions, bug.function)
         wrong = bug.wrong(functions, right)
         for module in modules:
@@ -81,8 +84,6 @@ def ported(golden: Case, bugs: Sequence[Bug] = (), dtype: type = np.float64) -> 
                 setattr(module, bug.function, wrong)
     weights = {name: tensor.numpy().astype(dtype) for name, tensor in weights_of(golden.description).items()}
     given = {n: t.numpy() for n, t in inputs_of(golden.description).items()}
-    given = {n: a.astype(dtype) if a.dtype.kind == "f" else a for n, a in given.items()}
-    config = golden.description["config"]
     if golden.family == "flux":
         names = {
             "img": "latents",
@@ -92,10 +93,14 @@ def ported(golden: Case, bugs: Sequence[Bug] = (), dtype: type = np.float64) -> 
             "ids": "ids",
             "guidance": "guidance",
         }
-        told = golden.arguments
-        modules[-1].flux(
-            weights, config, {n: told[a].numpy().astype(dtype) for n, a in names.items() if told[a] is not None}
-        )
+        given = {n: golden.arguments[a].numpy() for n, a in names.items() if golden.arguments[a] is not None}
+    given = {n: a.astype(dtype) if a.dtype.kind == "f" else a for n, a in given.items()}
+    for bug in bugs:
+        if bug.function == "inputs":
+            given = bug.wrong(functions, None)(given)
+    config = golden.description["config"]
+    if golden.family == "flux":
+        modules[-1].flux(weights, config, given)
     elif golden.family == "vae":
         modules[-1].encoded(weights, config, given["image"])
         modules[-1].decoded(weights, config, given["latents"])
@@ -162,6 +167,13 @@ def recorded_case(name: str) -> dict[str, Tensor]:
     return dict(recording)
 
 
+@cache
+def reference(name: str, layout: str) -> dict[str, Tensor]:
+    """The same by the names of a layout."""
+    golden = case(name)
+    return renamed(golden.network, golden.family, recorded_case(name), layout)
+
+
 def beside_reference(golden: Case, trace: Any, layout: str, **options: Any) -> tuple[Report, Callable[[str], str]]:
     """The report on a port's trace beside a trace of the reference, both named by `layout`; a row's name -> ours."""
     found = {name: torch.as_tensor(value) for name, value in trace.items()}
@@ -169,8 +181,14 @@ def beside_reference(golden: Case, trace: Any, layout: str, **options: Any) -> t
     mine = renamed(
         golden.network, golden.family, {native: source.read(found) for native, source in sources.items()}, layout
     )
-    theirs = renamed(golden.network, golden.family, recorded_case(golden.name), layout)
-    report = compare(mine, theirs, network=golden.network, run=golden.run, layout=(golden.family, layout), **options)
+    report = compare(
+        mine,
+        reference(golden.name, layout),
+        network=golden.network,
+        run=golden.run,
+        layout=(golden.family, layout),
+        **options,
+    )
     back = {
         s.name: n for n, s in align(list(mine), {golden.family: golden.config}, layout, golden.family).sources.items()
     }

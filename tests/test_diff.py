@@ -30,7 +30,7 @@ from eridiff.trace.shapes import distances, fit
 from eridiff.weights.detect import sizes_of
 from eridiff.weights.keymap import key_map
 from tests import tiny
-from tests.port_bugs import FLUX, Q_NORM
+from tests.bugs.flux import FLUX, Q_NORM
 from tests.ports import GOLDENS, case, compared, ported
 from tests.test_traces import arguments, damaged
 
@@ -330,11 +330,33 @@ def test_missing_and_unknown_names_are_listed_with_the_nearest(
     assert "double_blocks.0.image.proj" in text.splitlines()[0]
 
 
+def test_names_that_are_nearly_all_unknown_are_listed_beside_a_case(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trace = {
+        name.replace("double_blocks", "doubleblocks").replace("single_blocks", "singleblocks"): value
+        for name, value in ported(case()).items()
+    }
+    code, text = said(capsys, saved(trace, tmp_path / "mine.npz"), GOLDEN)
+    assert code == 0 and " names in yours are unknown: doubleblocks.0.img_mod.lin" in text
+    assert "(nearest: double_blocks.0." in text and "give --weights" not in text
+
+
+def test_more_calls_than_the_case_has_are_listed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    trace = ported(case())
+    code, text = said(capsys, saved(trace | {f"{n}@1": v for n, v in trace.items()}, tmp_path / "mine.npz"), GOLDEN)
+    assert (
+        code == 0
+        and f"{len(trace)} in yours alone: time.sinusoid@1, " in text
+        and "alone" not in said(capsys, saved(trace, tmp_path / "one.npz"), GOLDEN)[1]
+    )
+
+
 @pytest.mark.parametrize(
     ("command", "says"),
     [
         (("absent.npz", GOLDEN), "absent.npz' does not exist"),
-        (("other.npz", GOLDEN), "no tensor of the two traces has the same name: 'x' "),
+        (("other.npz", GOLDEN), "no tensor of the two traces has the same name: 'x'; "),
         (("mine.npz", GOLDEN, "--map", "flix"), "there is no map 'flix'; there are flux, mmdit, unet, vae, clip, t5"),
         (("mine.npz", GOLDEN, "--map", "flux:bfl"), "has no layout 'bfl'; it has native, original, diffusers"),
         (("mine.npz", "mine.npz", "--explain"), "to explain a difference needs the weights: give --weights FILE"),
@@ -465,13 +487,13 @@ def right(family: str) -> tuple[Any, Callable[[Any], Any], Tensor]:
 def outcome(network: Any, run: Callable[[Any], Any]) -> Tensor:
     with torch.no_grad():
         given = run(network)
-    return torch.cat([t.flatten() for t in (given.values() if isinstance(given, dict) else [given])])
+    return torch.cat([t.flatten() for t in (given.values() if isinstance(given, dict) else [*given])])
 
 
 @pytest.mark.parametrize("number", range(len(CAUSES)), ids=[f"{c.says} ({c.function})" for c in CAUSES])
 def test_every_cause_changes_a_network_and_leaves_it_as_it_was(number: int) -> None:
     changed = False
-    for family in (*FAMILIES, "text-clip-l-tiny", "text-clip-g-tiny", "text-t5-tiny"):
+    for family in (*FAMILIES, "ae-4-tiny", "text-clip-l-tiny", "text-clip-g-tiny", "text-t5-tiny"):
         network, run, expected = right(family)
         with CAUSES[number].planted():
             try:

@@ -1,17 +1,22 @@
 """A port in NumPy finds its errors by `eridiff diff` alone: the first, each of several, and what causes them."""
 
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+from eridiff.models.unet import size_vector
 from eridiff.schedulers.flow_match import even_sigmas, flux_schedule, sd3_sigmas
+from eridiff.trace import explain
 from eridiff.trace.compare import compare
 from eridiff.trace.inputs import cause_of
+from eridiff.trace.record import record
+from tests import tiny
+from tests.bugs import BUGS, FLUX, alone, case_of, triples
 from tests.planted import layouts, score
-from tests.port_bugs import BUGS, FLUX, alone, case_of, triples
 from tests.ports import beside_reference, case, compared, ported
 
 DTYPES = {"float64": np.float64, "float32": np.float32}
@@ -38,7 +43,22 @@ def test_a_right_port_is_equal_beside_a_reference_in_every_naming(family: str) -
         assert report.equal and len([row for row in report.rows if row.other]) > 30, layout
 
 
-@pytest.mark.parametrize("dtype", ["float64", pytest.param("float32", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("family", "names"),
+    [(family, names) for family in BUGS for names in triples(family)]
+    + [(family, (name,)) for family, name in ERRORS if not any(name in names for names in triples(family))],
+    ids=lambda value: value if isinstance(value, str) else " + ".join(value),
+)
+def test_each_of_several_errors_is_found_where_it_is_made(family: str, names: tuple[str, ...]) -> None:
+    golden = case(case_of(family, names))
+    report = compared(golden, ported(golden, [BUGS[family][name] for name in names]))
+    order = [row.name for row in report.rows]
+    firsts = sorted((BUGS[family][name].first for name in names), key=order.index)
+    assert report.made[0].name == firsts[0] and {row.name for row in report.made} >= set(firsts)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("family", "name"), ERRORS)
 def test_one_error_is_found_where_it_is_made(family: str, name: str, dtype: str) -> None:
     if name not in alone(family, DTYPES[dtype]):
@@ -71,6 +91,29 @@ def test_one_error_is_one_place_and_its_cause_is_named(family: str, name: str) -
     assert found.first and found.unnamed == () and len(report.groups()) == 1
 
 
+@pytest.mark.parametrize(
+    ("family", "name"), [("flux", "rope halves"), ("flux", "norms of q and k"), ("clip", "no mask")]
+)
+def test_causes_that_cannot_reach_are_left_out_and_no_other(
+    family: str, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    golden, tried = case(case_of(family, [name])), []
+    trace, planted = ported(golden, [BUGS[family][name]]), explain._planted
+    monkeypatch.setattr(
+        explain, "_planted", lambda causes, *rest: tried.append(causes[-1].says) or planted(causes, *rest)
+    )
+    near = compared(golden, trace, explain=True)
+    count, within = len(tried), explain._within_reach
+
+    def everywhere(*given: Any) -> Any:
+        causes, reached = within(*given)
+        return causes, {name: {cause.place for cause in causes} for name in reached}
+
+    monkeypatch.setattr(explain, "_within_reach", everywhere)
+    assert compared(golden, trace, explain=True) == near and BUGS[family][name].says in near.made[0].cause
+    assert count < 0.8 * (len(tried) - count)
+
+
 def test_two_errors_between_two_values_of_a_sparse_trace_are_both_named() -> None:
     """Only what blocks give is written down, so rotation and GELU stand in one stretch."""
     trace = ported(case(), [FLUX["rope halves"], FLUX["gelu erf"]], np.float32)
@@ -95,6 +138,12 @@ def packed(latents: Tensor, order: tuple[int, ...]) -> Tensor:
     return latents.reshape(2, 16, 16, 2, 2).permute(0, 1, *order).reshape(2, 16, 64)
 
 
+POOLED = torch.randn(2, 8, generator=torch.Generator().manual_seed(1))
+NUMBERS = torch.tensor([[765.0, 1347.0, 0.0, 16.0, 1024.0, 1213.0], [1024.0, 1024.0, 0.0, 0.0, 1024.0, 1024.0]])
+VECTOR = size_vector(POOLED, NUMBERS)
+REFINER = size_vector(POOLED, torch.cat([NUMBERS[:, :4], torch.full((2, 1), 6.0)], dim=1))
+SD3_TEXT = torch.cat([torch.cat([DRAWN[:, :6, :24], 0 * DRAWN[:, :6, 24:]], dim=2), DRAWN[:, 6:10]], dim=1)
+INPAINT = torch.randn(2, 9, 4, 4, generator=torch.Generator().manual_seed(2))
 INPUTS: dict[str, tuple[str, Tensor, Tensor]] = {
     "the schedule ends at 0:": ("prepare:times", flux_schedule(7, 1024).sigmas, EIGHT),
     "the schedule is not shifted": ("prepare:times", even_sigmas(8)[:-1], EIGHT),
@@ -111,6 +160,23 @@ INPUTS: dict[str, tuple[str, Tensor, Tensor]] = {
     "the first 4 tokens last": ("prepare:text", torch.cat([DRAWN[:, 4:], DRAWN[:, :4]], 1), DRAWN),
     "the first 24 features last": ("prepare:text", torch.cat([DRAWN[..., 24:], DRAWN[..., :24]], -1), DRAWN),
     "the guidance is on the scale of 1000": ("forward:guidance", torch.tensor([3500.0]), torch.tensor([3.5])),
+    "(width, height) in place of": ("forward:vector", size_vector(POOLED, NUMBERS[:, [1, 0, 3, 2, 5, 4]]), VECTOR),
+    "the crop stands behind": ("prepare:vector", size_vector(POOLED, NUMBERS[:, [0, 1, 4, 5, 2, 3]]), VECTOR),
+    "units of latents": ("forward:vector", size_vector(POOLED, NUMBERS / 8), VECTOR),
+    "the sizes are rounded to bfloat16": ("forward:vector", size_vector(POOLED, NUMBERS.bfloat16().float()), VECTOR),
+    "sizes' sinusoids have sines first": ("forward:vector", torch.cat([POOLED, VECTOR[:, 8:].reshape(2, 6, 2, 128).flip(2).flatten(1)], 1), VECTOR),
+    "the sizes stand in front": ("forward:vector", VECTOR.roll(6 * 256, 1), VECTOR),
+    "the pooled text is zero": ("forward:vector", size_vector(0 * POOLED, NUMBERS), VECTOR),
+    "the sizes are zero": ("forward:vector", size_vector(POOLED, 0 * NUMBERS), VECTOR),
+    "the aesthetic score is 2.5": ("forward:vector", size_vector(POOLED, torch.cat([NUMBERS[:, :4], torch.full((2, 1), 2.5)], 1)), REFINER),
+    "the first 8 features last": ("forward:text", torch.cat([torch.cat([SD3_TEXT[:, :6, 8:24], SD3_TEXT[:, :6, :8], SD3_TEXT[:, :6, 24:]], 2), SD3_TEXT[:, 6:]], 1), SD3_TEXT),
+    "prompts stand in the other order": ("prepare:text", DRAWN.flip(0), DRAWN),
+    "latents, masked image, mask": ("forward:latents", torch.cat([INPAINT[:, :4], INPAINT[:, 5:], INPAINT[:, 4:5]], 1), INPAINT),
+    "the mask is inverted": ("forward:latents", torch.cat([INPAINT[:, :4], 1 - INPAINT[:, 4:5], INPAINT[:, 5:]], 1), INPAINT),
+    "it is 0.9931 times as large": ("step:latents", 0.9931 * DRAWN, DRAWN),
+    "times are rounded to float16": ("prepare:times", EIGHT.half().float(), EIGHT),
+    "rounded to whole numbers of 1000": ("prepare:times", (1000 * EIGHT).round() / 1000, EIGHT),
+    "times are one of 1000 too late": ("prepare:times", 999 * EIGHT + 1, 999 * EIGHT),
     "images are in [0, 1]": ("encode:pictures", DRAWN / 2 + 0.5, DRAWN),
     "rounded to bfloat16": ("forward:pooled", DRAWN.bfloat16().float(), DRAWN),
 }  # fmt: skip
@@ -123,6 +189,24 @@ def test_the_cause_of_another_input_is_named(says: str) -> None:
     assert cause is not None and says in cause[0]
     report = compare({name: found}, {name: expected}, explain=True)
     assert report.made[0].name == name and says in report.made[0].cause
+
+
+def test_a_run_on_another_schedule_differs_in_its_times_alone() -> None:
+    """Beside the network: nothing that follows from the times is an error made there."""
+    flux = tiny.flux()
+    traces = []
+    for times in (flux_schedule(7, 1024).sigmas, EIGHT):
+        with record(flux, calls="all") as recording, torch.no_grad():
+            run = flux.prepare(DRAWN[:1, :5, :12], DRAWN[:1, 0, :8], times.float(), (4, 4), torch.tensor([3.5]))
+            for i in range(len(times)):
+                flux.step(DRAWN[:1], run, i)
+        traces.append(dict(recording))
+    report = compare(*traces, network=flux.double(), explain=True)
+    (group,) = report.groups()
+    assert [row.name for row in group] == [
+        "prepare:times",
+        "conditioning_vector:times",
+    ] and "the schedule ends at 0:" in group[0].cause
 
 
 def test_another_input_without_a_known_cause_has_none() -> None:

@@ -16,10 +16,11 @@ from torch import Tensor
 
 from eridiff import load_network
 from eridiff.models.flux import position_ids
-from eridiff.trace.compare import Report, compare
+from eridiff.trace.compare import compare
 from eridiff.trace.format import read_trace
 from eridiff.trace.hashfill import uniform
 from eridiff.trace.record import record
+from eridiff.trace.report import Report
 from tests.test_diffusers import GRID, flux_inputs, reference_flux
 from tests.tiny import scaled
 

@@ -11,12 +11,15 @@ from torch import nn
 from eridiff.errors import TraceError
 from eridiff.files import replacing
 from eridiff.trace.cases import Case, find_case
-from eridiff.trace.compare import BROKEN, HERE, NAMED, Report, Row, compare
+from eridiff.trace.compare import compare
 from eridiff.trace.format import Trace, read_trace
 from eridiff.trace.names import align, parse_map
 from eridiff.trace.page import page
+from eridiff.trace.report import BROKEN, HERE, Report, Row
 from eridiff.trace.text import ENCODERS, load_encoder
 from eridiff.weights.load import load_network
+
+NAMED = 3  # names of a kind that are printed; the rest is counted
 
 
 def add_parser(commands: Any) -> None:
@@ -88,6 +91,8 @@ def text(report: Report, case: Case | None = None, whole: bool = False) -> str:
     if report.unknown:
         said = [f"{name} (nearest: {near})" if near else name for name, near in report.unknown]
         lines.append(f"{len(said)} names in yours are unknown: {_some(said)}")
+    if report.alone:
+        lines.append(f"{len(report.alone)} in yours alone: {_some(report.alone)}")
     arranged: dict[str, list[Row]] = {}
     for row in report.rows:
         if row.how and row.verdict not in (HERE, BROKEN):
@@ -106,13 +111,15 @@ def text(report: Report, case: Case | None = None, whole: bool = False) -> str:
             lines.append(f"    and in {len(group) - 1} more: {_some([row.name for row in group[1:]])}")
         if first.cause:
             lines.append(f"    looks like: {first.cause}")
+        elif right := report.right(group):
+            lines.append(f"    and right in {len(right)}: {_some([row.name for row in right])}")
     if whole:
         lines += _table(report, width)
     carried = sum(row.verdict not in (HERE, BROKEN, "equal") for row in report.rows)
     if groups:
         kind = "error" if all(group[0].cause for group in groups) else "place"  # of which several may be one error
         lines.append(
-            f"{_count(len(groups), kind)}; {_count(carried, 'tensor')} behind {'it' if len(groups) == 1 else 'them'} differ"
+            f"{_count(len(groups), kind)}; {_count(carried, 'tensor')} behind {'it' if len(groups) == 1 else 'them'} {'differs' if carried == 1 else 'differ'}"
             + _known(report)
         )
     elif carried:

@@ -99,6 +99,11 @@ class Names:
             self.modules = {path: Piece(path) for path in self.paths}
         else:
             self.modules = self._foreign(natives)
+        self.of_native: dict[str, list[str]] = defaultdict(list)  # our module -> the layout's
+        for name, piece in self.modules.items():
+            for native in {piece.native, *(p.native for p in self.fused.get(name, ()))}:
+                self.of_native[native].append(name)
+        self.native = cache(self._native)
 
     def _foreign(self, natives: Iterable[str]) -> dict[str, Piece]:
         """Each module's name in the layout, by its parameters; and each block's, by the common name of what is in it."""
@@ -132,7 +137,7 @@ class Names:
                     self.ends |= {common} if len(inside) == 1 else set()
         return table
 
-    def native(self, name: str) -> tuple[str, Piece] | None:
+    def _native(self, name: str) -> tuple[str, Piece] | None:
         """A name of the trace -> the name in ours, and how it belongs there; None if it has none."""
         found = BETWEEN.match(name)
         place, call = (found["place"], found["call"] or "") if found else (name, "")
@@ -166,9 +171,7 @@ class Names:
         found = BETWEEN.match(native)
         place, call = (found["place"], found["call"] or "") if found else (native, "")
         base, colon, argument = place.partition(":")
-        names = [
-            n for n, piece in self.modules.items() if base in (piece.native, *(p.native for p in self.fused.get(n, ())))
-        ]
+        names = self.of_native.get(base, [])
         owners = [name for name in names if name in self.owners]
         parts = [name for name in owners if self.modules[name].kind == "rows"] or owners[:1] or names[-1:]
         return " + ".join(f"{name}{colon}{argument}{call}" for name in (parts[:1] if colon else parts)) or "-"
@@ -262,10 +265,10 @@ def align(
     - configs: network -> its configuration; the published sizes where it is not given, which have enough blocks of each kind.
     - network, layout: what is known of the trace.
 
-    Names that no map knows are left as they are if nearly all are.
+    Names that no map knows are left as they are if nearly all are, and the network is not known.
     """
     best = Aligned("", NATIVE, {name: Source((name,)) for name in names}, ())
-    score = len(names) / 4
+    score = 0.0 if network else len(names) / 4
     for kind in [network] if network else [name for name in NETWORKS if not configs or name in configs]:
         candidates = [configs[kind]] if configs and kind in configs else list(PRESETS[kind].values())
         for name in [layout] if layout else [NATIVE, *key_map(kind).layouts]:

@@ -4,14 +4,15 @@ import math
 from collections.abc import Sequence
 from html import escape
 
-from eridiff.trace.compare import BROKEN, HERE, Report, Row
+from eridiff.trace.report import BROKEN, HERE, Report, Row
 
 STYLE = """
 body { font: 14px/1.4 system-ui, sans-serif; margin: 1.5em; color: #222; background: #fff; max-width: 70em }
 table { border-collapse: collapse } th, td { padding: 2px 8px; text-align: right; white-space: nowrap }
 th { font-weight: normal; color: #666; border-bottom: 1px solid #999 }
 th:first-child, td:first-child, td:last-child { text-align: left } tr.here { background: #fdd } tr.carried { background: #ffd }
-svg { display: block; margin: 0.5em 0 } small { color: #666 } .scroll { overflow-x: auto } h2 { font-size: 16px }
+svg { display: block; margin: 0.5em 0; max-width: 100% } .scroll svg { min-width: 45em; max-width: none }
+td:last-child { white-space: normal; min-width: 20em } small { color: #666 } .scroll { overflow-x: auto } h2 { font-size: 16px }
 """
 WIDTH, HEIGHT, MAPS = 900, 220, 4
 LOWEST, HIGHEST = -17, 2  # powers of ten of the drawing
@@ -25,10 +26,16 @@ def page(report: Report, title: str = "Traces") -> str:
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
         f'<meta name="viewport" content="width=device-width"><style>{STYLE}</style></head><body><h1>{escape(title)}</h1>\n'
-        f"{found}\n<h2>Error over depth</h2><p><small>Relative L2, from left to right in the order of computation. Red: made at "
+        f"{found}\n<p><small>{_counts(report)}</small></p><h2>Error over depth</h2><p><small>Relative L2, from left to right in the order of computation. Red: made at "
         f"this place. Grey: distance from the other trace. Dotted: what rounding to {report.dtype} does.</small></p>"
-        f"{_curve(report)}\n{maps}\n<h2>All tensors</h2>{_table(report)}</body></html>\n"
+        f'<div class="scroll">{_curve(report)}</div>\n{maps}\n<h2>All tensors</h2>{_table(report)}</body></html>\n'
     )
+
+
+def _counts(report: Report) -> str:
+    compared = sum(bool(row.other) for row in report.rows)
+    missing = f"; missing: {escape(', '.join(report.missing))}" if report.missing else ""
+    return f"{compared} of {compared + len(report.missing)} tensors compared; noise floor of {report.dtype} here {report.floor:.0e}{missing}"
 
 
 def _error(group: Sequence[Row]) -> str:
@@ -80,7 +87,8 @@ def _heat(cells: Sequence[Sequence[float]], side: int = 14) -> str:
             drawn.append(
                 f'<rect x="{x * side}" y="{y * side}" width="{side}" height="{side}" fill="#c22" opacity="{share:.2f}"/>'
             )
-    size = f'width="{len(cells[0]) * side}" height="{len(cells) * side}"'
+    width, height = len(cells[0]) * side, len(cells) * side
+    size = f'width="{width}" viewBox="0 0 {width} {height}"'
     return (
         f"<p><small>absolute difference, up to {largest:.1e}; each cell is the largest of a part, rows from above, features "
         f'from left to right</small></p><svg {size} role="img"><title>difference</title>{"".join(drawn)}</svg>'

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from eridiff.trace.names import Source
 from eridiff.trace.record import record, relative_l2
 from eridiff.trace.shapes import fit
-from eridiff.trace.watch import exchanged, watched
+from eridiff.trace.watch import METHODS, exchanged, watched
 
 Run = Callable[[nn.Module], Any]
 
@@ -25,14 +25,22 @@ class Local:
     source: Source
     how: str  # in which arrangement it is the network's; empty if in the same
     relative: float  # L2 distance; infinite if the shapes do not fit or a value is not finite
+    given: Tensor | None = None  # of an input from outside: what the network was called with
 
 
-def replay(network: nn.Module, trace: Mapping[str, Tensor], sources: Mapping[str, Source], run: Run) -> list[Local]:
+def replay(
+    network: nn.Module,
+    trace: Mapping[str, Tensor],
+    sources: Mapping[str, Source],
+    run: Run,
+    see: Callable[[str, Tensor], None] | None = None,
+) -> list[Local]:
     """Run `network`, exchanging each value that the trace has, in the order of computation.
 
     - network: in float64.
     - sources: the trace's tensors by our names.
     - run: calls the network; `arguments_run` or `trace_run`.
+    - see: is shown each computed value, under autograd, before it is exchanged.
 
     What differs at one place is what was done between it and the values before it that the trace has; so three errors give
     three differences, wherever they stand.
@@ -49,20 +57,24 @@ def replay(network: nn.Module, trace: Mapping[str, Tensor], sources: Mapping[str
         source = _source(native, computed, trace, sources)
         if source is None or native in found:
             return computed
-        fitted = fit(source.read(trace), computed)
+        if see is not None:
+            see(native, computed)
+        fitted = fit(source.read(trace), computed.detach())
         if fitted is None:
             found[native] = Local(
                 native, source, f"{_shape(source, trace)} against {list(computed.shape)}", float("inf")
             )
             return computed
         value = fitted.tensor.to(computed.device, computed.dtype)
-        found[native] = Local(native, source, fitted.how, relative_l2(value, computed))
-        return value if found[native].relative > 0 and bool(value.isfinite().all()) else computed
+        outside = native.partition(":")[0] in ("forward", *METHODS) and ":" in native
+        found[native] = Local(native, source, fitted.how, relative_l2(value, computed), computed if outside else None)
+        another = see is not None or found[native].relative > 0
+        return value if another and bool(value.isfinite().all()) else computed
 
     def visit(name: str, value: Any, call: int) -> Any:
         return exchanged(name, value, lambda leaf, tensor: change(leaf, tensor, call))
 
-    with torch.no_grad(), watched(network, visit):
+    with torch.set_grad_enabled(see is not None), watched(network, visit):
         run(network)
     return list(found.values())
 
@@ -143,13 +155,3 @@ def floors(
         run(dtype)(narrow)
     own = {name: Source((name,)) for name in recording if name in sources or f"{name}[0]" in sources}
     return {local.native: local.relative for local in replay(network, recording, own, run(torch.float64))}
-
-
-def explained(
-    network: nn.Module, trace: Mapping[str, Tensor], sources: Mapping[str, Source], run: Run
-) -> dict[str, float]:
-    """The differences by name while a known error is planted: where one falls to nothing, that was it; empty if it cannot be."""
-    try:
-        return {local.native: local.relative for local in replay(network, trace, sources, run)}
-    except (RuntimeError, ValueError, IndexError):  # an error that these shapes do not allow
-        return {}

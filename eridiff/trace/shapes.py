@@ -118,7 +118,6 @@ def distances(found: Tensor, expected: Tensor) -> dict[str, Any]:
 
     - ulp: the largest distance in units of the last place of the narrower dtype.
     - first: the index of the first value that is not finite or differs by more than 1000 ULP of the largest value.
-    - map: `[16, 48]` at most, the largest absolute difference in each part of the tensor as rows of its last axis.
     """
     narrow = max(
         (t.dtype for t in (found, expected) if t.is_floating_point()), key=lambda d: torch.finfo(d).eps, default=None
@@ -143,15 +142,18 @@ def distances(found: Tensor, expected: Tensor) -> dict[str, Any]:
     gap2, a2, b2, product = sums.tolist()
     relative = math.sqrt(gap2) / max(math.sqrt(b2), 1e-300)
     return {
-        "map": _heat(found, expected), "relative": relative if math.isfinite(relative) else math.inf,
+        "relative": relative if math.isfinite(relative) else math.inf,
         "max_abs": worst, "max_rel": worst_relative,
         "cosine": product / max(math.sqrt(a2 * b2), 1e-300), "ulp": worst_ulp,
         "first": [int(i) for i in np.unravel_index(first, tuple(found.shape))] if first >= 0 else [],
     }  # fmt: skip
 
 
-def _heat(found: Tensor, expected: Tensor) -> list[list[float]]:
-    """The largest difference in each part, band by band: a whole difference would be the largest tensor of a comparison."""
+def heat(found: Tensor, expected: Tensor) -> list[list[float]]:
+    """`[16, 48]` at most: the largest absolute difference in each part of a tensor, as rows of its last axis.
+
+    Band by band, as a whole difference would be the largest tensor of a comparison.
+    """
     width = found.shape[-1] if found.ndim else 1
     rows = [side.detach().reshape(-1, width) for side in (found, expected)]
     count = min(16, len(rows[0]))

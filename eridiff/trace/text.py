@@ -55,8 +55,8 @@ def quick_gelu(x: Tensor) -> Tensor:
     return x * torch.sigmoid(1.702 * x)
 
 
-def pool(last: Tensor, ids: Tensor, end: int) -> Tensor:
-    """`[B, T, D]` after the final norm -> `[B, D]` at the first end token, 0 where there is none."""
+def pool(last: Tensor, ids: Tensor, end: int, hidden: Sequence[Tensor]) -> Tensor:
+    """`[B, T, D]` after the final norm -> `[B, D]` at the first end token, 0 where there is none; not of the states before."""
     return last[torch.arange(len(ids), device=ids.device), (ids == end).int().argmax(dim=1)]
 
 
@@ -70,8 +70,12 @@ def padded(ids: Tensor, end: int) -> Tensor:
     return ids
 
 
-def unseen(ids: Tensor) -> Tensor | None:
-    """T5's mask: none, padding is attended to."""
+def projected(pooled: Tensor, projection: nn.Module) -> Tensor:
+    return cast(Tensor, projection(pooled))
+
+
+def unseen(ids: Tensor, end: int | None = None) -> Tensor | None:
+    """The mask of CLIP, whose end token pads, and of T5: none, padding is attended to."""
     return None
 
 
@@ -108,14 +112,15 @@ class Clip(nn.Module):
         seen = [layers[0].register_forward_pre_hook(lambda _, given: hidden.append(given[0]))]
         seen += [x.register_forward_hook(lambda _, __, out: hidden.append(_first(out))) for x in layers]
         try:
-            last = self.text_model(input_ids=padded(input_ids, self.config.eos_token_id)).last_hidden_state
+            ids, end = padded(input_ids, self.config.eos_token_id), self.config.eos_token_id
+            last = self.text_model(input_ids=ids, attention_mask=unseen(ids, end)).last_hidden_state
         finally:
             for hook in seen:
                 hook.remove()
-        pooled = pool(last, input_ids, self.config.eos_token_id)
+        pooled = pool(last, input_ids, end, hidden)
         return {
             "penultimate": taken(hidden, self.text_model.final_layer_norm), "last_hidden_state": last,
-            "pooled": pooled, "text_embeds": self.text_projection(pooled),
+            "pooled": pooled, "text_embeds": projected(pooled, self.text_projection),
         }  # fmt: skip
 
 
