@@ -23,7 +23,7 @@ USUAL = {
     "clip": "text-clip-l-tiny",
     "t5": "text-t5-tiny",
 }
-OTHERS = {" of G": "text-clip-g-tiny", " of medium": "sd35-medium-tiny"}
+OTHERS = {" of G": "text-clip-g-tiny", " of medium": "sd35-medium-tiny", " of base": "sdxl-base-tiny"}
 EPSILONS = {"flux": "flux-eps", "mmdit": "sd3-eps"}
 # functions of a port whose errors stand in one stretch between two values of its trace, where one hides the other
 STRETCHES = (

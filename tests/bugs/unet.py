@@ -118,7 +118,7 @@ UNET = {
     "no vector": Bug(
         "two_layers", lambda p, r: lambda weights, first, *rest: r(weights, first, *rest) * ("label" not in first), "emb", "vector of text and sizes is left out",
     ),
-    "time one late": Bug("sinusoid", lambda p, r: lambda t, width: r(t + 1, width), "time_embed:0", "one of 1000 too late"),
+    "time one late of base": Bug("sinusoid", lambda p, r: lambda t, width: r(t + 1, width), "time_embed:0", "one of 1000 too late"),
     "time in bfloat16": Bug("sinusoid", lambda p, r: lambda t, width: r(rounded_to_bfloat16(t), width), "time_embed:0", "times are rounded to bfloat16"),
     "sinusoid in bfloat16": Bug("sinusoid", lambda p, r: lambda t, width: rounded_to_bfloat16(r(t, width)), "time_embed:0", "sinusoid is rounded to bfloat16"),
     "bilinear": Bug("larger", bilinear, "output_blocks.2.2.conv", "bilinear in place of nearest"),
