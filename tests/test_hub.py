@@ -293,16 +293,20 @@ def test_why_a_repository_is_not_had_is_said_by_kind(hub: Hub, monkeypatch: pyte
     hub.gated.add("some-one/gated")
     for name, told in {
         "some-one/gated": "'some-one/gated': its licence must be accepted .* lacks 'flux.safetensors'",
-        "some-one/nothing": "'some-one/nothing' is no path here, the hub knows no such repository",
+        "some-one/nothing": "'some-one/nothing' is not a path here, the hub knows no such repository",
     }.items():
         with pytest.raises(CheckpointError, match=told):
             resolve(name)
     hub.server.shutdown()
     hub.server.server_close()
-    with pytest.raises(CheckpointError, match=r"'some-one/new' is no path here, the hub could not be reached \(\w+\)"):
+    with pytest.raises(
+        CheckpointError, match=r"'some-one/new' is not a path here, the hub could not be reached \(\w+\)"
+    ):
         resolve("some-one/new")
     offline(monkeypatch)
-    with pytest.raises(CheckpointError, match="'some-one/new' is no path here, the hub is not asked .HF_HUB_OFFLINE"):
+    with pytest.raises(
+        CheckpointError, match="'some-one/new' is not a path here, the hub is not asked .HF_HUB_OFFLINE"
+    ):
         resolve("some-one/new")
 
 

@@ -345,7 +345,7 @@ def test_a_model_without_a_tokenizer_says_what_to_give(tmp_path: Path, monkeypat
 
 def test_what_is_no_path_and_no_hub_id_is_one_sentence() -> None:
     for name in ("nowhere at all", "a/b/c", "/none/here.safetensors"):
-        with pytest.raises(EridiffError, match="does not exist and is no hub id"):
+        with pytest.raises(EridiffError, match="does not exist and is not a hub id"):
             eridiff.load(name)
 
 

@@ -39,7 +39,7 @@ REFUSED = {  # file of lora-bad -> what the sentence must hold
     "overlapping-slices": ["double_blocks.0.img_attn.qkv'", "attn.to_", "keep one"],
     "dead-all": ["changes nothing", "zero"],
     "int-dtype": [f"'{QKV}.lora_up.weight'", "int8", "floating point"],
-    "truncated": ["100 of 4240 bytes short"],
+    "truncated": ["100 of 4240 bytes are missing"],
     "header-too-long": ["not a safetensors file"],
     "not-safetensors": ["pickled checkpoint, never opened"],
     "bias-extra-kohya": [f"'{QKV}.lora_up.bias'", "unknown ending"],

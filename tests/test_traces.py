@@ -337,7 +337,7 @@ def damaged(folder: Path, kind: str) -> Path:
         ("x.npy", "is one array without a name; give the folder"),
         ("cut", "x.npy' is cut off or damaged; write it again"),
         ("cut.npz", "is no complete .npz archive; write it again"),
-        ("cut.safetensors", "cut.safetensors' is .* 8 of 32888 bytes short"),
+        ("cut.safetensors", "cut.safetensors' is .* 8 of 32888 bytes are missing"),
         ("lies.safetensors", "same as one that it does not hold"),
         ("objects", "holds Python objects, which are never opened; save plain numbers"),
         ("objects.npz", "array 'x', holds Python objects, which are never opened"),

@@ -23,6 +23,11 @@ from eridiff.weights.locate import DENOISERS, PART_NAMES, TEXT_ENCODERS, Parts
 
 log = logging.getLogger(__name__)
 
+FILES = {  # part -> the name under which most people have its file
+    "transformer": "FILE", "vae": "ae.safetensors", "clip": "clip_l.safetensors", "clip_g": "clip_g.safetensors",
+    "t5": "t5xxl_fp16.safetensors",
+}  # fmt: skip
+
 
 def read(
     kind: type[Family], parts: Parts, *, device: torch.device, dtype: torch.dtype | Mapping[str, torch.dtype] | None = None,
@@ -112,10 +117,11 @@ def check_parts(kind: type[Family], components: Mapping[str, Component]) -> None
     missing = [name for name in (kind.family, "vae", *encoders) if name not in components]
     if missing:
         options = [name for name, networks in PART_NAMES.items() if set(networks) & set(missing)]
-        raise CheckpointError(
-            f"{' and '.join(DESCRIPTIONS[name] for name in missing)} {'is' if len(missing) == 1 else 'are'} missing: "
-            f"the model holds {held}; give the rest as {', '.join(options)}"
-        )
+        files = FILES | ({"vae": "sdxl_vae.safetensors"} if kind.family == "unet" else {})
+        rest = [f"{name} (--{name.replace('_', '-')} {files[name]})" for name in options]
+        *first, last = [DESCRIPTIONS[name] for name in missing]
+        lacking = f"{', '.join(first)} and {last} are" if first else f"{last} is"
+        raise CheckpointError(f"{lacking} missing: the model holds {held}; give the rest as {', '.join(rest)}")
     config, own = components[kind.family].config, components[kind.family].checkpoint
     check_fixed(kind.family, own.path, own.config, DRAWN)
     kind.check_widths(config, {name: components[name].config for name in TEXT_ENCODERS if name in components})

@@ -205,8 +205,8 @@ class _Reader:
         """Raises Refusal for what was not found good, unless it is left out on request."""
         given = set(DENOISERS) & self.tables.keys()
         strangers = hints.strangers([row.key for row in ledger if row.status == "unmatched"], self.tables)
-        ours = [item for item in items if item.target.network in given]
-        other = len(strangers) > len(ours) and not allow_partial
+        known = [item.target.network for item in items] + [network for network, _, _ in self.widths]
+        other = len(strangers) > len([network for network in known if network in given]) and not allow_partial
         if other or not (items or misshapen):
             if problems:
                 networks = [n for n in self.tables if n not in TEXT_ENCODERS] or list(self.tables)

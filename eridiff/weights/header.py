@@ -121,7 +121,9 @@ class Checkpoint:
             try:
                 self._handles[file] = torch.UntypedStorage.from_file(os.fspath(file), False, size)
             except RuntimeError as error:
-                _refuse(file, f"cannot be mapped ({' '.join(str(error).split())[:200]})")
+                _refuse(
+                    file, f"cannot be mapped ({' '.join(str(error).split())[:200]})", "check the disk and the memory"
+                )
         return self._handles[file]
 
 
@@ -160,8 +162,10 @@ def read_header(path: Path) -> tuple[dict[str, TensorEntry], dict[str, str]]:
     return tensors, metadata
 
 
-def _refuse(path: Path, problem: str, remedy: str = "download it again") -> NoReturn:
-    raise CheckpointError(f"{quoted(path)} {problem}; {remedy}")
+def _refuse(path: Path, problem: str, remedy: str | None = None) -> NoReturn:
+    """CheckpointError; without a `remedy` the file is damaged."""
+    said = f"{problem}; {remedy}" if remedy else f"is damaged: it {problem}; download it again"
+    raise CheckpointError(f"{quoted(path)} {said}")
 
 
 def _status(path: Path) -> os.stat_result:
@@ -169,7 +173,7 @@ def _status(path: Path) -> os.stat_result:
         return os.stat(path)
     except FileNotFoundError:
         if os.path.islink(path):
-            _refuse(path, "is a link to a file that does not exist")
+            _refuse(path, "is a link to a file that does not exist", "download the file again")
         _refuse(path, "does not exist", "check the name")
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
         _refuse(path, f"cannot be opened ({getattr(error, 'strerror', None) or error})", "check the name")
@@ -205,11 +209,15 @@ def _header_bytes(path: Path, file: BinaryIO, size: int) -> bytes:
         _refuse(path, f"is too short for a header: {size} bytes")
     length = int.from_bytes(first[:8], "little")
     if length > MAXIMUM_HEADER_BYTES and length > size - 8:
-        _refuse(path, f"is not a safetensors file: its first 8 bytes would mean a header of {length} bytes")
+        _refuse(
+            path,
+            f"is not a safetensors file: its first 8 bytes would mean a header of {length} bytes",
+            "check what it is",
+        )
     if length > MAXIMUM_HEADER_BYTES:
         _refuse(path, f"has a header of {length} bytes, larger than the limit of {MAXIMUM_HEADER_BYTES}")
     if length > size - 8:
-        _refuse(path, f"is an incomplete download: its header says {length} bytes and the file has {size}")
+        _refuse(path, f"is an incomplete download, its header has {length} bytes and the file {size}")
     file.seek(8)
     raw = file.read(length)
     if len(raw) != length:
@@ -332,7 +340,7 @@ def _check_layout(path: Path, tensors: dict[str, TensorEntry], start: int, size:
             _refuse(path, f"has an overlap of {previous} and {label}")
         position, previous = entry.end, label
     if size < position:
-        _refuse(path, f"is an incomplete download: {position - size} of {position} bytes short")
+        _refuse(path, f"is an incomplete download, {position - size} of {position} bytes are missing")
     if size > position:
         _refuse(path, f"has {size - position} byte{'s' * (size - position > 1)} more than its header declares")
 
@@ -341,7 +349,7 @@ def read_json_file(path: Path) -> dict[str, Any]:
     """One JSON object from a file; raises CheckpointError."""
     size = _file_size(path)
     if size > MAXIMUM_HEADER_BYTES:
-        _refuse(path, f"has {size} bytes, too many for a JSON file")
+        _refuse(path, f"has {size} bytes, too many for a JSON file", "check what it is")
     try:
         with _open(path) as file:
             return _parse_json(file.read(MAXIMUM_HEADER_BYTES))

@@ -56,12 +56,12 @@ def resolve(name: str | os.PathLike[str], wanted: str = "model", without: Collec
     found = HUB_ID.fullmatch(text)
     if found is None or ".." in path.parts or (found[2] is None and path.suffix.lower() in FILES):
         raise CheckpointError(
-            f"{quoted(text)} does not exist and is no hub id such as black-forest-labs/FLUX.1-schnell or ORG/NAME/FILE.safetensors"
+            f"{quoted(text)} does not exist and is not a hub id such as black-forest-labs/FLUX.1-schnell or ORG/NAME/FILE.safetensors"
             + (f"; built in are {', '.join(built_in())}" if wanted == "model" else "")
         )
     if os.path.lexists(path.parts[0]):
         raise CheckpointError(
-            f"{quoted(text)} does not exist; it is no hub id, as the folder {quoted(path.parts[0])} is here"
+            f"{quoted(text)} does not exist; it is not a hub id, as the folder {quoted(path.parts[0])} is here"
         )
     repository = _Repository(found[1])
     if found[2]:
@@ -100,6 +100,7 @@ class _Repository:
 
     def __init__(self, id: str) -> None:
         from huggingface_hub import HfApi
+        from huggingface_hub.constants import HF_HUB_CACHE
 
         self.id, self.problem = id, ""
         try:
@@ -109,7 +110,7 @@ class _Repository:
             self.names = self._cached()[1]
             if not self.names:
                 raise CheckpointError(
-                    f"{quoted(id)} is no path here, {self.problem}, and the cache holds nothing of such a repository"
+                    f"{quoted(id)} is not a path here, {self.problem}, and the cache {quoted(HF_HUB_CACHE)} holds nothing of it"
                 ) from None
 
     def fetch(self, files: Iterable[str]) -> Path:
