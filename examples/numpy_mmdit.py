@@ -63,7 +63,7 @@ def joint_block(weights, block, x, context, vec, heads):
     attended = kept(f"{block}.attention", parts.attention(q, k, v))
     length = context.shape[1]
     after = x
-    if count == 9:  # a second attention among the picture's tokens alone, of the same input
+    if count == 9:  # a second attention among the image's tokens alone, of the same input
         own = head_inputs(weights, f"{block}.x_block.attn2", x, *chunks[6:8], heads)
         after = x + chunks[8] * linear(weights, f"{block}.x_block.attn2.proj", parts.attention(*own))
     after = updated(weights, f"{block}.x_block", after, attended[:, length:], chunks)

@@ -163,7 +163,7 @@ FLUX = {
     "rope rows, columns": Bug("rope_table", lambda p, r: lambda i, a, t: r(i[:, [0, 2, 1]], a, t), "rope.cos", "rows and columns"),
     "rope theta": Bug("rope_table", lambda p, r: lambda i, a, t: r(i, a, 1000), "rope.cos", "not 10000 but 1000"),
     "rope from 1": Bug("rope_table", lambda p, r: lambda i, a, t: r(i + 1, a, t), "rope.cos", "start at 1"),
-    "image first": Bug("joined_streams", lambda p, r: lambda t, i: r(i, t), "double_blocks.0.q_rope", "joined stands in the other order"),
+    "image first": Bug("joined_streams", lambda p, r: lambda t, i: r(i, t), "double_blocks.0.q_rope", "joined is in the other order"),
     "no gates": Bug("updated", without_gates, "double_blocks.0.img_mlp:0", "gates are left out"),
     "mlp of the input": Bug("updated", mlp_of_the_input, "double_blocks.0.img_mlp:0", "reads the stream before"),
     "time scale": Bug("sinusoid", sinusoid(factor=1.0), "time.sinusoid", "scale of 1 in place of 1000"),
@@ -217,7 +217,7 @@ SD35 = {  # those of Flux that this network can have, at their places here
 } | {
     "mlp of the input": Bug("updated", late_mlp, "joint_blocks.0.x_block.mlp:0", "reads the stream before"),
     "no bias": Bug("linear", of_linear(lambda x, w, b: x @ w.T, "attn.proj"), "joint_blocks.0.x_block.attn.proj", "bias is left out"),
-    "image first": Bug("joined_streams", lambda p, r: lambda t, i: r(i, t), "joint_blocks.0.attention", "joined stands in the other order"),
+    "image first": Bug("joined_streams", lambda p, r: lambda t, i: r(i, t), "joint_blocks.0.attention", "joined is in the other order"),
     "patches read": Bug("patches", patches_channel_last, "x_in", "2 x 2 patches are read as"),
     "patches written": Bug("unpatched", patches_channel_first, "output", "2 x 2 patches are written as (channel"),
     "table's corner": Bug("middle", lambda p, r: lambda table, side, h, w: table.reshape(side, side, -1)[:h, :w].reshape(1, h * w, -1), "pos_embed.crop", "upper left corner"),
@@ -536,7 +536,7 @@ USUAL = {
     "t5": "text-t5-tiny",
 }
 EPSILONS = {"flux": "flux-eps", "mmdit": "sd3-eps"}
-# functions of a port whose errors stand in one stretch between two values of its trace, where one hides the other
+# functions of a port whose errors are in one stretch between two values of its trace, where one hides the other
 STRETCHES = (
     ("rms_norm", "heads_of", "attention", "joined_streams"), ("modulated", "layer_norm", "chunks_of", "updated", "final_modulated"),
     ("masked", "clip_scores", "heads_of", "shared_out", "t5_scores", "t5_attention", "seen"), ("embedded", "padded", "looked_up"),

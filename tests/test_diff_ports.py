@@ -72,7 +72,7 @@ def test_one_error_is_one_place_and_its_cause_is_named(family: str, name: str) -
 
 
 def test_two_errors_between_two_values_of_a_sparse_trace_are_both_named() -> None:
-    """Only what blocks give is written down, so rotation and GELU stand in one stretch."""
+    """Only what blocks give is written down, so rotation and GELU are in one stretch."""
     trace = ported(case(), [FLUX["rope halves"], FLUX["gelu erf"]], np.float32)
     sparse = {
         n: trace[n]

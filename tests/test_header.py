@@ -212,7 +212,7 @@ def test_a_folder_of_pickles_is_refused_unopened(tmp_path: Path) -> None:
         open_checkpoint(tmp_path)
 
 
-def test_a_config_that_is_no_json_is_a_config_error(tmp_path: Path, good: Path) -> None:
+def test_a_config_that_is_not_a_json_is_a_config_error(tmp_path: Path, good: Path) -> None:
     (tmp_path / "model.safetensors").write_bytes(good.read_bytes())
     (tmp_path / "config.json").write_text('{"num_layers": NaN}')
     with pytest.raises(ConfigError, match="not a finite one"):
@@ -229,7 +229,7 @@ def test_a_config_that_is_no_json_is_a_config_error(tmp_path: Path, good: Path) 
         ("", "empty"),
     ],
 )
-def test_what_is_no_file_is_one_sentence(name: str, says: str, tmp_path: Path) -> None:
+def test_what_is_not_a_file_is_one_sentence(name: str, says: str, tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "link").symlink_to(tmp_path / "gone")
     with pytest.raises(CheckpointError, match=says):

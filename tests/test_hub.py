@@ -1,4 +1,4 @@
-"""Hub ids: what of a repository is fetched, by the real client from a server here, and what is said when something lacks."""
+"""Hub ids: what of a repository is fetched, by the real client from a server here, and the message when something lacks."""
 
 import json
 import threading
@@ -288,7 +288,7 @@ def test_offline_the_exact_files_that_lack_are_named(hub: Hub, tmp_path: Path, m
         resolve("some-one/flux")
 
 
-def test_why_a_repository_is_not_had_is_said_by_kind(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_why_a_repository_cannot_be_read_is_reported_by_kind(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     hub.repositories["some-one/gated"] = {"flux.safetensors": b"x"}
     hub.gated.add("some-one/gated")
     for name, told in {

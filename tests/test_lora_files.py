@@ -130,7 +130,7 @@ def test_allow_partial_loads_what_fits_and_keeps_the_rest_in_the_ledger() -> Non
 
 
 @pytest.mark.parametrize("name", ["nan", "missing-up", "alpha-zero", "int-dtype", "glora", "duplicate-target"])
-def test_allow_partial_is_no_leave_to_guess(name: str) -> None:
+def test_allow_partial_is_not_a_leave_to_guess(name: str) -> None:
     with pytest.raises(LoraError):
         loaded(f"lora-bad/{name}.safetensors", allow_partial=True)
 

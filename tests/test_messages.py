@@ -225,7 +225,7 @@ def python(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, *arguments], env=ENVIRONMENT, capture_output=True, text=True)
 
 
-def test_a_pipe_that_closes_early_is_no_error() -> None:
+def test_a_pipe_that_closes_early_is_not_an_error() -> None:
     lora = LORAS / "lora-kohya-flux" / "lora.safetensors"
     command = shlex.join([sys.executable, "-m", "eridiff", "lora", "check", str(lora), "--model", "flux-dev"])
     result = subprocess.run(f"{command} | head -1", shell=True, env=ENVIRONMENT, capture_output=True, text=True)

@@ -1,4 +1,4 @@
-"""A model's files become a `Model`; what can be wrong is said before any weight is read."""
+"""A model's files become a `Model`; mistakes are found before any weight is read."""
 
 import json
 import logging
@@ -91,7 +91,7 @@ def dtypes_of(
 
 
 def model_name(own: Component, parts: Parts) -> str:
-    """What a network's variant is told by: what its file says, else the file's stem and the model folder's own name."""
+    """What a network's variant is recognised by: what its file says, else the file's stem and the model folder's own name."""
     path = own.checkpoint.path
     return own.checkpoint.metadata.get(VARIANT) or f"{'' if path.is_dir() else path.stem} {parts.name}".strip()
 
@@ -110,7 +110,7 @@ def check_parts(kind: type[Family], components: Mapping[str, Component]) -> None
     other = next((n for n in DENOISERS if n in components and n != kind.family), None)
     if other and kind.family not in components:
         raise CheckpointError(
-            f"{components[other].checkpoint.path} holds {DESCRIPTIONS[other]}, {kind.__name__} draws with "
+            f"{components[other].checkpoint.path} holds {DESCRIPTIONS[other]}, {kind.__name__} generates with "
             f"{DESCRIPTIONS[kind.family]}; eridiff.load chooses by the file"
         )
     encoders = kind.needed(components[kind.family].config) if kind.family in components else ()
@@ -134,7 +134,7 @@ def own_sampling(component: Component, variant: str, variants: Mapping[str, Any]
     try:
         given = json.loads(component.checkpoint.metadata.get("eridiff.sampling", "{}"))
     except ValueError as error:
-        raise ConfigError(f"{where} cannot be used: {error}") from None
+        raise ConfigError(f"{where} is invalid: {error}") from None
     if not isinstance(given, dict):
-        raise ConfigError(f"{where} cannot be used: it must be a JSON object")
+        raise ConfigError(f"{where} is invalid: it must be a JSON object")
     return sampled_as(variants[variant], given, where)

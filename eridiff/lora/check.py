@@ -70,7 +70,7 @@ def check_shapes(source: Source, target: Target, kind: str, t: Mapping[str, Tens
                 f"'{source.names['up']}' {list(up.shape)}"
             )
         if "mid" in t and len(shape) != 4:
-            raise LoraError(f"'{source.names['mid']}' is a Tucker core, and {target} is no convolution")
+            raise LoraError(f"'{source.names['mid']}' is a Tucker core, and {target} is not a convolution")
         demand(up.shape[0] == flat[0] and up[0, 0].numel() == 1, "up", f"{flat[0]} rows")
         kernel = 1 if "mid" in t else area
         demand(down.shape[1] == flat[1] and down[0, 0].numel() == kernel, "down", f"{flat[1]} columns" + (f" and a kernel of {kernel}" if kernel > 1 else ""))  # fmt: skip

@@ -1,6 +1,6 @@
 """The errors that ports make, each as a change of our own network: where it makes a difference vanish, it is the cause.
 
-A cause is a row of `CAUSES`: what is printed, and the function of ours that is exchanged for a wrong one (`wrong.py`) while it
+A cause is a row of `CAUSES`: what is printed, and eridiff's function that is exchanged for a wrong one (`wrong.py`) while it
 is tried.
 """
 
@@ -48,7 +48,7 @@ class Cause:
         else:
             owners = [m for m in modules if name in vars(m)]
         with ExitStack() as stack:
-            keeps = layers.Last.__call__  # a table that was made before, or is made now, says nothing of the other
+            keeps = layers.Last.__call__  # a table that was made before, or is made now, does not show the other
             stack.callback(setattr, layers.Last, "__call__", keeps)
             layers.Last.__call__ = _anew  # type: ignore[method-assign]
             for place in owners:
@@ -203,7 +203,7 @@ CAUSES: tuple[Cause, ...] = (
     Cause("the rotary table is computed in bfloat16", "rope_table", wrong.table_in(torch.bfloat16)),
     Cause("the rotary angle's base is not 10000 but 1000", "rope_table", lambda right: lambda ids, axes, _: right(ids, axes, 1000)),
     Cause("the rotary positions start at 1", "rope_table", lambda right: lambda ids, axes, theta: right(ids + 1, axes, theta)),
-    Cause("what is joined stands in the other order: picture before text, or skip before stream", "torch", lambda _: wrong.ImageFirst()),
+    Cause("what is joined is in the other order: image before text, or skip before stream", "torch", lambda _: wrong.ImageFirst()),
     Cause("the gates are left out", "Stream.update", wrong.update(gates=False, late=False)),
     Cause("the MLP reads the stream before the attention was added", "Stream.update", wrong.update(gates=True, late=True)),
     Cause("the rows of linear1 are read as MLP, qkv in place of qkv, MLP", "SingleBlock.forward", wrong.single(True, False)),

@@ -69,7 +69,7 @@ class Report:
     def as_json(self) -> dict[str, Any]:
         plain = asdict(self)
         for row in plain["rows"]:
-            row["measures"].pop("map", None)  # a picture
+            row["measures"].pop("map", None)  # an image
         return {**plain, "equal": self.equal, "errors": [[row.name for row in group] for group in self.groups()]}
 
 
@@ -86,7 +86,7 @@ def compare(
     """Compare a trace with another.
 
     - found, expected: names to tensors, or traces; in any of the three namings, dtypes and arrangements.
-    - network: ours in float64, with the weights of `found`; errors are then found where they were made, by `replay`.
+    - network: eridiff's in float64, with the weights of `found`; errors are then found where they were made, by `replay`.
     - run: calls it, `dtype -> replay.arguments_run`; None is as the trace says that it was called.
     - layout: network and layout by whose names `found` is read (`names.parse_map`); None finds them.
     - tolerance: relative L2 that counts as equal; None is ten times what rounding to the coarser dtype does.

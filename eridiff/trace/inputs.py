@@ -42,7 +42,7 @@ def _mistakes(argument: str, expected: Tensor) -> Iterator[Mistake]:
         yield "times are on the scale of 1 in place of 1000, or divided by 1000 twice", lambda t: t / 1000
         yield "times are on the scale of 1000 in place of 1", lambda t: 1000 * t
         yield "times run from the image to the noise, 1 - t in place of t", lambda t: 1 - t
-        yield "times stand in the other order", lambda t: t.flip(0)
+        yield "times are in the other order", lambda t: t.flip(0)
         yield "each step has the next one's time", lambda t: torch.cat([t[1:], 0 * t[:1]])
         if expected.ndim == 1 and len(expected) > 2 and float(expected.max()) <= 1:
             yield from _schedule(expected)
@@ -119,11 +119,11 @@ def _moved(points: Tensor, by: float) -> Tensor:
 def _joined(expected: Tensor, argument: str) -> Iterator[Mistake]:
     if expected.ndim == 3:
         for n in range(1, expected.shape[1]):
-            yield f"the text's parts stand in the other order, the first {n} tokens last", lambda x, n=n: x.roll(-n, 1)  # type: ignore[misc]
+            yield f"the text's parts are in the other order, the first {n} tokens last", lambda x, n=n: x.roll(-n, 1)  # type: ignore[misc]
     used = int(expected.reshape(-1, expected.shape[-1]).any(0).nonzero().max()) + 1 if bool(expected.any()) else 0
     what = "features" if argument == "text" else "numbers"
     for n in range(1, used):
         yield (
-            f"the encoders' parts stand in the other order, the first {n} {what} last",
+            f"the encoders' parts are in the other order, the first {n} {what} last",
             lambda x, n=n: torch.cat([x[..., n:used], x[..., :n], x[..., used:]], dim=-1),  # type: ignore[misc]
         )

@@ -233,7 +233,7 @@ def single(wrong_in: bool, wrong_out: bool, gate: bool = True) -> Callable[[Wron
 
 
 class ImageFirst:
-    """torch, whose `cat` joins two in the other order: tokens of text and picture, a stream and its skip."""
+    """torch, whose `cat` joins two in the other order: tokens of text and image, a stream and its skip."""
 
     def __getattr__(self, name: str) -> Any:
         return getattr(torch, name)
@@ -348,7 +348,7 @@ def without_bias(right: Wrong) -> Wrong:
 
 
 def less_its_input(right: Wrong) -> Wrong:
-    """Of a block of a picture's features: the input is not added."""
+    """Of a block of an image's features: the input is not added."""
     return lambda self, x, *rest: right(self, x, *rest) - (self.shortcut(x) if hasattr(self, "shortcut") else x)
 
 

@@ -21,6 +21,7 @@ from typing import Any, BinaryIO, NoReturn
 import torch
 
 from eridiff.errors import CheckpointError, ConfigError, quoted
+from eridiff.files import kind_by_content
 
 MAXIMUM_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
 MAXIMUM_TENSORS = 100_000  # published files stay below 3,000, the trace of a whole run of Flux has 30,000
@@ -209,11 +210,9 @@ def _header_bytes(path: Path, file: BinaryIO, size: int) -> bytes:
         _refuse(path, f"is too short for a header: {size} bytes")
     length = int.from_bytes(first[:8], "little")
     if length > MAXIMUM_HEADER_BYTES and length > size - 8:
-        _refuse(
-            path,
-            f"is not a safetensors file: its first 8 bytes would mean a header of {length} bytes",
-            "check what it is",
-        )
+        kind = kind_by_content(path)
+        what = f"it is {kind}" if kind else f"its first 8 bytes would mean a header of {length} bytes"
+        raise CheckpointError(f"{quoted(path)} is not a safetensors file: {what}")
     if length > MAXIMUM_HEADER_BYTES:
         _refuse(path, f"has a header of {length} bytes, larger than the limit of {MAXIMUM_HEADER_BYTES}")
     if length > size - 8:
