@@ -90,7 +90,7 @@ CASES: dict[str, tuple[Callable[[State], object], str]] = {
     ),
     "53 NF4": (lambda s: s.update({"img_in.weight.absmax": torch.zeros(2)}), "NF4"),
     "FLUX.2": (lambda s: [s.clear(), s.update({"single_stream_modulation.lin.weight": torch.zeros(2)})], "FLUX.2"),
-    "nothing known": (lambda s: [s.clear(), s.update({"a.b": torch.zeros(2)})], "no model that eridiff knows"),
+    "nothing known": (lambda s: [s.clear(), s.update({"a.b": torch.zeros(2)})], "not a model that eridiff knows"),
 }  # fmt: skip
 
 
@@ -162,9 +162,9 @@ def test_fp8_is_multiplied_in_float32_then_cast_once(scale: str | None, saved: C
     ("change", "says"),
     [
         (lambda s: s.pop("img_in.scale_weight"), "'img_in.weight' has no scale"),
-        (lambda s: s.update({"img_in.scale_weight": torch.tensor(float("nan"))}), "no positive scale"),
-        (lambda s: s.update({"img_in.scale_weight": torch.tensor(0.0)}), "no positive scale"),
-        (lambda s: s.update({"img_in.scale_weight": torch.ones(2)}), "no positive scale"),
+        (lambda s: s.update({"img_in.scale_weight": torch.tensor(float("nan"))}), "not a positive scale"),
+        (lambda s: s.update({"img_in.scale_weight": torch.tensor(0.0)}), "not a positive scale"),
+        (lambda s: s.update({"img_in.scale_weight": torch.ones(2)}), "not a positive scale"),
         (lambda s: s.update({"nowhere.scale_weight": torch.ones(1)}), "nowhere.scale_weight"),
     ],
 )

@@ -25,7 +25,7 @@ MASK.paste(255, (16, 16, 48, 64))
 
 
 def certain(autoencoder: Any) -> Any:
-    """An encoder whose posterior is its mean, so that diffusers' generate from it is not a chance."""
+    """An encoder whose posterior is its mean, so that diffusers' sample from it leaves nothing to chance."""
     out = autoencoder.encoder.conv_out
     half = out.weight.shape[0] // 2
     out.weight.data[half:] = 0
