@@ -1,10 +1,10 @@
 """What it costs that a network is a trainer's: `python -m benchmarks.adopted_overhead [--hidden 512] [--rounds 15]`.
 
 One process, one Flux of diffusers' class of moderate width with random weights in float32, the same inputs; the ways take
-turns, and a round's times are told relative to our own network with the same weights in that round. Called: what is one
+turns, and a round's times are relative to eridiff's own network with the same weights in that round. Called: what is one
 matrix here and several there is called in its parts, as `from_diffusers` and `adopt` do; copied: it is joined into copies. The
-ways with a LoRA (rank 16 on every linear layer of the blocks, by replaced forwards) are told relative to ours with a LoRA of
-ours beside it. Prints medians and quartiles, what `refresh` takes, what both ways copy of a FLUX.1-dev in bfloat16 (on the meta
+ways with a LoRA (rank 16 on every linear layer of the blocks, by replaced forwards) are relative to eridiff's with a LoRA of
+eridiff's beside it. Prints medians and quartiles, what `refresh` takes, what both ways copy of a FLUX.1-dev in bfloat16 (on the meta
 device), and writes `benchmarks/results/adopted_overhead.json`.
 """
 
@@ -67,7 +67,7 @@ def main() -> None:
     with_lora = ours(options.hidden)
     inject_lora(with_lora, options.rank)
     called = adopt(trainers_network(options.hidden))
-    networks: dict[str, tuple[Any, str]] = {  # each with what it is told relative to
+    networks: dict[str, tuple[Any, str]] = {  # each with what it is relative to
         "ours": (ours(options.hidden), "ours"),
         "adopted, copied": (adopt(trainers_network(options.hidden), allow_copies=True).network, "ours"),
         "adopted, called": (called.network, "ours"),

@@ -1,6 +1,6 @@
 """Memory of SDXL's decoder, plain and in strips: `python benchmarks/decode_memory.py [--sizes 512 1024 2048]`.
 
-Each measurement is a process of its own: the published size with random weights, float32, one picture. Measured is the
+Each measurement is a process of its own: the published size with random weights, float32, one image. Measured is the
 process's highest resident memory less what it held before the decode, weights and all; beside it stands what the planner
 predicts, the tensors that are alive at once. Prints a table and writes `benchmarks/results/decode_memory.json`.
 """
@@ -25,7 +25,7 @@ PLAIN_UP_TO = 1024  # pixels; more does not fit a small machine
 
 
 def decode(autoencoder: Autoencoder, size: int, rows: int) -> torch.Tensor:
-    """A picture of `size` pixels; rows 0 is the plain decode."""
+    """An image of `size` pixels; rows 0 is the plain decode."""
     latents = torch.zeros(1, 4, size // 8, size // 8)
     return decode_in_strips(autoencoder, latents, rows) if rows else autoencoder.decode(latents)
 

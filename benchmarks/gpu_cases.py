@@ -38,9 +38,9 @@ class Case:
     step: Callable[[Networks, Inputs, Any], Tensor]
     ask_theirs: Callable[[Networks, Inputs], Tensor]
     seconds: float  # what it costs without compilation
-    compiling: tuple[float, float]  # what compilation costs: ours, diffusers'
+    compiling: tuple[float, float]  # what compilation costs: eridiff's, diffusers'
     apart: bool = True  # whether a step is asked without its preparation, as in a run of many
-    further: Mapping[str, Callable[[Networks, Inputs], Tensor]] = field(default_factory=dict)  # other ways of ours
+    further: Mapping[str, Callable[[Networks, Inputs], Tensor]] = field(default_factory=dict)  # eridiff's other ways
 
     def forward(self, networks: Networks, inputs: Inputs) -> Tensor:
         return self.step(networks, inputs, self.prepare(networks, inputs))

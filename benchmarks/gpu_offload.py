@@ -27,7 +27,7 @@ TINY = FluxConfig(64, 64, 8, 12, 32, 2, 4.0, 1, 1, (4, 6, 6))
 
 
 def run(bench: Bench) -> None:
-    """Draw with each component on the device for its stage alone, then with all of them there: the same latents."""
+    """Generate with each component on the device for its stage alone, then with all of them there: the same latents."""
     device, tiny = bench.device, bench.tiny
     parts, layers = empty_parts(tiny), T5_LAYERS
     needed = sum(bytes_of(module) for module in parts.values())
@@ -135,7 +135,7 @@ def fill(module: Any) -> None:
     module.to_empty(device="cpu")
     if hasattr(module, "shared"):  # T5's embedding has two names
         module.encoder.embed_tokens.weight = module.shared.weight
-    for owner in module.modules():  # CLIP's are no parameters
+    for owner in module.modules():  # CLIP's are not parameters
         if isinstance(getattr(owner, "position_ids", None), torch.Tensor):
             owner.position_ids = torch.arange(owner.position_ids.shape[-1])[None]
     numbers = torch.randn(2**22, generator=torch.Generator().manual_seed(0)).bfloat16()

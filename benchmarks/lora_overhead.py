@@ -1,7 +1,7 @@
 """What LoRAs cost in a forward pass: `python -m benchmarks.lora_overhead [--hidden 512] [--rounds 9]`.
 
 One process, one Flux of moderate width with random weights in float32, the same inputs; the ways take turns, and a round's
-times are told relative to the plain network in that round. Prints medians and quartiles, and writes
+times are relative to the plain network in that round. Prints medians and quartiles, and writes
 `benchmarks/results/lora_overhead.json`.
 """
 

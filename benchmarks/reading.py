@@ -1,4 +1,4 @@
-"""What a reader crosses from a prompt to a picture: `python benchmarks/reading.py`.
+"""What a reader crosses from a prompt to an image: `python benchmarks/reading.py`.
 
 Traced is one `generate` with loaded modules: the files of the package that it enters, their lines with docstrings, the
 lines that ran; and for the denoiser's hot path, the functions that one `step` enters, their lines and branches (if,

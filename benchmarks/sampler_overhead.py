@@ -2,7 +2,7 @@
 
 The time is that of `maybe_sample` at a step that is not due, in microseconds: the median and the 99.9th percentile of single
 calls, and the mean over many. Memory is the process's own, resident: the median of the last 20 of 120 steps of training the
-built-in model less that of the first 20, with a picture at each step and, beside it, without. Writes `benchmarks/results/sampler_overhead.json`; `--memory` prints that part alone.
+built-in model less that of the first 20, with an image at each step and, beside it, without. Writes `benchmarks/results/sampler_overhead.json`; `--memory` prints that part alone.
 """
 
 import argparse
@@ -30,7 +30,7 @@ def resident() -> int:
 
 
 def idle(sampler: Sampler, calls: int = 200_000) -> dict[str, float]:
-    """Microseconds of a call that does not draw."""
+    """Microseconds of a call that does not generate."""
     start = time.perf_counter()
     for _ in range(calls):
         sampler.maybe_sample(1)

@@ -55,7 +55,7 @@ class Figure:
             self.text(x, y + 35, note, "small")
 
     def group(self, x: float, y: float, width: float, height: float) -> None:
-        """A frame whose left upper corner is `x`, `y`; what belongs into it is drawn afterwards."""
+        """A frame whose left upper corner is `x`, `y`; what belongs into it is added afterwards."""
         self.parts.append(f'<rect x="{x:g}" y="{y:g}" width="{width:g}" height="{height:g}" rx="8" class="group"/>')
 
     def line(self, *points: tuple[float, float], kind: str = "", arrow: bool = True) -> None:

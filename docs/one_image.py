@@ -1,6 +1,6 @@
-"""The tables and images of docs/numbers.md, and README's images, by the built-in model: `python docs/one_image.py`; a test runs it.
+"""The tables and images of docs/numbers.md, by the built-in model: `python docs/one_image.py`; a test runs it.
 
-A table stands between `<!-- NAME -->` and `<!-- end -->`.
+A table is between `<!-- NAME -->` and `<!-- end -->`.
 """
 
 import re
@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 import eridiff
-from eridiff.images import contact_sheet, to_images
+from eridiff.images import to_images
 from eridiff.inference import DiffusionInference, Step
 from eridiff.trace import record
 
@@ -124,19 +124,9 @@ def attention_maps(numbers: Numbers, side: int = 128) -> Image.Image:
 
 
 def made(numbers: Numbers) -> dict[str, Image.Image]:
-    """The images by their file names; README's row too."""
+    """The images by their file names."""
     levels = [1.0, *(left for left, _, _ in numbers.steps[:-1])]
-    row = [
-        "a robot on the sea",
-        "a big pumpkin at night",
-        "a panda in the desert",
-        "a rocket at sunset",
-        "a parrot on grass",
-        PROMPT,
-    ]
-    images = numbers.flux.generate(row, seed=[42 + i for i in range(len(row))]).images
     return {
-        "row.png": contact_sheet(images, len(row), captions=row),
         "numbers-clean.png": strip(numbers.clean_images(), [f"sigma {level:.3f}" for level in levels]),
         "numbers-attention.png": attention_maps(numbers),
     }

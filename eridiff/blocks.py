@@ -49,7 +49,7 @@ def without_peft(module: nn.Module) -> Any:
 def members(modules: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
     """Every module inside, once, by its whole name; what acts on a layer and is in no module's tree too.
 
-    These are LoRAs of ours beside a layer, and adapters of others behind a replaced forward or a hook.
+    These are eridiff's LoRAs beside a layer, and other libraries' adapters behind a replaced forward or a hook.
     """
     found: dict[int, tuple[str, nn.Module]] = {}
     acting: list[tuple[str, nn.Module]] = []

@@ -30,7 +30,7 @@ class SampleSettings:
     out: str = "samples"
 
     def each(self) -> list[Words]:
-        """What is said of each image: its prompt, its seed, and the section's values where it has none of its own."""
+        """What is given for each image: its prompt, its seed, and the section's values where it has none of its own."""
         first = self.shared.get("seed", 42)
         return [
             merged(self.shared, {"seed": first + i * self.walk_seed}, entry) for i, entry in enumerate(self.entries)
@@ -99,13 +99,13 @@ SCHEDULE_KEYS = {  # key of the section -> field of TrainingSchedule
 FOR_TRAINING = "it is for training"
 NO_EFFECT = {  # known words of training configurations
     **dict.fromkeys(SCHEDULE_KEYS, FOR_TRAINING),
-    "format": "pictures are PNG",
+    "format": "images are PNG",
     **dict.fromkeys(
         ["adapter_conditioning_scale", "ctrl_idx", "ctrl_img_1", "ctrl_img_2", "ctrl_img_3"],
         "there are no adapters, and of several images Kontext takes a list, references",
     ),
     **dict.fromkeys(["extra_values", "do_cfg_norm"], "no model here takes them"),
-    **dict.fromkeys(["num_frames", "fps"], "pictures do not move"),
+    **dict.fromkeys(["num_frames", "fps"], "images do not move"),
 }
 SAID = {  # key of a section or an entry -> field of Request; words of guidance stay until the network is asked
     **{name: name for name, told in FIELDS.items() if not told.metadata["python"] and name != "prompt"},
@@ -126,7 +126,7 @@ TOP = ("model", "refiner", "device", "dtype", "offload", *MODEL_OPTIONS, "sample
 def parse_config(document: Any, without_effect: Mapping[str, str] | None = None) -> RunConfig:
     """The configuration that a YAML document means; raises ConfigError.
 
-    What has no effect is told in one notice; `without_effect`, key -> reason, is told in it too.
+    What has no effect is listed in one notice, with that of `without_effect`, key -> reason.
     """
     if document is None:
         raise ConfigError("the file is empty; it needs a section 'sample'")

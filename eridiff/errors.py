@@ -1,6 +1,7 @@
 """Everything that eridiff raises on bad input: one sentence that says what is wrong, where, and what to do."""
 
 import os
+import re
 
 LONGEST = 300  # characters of an error
 
@@ -14,12 +15,19 @@ def quoted(name: object, limit: int = 90) -> str:
 class EridiffError(Exception):
     """Base of all errors of this package; its text is one sentence for a person, on one line of at most 300 characters.
 
-    What a file says may get into it by many ways: characters that do not print are escaped, and what is too long loses its middle.
+    What a file says may get into it by many ways: characters that do not print are escaped, and what is too long loses words in its middle.
     """
 
     def __init__(self, text: str = "") -> None:
         line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
-        super().__init__(line if len(line) <= LONGEST else f"{line[: LONGEST - 103]}...{line[-100:]}")
+        super().__init__(line if len(line) <= LONGEST else _without_middle(line))
+
+
+def _without_middle(line: str) -> str:
+    """The beginning and the end of a line, each cut at a word where one is near."""
+    head = re.sub(r" \S{0,40}$", "", line[: LONGEST - 105])
+    tail = re.sub(r"^\S{0,40} ", "", line[-100:])
+    return f"{head} ... {tail}"
 
 
 class CheckpointError(EridiffError):

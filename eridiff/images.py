@@ -24,16 +24,16 @@ log = logging.getLogger(__name__)
 METADATA_KEY = "eridiff"  # of the PNG text chunk that holds the settings as JSON
 
 
-def to_images(pictures: Tensor) -> list[Image.Image]:
+def to_images(images: Tensor) -> list[Image.Image]:
     """`[B, 3, H, W]` in [-1, 1] -> 8-bit images, clamped and rounded to the nearest level.
 
     The original Flux truncates instead and so is up to one level darker. Raises EridiffError for values that are not
     finite.
     """
-    if not bool(torch.isfinite(pictures).all()):
-        raise EridiffError("the picture has values that are not finite and is not written")
-    levels = ((pictures.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
-    return [Image.fromarray(picture.permute(1, 2, 0).cpu().numpy()) for picture in levels]
+    if not bool(torch.isfinite(images).all()):
+        raise EridiffError("the image has values that are not finite and is not written")
+    levels = ((images.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+    return [Image.fromarray(image.permute(1, 2, 0).cpu().numpy()) for image in levels]
 
 
 def to_tensor(image: Image.Image | Tensor, width: int, height: int, *, mask: bool = False) -> Tensor:
@@ -41,14 +41,14 @@ def to_tensor(image: Image.Image | Tensor, width: int, height: int, *, mask: boo
 
     Images of every mode are taken: turned upright as their EXIF orientation says, 16 bits and floats from 0 to 1 scaled,
     transparent ones laid on white with a warning. Tensors are already in that form and must have the size. Raises ConfigError
-    for a tensor of another shape, for numbers that are no levels of brightness, and for a mask that is transparent in places,
-    where nobody can tell what shall be painted.
+    for a tensor of another shape, for numbers that are not levels of brightness, and for a mask that is transparent in places,
+    where it is not clear what must be painted.
     """
     if isinstance(image, Tensor):
         channels = 1 if mask else 3
         if image.ndim != 4 or image.shape[1:] != (channels, height, width):
             raise ConfigError(
-                f"a picture tensor has the shape {list(image.shape)}, [B, {channels}, {height}, {width}] is needed"
+                f"an image tensor has the shape {list(image.shape)}, [B, {channels}, {height}, {width}] is needed"
             )
         return image.to("cpu", torch.float32)
     whole: Image.Image = upright(image)
@@ -95,7 +95,7 @@ def _opaque(image: Image.Image, mask: bool) -> Image.Image:
     if whole.getchannel("A").getextrema() == (255, 255):
         return image
     if mask:
-        raise ConfigError("the mask is transparent in places: give a grey image, white where it shall paint, or say mask_alpha (--mask-alpha) to paint where it is transparent")  # fmt: skip
+        raise ConfigError("the mask is transparent in places: give a grey image, white where it must paint, or set mask_alpha (--mask-alpha) to paint where it is transparent")  # fmt: skip
     log.warning("the image is transparent in places, which become white")
     return Image.alpha_composite(Image.new("RGBA", whole.size, "white"), whole)
 
@@ -164,7 +164,7 @@ def first_text(prompt: Any) -> str:
 
 def slug(prompt: Any) -> str:
     """A prompt as part of a file's name."""
-    return re.sub(r"[^a-z0-9]+", "-", first_text(prompt).lower()).strip("-")[:40] or "picture"
+    return re.sub(r"[^a-z0-9]+", "-", first_text(prompt).lower()).strip("-")[:40] or "image"
 
 
 def _quoted(value: object) -> str:

@@ -40,7 +40,7 @@ def matmul_precision() -> Precision:
 
 
 def set_matmul_precision(value: Precision) -> None:
-    """Put back what `matmul_precision` gave."""
+    """Restore what `matmul_precision` gave."""
     if isinstance(value, str):
         torch.set_float32_matmul_precision(value)
     else:
@@ -56,7 +56,7 @@ def cudnn_precision() -> Precision:
 
 
 def set_cudnn_precision(value: Precision) -> None:
-    """Put back what `cudnn_precision` gave."""
+    """Restore what `cudnn_precision` gave."""
     cudnn = torch.backends.cudnn
     if isinstance(value, bool):
         cudnn.allow_tf32 = value

@@ -28,7 +28,7 @@ FLAGS: dict[str, tuple[str, type]] = {  # flag -> key of an entry, type of its v
 UNUSED_FLAGS = {
     **dict.fromkeys(["cn", "ctrl_idx", "a"], "there are no adapters"),
     **dict.fromkeys(["ctr", "rcfg", "fs", "ev", "extra_values"], "no model here takes them"),
-    **dict.fromkeys(["frames", "num_frames", "fps"], "pictures do not move"),
+    **dict.fromkeys(["frames", "num_frames", "fps"], "images do not move"),
     **dict.fromkeys(["n2"], "a negative prompt is one for all encoders"),
     **dict.fromkeys(
         ["i", "t", "am", "ow", "oh", "nw", "nh", "ct", "cl", "c", "nl", "f", "glt"], "it is not for prompts of training"
@@ -136,13 +136,13 @@ def _toml(text: str) -> list[object]:
 
 
 def read_json(text: str) -> Any:
-    """JSON with `//` and `/* */` comments, as in .jsonc; raises ConfigError for a mistake or a key that stands twice."""
+    """JSON with `//` and `/* */` comments, as in .jsonc; raises ConfigError for a mistake or a repeated key."""
 
     def pairs(given: list[tuple[str, Any]]) -> dict[str, Any]:
         result: dict[str, Any] = {}
         for key, value in given:
             if key in result:
-                raise ConfigError(f"the key '{key}' stands twice")
+                raise ConfigError(f"the key '{key}' is repeated")
             result[key] = value
         return result
 

@@ -1,4 +1,4 @@
-"""What a file or folder is, to the last key, without filling anything."""
+"""What a file or folder is, every key checked, without filling anything."""
 
 import os
 import re

@@ -350,7 +350,7 @@ class Request:
         """The request with everything settled that the model decides: no None but where there is nothing.
 
         Prompts and seeds become lists of equal length, images are opened. `rows` is how many rows of conditioning are
-        handed in. Raises ConfigError for what is impossible, and for a value without effect on this model.
+        passed. Raises ConfigError for what is impossible, and for a value without effect on this model.
         """
         asked = replace(self, **{name: plain(getattr(self, name)) for name in FIELDS})
         asked.check()
@@ -407,7 +407,9 @@ class Request:
 
 
 FIELDS = {told.name: told for told in fields(Request)}
-WORDS = {word: name for name, told in FIELDS.items() for word in told.metadata["words"]}  # other tools' -> ours
+WORDS = {
+    word: name for name, told in FIELDS.items() for word in told.metadata["words"]
+}  # other tools' names -> eridiff's
 
 
 def merged(*layers: Mapping[str, Any]) -> dict[str, Any]:

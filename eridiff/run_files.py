@@ -49,7 +49,7 @@ UNUSED_KEYS = {
 def load_config(path: str | Path) -> RunConfig:
     """Read any of the files; raises ConfigError, naming file and line, for anything that is unknown or impossible.
 
-    The kind is told by the ending (.txt and .toml are kohya's, .json is a list of prompts or a configuration, all else is
+    The kind is known by the ending (.txt and .toml are kohya's, .json is a list of prompts or a configuration, all else is
     YAML), a trainer's configuration by its section `config`.
     """
     path = Path(path)
@@ -169,7 +169,7 @@ def _model(section: Mapping[str, Any], unused: dict[str, str]) -> tuple[dict[str
 def _sample(
     process: Mapping[str, Any], name: str, family: str | None, unused: dict[str, str], notices: list[str]
 ) -> dict[str, Any]:
-    """A trainer's `sample` section in our words: flags read, the trigger put in, every random seed drawn."""
+    """A trainer's `sample` section in eridiff's words: flags read, the trigger put in, every random seed chosen."""
     section = _mapping(process, name)
     given = {key: value for key, value in section.items() if key not in ("prompts", "samples")}
     if given.get("neg") is False:
@@ -179,7 +179,7 @@ def _sample(
         unused["refiner_start_at"] = "no refiner is given"
     entries = [{"prompt": prompt} for prompt in prompts_of(section["prompts"])] if section.get("prompts") else []
     if section.get("samples") is not None:
-        unused |= {"prompts": "samples stands beside it"} if entries else {}
+        unused |= {"prompts": "samples is given too"} if entries else {}
         entries = section["samples"]
         if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
             raise ConfigError(f"{name}: samples must be a list of mappings, each with a prompt")

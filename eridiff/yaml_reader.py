@@ -35,7 +35,7 @@ class Reader(yaml.SafeLoader):
                 raise ConfigError(f"{_place(key_node)}: a key must be a word")
             key, line = key_node.value, key_node.start_mark.line + 1
             if key in result:
-                raise ConfigError(f"{_place(key_node)}: the key '{key}' stands twice, first in line {lines[key]}")
+                raise ConfigError(f"{_place(key_node)}: the key '{key}' is repeated, first in line {lines[key]}")
             result[key], lines[key] = self.construct_object(value_node, deep=True), line
         return result
 

@@ -1,7 +1,7 @@
-"""How well a built-in small model draws what is asked: `python examples/evaluate_tiny.py tiny-sd35 [--curves] [--json FILE]`.
+"""How well a built-in small model generates what is asked: `python examples/evaluate_tiny.py tiny-sd35 [--curves] [--json FILE]`.
 
-Every pair of noun and background at every size, one picture each from a fixed seed, by the ordinary `generate`, judged
-as in tiny_judge.py. The autoencoder is judged on pictures with fixed seeds, encoded and decoded. `--curves` adds, on a
+Every pair of noun and background at every size, one image each from a fixed seed, by the ordinary `generate`, judged
+as in tiny_judge.py. The autoencoder is judged on images with fixed seeds, encoded and decoded. `--curves` adds, on a
 sample of the scenes, the same over guidance scales, steps, samplers and schedules.
 """
 
@@ -30,7 +30,7 @@ SCHEDULES = {"flux": [], "mmdit": [*TABLES], "unet": [n for n in {**TIMESTEPS, *
 
 
 def drawn_right(model: Any, judge: Judge, chosen: Sequence[Scene], **how: Any) -> np.ndarray:
-    """`[n, 3]` bool of noun, background and size; picture i from seed i."""
+    """`[n, 3]` bool of noun, background and size; image i from seed i."""
     found = []
     for start in range(0, len(chosen), 64):
         batch = chosen[start : start + 64]
@@ -54,7 +54,7 @@ def accuracy(model: Any, judge: Judge, **how: Any) -> list[dict[str, Any]]:
 
 
 def psnr(model: Any, world: World, count: int = 256) -> dict[str, float]:
-    """Decibels of pictures encoded and decoded: of the set's mean error, and the mean over pictures."""
+    """Decibels of images encoded and decoded: of the set's mean error, and the mean over images."""
     rng = np.random.default_rng(11)
     given = pictures(world, random_scenes(count, rng, False, tuple(SIZES)), rng)
     found = to_images(model.decode_vae(model.encode_vae(given)))
@@ -89,7 +89,7 @@ def curves(model: Any, judge: Judge, count: int) -> dict[str, list[dict[str, Any
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model", nargs="?", default="tiny-flux", help="tiny-flux, tiny-sd35 or tiny-sdxl, or a folder")
-    parser.add_argument("--steps", type=int, help="of every picture; what the model's file says otherwise")
+    parser.add_argument("--steps", type=int, help="of every image; by default what the model's file says")
     parser.add_argument("--cfg-scale", type=float)
     parser.add_argument("--curves", type=int, nargs="?", const=128, metavar="N", help="over N scenes, 128 by default")
     parser.add_argument("--json", type=Path, help="write the figures here too")
@@ -97,10 +97,10 @@ def main() -> None:
     judge, model = Judge(), eridiff.load(options.model, device="cpu", progress=False, dtype=torch.float32)
     how = {n: v for n, v in {"steps": options.steps, "cfg_scale": options.cfg_scale}.items() if v is not None}
     rows, decibels = accuracy(model, judge, **how), psnr(model, judge.world)
-    print("| form | pairs | pictures | noun % | background % | size % |\n|---|---|---|---|---|---|")
+    print("| form | pairs | images | noun % | background % | size % |\n|---|---|---|---|---|---|")
     for row in rows:
-        print("| {form} | {pairs} | {pictures} | {noun:.1f} | {background:.1f} | {size:.1f} |".format(**row))
-    print(f"\nautoencoder: {decibels['set']} dB of the set's mean error, {decibels['mean']} dB mean over pictures")
+        print("| {form} | {pairs} | {images} | {noun:.1f} | {background:.1f} | {size:.1f} |".format(**row))
+    print(f"\nautoencoder: {decibels['set']} dB of the set's mean error, {decibels['mean']} dB mean over images")
     found = {"steps": model.sampling.steps, "cfg_scale": model.sampling.cfg_scale, **how, "accuracy": rows}
     found["psnr"] = decibels
     if options.curves:

@@ -4,7 +4,7 @@
     python examples/numpy_flux.py case mine.npz
     eridiff diff mine.npz case --explain
 
-Letters: B batch, N picture tokens, L text tokens, S = L + N, H heads, D features of one head.
+Letters: B batch, N image tokens, L text tokens, S = L + N, H heads, D features of one head.
 """
 
 import json
@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import load_file
 
-TRACE = {}  # what is compared, by the original's module paths; readable names for what is no module
+TRACE = {}  # what is compared, by the original's module paths; readable names for what is not a module
 
 
 def kept(name, value):

@@ -53,7 +53,7 @@ def updated(weights, name, x, attended, chunks):
 
 
 def second_attention(weights, name, x, chunks, heads):
-    """Of SD 3.5 medium's first blocks: among the picture's tokens alone, of the same input."""
+    """Of SD 3.5 medium's first blocks: among the image's tokens alone, of the same input."""
     if len(chunks) < 9:
         return x
     own = head_inputs(weights, f"{name}.attn2", x, *chunks[6:8], heads)

@@ -1,6 +1,6 @@
 """A bare training loop with samples: a LoRA teaches the built-in Flux grey images, `python -m examples.sample_in_training`.
 
-Writes pictures, `index.html` and a strip into the folder `--out`; the LoRA beside them.
+Writes images, `index.html` and a strip into the folder `--out`; the LoRA beside them.
 """
 
 import argparse
@@ -19,7 +19,7 @@ PROMPTS = ["a swan on mars", "a big robot at night", "a parrot on grass"]
 
 
 def grey(world: World, count: int) -> tuple[torch.Tensor, list[str]]:
-    """Random scenes without their colours: pictures `[count, 3, 64, 64]` in [-1, 1], and captions."""
+    """Random scenes without their colours: images `[count, 3, 64, 64]` in [-1, 1], and captions."""
     chosen = np.random.default_rng(0).choice(np.array(scenes(), dtype=object), count)
     pictures = np.stack([world.draw(scene).mean(axis=2, keepdims=True).repeat(3, axis=2) for scene in chosen])
     return torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1, [scene.caption for scene in chosen]
@@ -29,7 +29,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--out", type=Path, default=Path("samples"))
     parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--pictures", type=int, default=256, help="in the training set")
+    parser.add_argument("--images", type=int, default=256, help="in the training set")
     options = parser.parse_args()
     flux = eridiff.load(device="cpu", progress=False)
     network, lora = flux.network, eridiff.inject_lora(flux.network, rank=8)
@@ -39,7 +39,7 @@ def main() -> None:
     others = {"base": lora.detached, "ema": lambda: averaged_weights(lora, ema)}
     sampler = Sampler(flux, section, optimizer=optimizer, weights=others, verify=True)
 
-    pictures, captions = grey(World(), options.pictures)
+    pictures, captions = grey(World(), options.images)
     cache = LatentCache(flux, options.out / "latents")
     latents = torch.cat([cache.encode(picture[None]) for picture in pictures])
     texts = flux.encode_prompt(captions).positive

@@ -1,4 +1,4 @@
-"""Pictures of the small world as tensors, and the autoencoders of the built-in small models.
+"""Images of the small world as tensors, and the autoencoders of the built-in small models.
 
 Flux and SD 3.5 share a whitened linear code of 8 x 8 patches (their 16 principal components), so that decoder, encoder
 and network are trained apart and no network waits for an autoencoder. SDXL's 4 channels hold too little of a linear
@@ -41,7 +41,7 @@ def random_scenes(
 
 
 class LinearCode:
-    """Principal components of patches: pictures `[B, 3, 64, 64]` -> whitened latents `[B, 16, 8, 8]`."""
+    """Principal components of patches: images `[B, 3, 64, 64]` -> whitened latents `[B, 16, 8, 8]`."""
 
     def __init__(self, world: World) -> None:
         rng = np.random.default_rng(1)

@@ -1,7 +1,7 @@
-"""Whether an image shows what was asked: nearest of everything that could have been drawn.
+"""Whether an image shows what was asked: nearest of everything that could have been asked for.
 
 A noun is right when, of all nouns at that size on the pair's mean background, shifted by up to one pixel, the asked one
-is the nearest in mean squared error; a size, when of all sizes of that noun it is; a background, when its mean picture
+is the nearest in mean squared error; a size, when of all sizes of that noun it is; a background, when its mean image
 is the nearest, the glyph's square left out.
 """
 

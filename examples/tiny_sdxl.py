@@ -20,7 +20,7 @@ CONFIG = UNetConfig(
 )  # fmt: skip
 SAMPLING = {"steps": 10, "cfg_scale": 3.0}
 NOTHING = 0.1  # share of the captions that are dropped
-SMALL_ORIGINALS = (12, 16, 24, 32, 48)  # sides from which pictures were enlarged, in three of ten
+SMALL_ORIGINALS = (12, 16, 24, 32, 48)  # sides from which images were enlarged, in three of ten
 LARGEST_CROP = 16  # pixels, in one of ten
 
 
@@ -40,7 +40,7 @@ def encoded(captions: list[str], folder: Path) -> tuple[Tensor, Tensor]:
 
 
 def as_published(drawn: Tensor, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
-    """Some pictures enlarged from a smaller original, some cropped; and what SDXL is told of it, `[B, 6]`.
+    """Some images enlarged from a smaller original, some cropped; and what SDXL is given of it, `[B, 6]`.
 
     Height and width of the original, top and left of the crop, height and width of the target.
     """
@@ -85,7 +85,7 @@ def is_matrix(name: str, p: Tensor) -> bool:
 
 def train(work: Path, minutes: float, device: str) -> None:
     """Predict the noise at a uniform level, weighted by min(1 / alpha, 30): about the error of v, as noisy steps decide
-    what is drawn and have next to no gradient otherwise."""
+    what is shown and have next to no gradient otherwise."""
     world, rng, everything = World(), np.random.default_rng(33), scenes()
     text, pooled = (t.to(device) for t in encoded([*(s.caption for s in everything), ""], work))
     index = {s: i for i, s in enumerate(everything)}

@@ -1,7 +1,7 @@
-"""The pictures that the built-in model knows: a noun's glyph on a named background, 64 x 64 pixels.
+"""The images that the built-in model knows: a noun's glyph on a named background, 64 x 64 pixels.
 
 Glyphs: Noto Color Emoji (SIL Open Font License 1.1, OFL.txt), kept at three sizes in tiny_atlas.png, so that neither
-training nor evaluation needs the font. `python examples/tiny_world.py FONT.ttf` draws the atlas anew.
+training nor evaluation needs the font. `python examples/tiny_world.py FONT.ttf` renders the atlas anew.
 """
 
 import math
@@ -37,7 +37,7 @@ BACKGROUNDS = (
 
 @dataclass(frozen=True)
 class Scene:
-    """One thing that can be drawn: indices of noun and background, and the size word."""
+    """One thing that can be shown: indices of noun and background, and the size word."""
 
     noun: int
     background: int
@@ -120,14 +120,14 @@ def load_glyphs() -> dict[str, np.ndarray]:
 
 
 class World:
-    """Draws scenes: `World().draw(scene, variant, dx, dy)` is `[64, 64, 3]` uint8."""
+    """Renders scenes: `World().draw(scene, variant, dx, dy)` is `[64, 64, 3]` uint8."""
 
     def __init__(self) -> None:
         self.glyphs = load_glyphs()
         self.backgrounds = [[background(b, v) for v in range(2)] for b in range(len(BACKGROUNDS))]
 
     def draw(self, scene: Scene, variant: int | None = 0, dx: int = 0, dy: int = 0) -> np.ndarray:
-        """`variant` None draws on the mean of both."""
+        """`variant` None renders on the mean of both."""
         options = self.backgrounds[scene.background]
         picture = (sum(options) / 2 if variant is None else options[variant]).copy()
         glyph = self.glyphs[scene.size][scene.noun]
@@ -139,7 +139,7 @@ class World:
 
 
 def draw_atlas(font_path: str) -> None:
-    """Draw every glyph at every size into one PNG."""
+    """Render every glyph at every size into one PNG."""
     font = ImageFont.truetype(font_path, 109)  # the only size that the font holds
     atlas = Image.new("RGBA", (CELL * len(NOUNS), CELL * len(SIZES)))
     for n, code in enumerate(NOUNS.values()):

@@ -1,10 +1,10 @@
 """Record what the modules of any PyTorch network give, diffusers' above all; needs no eridiff.
 
 from trace_diffusers import recorded
-with recorded(pipeline.transformer, "theirs.safetensors"):
+with recorded(pipeline.transformer, "reference.safetensors"):
     pipeline("a fox at night", num_inference_steps=1)
 
-eridiff diff mine.safetensors theirs.safetensors --map flux
+eridiff diff mine.safetensors reference.safetensors --map flux
 """
 
 import json

@@ -1,10 +1,10 @@
 """Record what the original code of Flux, Stable Diffusion 3.5 or SDXL computes; needs no eridiff.
 
 from trace_original import recorded           # beside black-forest-labs/flux, Stability-AI/sd3.5, generative-models
-with recorded(model, "theirs.safetensors"):   # flux.model.Flux, mmditx.MMDiTX, sgm's UNetModel; an autoencoder
+with recorded(model, "reference.safetensors"):   # flux.model.Flux, mmditx.MMDiTX, sgm's UNetModel; an autoencoder
     model(...)
 
-eridiff diff mine.safetensors theirs.safetensors --map flux
+eridiff diff mine.safetensors reference.safetensors --map flux
 """
 
 import json

@@ -1,4 +1,4 @@
-"""A bare training loop: `python examples/train_bare_loop.py [STEPS]` teaches the built-in small Flux eight pictures."""
+"""A bare training loop: `python examples/train_bare_loop.py [STEPS]` teaches the built-in small Flux eight images."""
 
 import sys
 
@@ -18,7 +18,7 @@ sampler = Sampler(flux, {"prompts": ["a swan on mars", "a big fox at night"], "s
 
 
 def loss(rows: Tensor, generator: torch.Generator) -> Tensor:
-    """Of some of the pictures, at times that the generator draws; this Flux's schedule has no shift."""
+    """Of some of the images, at times from the generator; this Flux's schedule has no shift."""
     clean, told, whole = (item[rows].to(flux.device) for item in (latents, text, pooled))
     noise = torch.randn(clean.shape, generator=generator)
     levels = flow_levels(logit_normal(len(rows), generator))
@@ -28,7 +28,7 @@ def loss(rows: Tensor, generator: torch.Generator) -> Tensor:
 
 @torch.no_grad()
 def measured() -> float:
-    """On all pictures, always with the same noise at the same times."""
+    """On all images, always with the same noise at the same times."""
     return float(loss(torch.arange(len(latents)).repeat(8), torch.Generator().manual_seed(1)))
 
 

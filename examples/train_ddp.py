@@ -1,4 +1,4 @@
-"""DDP on two processes: `torchrun --nproc_per_node 2 examples/train_ddp.py [STEPS]`; pictures are drawn by turns."""
+"""DDP on two processes: `torchrun --nproc_per_node 2 examples/train_ddp.py [STEPS]`; processes generate images by turns."""
 
 import sys
 
@@ -35,7 +35,7 @@ def main(rank: int) -> None:
             return float(loss(torch.arange(len(latents)).repeat(8), torch.Generator().manual_seed(100)))
 
     before = measured()
-    generator = torch.Generator().manual_seed(rank)  # every process sees other pictures and other noise
+    generator = torch.Generator().manual_seed(rank)  # every process sees other images and other noise
     for step in range(STEPS):
         sampler.maybe_sample(step)
         optimizer.zero_grad()

@@ -1,4 +1,4 @@
-"""With the Hugging Face Trainer: `python examples/train_hf_trainer.py [STEPS]` trains a LoRA on eight pictures."""
+"""With the Hugging Face Trainer: `python examples/train_hf_trainer.py [STEPS]` trains a LoRA on eight images."""
 
 import sys
 from typing import Any
@@ -36,14 +36,14 @@ class Loss(nn.Module):
 
 
 class Pictures(TrainerCallback):
-    """Draws when the section says so."""
+    """Generates when the section says so."""
 
     def on_step_end(self, arguments: Any, state: Any, control: Any, **_: Any) -> None:
         sampler.maybe_sample(state.global_step)
 
 
 def measured() -> float:
-    """On all pictures, always with the same noise at the same times."""
+    """On all images, always with the same noise at the same times."""
     loss.generator.manual_seed(1)
     with torch.no_grad():
         every = (item.repeat(8, *[1] * (item.ndim - 1)).to(flux.device) for item in (latents, text, pooled))

@@ -1,6 +1,6 @@
 """Train a LoRA on a built-in small model: `python examples/train_lora.py [--model tiny-sd35] [--out lora]`, minutes on two cores.
 
-It learns a style, engravings in gold and navy, from the world's own pictures. Writes the LoRA as kohya's scripts and as peft
+It learns a style, engravings in gold and navy, from the world's own images. Writes the LoRA as kohya's scripts and as peft
 would, and `strip.png`: prompts from top to bottom, the LoRA's scale from 0 to 1 from left to right, from the same noise.
 """
 
@@ -38,7 +38,7 @@ INKS = [[-0.9, -0.75, -0.4], [1.0, 0.75, 0.1]]  # navy and gold, RGB in [-1, 1]
 
 
 def engraved(x: Tensor) -> Tensor:
-    """Pictures `[B, 3, H, W]` in [-1, 1] in two inks: dark is navy, bright is gold."""
+    """Images `[B, 3, H, W]` in [-1, 1] in two inks: dark is navy, bright is gold."""
     navy, gold = torch.tensor(INKS).reshape(2, 1, 3, 1, 1)
     brightness = (0.7 + 0.9 * x.mean(1, keepdim=True)).clamp(0, 1)
     return navy + (gold - navy) * brightness
@@ -76,7 +76,7 @@ def main() -> None:
     parser.add_argument("--model", default="tiny-flux")
     parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--minutes", type=float, help="fewer steps if these are over before")
-    parser.add_argument("--pictures", type=int, default=2000)
+    parser.add_argument("--images", type=int, default=2000)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--out", type=Path, default=Path("lora"))
@@ -85,7 +85,7 @@ def main() -> None:
     generator = torch.Generator().manual_seed(0)
     world, rng = World(), np.random.default_rng(0)
     model: Any = eridiff.load(options.model, dtype=torch.float32, progress=False)
-    scenes = random_scenes(options.pictures, rng, trained_only=True)
+    scenes = random_scenes(options.images, rng, trained_only=True)
     captions = ["" if rng.uniform() < DROPPED else scene.caption for scene in scenes]
     prompts = model.encode_prompt(captions, cfg_scale=1.0).positive
     clean = model.encode_vae(engraved(pictures(world, scenes, rng)))

@@ -1,6 +1,6 @@
 """Adapters of other trainers, written anew: they act on a layer as those do, and save what those save.
 
-kohya's scripts and ai-toolkit replace `layer.forward` by a method of a module that stands in no tree; others use hooks and
+kohya's scripts and ai-toolkit replace `layer.forward` by a method of a module that is in no tree; others use hooks and
 parametrizations. All start with random matrices in both halves, so that they act at once.
 """
 

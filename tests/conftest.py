@@ -3,6 +3,10 @@
 from typing import Any
 
 import pytest
+from hypothesis import settings
+
+settings.register_profile("eridiff", deadline=None)  # a busy machine is not a mistake
+settings.load_profile("eridiff")
 
 
 @pytest.fixture(params=["flux", "sd3", "sdxl"])

@@ -1,4 +1,4 @@
-"""The three families at tiny size, for tests that treat them alike: how they draw, what their `forward` takes."""
+"""The three families at tiny size, for tests that treat them alike: how they generate, what their `forward` takes."""
 
 from typing import Any
 
@@ -19,7 +19,7 @@ def rows(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tens
 
 
 def inference(family: str) -> Any:
-    """Draws with a tiny network of the family; conditionings are handed in."""
+    """Generates with a tiny network of the family; conditionings are passed."""
     options = {"device": "cpu", "progress": False}
     if family == "flux":
         return FluxInference(tiny.flux(), tiny.autoencoder(), **options)

@@ -1,7 +1,7 @@
 """Files that are damaged in every way that a seeded generator can think of: `python -m tests.fuzz N SEED`.
 
 Whatever is read, a file gives a result or a typed sentence: an EridiffError of one line and at most 300 characters. It takes less
-than 10 seconds and 1 GiB, and nothing is written. Every other outcome is printed with the number of the case, which draws it again:
+than 10 seconds and 1 GiB, and nothing is written. Every other outcome is printed with the number of the case, which makes it again:
 `python -m tests.fuzz 1 SEED --from NUMBER`.
 """
 

@@ -1,4 +1,4 @@
-"""Kills processes that draw, keep prompts and save checkpoints, at random times: `python -m tests.killed FOLDER COUNT`.
+"""Kills processes that generate, keep prompts and save checkpoints, at random times: `python -m tests.killed FOLDER COUNT`.
 
 One parent loads everything and forks, so that a child begins at once. After each kill every file must be whole. Prints how
 many files of each kind were checked, and how many kills left a temporary file behind, in the middle of a write.
@@ -21,7 +21,7 @@ from eridiff.training import EmbeddingCache, Sampler
 
 
 def work(sampler: Sampler, cache: EmbeddingCache, folder: Path) -> None:
-    """For ever, in any order: a picture with its page, a prompt, a checkpoint."""
+    """For ever, in any order: an image with its page, a prompt, a checkpoint."""
     generator = random.Random(os.urandom(8))
     while True:
         match min(generator.randrange(4), 2):
@@ -48,7 +48,7 @@ def check(folder: Path) -> dict[str, int]:
         elif kind == "html":
             assert path.read_text().rstrip().endswith("</html>"), path
         else:
-            raise AssertionError(f"{path} is no file of ours")
+            raise AssertionError(f"{path} is not one of these files")
         found[kind] += 1
     return found
 

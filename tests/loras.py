@@ -108,7 +108,7 @@ def every_kind_on_unet(network: nn.Module) -> Lora:
 
 
 def filled(lora: LoraSet, seed: int = 5, size: float = 0.2) -> LoraSet:
-    """Every matrix drawn anew, as after training."""
+    """Every matrix random, as after training."""
     g = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in lora.parameters():

@@ -1,6 +1,6 @@
 """How `eridiff diff` does on ports with planted errors: `python -m tests.planted [FAMILY[:LAYOUT[:DTYPE]] ...]` prints the table of docs/porting.md.
 
-Each error alone and in threes, in float64 and float32, the port and the reference both named as ours, the original's and diffusers'
+Each error alone and in threes, in float64 and float32, the port and the reference both named as eridiff's, the original's and diffusers'
 modules: in how many traces the first divergence is the right one, and of how many errors the cause is the one that is named.
 """
 

@@ -121,13 +121,13 @@ def compared(golden: Case, trace: Any, **options: Any) -> Report:
 
 
 def native_names(golden: Case, trace: Mapping[str, Any], layout: str | None = None) -> dict[str, str]:
-    """The names of a trace -> ours; of what is joined from several, ours for each."""
+    """The names of a trace -> eridiff's; of what is joined from several, eridiff's for each."""
     sources = align(list(trace), {golden.family: golden.config}, layout, golden.family).sources
     return {name: native for native, source in sources.items() for name in source.names}
 
 
 def renamed(network: Any, family: str, trace: Mapping[str, Tensor], layout: str) -> dict[str, Tensor]:
-    """A trace with our names as another implementation of `layout` would name and cut it; what has no name there keeps ours."""
+    """A trace with eridiff's names as another implementation of `layout` would name and cut it; what has no name there keeps eridiff's."""
     if layout == NATIVE:
         return dict(trace)
     names, rules, sizes = (
@@ -175,7 +175,7 @@ def reference(name: str, layout: str) -> dict[str, Tensor]:
 
 
 def beside_reference(golden: Case, trace: Any, layout: str, **options: Any) -> tuple[Report, Callable[[str], str]]:
-    """The report on a port's trace beside a trace of the reference, both named by `layout`; a row's name -> ours."""
+    """The report on a port's trace beside a trace of the reference, both named by `layout`; a row's name -> eridiff's."""
     found = {name: torch.as_tensor(value) for name, value in trace.items()}
     sources = align(list(found), {golden.family: golden.config}, None, golden.family).sources
     mine = renamed(

@@ -6,7 +6,7 @@ Refused are:
 
 - operations that mix a tensor on the GPU with one on the CPU, other than copies and 0-dim CPU tensors (as CUDA does);
 - float64 on the GPU (CUDA would take it, slowly; MPS has none, and eridiff promises to make none);
-- noise drawn on the GPU, which would make an image depend on the device.
+- noise from the GPU, which would make an image depend on the device.
 
 Copies between the two are counted: `gpu.to_device`, `gpu.to_host`, the latter being what makes a real GPU wait.
 """

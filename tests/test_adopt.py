@@ -1,4 +1,4 @@
-"""Ours beside diffusers' classes in training: the same parameters, followed through steps, adapters and moves."""
+"""eridiff's networks beside diffusers' classes in training: the same parameters, followed through steps, adapters and moves."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -42,7 +42,7 @@ def rows(*shape: int, seed: int = 0) -> Tensor:
 
 
 def flux_case(monkeypatch: pytest.MonkeyPatch) -> tuple[Any, Ask, Ask]:
-    """diffusers' Flux without its casts to float32, and how it and ours are asked."""
+    """diffusers' Flux without its casts to float32, and how it and eridiff's are called."""
     monkeypatch.setattr(transformer_flux, "apply_rotary_emb", wide_rotation)
     foreign = reference_flux().double()
     foreign.pos_embed = WideRotary()
@@ -100,7 +100,7 @@ def case(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Cas
 
 @torch.no_grad()
 def distance(adopted: Adopted, case: Case) -> float:
-    """Between ours and diffusers' forward."""
+    """Between eridiff's and diffusers' forward."""
     with Float32Sinusoid():
         return relative_l2(case[2](adopted.network), case[1](adopted.foreign))
 
@@ -115,7 +115,7 @@ def train(foreign: nn.Module, ask: Ask, steps: int = 1) -> None:
         optimizer.step()
 
 
-def test_an_optimizers_step_on_the_foreign_module_is_seen_by_ours(case: Case) -> None:
+def test_an_optimizers_step_on_the_foreign_module_is_seen_by_the_adopted_network(case: Case) -> None:
     foreign, ask, ask_ours = case
     adopted = adopt(foreign.requires_grad_(True), allow_copies=True)
     with torch.no_grad(), Float32Sinusoid():
@@ -171,7 +171,7 @@ def test_sdxl_and_the_autoencoder_need_no_copies(monkeypatch: pytest.MonkeyPatch
         assert distance(adopted, case) < 1e-9
 
 
-def test_copies_are_made_in_place_and_can_be_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_copies_are_made_in_place_and_can_be_released(monkeypatch: pytest.MonkeyPatch) -> None:
     case = flux_case(monkeypatch)
     adopted = adopt(case[0].requires_grad_(True), allow_copies=True)
     fused = adopted.network.double_blocks[0].image.qkv  # type: ignore[union-attr,index]
@@ -249,7 +249,7 @@ def alone() -> Iterator[None]:
 
 @pytest.mark.usefixtures("alone")
 def test_parameters_that_are_sharded_are_refused_whenever_that_was_done(case: Case) -> None:
-    """Before the adoption, after it by the trainer (accelerate's prepare), and of ours, which has the trainer's parameters."""
+    """Before the adoption, after it by the trainer (accelerate's prepare), and of eridiff's network, which has the trainer's parameters."""
     foreign = case[0]
     adopted, name = adopt(foreign), type(foreign).__name__
     with pytest.raises(
@@ -288,13 +288,13 @@ def test_blocks_that_are_elsewhere_are_named(case: Case) -> None:
     block.to("meta")
     for ask in (lambda: adopt(foreign), adopted.refresh):
         with pytest.raises(
-            ConfigError, match=rf"has .*'{name}\.\S+' on meta.*: ours computes in one place, so put blocks"
+            ConfigError, match=rf"has .*'{name}\.\S+' on meta.*: eridiff's network computes in one place, so put blocks"
         ):
             ask()
 
 
-def test_what_is_no_network_that_is_known_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(CheckpointError, match="'Linear' is no model that eridiff knows"):
+def test_what_is_not_a_network_that_is_known_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(CheckpointError, match="'Linear' is not a model that eridiff knows"):
         adopt(nn.Linear(2, 3))
     foreign = unet_case(monkeypatch)[0]
     foreign.conv_in = nn.Conv2d(4, 32, 3, padding=1)
@@ -329,8 +329,8 @@ def test_a_flux_under_the_originals_names_needs_no_copy() -> None:
         )  # matmul looks at requires_grad: other last bits
 
 
-def test_a_picture_follows_the_trainer(monkeypatch: pytest.MonkeyPatch) -> None:
-    """After a step of diffusers' Flux ours draws what a Flux that was filled from its file draws."""
+def test_an_image_follows_the_trainer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a step of diffusers' Flux the adopted one generates what a Flux that was filled from its file generates."""
     foreign, ask, _ = flux_case(monkeypatch)
     adopted = adopt(foreign.float().requires_grad_(True), allow_copies=True)
     model = FluxInference(adopted.network, tiny.autoencoder(), device="cpu", progress=False)  # type: ignore[arg-type]
@@ -354,8 +354,8 @@ def test_a_picture_follows_the_trainer(monkeypatch: pytest.MonkeyPatch) -> None:
     assert relative_l2(after, before) > 1e-3
 
 
-def test_a_sampler_draws_what_a_trainer_of_diffusers_classes_trains(tmp_path: Path) -> None:
-    """Through the optimizer's steps on the foreign module; its copies are there for a picture alone."""
+def test_a_sampler_generates_what_a_trainer_of_diffusers_classes_trains(tmp_path: Path) -> None:
+    """Through the optimizer's steps on the foreign module; its copies are there for an image alone."""
     foreign = reference_flux().requires_grad_(True).train()
     adopted = adopt(foreign, allow_copies=True)
     model = FluxInference(adopted.network, tiny.autoencoder(), device="cpu", progress=False)

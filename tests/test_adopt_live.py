@@ -146,7 +146,7 @@ def test_every_kind_of_peft_acts(family: Family, kind: str) -> None:
         assert relative_l2(adopted.network(*family.inputs), base) > 1e-3
 
 
-def test_layers_of_one_matrix_of_ours_may_differ(family: Family) -> None:
+def test_layers_of_one_fused_matrix_may_differ(family: Family) -> None:
     """An adapter on q alone; k and v are plain, and copies of what is plain elsewhere stay copies."""
     foreign = family.make()
     whole = adopt(foreign, allow_copies=True).copied_bytes
@@ -206,7 +206,7 @@ def test_kohyas_adapters_on_its_own_networks_act_as_their_file_does(name: str, t
     make, network, targets = ORIGINALS[name]
     family, own = FAMILIES[name], make()
     foreign = under_the_originals_names(own, network)
-    vae = bare_tensors(tiny.autoencoder(), "vae")  # the statistics stand in no tensor
+    vae = bare_tensors(tiny.autoencoder(), "vae")  # the statistics are in no tensor
     inference = family.inference.from_diffusers(transformer=foreign, vae=vae, progress=False)
     adopted = inference.adopted[0]
     with torch.no_grad():

@@ -121,7 +121,7 @@ def test_a_quantised_tensor_that_no_layer_computes_with_is_named() -> None:
 
 
 @pytest.mark.parametrize("quantiser", QUANTISERS)
-def test_a_quantised_network_is_drawn_and_nothing_of_it_changes(quantiser: str, tmp_path: Path) -> None:
+def test_a_quantised_network_generates_and_nothing_of_it_changes(quantiser: str, tmp_path: Path) -> None:
     family = FAMILIES["sd3"]
     foreign = family.make().requires_grad_(False)
     QUANTISERS[quantiser](foreign)

@@ -82,7 +82,7 @@ def test_bare_weights_that_are_one_matrix_here_have_to_be_copied() -> None:
     adopted = adopt(foreign, allow_copies=True)
     assert adopted.copied_bytes > 0
     adopted.release()
-    with pytest.raises(ConfigError, match=r"and their copy was given back: call refresh\(\) of what adopt returned"):
+    with pytest.raises(ConfigError, match=r"and their copy was released: call refresh\(\) of what adopt returned"):
         adopted.network(*FAMILIES["flux"].inputs)
 
 
@@ -156,7 +156,7 @@ def test_a_wrapper_of_the_trainers_own_is_refused_as_it_may_act(family: Family) 
 
 
 def test_a_layer_that_does_not_take_our_dtype_is_named(family: Family) -> None:
-    """A LoRA in float32 on a network in bfloat16, trained under autocast: it draws under autocast too."""
+    """A LoRA in float32 on a network in bfloat16, trained under autocast: it generates under autocast too."""
     foreign = family.make().bfloat16()
     adapters.kohya(foreign, family.targets).eval()
     adopted = adopt(foreign)
@@ -184,7 +184,7 @@ def test_the_weight_of_a_layer_that_is_called_cannot_be_read(family: Family) -> 
         network.double()
 
 
-def test_a_lora_of_ours_beside_an_adopted_network_acts_or_is_refused(family: Family, tmp_path: Path) -> None:
+def test_eridiffs_lora_beside_an_adopted_network_acts_or_is_refused(family: Family, tmp_path: Path) -> None:
     foreign = family.make()
     adopted = adopt(foreign)
     with torch.no_grad():
@@ -222,7 +222,7 @@ def test_a_lora_of_ours_beside_an_adopted_network_acts_or_is_refused(family: Fam
 
 
 def test_an_adapter_that_is_set_for_another_batch_is_named(family: Family) -> None:
-    """ai-toolkit's are told a multiplier for each row; its network then gives no row at all."""
+    """ai-toolkit's are given a multiplier for each row; its network then gives no row at all."""
     foreign = family.make()
     layer = next(m for name, m in foreign.named_modules() if name.endswith("to_k"))
     before = layer.forward
@@ -291,10 +291,10 @@ MODULES: dict[str, tuple[Callable[[], Any], str]] = {
     "no sizes of heads": (lambda: stating(FLUX(), axes_dims_rope=None), "heads of 16 features are in no published Flux; give axes_dims_rope in its configuration"),
     "depth": (lambda: stating(FLUX(), num_layers=3), r"'FluxTransformer2DModel': its configuration says num_layers 3, the tensors say \d$"),
     "heads": (lambda: stating(small_unet(), attention_head_dim=(3, 3, 3)), r"'UNet2DConditionModel': its configuration says \[3, 3, 3\] heads"),
-    "heads that are no numbers": (lambda: stating(small_unet(), attention_head_dim="many"), "'UNet2DConditionModel': its configuration says the heads 'many', not their numbers"),
+    "heads that are not numbers": (lambda: stating(small_unet(), attention_head_dim="many"), "'UNet2DConditionModel': its configuration says the heads 'many', not their numbers"),
     "depths": (lambda: stating(small_unet(), transformer_layers_per_block=(2, 2, 2)), "its configuration says transformer_layers_per_block"),
     "scale": (lambda: stating(small_vae(), scaling_factor="large"), "'AutoencoderKL': its configuration says scaling_factor 'large', not a number"),
-    "positions": (lambda: oblong(FAMILIES["sd3"].make()), r"'SD3Transformer2DModel': its table of \d+ positions is no square$"),
+    "positions": (lambda: oblong(FAMILIES["sd3"].make()), r"'SD3Transformer2DModel': its table of \d+ positions is not a square$"),
     "a lost bias": (lambda: without_bias(FLUX()), "'FluxTransformer2DModel': 1 tensors are missing, the first is 'transformer_blocks.0.attn.to_q.bias'"),
     "a part of another module": (lambda: inside("model.diffusion_model", original_flux()), "the network is inside this Module, and not all of it: adopt its 'model.diffusion_model'$"),
     "a text encoder": (tiny.clip_module, "'CLIPTextModelWithProjection' holds a CLIP text encoder, not a Flux or .* or an autoencoder$"),

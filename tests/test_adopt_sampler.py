@@ -1,4 +1,4 @@
-"""A Sampler draws with a trainer's network, its adapters, averages and text encoders, and the run does not notice."""
+"""A Sampler generates with a trainer's network, its adapters, EMA weights and text encoders, and the run does not notice."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -74,7 +74,7 @@ def test_the_network_of_from_diffusers_may_be_asked_at_any_time(family: Family, 
     assert adopted.copied_bytes == 0 and family.distance(adopted) < BOUND
 
 
-def test_an_adopted_autoencoder_is_drawn_with(tmp_path: Path) -> None:
+def test_an_adopted_autoencoder_is_used(tmp_path: Path) -> None:
     family = FAMILIES["sdxl"]
     vae: Any = AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4, block_out_channels=(32,) * 4,
@@ -92,7 +92,7 @@ def test_an_adopted_autoencoder_is_drawn_with(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["EMAModel", "EMAModel of a peft LoRA", "AveragedModel", "mapping"])
-def test_averages_under_the_trainers_names_are_drawn_whole(family: Family, kind: str, tmp_path: Path) -> None:
+def test_ema_weights_under_the_trainers_names_are_used_whole(family: Family, kind: str, tmp_path: Path) -> None:
     """Not a mixture with the live weights, where those were copied."""
     foreign = family.make()
     lora = kind == "EMAModel of a peft LoRA"
@@ -123,17 +123,18 @@ def test_averages_under_the_trainers_names_are_drawn_whole(family: Family, kind:
     assert all(p.data_ptr() in theirs for p in held)  # no average is left behind
 
 
-def test_averages_of_another_number_of_parameters_are_refused(tmp_path: Path) -> None:
+def test_ema_weights_of_another_number_of_parameters_are_refused(tmp_path: Path) -> None:
     family = FAMILIES["flux"]
     foreign = family.make()
     network = adapters.kohya(foreign, family.targets)
     with pytest.raises(
-        ConfigError, match=r"EMAModel keeps \d+ averages, FluxTransformer2DModel has \d+ parameters, 0 of them trained"
+        ConfigError,
+        match=r"EMAModel keeps \d+ EMA weights, FluxTransformer2DModel has \d+ parameters, 0 of them trained",
     ):
         drawing(family, adopt(foreign), tmp_path, ema=EMAModel(network.parameters()))
 
 
-def test_an_adapters_averages_and_the_base_are_drawn_beside_it(family: Family, tmp_path: Path) -> None:
+def test_an_adapters_ema_weights_and_the_base_generate_beside_it(family: Family, tmp_path: Path) -> None:
     foreign = family.make()
     plain = pictures(drawing(family, adopt(foreign), tmp_path), 0)[0]
     network = adapters.ai_toolkit(foreign, family.targets, dropout=0.5).train()
@@ -165,7 +166,7 @@ def test_other_weights_must_be_functions_that_give_context_managers(tmp_path: Pa
             drawing(family, adopted, tmp_path, weights={"base": wrong})
     sampler = drawing(family, adopted, tmp_path, weights={"base": lambda: None})
     with pytest.raises(
-        ConfigError, match=r"weights\['base'\] gave no context manager but None, so nothing would be put back"
+        ConfigError, match=r"weights\['base'\] gave no context manager but None, so nothing would be restored"
     ):
         sampler.sample(0)
     assert len(pictures(drawing(family, adopted, tmp_path, weights={"base": nullcontext}), 1)) == 2

@@ -1,4 +1,4 @@
-"""What stands beside a file counts: its config.json, links, the home folder, and parts that do not belong together."""
+"""What is beside a file counts: its config.json, links, the home folder, and parts that do not belong together."""
 
 import json
 import logging
@@ -285,18 +285,18 @@ def test_another_familys_autoencoder_is_refused_before_any_weight_is_read(family
     own = parts.components["vae"].config.latent_channels
     vae = save_network(other_autoencoder(own * 2), tmp_path / "ae.safetensors")
     with pytest.raises(
-        EridiffError, match=f"the autoencoder has {own * 2} latent channels, .* draws {own}: it belongs to another"
+        EridiffError, match=f"the autoencoder has {own * 2} latent channels, .* generates {own}: it belongs to another"
     ):
         eridiff.load({"path": folder, "vae": vae}, progress=False)
 
 
 @pytest.mark.parametrize("kind", [eridiff.FluxInference, eridiff.SD35Inference, eridiff.SDXLInference])
-def test_modules_that_do_not_belong_together_are_refused_when_they_are_handed_in(kind: Any) -> None:
+def test_modules_that_do_not_belong_together_are_refused_when_they_are_passed(kind: Any) -> None:
     network = {"flux": tiny.flux, "mmdit": tiny.mmdit, "unet": tiny.unet}[kind.family]()
     own = kind.channels_drawn(network.config)
     model = kind(network, other_autoencoder(own), device="cpu")
     assert model.network is network
-    with pytest.raises(ConfigError, match=f"has {own + 4} latent channels, .* draws {own}"):
+    with pytest.raises(ConfigError, match=f"has {own + 4} latent channels, .* generates {own}"):
         kind(network, other_autoencoder(own + 4), device="cpu")
 
 

@@ -171,7 +171,7 @@ def test_an_sd3_that_kohya_trains_without_t5_has_77_rows_of_zeros_in_its_place(t
 @pytest.mark.parametrize(
     ("table", "says"),
     [
-        ({}, r"no embeddings of 'a swan', 'a fox': hand in those of every prompt"),
+        ({}, r"no embeddings of 'a swan', 'a fox': pass those of every prompt"),
         ({"a swan": "text"}, r"'a swan' \(str\) are in no layout that is known: give prompt_embeds and pooled"),
         ({"a swan": {"embeds": torch.ones(1, 5, 12)}}, r"'a swan' \(embeds\) are in no layout"),
         ({"a swan": [torch.ones(1, 5, 12)]}, r"'a swan' \(list of 1\) are in no layout"),
@@ -191,7 +191,7 @@ def test_what_is_missing_or_cannot_be_read_is_named(table: Any, says: str, tmp_p
 
 
 def spoilt(tensor: Tensor) -> dict[str, Any]:
-    """Shapes and values that cannot be drawn with."""
+    """Shapes and values of no use."""
     found = {
         "wider": torch.cat([tensor, tensor[..., :1]], dim=-1), "two rows": torch.cat([tensor, tensor]), "none": tensor[:0],
         "not a number": tensor.clone(), "infinite": tensor / 0, "integers": tensor.long(), "one more dimension": tensor[..., None],
@@ -201,7 +201,7 @@ def spoilt(tensor: Tensor) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_tensor_that_cannot_be_drawn_with_is_named_when_the_sampler_is_made(family: str) -> None:
+def test_every_tensor_of_no_use_is_named_when_the_sampler_is_made(family: str) -> None:
     model, of = inference(family), embeddings(family, 1)
     makers: dict[str, Any] = {
         "ai-toolkit's": lambda **told: PromptEmbeds(*told.values()),
@@ -291,9 +291,9 @@ def test_a_list_is_in_the_order_of_the_prompts(tmp_path: Path) -> None:
 def test_a_missing_negative_prompt_is_named(tmp_path: Path) -> None:
     section = {**SECTION, "true_cfg_scale": 4.0, "out": str(tmp_path)}
     table = {"a swan": embeddings("flux", 1), "a fox": embeddings("flux", 2)}
-    with pytest.raises(ConfigError, match="no embeddings of '': hand in"):
+    with pytest.raises(ConfigError, match="no embeddings of '': pass"):
         Sampler(inference("flux"), section, conditioning=table)
-    with pytest.raises(ConfigError, match="no embeddings of 'blurry': hand in"):
+    with pytest.raises(ConfigError, match="no embeddings of 'blurry': pass"):
         Sampler(inference("flux"), {**section, "negative_prompt": "blurry"}, conditioning=table)
 
 
@@ -309,4 +309,4 @@ def test_the_record_says_that_the_embeddings_were_the_trainers(tmp_path: Path) -
     sampler = Sampler(inference("flux"), {**SECTION, "out": str(tmp_path)}, conditioning=table, raise_errors=True)
     settings = read_settings(sampler.sample(0).paths[0])
     assert settings["training"]["conditioning"] == "the trainer's" and settings["handed_in"] == []
-    assert "embeddings that the trainer handed in, now encoded" in circumstances(settings, settings)
+    assert "embeddings that the trainer passed, now encoded" in circumstances(settings, settings)

@@ -90,7 +90,7 @@ CASES: dict[str, tuple[Callable[[State], object], str]] = {
     ),
     "53 NF4": (lambda s: s.update({"img_in.weight.absmax": torch.zeros(2)}), "NF4"),
     "FLUX.2": (lambda s: [s.clear(), s.update({"single_stream_modulation.lin.weight": torch.zeros(2)})], "FLUX.2"),
-    "nothing known": (lambda s: [s.clear(), s.update({"a.b": torch.zeros(2)})], "no model that eridiff knows"),
+    "nothing known": (lambda s: [s.clear(), s.update({"a.b": torch.zeros(2)})], "not a model that eridiff knows"),
 }  # fmt: skip
 
 
@@ -162,9 +162,9 @@ def test_fp8_is_multiplied_in_float32_then_cast_once(scale: str | None, saved: C
     ("change", "says"),
     [
         (lambda s: s.pop("img_in.scale_weight"), "'img_in.weight' has no scale"),
-        (lambda s: s.update({"img_in.scale_weight": torch.tensor(float("nan"))}), "no positive scale"),
-        (lambda s: s.update({"img_in.scale_weight": torch.tensor(0.0)}), "no positive scale"),
-        (lambda s: s.update({"img_in.scale_weight": torch.ones(2)}), "no positive scale"),
+        (lambda s: s.update({"img_in.scale_weight": torch.tensor(float("nan"))}), "not a positive scale"),
+        (lambda s: s.update({"img_in.scale_weight": torch.tensor(0.0)}), "not a positive scale"),
+        (lambda s: s.update({"img_in.scale_weight": torch.ones(2)}), "not a positive scale"),
         (lambda s: s.update({"nowhere.scale_weight": torch.ones(1)}), "nowhere.scale_weight"),
     ],
 )
@@ -186,7 +186,7 @@ def test_a_wrong_fp8_scale_is_named(change: Callable[[State], object], says: str
         ("t5xxl", "t5", "huggingface"),
     ],
 )  # fmt: skip
-def test_a_published_header_is_used_to_the_last_key(manifest: str, network: str, layout: str, tmp_path: Path) -> None:
+def test_a_published_header_is_used_whole(manifest: str, network: str, layout: str, tmp_path: Path) -> None:
     path = sparse_manifest(tmp_path / "m.safetensors", manifest)
     report = inspect(path)
     (found,) = report["components"]
@@ -197,7 +197,7 @@ def test_a_published_header_is_used_to_the_last_key(manifest: str, network: str,
 
 
 @pytest.mark.parametrize(("manifest", "preset"), [("sd_xl_base_1.0", "base"), ("sd_xl_refiner_1.0", "refiner")])
-def test_a_published_sdxl_file_is_used_to_the_last_key(manifest: str, preset: str, tmp_path: Path) -> None:
+def test_a_published_sdxl_file_is_used_whole(manifest: str, preset: str, tmp_path: Path) -> None:
     """UNet, autoencoder and the text encoders, CLIP-G in OpenCLIP's names; what is carried is named."""
     report = inspect(sparse_manifest(tmp_path / "m.safetensors", manifest))
     found = {c["network"]: c for c in report["components"]}
@@ -220,14 +220,14 @@ def test_a_published_sdxl_file_is_used_to_the_last_key(manifest: str, preset: st
         "sdxl-inpaint-unet-original",
     ],
 )
-def test_a_published_unet_alone_is_used_to_the_last_key(manifest: str, tmp_path: Path) -> None:
+def test_a_published_unet_alone_is_used_whole(manifest: str, tmp_path: Path) -> None:
     (found,) = inspect(sparse_manifest(tmp_path / "m.safetensors", manifest))["components"]
     assert found["network"] == "unet" and found["unused"] == []
     assert found["config"] == vars(UNetConfig.preset(manifest.split("-")[1]))
 
 
 @pytest.mark.parametrize("variant", ["sd3-medium", "sd3.5-medium", "sd3.5-large"])
-def test_a_published_sd3_file_is_used_to_the_last_key_in_both_layouts(variant: str, tmp_path: Path) -> None:
+def test_a_published_sd3_file_is_used_whole_in_both_layouts(variant: str, tmp_path: Path) -> None:
     """The single file holds the autoencoder too, with SD 3's statistics; the folder's config.json agrees or is refused."""
     preset = MMDiTConfig.preset(variant)
     report = inspect(sparse_manifest(tmp_path / "m.safetensors", variant))
@@ -256,7 +256,7 @@ def test_a_published_sd3_file_is_used_to_the_last_key_in_both_layouts(variant: s
 
 
 def test_the_all_in_one_sd3_files_hold_every_part(tmp_path: Path) -> None:
-    """sd3_medium_incl_clips (no T5) and its sister with T5; a file that lacks the table is no model."""
+    """sd3_medium_incl_clips (no T5) and its sister with T5; a file that lacks the table is not a model."""
     tensors = read_manifest("sd3-medium")
     for place, manifest in (("clip_l", "clip_l"), ("clip_g", "clip_g-hf"), ("t5xxl", "t5xxl")):
         if place == "t5xxl":

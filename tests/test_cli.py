@@ -1,4 +1,4 @@
-"""The command line draws, says what it did, and refuses in one sentence."""
+"""The command line generates, says what it did, and refuses in one sentence."""
 
 import json
 import re
@@ -14,7 +14,7 @@ def pngs(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-def test_without_anything_every_built_in_model_draws_a_row_and_it_is_said(
+def test_without_anything_every_built_in_model_generates_a_row_and_it_is_reported(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["sample", "--steps", "1", "--out", str(tmp_path / "s")]) == 0
@@ -27,17 +27,19 @@ def test_without_anything_every_built_in_model_draws_a_row_and_it_is_said(
         assert sheet.width > 5 * 192 and 3 * 192 < sheet.height < 4 * 192  # five columns, three rows, enlarged
 
 
-def test_a_built_in_model_without_a_prompt_draws_its_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_built_in_model_without_a_prompt_generates_its_own(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["sample", "--model", "tiny-sd35", "--steps", "1", "--out", str(tmp_path / "s")]) == 0
     assert len(pngs(tmp_path / "s")) == 6 and "the built-in tiny-sd35 (" in capsys.readouterr().err
 
 
-def test_a_name_that_is_no_model_lists_the_built_in_ones(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_name_that_is_not_a_model_lists_the_built_in_ones(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["sample", "--model", "tiny-sd", "--prompt", "a swan on mars", "--out", str(tmp_path)]) == 2
     assert "built in are tiny-flux, tiny-sd35, tiny-sdxl" in capsys.readouterr().err
 
 
-def test_a_png_draws_itself_again(tmp_path: Path) -> None:
+def test_a_png_generates_itself_again(tmp_path: Path) -> None:
     assert (
         main(["sample", "--prompt", "a fox on snow", "--seed", "9", "--out", str(tmp_path / "a.png"), "--quiet"]) == 0
     )
@@ -71,7 +73,7 @@ def test_quiet_prints_nothing(tmp_path: Path, capfd: pytest.CaptureFixture[str])
     assert capfd.readouterr() == ("", "")
 
 
-def test_the_plans_file_draws_with_its_notices(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_plans_file_generates_with_its_notices(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "run.yaml").write_text(
         "sample:\n  prompts: ['a swan on mars', 'a dog at night']\n  sample_every: 100\n  sample_steps: 2\n  cfg_scale: 7.5\n"
         f"  seed: 42\n  walk_seed: true\n  use_lora: true\n  lora_scale: 1.0\n  out: {tmp_path / 'out'}\n"
@@ -113,7 +115,7 @@ def test_options_win_over_the_file(tmp_path: Path) -> None:
     assert (s["prompt"], s["steps"], s["seed"]) == ("a pig on grass", 1, 3) and not (tmp_path / "wrong").exists()
 
 
-def test_a_picture_and_a_mask_from_files(tmp_path: Path) -> None:
+def test_an_image_and_a_mask_from_files(tmp_path: Path) -> None:
     Image.new("RGB", (64, 64), (200, 30, 30)).save(tmp_path / "in.png")
     mask = Image.new("L", (64, 64), 0)
     mask.paste(255, (0, 0, 32, 64))

@@ -59,7 +59,7 @@ def test_the_processs_own_yaml_is_untouched() -> None:
 
 
 BAD = {
-    "a duplicate key": ("sample:\n  seed: 1\n  seed: 2\n", "line 3: the key 'seed' stands twice, first in line 2"),
+    "a duplicate key": ("sample:\n  seed: 1\n  seed: 2\n", "line 3: the key 'seed' is repeated, first in line 2"),
     "a colon in a prompt": ("sample:\n  prompts:\n    - a swan: on mars\n", 'prompt 1 has a colon and must be quoted: - "a swan: on mars"'),
     "a colon at its end": ("sample:\n  prompts:\n    - a, b, c:\n", 'must be quoted: - "a, b, c:"'),
     "a colon in a value": ("sample:\n  neg: a swan: mars\n", "line 2: .* must be quoted, here perhaps 'a swan: mars'"),
@@ -92,7 +92,7 @@ BAD = {
     "a Python tag": ("sample: !!python/object/apply:os.system [x]\n", "line 1: "),
     "nested too deep": ("[" * 3000, "nested too deep|line 1"),
     "a control character": ("sample:\n  neg: a\x07b\n", "a character that YAML does not allow|special characters"),
-    "an unknown part": ("model: {network: x}\nsample:\n  prompts: [x]\n", "'network' is no part of a model"),
+    "an unknown part": ("model: {network: x}\nsample:\n  prompts: [x]\n", "'network' is not a part of a model"),
     "two guidances": ("sample:\n  prompts: [x]\n  cfg_scale: 2\n  true_cfg_scale: 2\n", "keep true_cfg_scale"),
     "a size that does not fit": ("sample:\n  prompts: [x]\n  width: 1000\n", "width must be a multiple of 16, not 1000; the nearest is 992"),
     "no steps": ("sample:\n  prompts: [x]\n  sample_steps: 0\n", "at least one step, not 0"),

@@ -63,7 +63,7 @@ def plain(value: Any) -> Any:
 
 
 def image(words: Words) -> dict[str, Any]:
-    """What is said of an image, as YAML writes it."""
+    """What is asked of an image, as YAML writes it."""
     kinds = {name: FIELDS[WORDS.get(name, name)].metadata["kind"] for name in words}
     return plain({name: value if name == "prompt" else kinds[name].write(value) for name, value in words.items()})
 
@@ -74,7 +74,7 @@ def loaded(folder: Path, document: Any, name: str = "run.json") -> RunConfig:
 
 
 def fulfils(config: RunConfig, key: str, cell: str) -> None:
-    """Whether the first picture has what a cell says, and whether the key is told as without effect just when it says so."""
+    """Whether the first image has what a cell says, and whether the key is listed as without effect just when it says so."""
     picture = plain(asdict(replace(config.sample, shared={}, entries=()))) | image(config.sample.each()[0])
     told = [notice for notice in config.notices if notice.startswith("without effect here: ")]
     assert len(told) <= 1
@@ -167,7 +167,7 @@ def test_a_key_of_a_model_becomes_what_the_document_says(row: Row, tmp_path: Pat
 
 
 @pytest.mark.parametrize("row", SCHEDULE, ids=names(SCHEDULE))
-def test_what_steers_a_training_becomes_what_the_document_says(row: Row, tmp_path: Path) -> None:
+def test_what_guides_a_training_becomes_what_the_document_says(row: Row, tmp_path: Path) -> None:
     section, key = row[0].strip("`").split(": ")
     process = {"sample": {"prompts": ["a fox"]}}
     process[section] = process.get(section, {}) | {key: read(row[1])}  # type: ignore[operator]
@@ -210,7 +210,7 @@ def test_the_tables_of_what_can_be_asked_are_made_from_the_code() -> None:
     assert tables.COMMANDS.read_text() == tables.command_line()
 
 
-def test_every_key_that_the_parser_knows_stands_in_the_document_and_no_other() -> None:
+def test_every_key_that_the_parser_knows_is_in_the_document_and_no_other() -> None:
     samplers = {name for row in table("Samplers", "name") for name in re.findall(r"`([^`]+)`", row[0])}
     assert {name for name in samplers if not name.startswith(("k_", "sample_"))} == {
         *SAMPLERS,

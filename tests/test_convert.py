@@ -58,7 +58,7 @@ def converted(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
     folder = tmp_path_factory.mktemp(request.param)
     source = MODELS[request.param](folder / "model")
     convert(source, folder / "one.safetensors", "original")
-    parts = {"path": folder / "one.safetensors", "tokenizers": source}  # a file says nothing of tokenizers
+    parts = {"path": folder / "one.safetensors", "tokenizers": source}  # a file does not mention tokenizers
     convert(parts, folder / "diffusers", "diffusers")
     convert(folder / "diffusers", folder / "two.safetensors", "original")
     convert({"path": folder / "two.safetensors", "tokenizers": source}, folder / "again", "diffusers")
@@ -136,7 +136,7 @@ def test_diffusers_loads_the_folder_and_every_part(converted: tuple[str, Path]) 
     assert index["_class_name"] == expected.get(name, index["_class_name"])
 
 
-def test_the_same_picture_is_drawn_from_every_form(converted: tuple[str, Path]) -> None:
+def test_the_same_image_is_generated_from_every_form(converted: tuple[str, Path]) -> None:
     name, folder = converted
     if name not in ("flux", "sd3", "sdxl"):
         return
@@ -192,7 +192,7 @@ def test_shards_are_as_large_as_asked_and_load_here_and_in_diffusers(tmp_path: P
 @pytest.mark.parametrize(
     ("name", "dtype"), [("bf16", torch.bfloat16), ("fp16", torch.float16), ("fp32", torch.float32)]
 )
-def test_parameters_get_the_dtype_and_tables_keep_theirs(
+def test_parameters_get_the_dtype_and_tables_keep_their_own(
     to: str, name: str, dtype: torch.dtype, tmp_path: Path
 ) -> None:
     path = save_network(tiny.mmdit(MMDIT), tmp_path / "sd3.safetensors")
@@ -274,7 +274,7 @@ def large_flux(folder: Path) -> Path:
 
 
 def anonymous_megabytes(*commands: list[str], first: str = "") -> float:
-    """How much memory that is no file's some commands of `eridiff` take at most, beside what the program takes.
+    """How much memory that is not a file's some commands of `eridiff` take at most, beside what the program takes.
 
     `first` is a line of Python that is run before them.
     """
@@ -352,7 +352,7 @@ def test_prediction_zero_snr_and_variant_are_carried_along(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("name", "shift", "dynamic"), [("flux", 3.0, True), ("schnell", 1.0, False), ("sd3", 3.0, None)]
 )
-def test_the_shift_is_said_as_published(name: str, shift: float, dynamic: bool | None, tmp_path: Path) -> None:
+def test_the_shift_is_reported_as_published(name: str, shift: float, dynamic: bool | None, tmp_path: Path) -> None:
     write = MODELS.get(name, lambda folder: tiny.write_model(folder, SCHNELL))
     convert(write(tmp_path / "model"), tmp_path / "d", "diffusers")
     told = json.loads((tmp_path / "d" / "scheduler" / "scheduler_config.json").read_text())
@@ -378,7 +378,7 @@ def test_words_stay_in_a_copy_and_not_in_what_was_trained(tmp_path: Path) -> Non
 
 
 def test_tensors_lie_at_multiples_of_64_bytes_as_in_memory(tmp_path: Path) -> None:
-    """A kernel's sum may depend on where its numbers lie, and a saved network draws what it drew."""
+    """A kernel's sum may depend on where its numbers lie, and a saved network generates what it generated."""
     sizes = {"a": 3, "b": 64, "c": 16, "d": 1, "e": 1024}
     tensors = {name: torch.arange(size, dtype=torch.float32) for name, size in sizes.items()}
     tensors |= {f"half {name}": tensor.half() for name, tensor in tensors.items()}

@@ -1,4 +1,4 @@
-"""In what a model computes when nothing is said: on a CPU in float32 as far as half of the memory holds all that is converted."""
+"""In what a model computes by default: on a CPU in float32 as far as half of the memory holds all that is converted."""
 
 import math
 from pathlib import Path

@@ -51,7 +51,7 @@ def test_the_device_is_the_networks(gpu: PretendedGPU) -> None:
 
 
 @pytest.mark.parametrize("family", families.FAMILIES)
-def test_modules_that_were_handed_in_may_lie_apart(family: str, gpu: PretendedGPU) -> None:
+def test_modules_that_were_passed_may_lie_apart(family: str, gpu: PretendedGPU) -> None:
     """The network on the GPU; the autoencoder and the conditioning on the CPU."""
     model = families.inference(family)
     prompt = Prompt(families.conditioning(model), families.conditioning(model, seed=5))
@@ -72,7 +72,7 @@ def test_text_encoders_may_lie_apart(family: str, tmp_path: Path, gpu: Pretended
     assert same(model.generate("a swan", seed=1, width=64, height=64).images[0], expected)
 
 
-def test_pictures_and_masks_may_be_tensors_on_the_gpu(gpu: PretendedGPU) -> None:
+def test_images_and_masks_may_be_tensors_on_the_gpu(gpu: PretendedGPU) -> None:
     model = families.inference("flux")
     picture, mask = torch.rand(1, 3, 64, 64) * 2 - 1, (torch.rand(1, 1, 64, 64) > 0.5).float()
     given: dict[str, Any] = {"conditioning": Prompt(families.conditioning(model)), "steps": 2, "seed": 1}

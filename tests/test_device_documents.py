@@ -34,7 +34,7 @@ def test_the_code_of_a_document_runs_on_a_gpu(
     [
         ("train_bare_loop", ["2"]),
         ("train_lora", ["--steps", "1", "--rank", "2"]),
-        ("sample_in_training", ["--steps", "1", "--pictures", "4"]),
+        ("sample_in_training", ["--steps", "1", "--images", "4"]),
     ],
 )
 def test_an_example_runs_on_a_gpu(

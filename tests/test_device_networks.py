@@ -1,4 +1,4 @@
-"""Networks, training steps, tables and averages on a pretended GPU (`tests/pretend_gpu.py`)."""
+"""Networks, training steps, tables and EMA weights on a pretended GPU (`tests/pretend_gpu.py`)."""
 
 from pathlib import Path
 from typing import Any
@@ -138,7 +138,7 @@ def test_recordings_are_compared_across_devices(gpu: PretendedGPU) -> None:
     assert relative_l2(kept["final"], found["final"]) == 0.0
 
 
-def test_averages_on_the_cpu_are_drawn_in_the_parameters_own_memory(gpu: PretendedGPU) -> None:
+def test_ema_weights_on_the_cpu_are_copied_into_the_parameters_own_memory(gpu: PretendedGPU) -> None:
     network, averages = tiny.flux(), {n: t.clone() for n, t in tiny.flux(seed=1).state_dict().items()}
     network.to("cuda")
     trained = {n: (t, t.data_ptr(), t.cpu().clone()) for n, t in network.named_parameters()}
@@ -149,7 +149,7 @@ def test_averages_on_the_cpu_are_drawn_in_the_parameters_own_memory(gpu: Pretend
     assert all(torch.equal(p.cpu(), values) and p.data_ptr() == place for p, place, values in trained.values())
 
 
-def test_averages_of_another_dtype_leave_a_graph_valid() -> None:
+def test_ema_weights_of_another_dtype_leave_a_graph_valid() -> None:
     network = tiny.flux().requires_grad_(True)
     latents, given = loras.arguments(network)
     output = network.step(latents, network.prepare(*given), 0).square().mean()
@@ -159,7 +159,7 @@ def test_averages_of_another_dtype_leave_a_graph_valid() -> None:
     assert torch.equal(torch.autograd.grad(output, network.final.linear.weight)[0], expected)
 
 
-def test_a_float32_average_is_drawn_by_a_bfloat16_network_on_the_same_device() -> None:
+def test_float32_ema_weights_are_used_by_a_bfloat16_network_on_the_same_device() -> None:
     """The commonest case of a trainer; the parameters stay the same objects of the same dtype."""
     network = tiny.flux().bfloat16()
     trained = {n: (p, p.clone()) for n, p in network.named_parameters()}
@@ -170,7 +170,7 @@ def test_a_float32_average_is_drawn_by_a_bfloat16_network_on_the_same_device() -
     assert all(torch.equal(p, values) for p, values in trained.values())
 
 
-def test_averages_of_the_table_of_positions_are_drawn() -> None:
+def test_ema_weights_of_the_table_of_positions_are_used() -> None:
     with pretend_gpu():
         network = tiny.mmdit().to("cuda")
         given = torch.zeros(1, 5, 20, device="cuda"), torch.zeros(1, 16, device="cuda"), torch.zeros(1, device="cuda")
@@ -181,7 +181,7 @@ def test_averages_of_the_table_of_positions_are_drawn() -> None:
     assert not torch.equal(averaged, live)
 
 
-def test_the_sampler_checks_averages_without_moving_them(tmp_path: Path, gpu: PretendedGPU) -> None:
+def test_the_sampler_checks_ema_weights_without_moving_them(tmp_path: Path, gpu: PretendedGPU) -> None:
     model = moved(families.inference("flux"), "cuda")
     model.encode_prompt = lambda *_: Prompt(families.conditioning(model))
     before = gpu.to_device

@@ -74,7 +74,7 @@ FAMILIES: dict[str, Callable[[], Any]] = {
 @pytest.mark.parametrize("prefix", ["", "transformer.", "model.diffusion_model."])
 @pytest.mark.parametrize("layout", ["original", "diffusers"])
 @pytest.mark.parametrize("family", ["flux", "mmdit", "unet", "vae"])
-def test_a_trace_with_published_names_is_aligned_with_ours(family: str, layout: str, prefix: str) -> None:
+def test_a_trace_with_published_names_is_aligned_with_eridiffs_own(family: str, layout: str, prefix: str) -> None:
     network = FAMILIES[family]().double()
     if prefix not in key_map(family).layouts[layout].prefixes:
         prefix = ""
@@ -159,7 +159,7 @@ def test_distances_are_what_numpy_computes() -> None:
     assert found["first"] == [0, 9] and distances(b, b)["first"] == []
 
 
-# errors of any kind in any module of ours ------------------------------------------------------------------------------
+# errors of any kind in any eridiff module ------------------------------------------------------------------------------
 
 
 KINDS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -396,7 +396,7 @@ def test_without_weights_the_first_difference_and_those_with_equal_inputs_are_ma
     assert compare(clean, clean).equal
 
 
-def test_a_recorded_picture_is_replayed_step_by_step_with_its_checkpoint(
+def test_a_recorded_image_is_replayed_step_by_step_with_its_checkpoint(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The trace of a whole generation, every call; one wrong velocity in the second step is found there and nowhere else."""
@@ -430,7 +430,7 @@ def test_another_number_of_calls_is_listed_and_the_rest_compared() -> None:
 @pytest.mark.parametrize(
     ("name", "says"),
     [
-        ("cut.safetensors", "is an incomplete download"), ("cut.npz", "is no complete .npz archive"), ("objects.npz", "holds Python objects"),
+        ("cut.safetensors", "is an incomplete download"), ("cut.npz", "is not a complete .npz archive"), ("objects.npz", "holds Python objects"),
         ("bfloat16", "a type that NumPy does not know, bfloat16 perhaps"), ("text", "not numbers"), ("empty", "a folder without .npy files"),
     ],
 )  # fmt: skip

@@ -115,7 +115,7 @@ def test_causes_that_cannot_reach_are_left_out_and_no_other(
 
 
 def test_two_errors_between_two_values_of_a_sparse_trace_are_both_named() -> None:
-    """Only what blocks give is written down, so rotation and GELU stand in one stretch."""
+    """Only what blocks give is written down, so rotation and GELU are in one stretch."""
     trace = ported(case(), [FLUX["rope halves"], FLUX["gelu erf"]], np.float32)
     sparse = {
         n: trace[n]
@@ -170,7 +170,7 @@ INPUTS: dict[str, tuple[str, Tensor, Tensor]] = {
     "the sizes are zero": ("forward:vector", size_vector(POOLED, 0 * NUMBERS), VECTOR),
     "the aesthetic score is 2.5": ("forward:vector", size_vector(POOLED, torch.cat([NUMBERS[:, :4], torch.full((2, 1), 2.5)], 1)), REFINER),
     "the first 8 features last": ("forward:text", torch.cat([torch.cat([SD3_TEXT[:, :6, 8:24], SD3_TEXT[:, :6, :8], SD3_TEXT[:, :6, 24:]], 2), SD3_TEXT[:, 6:]], 1), SD3_TEXT),
-    "prompts stand in the other order": ("prepare:text", DRAWN.flip(0), DRAWN),
+    "prompts are in the other order": ("prepare:text", DRAWN.flip(0), DRAWN),
     "latents, masked image, mask": ("forward:latents", torch.cat([INPAINT[:, :4], INPAINT[:, 5:], INPAINT[:, 4:5]], 1), INPAINT),
     "the mask is inverted": ("forward:latents", torch.cat([INPAINT[:, :4], 1 - INPAINT[:, 4:5], INPAINT[:, 5:]], 1), INPAINT),
     "it is 0.9931 times as large": ("step:latents", 0.9931 * DRAWN, DRAWN),

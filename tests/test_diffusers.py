@@ -42,7 +42,7 @@ GRID = (3, 4)
 
 
 def both(reference: Any, layout: str, dtype: torch.dtype, folder: Path) -> tuple[Any, Any]:
-    """Ours, filled from diffusers' file or from what we write of it in the original layout; and diffusers'."""
+    """eridiff's, filled from diffusers' file or from what we write of it in the original layout; and diffusers'."""
     reference.save_pretrained(folder / "m")
     path = folder / "m"
     if layout == "original":
@@ -192,12 +192,12 @@ def test_lcms_guidance_is_embedded_as_diffusers_does() -> None:
     expected = LatentConsistencyModelPipeline.get_guidance_scale_embedding(
         None, scales - 1, embedding_dim=256, dtype=torch.float64
     )
-    assert relative_l2(guidance_sinusoid(scales), expected) < 5e-5  # theirs takes the logarithm of 10000 in float32
+    assert relative_l2(guidance_sinusoid(scales), expected) < 5e-5  # diffusers' takes the logarithm of 10000 in float32
 
 
 @pytest.mark.parametrize("rule", ["joint_blocks.{b}.text.last_modulation.*", "final.modulation.*"])
 def test_halves_that_diffusers_swaps_are_swapped_back(rule: str, tmp_path: Path) -> None:
-    """Names and shapes cannot tell whether scale or shift stands first: without the operation the picture is another."""
+    """Names and shapes cannot tell whether scale or shift stands first: without the operation the image is another."""
     reference_sd3().save_pretrained(tmp_path / "m")
     (found,) = (r for r in key_map("mmdit").layouts["diffusers"].rules if r.native == rule)
     g = torch.Generator().manual_seed(7)

@@ -33,7 +33,7 @@ def test_a_loop_of_one_process_lowers_the_loss(name: str, steps: int, tmp_path: 
 
 
 @pytest.mark.slow
-def test_two_processes_lower_the_loss_and_share_the_drawing(tmp_path: Path) -> None:
+def test_two_processes_lower_the_loss_and_share_the_sampling(tmp_path: Path) -> None:
     before, after = losses(torchrun(EXAMPLES / "train_ddp.py", 6, cwd=tmp_path))
     assert after < 0.95 * before
     assert len(list((tmp_path / "samples").glob("step-00000006-*.png"))) == 3

@@ -127,9 +127,9 @@ def test_notes_of_a_quantisation_are_read_and_not_needed(write: Callable[..., Pa
                     f"{WEIGHT}.weight": s[f"{WEIGHT}.weight"].float().to(torch.int8)}, "says the format 'int8_tensorwise'"),
         (lambda s: {f"{WEIGHT}.weight_scale_2": torch.ones(1)}, "unknown, the first is '.*weight_scale_2'"),
         (lambda s: {f"{WEIGHT}.pre_quant_scale": torch.ones(1)}, "unknown, the first is '.*pre_quant_scale'"),
-        (lambda s: {f"{WEIGHT}.scale_weight": torch.ones(96, 3, 1)}, "no positive scale"),
-        (lambda s: {f"{WEIGHT}.scale_weight": torch.tensor(float("inf"))}, "no positive scale"),
-        (lambda s: {f"{WEIGHT}.scale_weight": torch.tensor(-1.0)}, "no positive scale"),
+        (lambda s: {f"{WEIGHT}.scale_weight": torch.ones(96, 3, 1)}, "not a positive scale"),
+        (lambda s: {f"{WEIGHT}.scale_weight": torch.tensor(float("inf"))}, "not a positive scale"),
+        (lambda s: {f"{WEIGHT}.scale_weight": torch.tensor(-1.0)}, "not a positive scale"),
     ],
 )  # fmt: skip
 def test_what_says_another_quantisation_is_refused_by_name(

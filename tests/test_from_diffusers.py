@@ -1,4 +1,4 @@
-"""Small pipelines of diffusers' classes, handed in whole or in parts: what they train is what is drawn."""
+"""Small pipelines of diffusers' classes, passed whole or in parts: what they train is what is generated."""
 
 from pathlib import Path
 from typing import Any
@@ -138,8 +138,8 @@ def test_a_sampler_needs_nothing_but_the_inference_and_its_section(family: tuple
     assert inference.autoencoder.decoder.conv_in.weight is pipe.vae.decoder.conv_in.weight
 
 
-def test_averages_are_drawn_and_not_the_live_weights_again(tmp_path: Path) -> None:
-    """The inference follows the live module by itself, but not where the Sampler has put averages in its place."""
+def test_ema_weights_are_used_and_not_the_live_weights_again(tmp_path: Path) -> None:
+    """The inference follows the live module by itself, but not where the Sampler has put EMA weights in its place."""
     inference = SDXLInference.from_diffusers(sdxl_pipeline(), progress=False)
     foreign = inference.adopted[0].foreign
     averages = {name: 0.9 * p.detach() for name, p in foreign.named_parameters()}  # under the trainer's names
@@ -243,10 +243,10 @@ def test_an_autoencoder_of_the_originals_names_has_the_statistics_of_its_family(
     )
 
 
-def test_without_encoders_conditioning_is_handed_in(tmp_path: Path) -> None:
+def test_without_encoders_conditioning_is_passed(tmp_path: Path) -> None:
     inference = FluxInference.from_diffusers(transformer=reference_flux(), vae=vae(), progress=False)
     section = {**SECTION, "out": str(tmp_path)}
-    with pytest.raises(ConfigError, match="no text encoders are loaded: hand in conditioning"):
+    with pytest.raises(ConfigError, match="no text encoders are loaded: pass conditioning"):
         Sampler(inference, section)
     cached = {"a photo of a cat": Prompt(Conditioning(torch.ones(1, 5, 12), torch.ones(1, 8)))}
     assert Sampler(inference, section, conditioning=cached, raise_errors=True).sample(0).failure is None
@@ -255,7 +255,7 @@ def test_without_encoders_conditioning_is_handed_in(tmp_path: Path) -> None:
 @pytest.mark.parametrize("order", ["before", "after"])
 @pytest.mark.parametrize("encoders", ["deleted before", "deleted after"])
 def test_accelerate_may_prepare_and_encoders_may_go_before_or_after(order: str, encoders: str, tmp_path: Path) -> None:
-    """Four orders, one run: losses to the last bit, and the same images."""
+    """Four orders, one run: losses bit for bit, and the same images."""
 
     def run(sampling: bool) -> tuple[list[float], list[bytes]]:
         AcceleratorState._reset_state(True)

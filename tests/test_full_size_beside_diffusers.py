@@ -50,9 +50,9 @@ print(json.dumps(report))
 DRAW = (
     LOAD
     + """
-picture = model.generate("a white swan on mars", width=int(sys.argv[4]), height=int(sys.argv[4]), steps=2, seed=1).images[0]
-note("draw")
-picture.save(sys.argv[3])
+image = model.generate("a white swan on mars", width=int(sys.argv[4]), height=int(sys.argv[4]), steps=2, seed=1).images[0]
+note("generate")
+image.save(sys.argv[3])
 """
     + REPORT
 )
@@ -163,15 +163,15 @@ def child(code: str, *arguments: Any) -> dict[str, Any]:
 
 
 def loads_and_draws(files: dict[str, Path], dtype: str, variant: str, size: int, folder: Path) -> None:
-    """In the file's dtype in little more memory than its size; in bfloat16 a picture of `size` pixels comes out."""
+    """In the file's dtype in little more memory than its size; in bfloat16 an image of `size` pixels comes out."""
     model = json.dumps({name: str(path) for name, path in files.items()})
     held = sum(path.stat().st_size for path in set(files.values()))
     report = child(LOAD + REPORT, model, dtype)
     print(f"\nfiles {held / 1e9:.2f} GB; loaded in {dtype}: " + json.dumps(report))
     assert report["variant"] == variant and report["load_peak"] <= 1.1 * held
-    print("\ndrawn in bfloat16: " + json.dumps(child(DRAW, model, "bfloat16", folder / "swan.png", size)))
-    picture = Image.open(folder / "swan.png")
-    assert picture.size == (size, size) and len(set(picture.convert("L").tobytes())) > 8
+    print("\ngenerated in bfloat16: " + json.dumps(child(DRAW, model, "bfloat16", folder / "swan.png", size)))
+    image = Image.open(folder / "swan.png")
+    assert image.size == (size, size) and len(set(image.convert("L").tobytes())) > 8
 
 
 def equals_diffusers(path: Path, ours: str, theirs: str, config: dict[str, Any], folder: Path) -> None:

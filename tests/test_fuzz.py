@@ -80,7 +80,7 @@ def test_what_is_nested_too_deep_is_one_sentence_in_every_format(ending: str, te
 
 
 @pytest.mark.parametrize("kind", [["LORA"], {"a": 1}, 3, None, "new\nline"])
-def test_a_peft_type_that_is_no_known_text_is_refused(kind: Any, tmp_path: Path) -> None:
+def test_a_peft_type_that_is_not_a_known_text_is_refused(kind: Any, tmp_path: Path) -> None:
     save_lora(some_lora(tiny.flux()), tmp_path / "adapter_model.safetensors", tiny.flux())
     (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": kind, "r": 2}))
     with pytest.raises(LoraError, match="of peft's kinds LORA, LOHA, LOKR are read"):
@@ -89,7 +89,7 @@ def test_a_peft_type_that_is_no_known_text_is_refused(kind: Any, tmp_path: Path)
 
 @pytest.mark.parametrize("key", ["model_max_length", "padding_side", "truncation_side", "bos_token", "unk_token"])
 @pytest.mark.parametrize("told", [[], [1, 2], {"a": 1}])
-def test_a_tokenizers_setting_of_a_wrong_type_is_told_when_it_is_read(key: str, told: Any, tmp_path: Path) -> None:
+def test_a_tokenizers_setting_of_a_wrong_type_is_reported_when_it_is_read(key: str, told: Any, tmp_path: Path) -> None:
     copytree(tiny.TOKENIZERS / "clip", tmp_path / "t")
     config = json.loads((tmp_path / "t" / "tokenizer_config.json").read_text())
     (tmp_path / "t" / "tokenizer_config.json").write_text(json.dumps(config | {key: told}))

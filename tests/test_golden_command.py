@@ -36,7 +36,7 @@ def ported(name: str, folder: Path, *options: str) -> Path:
 
 
 def test_a_text_encoder_is_compared_with_its_weights_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """No case is told: the file says the sizes and the end token, and the trace the ids."""
+    """No case is given: the file says the sizes and the end token, and the trace the ids."""
     for name, wrong in (("text-clip-g-tiny", "text_model.encoder.layers.1"), ("text-t5-tiny", "hidden.2")):
         folder, mine = tmp_path / name, tmp_path / f"{name}.npz"
         assert main(["golden", "export", name, "--out", str(folder), "--layout", "huggingface"]) == 0
@@ -152,7 +152,7 @@ def test_a_port_passes_only_all_cases_together(tmp_path: Path, capsys: pytest.Ca
         (("check", "flux-eps.npz"), "'flux-eps.npz' does not exist"),
     ],
 )
-def test_what_is_no_case_is_refused(command: tuple[str, ...], says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:  # fmt: skip
+def test_what_is_not_a_case_is_refused(command: tuple[str, ...], says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:  # fmt: skip
     monkeypatch.chdir(tmp_path)
     code, lines = run(capsys, *command)
     assert code == 2 and len(lines) == 1 and says in lines[0] and [*tmp_path.iterdir()] == []

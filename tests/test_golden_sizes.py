@@ -194,7 +194,7 @@ def one_unet(_: Path) -> Built:
 
 
 def deterministic_runs(ask: Callable[[Tensor, float, str], Tensor], x: dict[str, Tensor]) -> tuple[Case, dict[str, Tensor]]:  # fmt: skip
-    """Euler with guidance, the last steps of one from a picture; DDIM by strides to pure noise's other end."""
+    """Euler with guidance, the last steps of one from an image; DDIM by strides to pure noise's other end."""
     alphas, noise, picture = alphas_cumprod(), x["noise"], x["image_latents"]
     sigmas = torch.cat([sigma_table(alphas)[[749, 499, 249]], torch.zeros(1, dtype=torch.float64)])
     latents = picture + sigmas[0] * noise

@@ -1,4 +1,4 @@
-"""On a GPU as on the CPU; how far results may differ is said in devices.py."""
+"""On a GPU as on the CPU; how far results may differ is in devices.py."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -66,7 +66,7 @@ def inpaint() -> Any:
     return eridiff.SDXLInference(network, autoencoder, progress=False)
 
 
-BEGUN: dict[str, tuple[Callable[[], Any], tuple[str, ...]]] = {  # what is drawn with, and which images it is given
+BEGUN: dict[str, tuple[Callable[[], Any], tuple[str, ...]]] = {  # what is generated with, and which images it is given
     **{f"{family} from an image": (lambda family=family: inference(family), ("image",)) for family in FAMILIES},  # type: ignore[misc]
     **{f"{family} within a mask": (lambda family=family: inference(family), ("image", "mask")) for family in FAMILIES},  # type: ignore[misc]
     "Flux Fill": (fill, ("image", "mask")),
@@ -116,7 +116,7 @@ def loaded(path: Path, device: torch.device, **options: Any) -> Any:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_stages_draw_bit_for_bit_what_resident_modules_draw(
+def test_stages_generate_bit_for_bit_what_resident_modules_generate(
     name: str, models: dict[str, Path], device: torch.device
 ) -> None:
     found = []
@@ -181,7 +181,7 @@ def random_states(device: torch.device) -> list[Tensor]:
     return [torch.get_rng_state()] + ([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])
 
 
-def test_drawing_puts_the_random_states_of_the_device_back(
+def test_sampling_puts_the_random_states_of_the_device_back(
     models: dict[str, Path], device: torch.device, tmp_path: Path
 ) -> None:
     run = Training(models["Flux"], device, tmp_path)
@@ -200,7 +200,7 @@ def test_drawing_puts_the_random_states_of_the_device_back(
 
 
 @pytest.mark.parametrize("precision", ["autocast", "bfloat16"])
-def test_drawing_inside_a_bfloat16_training_step_changes_nothing(
+def test_sampling_inside_a_bfloat16_training_step_changes_nothing(
     precision: str, models: dict[str, Path], device: torch.device, tmp_path: Path
 ) -> None:
     dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
@@ -223,7 +223,7 @@ def test_drawing_inside_a_bfloat16_training_step_changes_nothing(
 
 
 @pytest.mark.parametrize("kind", ["mapping", "module"])
-def test_averages_on_the_cpu_draw_beside_a_network_on_the_device(
+def test_ema_weights_on_the_cpu_generate_beside_a_network_on_the_device(
     kind: str, models: dict[str, Path], device: torch.device, tmp_path: Path
 ) -> None:
     run, averages = Training(models["Flux"], device, tmp_path), tiny.flux(seed=1)

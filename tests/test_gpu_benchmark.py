@@ -99,7 +99,7 @@ def test_each_test_is_a_row_with_its_reason(tmp_path: Path) -> None:
     run_section(bench(100), section)
     found = {name.split("::")[1]: (row["outcome"], row["why"]) for name, row in section.rows.items()}
     assert section.outcome == "failed" and found.pop("test_good[with a space]") == ("passed", None)
-    assert found.pop("test_without") == ("failed", None)  # whose reason stands in the log
+    assert found.pop("test_without") == ("failed", None)  # whose reason is in the log
     assert "no_such_fixture" in "".join(section.log)
     for name, outcome, reason in (
         ("test_bad", "failed", "one is not two"),
@@ -141,7 +141,7 @@ def test_a_section_that_breaks_says_why() -> None:
 def test_a_section_is_stopped_when_the_time_is_spent_and_keeps_its_rows() -> None:
     def work(bench: Bench) -> None:
         bench.row("early")
-        with bench.guarded("late"):  # the end of the time is no error of a row
+        with bench.guarded("late"):  # the end of the time is not an error of a row
             time.sleep(30)
 
     section, begun = Section("s", "", 0, work), time.monotonic()

@@ -1,4 +1,4 @@
-"""What a trainer holds, handed in as it is: text encoders and tokenizers, cached embeddings, numbers of NumPy, wrong attempts.
+"""What a trainer holds, passed as it is: text encoders and tokenizers, cached embeddings, numbers of NumPy, wrong attempts.
 
 Nothing here needs diffusers, so that `make oldest` runs it.
 """
@@ -176,7 +176,7 @@ ATTEMPTS: dict[str, tuple[Callable[[], Any], str]] = {
     ),
     "a foreign network beside our autoencoder": (
         lambda: eridiff.FluxInference(FOREIGN, tiny.autoencoder()),
-        r"network must be eridiff's Flux and is of class Module: hand in .* by FluxInference.from_diffusers\(pipe\)",
+        r"network must be eridiff's Flux and is of class Module: pass .* by FluxInference.from_diffusers\(pipe\)",
     ),
     "a foreign UNet": (
         lambda: eridiff.SDXLInference(nn.Linear(2, 2)),
@@ -188,35 +188,35 @@ ATTEMPTS: dict[str, tuple[Callable[[], Any], str]] = {
     ),
     "bare encoders": (
         lambda: flux(clip=tiny.clip_module(), t5=tiny.t5_module()),
-        r"clip is of class CLIPTextModelWithProjection: hand in eridiff.ClipEncoder\(module, tokenizer\), .*from_diffusers\(pipe\)",
+        r"clip is of class CLIPTextModelWithProjection: pass eridiff.ClipEncoder\(module, tokenizer\), .*from_diffusers\(pipe\)",
     ),
     "bare T5": (
         lambda: flux(t5=tiny.t5_module()),
-        r"t5 is of class T5EncoderModel: hand in eridiff.T5Encoder\(module, tokenizer, length\)",
+        r"t5 is of class T5EncoderModel: pass eridiff.T5Encoder\(module, tokenizer, length\)",
     ),
     "bare CLIP-G": (
         lambda: eridiff.SDXLInference(tiny.unet(), None, clip_g=tiny.clip_module()),
-        r"hand in eridiff.ClipEncoder\(module, tokenizer, pad=0, name='CLIP-G'\)",
+        r"pass eridiff.ClipEncoder\(module, tokenizer, pad=0, name='CLIP-G'\)",
     ),
     "exchanged encoders": (
         lambda: flux(clip=T5Encoder(tiny.t5_module(), T5_TOKENIZER, 16)),
-        "clip is of class T5Encoder: hand in eridiff.ClipEncoder",
+        "clip is of class T5Encoder: pass eridiff.ClipEncoder",
     ),
     "another family": (
         lambda: eridiff.FluxInference(tiny.unet()),
-        "FluxInference draws with Flux, and the network is of class UNet: use SDXLInference",
+        "FluxInference generates with Flux, and the network is of class UNet: use SDXLInference",
     ),
     "another family's pipeline": (
         lambda: eridiff.FluxInference.from_diffusers(Pipeline(unet=tiny.unet(), vae=tiny.autoencoder())),
-        "FluxInference draws with Flux, and the network is of class UNet: use SDXLInference",
+        "FluxInference generates with Flux, and the network is of class UNet: use SDXLInference",
     ),
     "another family's adopted network": (
         lambda: eridiff.SD35Inference.from_diffusers(transformer=FOREIGN, vae=FOREIGN_VAE),
-        "SD35Inference draws with MMDiT, and the network is of class Flux: use FluxInference",
+        "SD35Inference generates with MMDiT, and the network is of class Flux: use FluxInference",
     ),
     "other latents": (
         lambda: eridiff.FluxInference(tiny.flux(), tiny.autoencoder(tiny.SDXL_AUTOENCODER)),
-        "the autoencoder has 4 latent channels, .* draws 16",
+        "the autoencoder has 4 latent channels, .* generates 16",
     ),
     "a network for a pipeline": (
         lambda: eridiff.FluxInference.from_diffusers(FOREIGN),
@@ -234,11 +234,11 @@ ATTEMPTS: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: eridiff.FluxInference.from_diffusers(
             transformer=FOREIGN, vae=FOREIGN_VAE, text_encoder=tiny.clip_module(49408), text_encoder_2=tiny.t5_module()
         ),
-        "no tokenizer of T5 was handed in and the hub's cache has none: give tokenizer_2",
+        "no tokenizer of T5 was passed and the hub's cache has none: give tokenizer_2",
     ),
     "a UNet that is not told sizes": (
         lambda: eridiff.SDXLInference(tiny.unet(replace(tiny.UNET, vector_width=776))),
-        "the UNet is told 776 features beside the text, which have no room for a pooled vector and the numbers of an image's size",
+        "the UNet is given 776 features beside the text, which have no room for a pooled vector and the numbers of an image's size",
     ),
     "no autoencoder": (
         lambda: eridiff.FluxInference.from_diffusers(transformer=FOREIGN),
@@ -250,7 +250,7 @@ ATTEMPTS: dict[str, tuple[Callable[[], Any], str]] = {
     ),
     "one encoder of two": (
         lambda: eridiff.FluxInference.from_diffusers(transformer=FOREIGN, vae=FOREIGN_VAE, text_encoder=tiny.clip_module()),
-        "text_encoder_2 is missing: hand in every text encoder, or none and conditioning",
+        "text_encoder_2 is missing: pass every text encoder, or none and conditioning",
     ),
     "exchanged encoders of a pipeline": (
         lambda: eridiff.FluxInference.from_diffusers(
@@ -297,7 +297,7 @@ def test_a_natural_attempt_that_is_wrong_ends_in_a_sentence_that_names_the_right
     assert "\n" not in str(error.value)
 
 
-def test_a_size_embedding_that_is_not_the_published_one_trains_and_is_not_drawn_with() -> None:
+def test_a_size_embedding_that_is_not_the_published_one_trains_and_is_refused_for_sampling() -> None:
     """The same vector has room for another pooled one."""
     unet = under_the_originals_names(tiny.unet(), "unet")
     unet.config = {"addition_time_embed_dim": 128}  # type: ignore[assignment]
@@ -318,7 +318,7 @@ def test_matrices_of_two_dtypes_are_refused_where_no_autocast_joins_them(tmp_pat
         match=r"network has matrices of two dtypes \(.* is float32 and double_blocks.0.image.qkv.weight is bfloat16",
     ):
         Sampler(model, section, conditioning=given)
-    with pytest.raises(ConfigError, match="draw under autocast, or convert one"):
+    with pytest.raises(ConfigError, match="generate under autocast, or convert one"):
         model.generate(conditioning=Prompt(conditioning()), width=32, height=32)
     drawn = Sampler(model, section, conditioning=given, autocast=torch.bfloat16, raise_errors=True).sample(0)
     assert len(drawn.paths) == 1

@@ -88,8 +88,8 @@ def flipped(content: bytes) -> bytes:
 CASES: dict[str, tuple[Callable[[Path], bytes], str]] = {
     "1 empty": (lambda g: b"", "is empty"),
     "2 seven bytes": (lambda g: b"1234567", "too short for a header"),
-    "3 last byte removed": (raw(lambda b: b[:-1]), "1 of .* bytes short"),
-    "4 cut in the header": (raw(lambda b: b[:500]), "header says .* the file has 500"),
+    "3 last byte removed": (raw(lambda b: b[:-1]), "1 of .* bytes are missing"),
+    "4 cut in the header": (raw(lambda b: b[:500]), "its header has .* bytes and the file 500"),
     "5 one byte appended": (raw(lambda b: b + b"x"), "1 byte more"),
     "6 zeros appended": (raw(lambda b: b + bytes(4096)), "4096 bytes more"),
     "7 length 2^63": (raw(lambda b: struct.pack("<Q", 2**63) + b[8:]), "not a safetensors file"),
@@ -212,7 +212,7 @@ def test_a_folder_of_pickles_is_refused_unopened(tmp_path: Path) -> None:
         open_checkpoint(tmp_path)
 
 
-def test_a_config_that_is_no_json_is_a_config_error(tmp_path: Path, good: Path) -> None:
+def test_a_config_that_is_not_a_json_is_a_config_error(tmp_path: Path, good: Path) -> None:
     (tmp_path / "model.safetensors").write_bytes(good.read_bytes())
     (tmp_path / "config.json").write_text('{"num_layers": NaN}')
     with pytest.raises(ConfigError, match="not a finite one"):
@@ -229,7 +229,7 @@ def test_a_config_that_is_no_json_is_a_config_error(tmp_path: Path, good: Path) 
         ("", "empty"),
     ],
 )
-def test_what_is_no_file_is_one_sentence(name: str, says: str, tmp_path: Path) -> None:
+def test_what_is_not_a_file_is_one_sentence(name: str, says: str, tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "link").symlink_to(tmp_path / "gone")
     with pytest.raises(CheckpointError, match=says):

@@ -1,4 +1,4 @@
-"""Hub ids: what of a repository is fetched, by the real client from a server here, and what is said when something lacks."""
+"""Hub ids: what of a repository is fetched, by the real client from a server here, and the message when something lacks."""
 
 import json
 import threading
@@ -307,21 +307,25 @@ def test_offline_the_exact_files_that_lack_are_named(hub: Hub, tmp_path: Path, m
         resolve("some-one/flux")
 
 
-def test_why_a_repository_is_not_had_is_said_by_kind(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_why_a_repository_cannot_be_read_is_reported_by_kind(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     hub.repositories["some-one/gated"] = {"flux.safetensors": b"x"}
     hub.gated.add("some-one/gated")
     for name, told in {
         "some-one/gated": "'some-one/gated': its licence must be accepted .* lacks 'flux.safetensors'",
-        "some-one/nothing": "'some-one/nothing' is no path here, the hub knows no such repository",
+        "some-one/nothing": "'some-one/nothing' is not a path here, the hub knows no such repository",
     }.items():
         with pytest.raises(CheckpointError, match=told):
             resolve(name)
     hub.server.shutdown()
     hub.server.server_close()
-    with pytest.raises(CheckpointError, match=r"'some-one/new' is no path here, the hub could not be reached \(\w+\)"):
+    with pytest.raises(
+        CheckpointError, match=r"'some-one/new' is not a path here, the hub could not be reached \(\w+\)"
+    ):
         resolve("some-one/new")
     offline(monkeypatch)
-    with pytest.raises(CheckpointError, match="'some-one/new' is no path here, the hub is not asked .HF_HUB_OFFLINE"):
+    with pytest.raises(
+        CheckpointError, match="'some-one/new' is not a path here, the hub is not asked .HF_HUB_OFFLINE"
+    ):
         resolve("some-one/new")
 
 

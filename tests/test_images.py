@@ -1,4 +1,4 @@
-"""PNGs appear whole, say how they were drawn, and are read by A1111's rules."""
+"""PNGs appear whole, say how they were generated, and are read by A1111's rules."""
 
 import io
 import json
@@ -71,20 +71,20 @@ def test_levels_are_rounded_to_the_nearest() -> None:
     assert to_images(torch.tensor([-7.0, 7.0, 0.0]).view(1, 3, 1, 1))[0].getpixel((0, 0)) == (0, 255, 128)
 
 
-def test_non_finite_pictures_are_never_written() -> None:
+def test_non_finite_images_are_never_written() -> None:
     with pytest.raises(EridiffError, match="not finite"):
         to_images(torch.full((1, 3, 2, 2), float("nan")))
 
 
 @given(st.integers(1, 12), st.integers(1, 5))
-def test_a_contact_sheet_shows_every_picture(count: int, columns: int) -> None:
+def test_a_contact_sheet_shows_every_image(count: int, columns: int) -> None:
     pictures = [Image.new("RGB", (6, 4), (10 + i, 0, 0)) for i in range(count)]
     sheet = contact_sheet(pictures, columns)
     found = {pixel for _, pixel in sheet.getcolors(10_000) or []}
     assert {(10 + i, 0, 0) for i in range(count)} <= found
 
 
-def test_captions_stand_below_enlarged_images_and_are_shortened() -> None:
+def test_captions_are_below_enlarged_images_and_are_shortened() -> None:
     images = [Image.new("RGB", (64, 64), "red"), Image.new("RGB", (64, 64), "blue")]
     sheet = contact_sheet(images, 2, captions=["a swan", "a prompt that is much longer than its image is wide"])
     assert sheet.size == (2 * (192 + 4) + 4, 4 + 192 + 18 + 4)
@@ -113,13 +113,13 @@ def test_results_are_shown_by_notebooks_and_described_in_a_line() -> None:
     )
 
 
-def test_a_picture_becomes_a_tensor_and_back() -> None:
+def test_an_image_becomes_a_tensor_and_back() -> None:
     image = Image.frombytes("RGB", (16, 8), bytes(range(256)) + bytes(128))
     assert to_images(to_tensor(image, 16, 8))[0].tobytes() == image.tobytes()
     assert to_tensor(image.convert("L"), 8, 4, mask=True).shape == (1, 1, 4, 8)
 
 
-def test_what_is_no_picture_is_one_sentence(tmp_path: Path) -> None:
+def test_what_is_not_an_image_is_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_text("x")
     for name, says in (("a.png", "is not an image"), ("none.png", "cannot be read")):
         with pytest.raises(ConfigError, match=says):
@@ -161,7 +161,7 @@ def test_more_than_8_bits_of_grey_are_scaled(kind: str, tmp_path: Path) -> None:
         (np.full((8, 8), np.nan, np.float32), "mode F must have levels from 0 to 1"),
     ],
 )
-def test_numbers_that_are_no_levels_are_refused(levels: Any, says: str) -> None:
+def test_numbers_that_are_not_levels_are_refused(levels: Any, says: str) -> None:
     with pytest.raises(ConfigError, match=says):
         to_tensor(Image.fromarray(levels), 8, 8)
 

@@ -1,4 +1,4 @@
-"""The way from a prompt to a picture, with small random models: noise, guidance, pictures as input, what is refused."""
+"""The way from a prompt to an image, with small random models: noise, guidance, images as input, what is refused."""
 
 import math
 from pathlib import Path
@@ -53,7 +53,7 @@ def draw(model: FluxInference, **options: Any) -> Any:
     return model.generate(**given_options | options)
 
 
-def test_a_picture_does_not_depend_on_its_neighbours(dev: FluxInference) -> None:
+def test_an_image_does_not_depend_on_its_neighbours(dev: FluxInference) -> None:
     both = draw(dev, seed=[3, 7])
     for i, seed in enumerate((3, 7)):
         alone = draw(dev, seed=seed)
@@ -81,7 +81,7 @@ def test_the_loop_is_the_originals_euler_on_the_shifted_schedule(dev: FluxInfere
     assert torch.allclose(found.latents, x, atol=1e-5)
 
 
-def test_guidance_changes_the_picture_and_true_guidance_of_one_does_not(dev: FluxInference) -> None:
+def test_guidance_changes_the_image_and_true_guidance_of_one_does_not(dev: FluxInference) -> None:
     plain = draw(dev).latents
     assert not torch.allclose(draw(dev, guidance_scale=9.0).latents, plain, atol=1e-3)
     both = Prompt(prompt(), prompt(seed=5))
@@ -127,7 +127,7 @@ def test_latents_are_float32_between_steps_whatever_the_network_computes_in() ->
     assert draw(model).latents.dtype == torch.float32
 
 
-# pictures as input ----------------------------------------------------------------------------------------------------
+# images as input ----------------------------------------------------------------------------------------------------
 
 
 def checker(width: int = 32, height: int = 48) -> Image.Image:
@@ -138,7 +138,7 @@ def checker(width: int = 32, height: int = 48) -> Image.Image:
     )
 
 
-def test_strength_goes_from_the_picture_to_the_noise(dev: FluxInference) -> None:
+def test_strength_goes_from_the_image_to_the_noise(dev: FluxInference) -> None:
     image = checker()
     start = dev.encode_vae(eridiff.images.to_tensor(image, 32, 48))
     distances = [
@@ -166,7 +166,7 @@ def test_inpainting_keeps_what_the_mask_does_not_paint(dev: FluxInference) -> No
     assert found.images[0].crop(right).tobytes() == image.crop(right).tobytes()
 
 
-def test_an_empty_mask_gives_the_picture_back(dev: FluxInference) -> None:
+def test_an_empty_mask_gives_the_image_back(dev: FluxInference) -> None:
     image = checker()
     assert draw(dev, image=image, mask=Image.new("L", (32, 48), 0)).images[0].tobytes() == image.tobytes()
 
@@ -189,7 +189,7 @@ def test_extra_channels_reach_the_network(variant: str, channels: int) -> None:
     else:
         first = draw(model, control=checker()).latents
         assert not torch.allclose(draw(model, control=Image.new("RGB", (32, 48))).latents, first, atol=1e-4)
-        with pytest.raises(ConfigError, match="needs a control picture"):
+        with pytest.raises(ConfigError, match="needs a control image"):
             draw(model)
 
 
@@ -200,7 +200,7 @@ def test_the_files_name_tells_depth_from_canny(tmp_path: Path) -> None:
         assert model.variant == variant  # type: ignore[attr-defined]
 
 
-def test_a_picture_gives_its_size_rounded_down(dev: FluxInference) -> None:
+def test_an_image_gives_its_size_rounded_down(dev: FluxInference) -> None:
     assert draw(dev, image=checker(50, 40), width=None, height=None).images[0].size == (48, 32)
 
 
@@ -221,7 +221,7 @@ def test_a_picture_gives_its_size_rounded_down(dev: FluxInference) -> None:
         ({"mask": Image.new("L", (32, 48))}, "mask has no effect without the image that it is for"),
         ({"image": checker(), "strength": 1.5}, "strength must be between 0 and 1"),
         ({"guidance_scale": float("nan")}, "guidance_scale must be between"),
-        ({"keep": ("pictures",)}, "'pictures' cannot be kept"),
+        ({"keep": ("images",)}, "'images' cannot be kept"),
         ({"control": checker()}, "control has no effect on dev: Flux Canny and Depth follow a control image"),
         ({"image": torch.zeros(1, 3, 8, 8), "width": 16, "height": 16}, r"\[1, 3, 8, 8\], \[B, 3, 16, 16\] is needed"),
         ({"conditioning": None}, "no text encoders are loaded"),
@@ -250,7 +250,7 @@ def test_values_that_are_not_finite_name_their_stage(tmp_path: Path) -> None:
 # every intermediate in and out ----------------------------------------------------------------------------------------
 
 
-def test_what_is_kept_can_be_handed_in_again(whole: Any) -> None:
+def test_what_is_kept_can_be_passed_again(whole: Any) -> None:
     first = whole.generate("a white swan", seed=5, keep=("conditioning", "noise", "latents"))
     again = whole.generate(conditioning=first.conditioning, noise=first.noise, keep=("latents",))
     assert torch.equal(first.latents, again.latents)
@@ -258,7 +258,7 @@ def test_what_is_kept_can_be_handed_in_again(whole: Any) -> None:
     assert whole.generate("a white swan", seed=5).latents is None
 
 
-def test_the_settings_draw_the_same_picture_again(whole: Any) -> None:
+def test_the_settings_generate_the_same_image_again(whole: Any) -> None:
     result = whole.generate("a white swan", seed=11, steps=3)
     s = result.settings[0]
     again = whole.generate(
@@ -280,7 +280,7 @@ def test_a_negative_prompt_and_the_empty_one_are_encoded(whole: Any) -> None:
     assert torch.equal(both.negative.text[:1], whole.encode_prompt("").positive.text)
 
 
-def test_offloading_by_stages_gives_the_same_picture(tmp_path: Path) -> None:
+def test_offloading_by_stages_gives_the_same_image(tmp_path: Path) -> None:
     folder = tiny.write_model(tmp_path / "m")
     plain, staged = (eridiff.load(folder, device="cpu", offload=o, progress=False) for o in (None, "stages"))
     assert plain.generate("a swan", seed=1).images[0].tobytes() == staged.generate("a swan", seed=1).images[0].tobytes()
@@ -323,7 +323,7 @@ def test_tensors_move_to_the_device_and_the_modules_own_come_back() -> None:
     assert all(after[name] is before[name] for name in before)
 
 
-def test_weights_in_training_are_what_is_drawn_with(dev: FluxInference) -> None:
+def test_weights_in_training_are_what_is_generated_with(dev: FluxInference) -> None:
     network = tiny.flux(DEV)
     model = FluxInference(network, tiny.autoencoder(), device="cpu", progress=False)
     before = draw(model).latents
@@ -343,14 +343,14 @@ def test_a_model_without_a_tokenizer_says_what_to_give(tmp_path: Path, monkeypat
     assert len(model.generate("a swan", seed=1).images) == 1
 
 
-def test_what_is_no_path_and_no_hub_id_is_one_sentence() -> None:
+def test_what_is_not_a_path_and_no_hub_id_is_one_sentence() -> None:
     for name in ("nowhere at all", "a/b/c", "/none/here.safetensors"):
-        with pytest.raises(EridiffError, match="does not exist and is no hub id"):
+        with pytest.raises(EridiffError, match="does not exist and is not a hub id"):
             eridiff.load(name)
 
 
 def test_an_image_is_generated_without_dropout_and_modes_come_back() -> None:
-    """Of a LoRA in training, whose set is no part of the network, and of the network itself."""
+    """Of a LoRA in training, whose set is not a part of the network, and of the network itself."""
     from eridiff import inject_lora
 
     network = tiny.flux(DEV)

@@ -1,4 +1,4 @@
-"""Networks that are told the mask and the image around it, begun from the image: latents of every step are diffusers'."""
+"""Networks that are given the mask and the image around it, begun from the image: latents of every step are diffusers'."""
 
 from typing import Any
 
@@ -25,7 +25,7 @@ MASK.paste(255, (16, 16, 48, 64))
 
 
 def certain(autoencoder: Any) -> Any:
-    """An encoder whose posterior is its mean, so that diffusers' draw from it is no chance."""
+    """An encoder whose posterior is its mean, so that diffusers' sample from it leaves nothing to chance."""
     out = autoencoder.encoder.conv_out
     half = out.weight.shape[0] // 2
     out.weight.data[half:] = 0
@@ -34,7 +34,7 @@ def certain(autoencoder: Any) -> Any:
 
 
 def flux_fill() -> tuple[Any, Any, Any]:
-    """Ours, theirs, and the latents after a step of ours as theirs look."""
+    """eridiff's, diffusers', and the latents after a step of eridiff's in diffusers' form."""
     pipe = flux_pipeline()
     pipe.transformer, pipe.vae = reference_flux(in_channels=384), certain(pipe.vae)
     theirs = FluxFillPipeline(

@@ -54,7 +54,7 @@ def test_each_reference_changes_the_image_and_their_order_counts(kontext: FluxIn
 
 
 def test_a_step_is_the_networks_on_tokens_and_positions_of_both(kontext: FluxInference) -> None:
-    """A plain forward call with the reference's tokens behind the noise's, picture index 1, its output cut."""
+    """A plain forward call with the reference's tokens behind the noise's, image index 1, its output cut."""
     reference = picture(48, 32)
     found = edited(kontext, reference, steps=1, keep=("latents", "noise"))
     p = families.conditioning(kontext)
@@ -135,7 +135,7 @@ def test_the_file_by_its_name_a_prompts_own_reference_and_the_png(
     assert len(json.loads(Image.open(tmp_path / "c.png").info["eridiff"])["references"]) == 2
 
 
-def test_what_is_no_edit_is_refused(kontext: FluxInference) -> None:
+def test_what_is_not_an_edit_is_refused(kontext: FluxInference) -> None:
     with pytest.raises(
         ConfigError, match="image has no effect on kontext without a strength: what it edits are references"
     ):

@@ -152,7 +152,7 @@ def test_an_unused_tensor_below_a_networks_own_prefix_is_an_error_until_it_is_al
     assert main([*arguments, "--allow-unknown"]) == 0
 
 
-def test_a_network_that_is_not_whole_is_no_leftover(tmp_path: Path) -> None:
+def test_a_network_that_is_not_whole_is_not_a_leftover(tmp_path: Path) -> None:
     """Below a prefix that is always a network's own, what makes no network is an error, with what it lacks."""
     lacking = dict(FLUX)
     del lacking["vae.decoder.conv_in.weight"], lacking["model.diffusion_model.img_in.weight"]
@@ -250,7 +250,7 @@ WRAPPERS = ["_orig_mod.{}", "module._orig_mod.{}", "_orig_mod.module.{}", "modul
 
 @pytest.mark.parametrize("layout", ["original", "diffusers"])
 @pytest.mark.parametrize("network", NETWORKS)
-def test_wrappers_are_seen_through_wherever_they_stand_in_a_name(network: str, layout: str, tmp_path: Path) -> None:
+def test_wrappers_are_seen_through_wherever_they_are_in_a_name(network: str, layout: str, tmp_path: Path) -> None:
     expected = NETWORKS[network]()
     path = save_network(expected, tmp_path / "m.safetensors", layout=layout)
     state, metadata = load_file(path), open_checkpoint(path).metadata
@@ -337,7 +337,7 @@ def test_distilled_sdxls_have_the_depths_of_their_files(
     assert not any("middle_block.1" in name or "mid_block.attentions" in name for name in tensors)
 
 
-def test_a_distilled_network_comes_back_with_every_bit_and_draws(tmp_path: Path) -> None:
+def test_a_distilled_network_comes_back_with_every_bit_and_generates(tmp_path: Path) -> None:
     config = UNetConfig(
         4, 4, 32, (1, 2, 2), (0, 2, 1), 0, 32, 16, 40, up_depths=((0, 0, 0), (2, 1, 1), (1, 1, 3)), middle_blocks=1
     )

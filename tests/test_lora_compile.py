@@ -211,7 +211,7 @@ def test_a_network_compiled_without_slots_is_compiled_again_and_says_so(
     assert torch.equal(compiled(latents, *given), found) and not said(caplog)
 
 
-def test_where_nothing_was_compiled_nothing_is_said(caplog: pytest.LogCaptureFixture) -> None:
+def test_where_nothing_was_compiled_nothing_is_reported(caplog: pytest.LogCaptureFixture) -> None:
     torch._dynamo.utils.counters.clear()
     network = small_flux()
     torch.optim.SGD(network.parameters())  # which imports the compiler

@@ -135,7 +135,7 @@ def test_a_sharded_network_is_merged_and_changed_in_place_as_a_whole_one(found: 
         assert same(merged, attached, 1e-9) and changed == each["plain"][2]
 
 
-def test_a_frozen_network_alone_is_no_module_to_distribute(found: list[dict[str, Any]]) -> None:
+def test_a_frozen_network_alone_is_not_a_module_to_distribute(found: list[dict[str, Any]]) -> None:
     assert "doesn't have any parameter" in found[0]["refused"]
 
 

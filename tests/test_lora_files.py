@@ -39,7 +39,7 @@ REFUSED = {  # file of lora-bad -> what the sentence must hold
     "overlapping-slices": ["double_blocks.0.img_attn.qkv'", "attn.to_", "keep one"],
     "dead-all": ["changes nothing", "zero"],
     "int-dtype": [f"'{QKV}.lora_up.weight'", "int8", "floating point"],
-    "truncated": ["100 of 4240 bytes short"],
+    "truncated": ["100 of 4240 bytes are missing"],
     "header-too-long": ["not a safetensors file"],
     "not-safetensors": ["pickled checkpoint, never opened"],
     "bias-extra-kohya": [f"'{QKV}.lora_up.bias'", "unknown ending"],
@@ -49,10 +49,10 @@ REFUSED = {  # file of lora-bad -> what the sentence must hold
     "unknown-format": ["no known LoRA format", "'blocks.0.adapter.W1'"],
     "te-unmatched": ["'lora_te1_single_blocks_0_linear1'", "not in a CLIP text encoder"],
     "block-out-of-range": ["'lora_unet_double_blocks_7_img_attn_qkv'", "double_blocks 0 alone"],
-    "mid-on-linear": [f"'{QKV}.lora_mid.weight'", "Tucker core", "no convolution"],
+    "mid-on-linear": [f"'{QKV}.lora_mid.weight'", "Tucker core", "not a convolution"],
     "dora-magnitude-shape": ["lora_magnitude_vector'", "[15]", "16 lengths"],
     "metadata-rank-disagrees": ["rank 4", "rank 2", "8/4 or 8/2"],
-    "metadata-broken-json": ["lora_adapter_metadata", "no JSON object"],
+    "metadata-broken-json": ["lora_adapter_metadata", "not a JSON object"],
 }
 PEFT = ("applied", 1.0, "no alpha: scale 1")
 SLICE = ("applied to a slice", 1.0, "no alpha: scale 1")
@@ -130,7 +130,7 @@ def test_allow_partial_loads_what_fits_and_keeps_the_rest_in_the_ledger() -> Non
 
 
 @pytest.mark.parametrize("name", ["nan", "missing-up", "alpha-zero", "int-dtype", "glora", "duplicate-target"])
-def test_allow_partial_is_no_leave_to_guess(name: str) -> None:
+def test_allow_partial_is_not_a_leave_to_guess(name: str) -> None:
     with pytest.raises(LoraError):
         loaded(f"lora-bad/{name}.safetensors", allow_partial=True)
 
@@ -266,7 +266,7 @@ METADATA = {  # what peft's metadata of good-peft may say -> what the sentence m
     '{"transformer.r": 2, "transformer.lora_alpha": 0}': "the alpha that the metadata say .* is 0, which some tools read",
     '{"transformer.r": 2, "transformer.lora_alpha": 1, "transformer.alpha_pattern": {"(": 1}}': "correct the metadata",
     '{"transformer.r": 2, "transformer.lora_alpha": 1, "transformer.alpha_pattern": [1]}': "correct the metadata",
-    "[1]": "no JSON object",
+    "[1]": "not a JSON object",
 }
 
 

@@ -1,4 +1,4 @@
-"""LoRAs from one format to another and back, and merged: nothing lost, nothing rounded without a word."""
+"""LoRAs from one format to another and back, and merged: nothing lost, nothing rounded silently."""
 
 import dataclasses
 from pathlib import Path
@@ -86,13 +86,13 @@ def test_every_golden_comes_back_from_every_format_that_can_hold_it(case: str, t
 
 
 @pytest.mark.parametrize(("case", "form"), CANNOT)
-def test_what_a_format_cannot_hold_is_said_and_nothing_written(case: str, form: str, tmp_path: Path) -> None:
+def test_what_a_format_cannot_hold_is_reported_and_nothing_written(case: str, form: str, tmp_path: Path) -> None:
     with pytest.raises(LoraError) as raised:
         save_lora(loaded(f"{case}/lora.safetensors"), tmp_path / "f", networks_of(case), format=form)
     assert CANNOT[case, form] in str(raised.value) and list(tmp_path.iterdir()) == []
 
 
-FUSED = {  # names in diffusers' layout that are rows of one weight of ours, and the fused name
+FUSED = {  # names in diffusers' layout that are rows of one weight of eridiff's, and the fused name
     "transformer_blocks.0.attn.to_{}": ("qkv", "double_blocks_0_img_attn_qkv"),
     "single_transformer_blocks.0.{}": (["attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"], "single_blocks_0_linear1"),
 }

@@ -95,7 +95,7 @@ REFERENCES: dict[str, Any] = {"flux": reference_flux, "mmdit": reference_sd3, "u
 
 
 def pair(network: str, folder: Path) -> tuple[Any, Any]:
-    """diffusers' small network, and ours of the same weights."""
+    """diffusers' small network, and eridiff's of the same weights."""
     theirs = REFERENCES[network]()
     theirs.save_pretrained(folder / "m")
     return theirs, load_network(folder / "m")
@@ -168,7 +168,7 @@ def test_peft_reads_our_diffusers_file_with_the_configuration_in_it(network: str
 
 
 def test_diffusers_reads_our_kohya_file_for_flux(tmp_path: Path) -> None:
-    """The blocks alone: of embedders and the final layer its converter drops every key without a word.
+    """The blocks alone: of embedders and the final layer its converter drops every key silently.
 
     linear1 apart, for which it has the published width wired in.
     """

@@ -122,7 +122,7 @@ WRAPPED = [
 
 
 @pytest.mark.parametrize("form", WRAPPED)
-def test_what_wrappers_put_into_names_is_no_part_of_them(form: str, tmp_path: Path) -> None:
+def test_what_wrappers_put_into_names_is_not_a_part_of_them(form: str, tmp_path: Path) -> None:
     inside = NAME.replace(".0.attn", ".0._orig_mod.attn")
     for name in (form.format(NAME), form.format(inside)):
         tensors = {
@@ -144,7 +144,7 @@ def test_wrappers_in_kohyas_names_too(tmp_path: Path) -> None:
         assert load_lora(tmp_path / "f.safetensors", tiny.flux()).ledger[0].module == "double_blocks.0.image.proj"
 
 
-def test_a_loaded_lora_is_no_map_of_its_file(tmp_path: Path) -> None:
+def test_a_loaded_lora_is_not_a_map_of_its_file(tmp_path: Path) -> None:
     path = peft_file(tmp_path, {})
     lora = load_lora(path, tiny.flux())
     with path.open("r+b") as file:
@@ -311,7 +311,7 @@ def test_a_scale_of_rows_is_as_exact_in_bfloat16_as_a_number() -> None:
 
 
 @pytest.mark.parametrize("scale", [float("nan"), float("inf")])
-def test_a_merge_refuses_a_scale_that_is_no_number(scale: float) -> None:
+def test_a_merge_refuses_a_scale_that_is_not_a_number(scale: float) -> None:
     network = tiny.flux()
     lora = some_lora(network)
     for given in ((lora, scale), ([(lora, scale)], 1.0)):
@@ -339,7 +339,7 @@ def test_a_part_of_a_file_is_chosen_by_name(tmp_path: Path) -> None:
 @pytest.mark.parametrize("family", ["flux", "mmdit", "unet"])
 @pytest.mark.parametrize("sides", [1, 2])
 def test_rows_are_weighed_in_layers_that_are_asked_once_for_all_rows_too(family: str, sides: int) -> None:
-    """The times are shared by all rows, positive and negative ones; each picture is what it is with its own scale alone."""
+    """The times are shared by all rows, positive and negative ones; each image is what it is with its own scale alone."""
     network: Any = {"flux": tiny.flux, "mmdit": tiny.mmdit, "unet": tiny.unet}[family]().double()
     lora = filled(inject_lora(network, 2, targets=["time_in.*", "*.modulation"], dtype=torch.float64))
     latents, (text, pooled, times, *rest) = arguments(network, 2, torch.float64)

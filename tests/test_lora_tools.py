@@ -1,4 +1,4 @@
-"""`eridiff lora extract | resize | merge`: nothing is lost without a word, nothing grows, and files stay what they were."""
+"""`eridiff lora extract | resize | merge`: nothing is lost silently, nothing grows, and files stay what they were."""
 
 import shutil
 from pathlib import Path
@@ -339,7 +339,7 @@ def test_merging_takes_memory_for_a_tensor_at_a_time(tmp_path: Path) -> None:
 # writing --------------------------------------------------------------------------------------------------------------
 
 
-def test_a_lora_is_written_as_other_programs_read_it_when_nothing_is_said(tmp_path: Path) -> None:
+def test_a_lora_is_written_as_other_programs_read_it_by_default(tmp_path: Path) -> None:
     names = load_file(save_lora(some_lora(tiny.flux()), tmp_path / "x.safetensors", tiny.flux())).keys()
     assert all(name.startswith("lora_unet_") and "." in name for name in names)
     other = nn.Sequential(nn.Linear(4, 4))

@@ -148,7 +148,7 @@ def test_a_copied_network_is_without_the_branches_and_its_own() -> None:
     assert torch.equal(ask(other), plain)
 
 
-def test_parameters_stand_in_an_order_that_no_file_changes() -> None:
+def test_parameters_are_in_an_order_that_no_file_changes() -> None:
     network = tiny.flux()
     items = some_lora(network).items
     turned = [replace(one, tensors=dict(reversed(one.tensors.items()))) for one in reversed(items)]

@@ -186,7 +186,7 @@ def test_what_cannot_be_injected_is_refused_in_a_sentence(options: dict[str, Any
     assert words in str(error.value)
 
 
-# a module that is not ours
+# a module of another library
 
 
 class Plain(nn.Module):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -9,11 +10,15 @@ import sys
 from pathlib import Path
 
 import pytest
-from PIL import Image
+import torch
+from PIL import Image, ImageShow
+from safetensors.torch import save_file
 
 from eridiff.cli import COMMANDS, _parser, main
+from eridiff.errors import LONGEST, EridiffError
 from eridiff.inference import BUILT_IN
 from tests import tiny
+from tests.sparse import sparse_manifest
 
 ROOT = Path(__file__).parents[1]
 LORAS = ROOT / "tests" / "goldens"
@@ -28,6 +33,13 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     shutil.copy(LORAS / "lora-kohya-flux" / "lora.safetensors", tmp_path / "fox.safetensors")
     Image.new("RGB", (64, 64)).save("pic.png")
     Image.new("RGB", (64, 64)).save("photo.jpg")
+    (tmp_path / "cut.safetensors").write_bytes(FLUX.read_bytes()[:7_000_000])
+    (tmp_path / "bad.safetensors").write_bytes(FLUX.read_bytes()[:10] + b"\xff" * 100_000)
+    pair = {"lora_down": torch.ones(2, 3072), "lora_up": torch.ones(9216, 2)}
+    save_file(
+        {f"lora_unet_double_blocks_0_img_attn_qkv.{name}.weight": tensor for name, tensor in pair.items()},
+        tmp_path / "dev.safetensors",
+    )
     (tmp_path / "notes.md").write_text("# Notes on models\n")
     return tmp_path
 
@@ -49,9 +61,15 @@ MISTAKES = {  # a command or a file's text -> what the error says
     "sample --model flux1.safetensors --prompt x": "'flux1.safetensors' does not exist; did you mean 'flux.safetensors'?",
     "sample --model pic.png --prompt x": "'pic.png' is not a safetensors file: it is a PNG image",
     "sample --lora foxes.safetensors --prompt x": "'foxes.safetensors' does not exist; did you mean 'fox.safetensors'?",
-    "sample --model org/name --prompt x": "the hub is not asked (HF_HUB_OFFLINE is set), and the cache holds nothing",
+    "sample --model org/name --prompt x": "the hub is not asked (HF_HUB_OFFLINE is set), and the cache '",
     "sample --prompt x --schedule kaaras": "'kaaras' is not a schedule of Flux: it has one, 'original'",
     "sample --prompt x --out new/pic.jpg": "'new/pic.jpg' cannot be written: images are PNG; pass a name ending in .png, or a folder",
+    "sample --transformer flux.safetensors --prompt x": "an autoencoder, a CLIP text encoder and a T5 text encoder are missing: the model holds a Flux; "
+    "give the rest as vae (--vae ae.safetensors), clip (--clip clip_l.safetensors), t5 (--t5 t5xxl_fp16.safetensors)",
+    "sample --lora fox.safetensors --prompt x": "it was made for Flux of width 16, and this one has 192: load that model (--model)",
+    "sample --lora dev.safetensors --prompt x": "it was made for Flux of width 3072 (flux1-dev or -schnell), and this one has 192: load that model (--model)",
+    "inspect cut.safetensors": "'cut.safetensors' is damaged: it is an incomplete download, 611136 of 7611136 bytes are missing; download it again",
+    "inspect bad.safetensors": "'bad.safetensors' is damaged: it has a header that is not UTF-8 at byte 2; download it again",
     "sample --prompt x --out /proc/x": "'/proc/x' cannot be written: '/proc' takes no new files",
     "inspect notes.md": "'notes.md' is not a safetensors file: it is text, which begins with '# Notes on model'",
     "inspect pic.png": "'pic.png' is not a safetensors file: it is a PNG image",
@@ -143,6 +161,49 @@ def test_inspect_takes_no_lora_for_a_model(case: str, capsys: pytest.CaptureFixt
     assert not wanted or "sd3" in case or f"for {wanted}" in out
 
 
+def test_inspect_names_the_published_models_of_a_files_sizes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = sparse_manifest(tmp_path / "flux1-dev.safetensors", "flux1-dev")
+    assert main(["inspect", str(file)]) == 0
+    assert capsys.readouterr().out.startswith(
+        "flux1-dev.safetensors: a Flux of the sizes of dev, krea, kontext, original layout\n"
+    )
+
+
+def test_a_long_message_loses_whole_words() -> None:
+    text = str(EridiffError(" ".join(f"word{i}" for i in range(100))))
+    assert len(text) <= LONGEST
+    assert all(re.fullmatch(r"word\d+|\.\.\.", word) for word in text.split(" "))
+    assert text.startswith("word0 word1 ") and text.endswith(" word98 word99")
+
+
+def test_the_warnings_of_other_packages_have_their_own_names(home: Path) -> None:
+    code = (
+        "import logging, sys\nfrom eridiff.cli import main\nmain(['inspect', 'notes.md'])\n"
+        "for name in ('torchao.utils', 'eridiff.weights.load'):\n    logging.getLogger(name).warning('slow')"
+    )
+    assert python("-c", code).stderr.splitlines()[1:] == ["torchao: slow", "eridiff: slow"]
+
+
+def test_open_shows_the_image_or_says_that_nothing_can(
+    home: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown = []
+
+    class Viewer(ImageShow.Viewer):
+        def show(self, image: Image.Image, **options: object) -> int:
+            shown.append(image.size)
+            return 1
+
+    command = ["sample", "--prompt", "a fox on snow", "--steps", "1", "--out", "one.png", "--open"]
+    monkeypatch.setattr(ImageShow, "_viewers", [])
+    assert main(command) == 0 and "no program to show images" in capsys.readouterr().err
+    monkeypatch.setattr(ImageShow, "_viewers", [Viewer()])
+    assert main(command) == 0 and shown == [(64, 64)]
+    assert "no program" not in capsys.readouterr().err
+
+
 def test_inspect_lists_the_keys_with_both_names(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["inspect", "flux.safetensors", "--keys"]) == 0
     assert "  img_in.weight  bfloat16 [192, 64]  image_in.weight\n" in capsys.readouterr().out
@@ -164,7 +225,7 @@ def python(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, *arguments], env=ENVIRONMENT, capture_output=True, text=True)
 
 
-def test_a_pipe_that_closes_early_is_no_error() -> None:
+def test_a_pipe_that_closes_early_is_not_an_error() -> None:
     lora = LORAS / "lora-kohya-flux" / "lora.safetensors"
     command = shlex.join([sys.executable, "-m", "eridiff", "lora", "check", str(lora), "--model", "flux-dev"])
     result = subprocess.run(f"{command} | head -1", shell=True, env=ENVIRONMENT, capture_output=True, text=True)

@@ -49,7 +49,7 @@ def test_rows_have_their_own_times() -> None:
         assert torch.allclose(both[one], alone, rtol=1e-12, atol=1e-12)
 
 
-def test_reference_tokens_stand_at_their_own_positions() -> None:
+def test_reference_tokens_are_at_their_own_positions() -> None:
     model = tiny.flux().double()
     x, text, pooled = inputs()
     ids = torch.cat([position_ids((1, 3)), position_ids((1, 3), index=1)])
@@ -217,7 +217,7 @@ def test_mmdits_tokens_hold_row_column_then_channel(batch: int, h: int, w: int, 
     assert torch.equal(mmdit.unpatchify(tokens, (h, w)), picture)
 
 
-def test_mmdit_gradients_reach_every_parameter_that_can_move_the_picture() -> None:
+def test_mmdit_gradients_reach_every_parameter_that_can_move_the_image() -> None:
     """The queries of the last block's text end nowhere: their rows and their norm have no gradient, all else has."""
     model = tiny.mmdit().double().requires_grad_(True)
     x, text, pooled = (t.requires_grad_(True) for t in mmdit_inputs())
@@ -242,7 +242,7 @@ def test_skipped_blocks_are_passed_by_both_streams() -> None:
 
 
 @given(st.integers(1, 9), st.integers(1, 9))
-def test_a_picture_takes_the_middle_of_the_table(h: int, w: int) -> None:
+def test_an_image_takes_the_middle_of_the_table(h: int, w: int) -> None:
     table = mmdit.PositionTable(9, 2)
     rows, columns = torch.meshgrid(torch.arange(9.0), torch.arange(9.0), indexing="ij")
     table.table = torch.stack([rows, columns], dim=-1).reshape(1, 81, 2)
@@ -334,7 +334,7 @@ def test_checkpointed_unet_blocks_give_the_same_gradients() -> None:
 
 @pytest.mark.parametrize("network", ["flux", "mmdit"])
 def test_hidden_text_tokens_are_as_if_they_were_not_there(network: str) -> None:
-    """A row of the batch with two tokens less, whatever those hold; all of them seen is no mask."""
+    """A row of the batch with two tokens less, whatever those hold; all of them seen is not a mask."""
     model = (tiny.flux if network == "flux" else tiny.mmdit)().double()
     c, g = model.config, torch.Generator().manual_seed(1)
     text, pooled = (torch.randn(2, *shape, generator=g).double() for shape in ((5, c.text_width), (c.pooled_width,)))

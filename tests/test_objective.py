@@ -38,7 +38,7 @@ def levels_of(schedule: Schedule, family: str) -> Levels:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_network_in_training_is_given_what_a_sampler_gives_it(family: str) -> None:
-    """A run from a picture, at every place where it may begin: the latents and the time that reach the network."""
+    """A run from an image, at every place where it may begin: the latents and the time that reach the network."""
     model = inference(family)
     schedule = model.schedule(5, 32, 32)
     levels = levels_of(schedule, family)
@@ -73,7 +73,7 @@ def test_a_network_in_training_is_given_what_a_sampler_gives_it(family: str) -> 
 @given(
     st.sampled_from(["velocity", "epsilon", "v", "sample"]), st.lists(st.floats(0.001, 0.999), min_size=1, max_size=5)
 )
-def test_targets_are_read_back_as_the_clean_picture_and_the_noise(prediction: str, shares: list[float]) -> None:
+def test_targets_are_read_back_as_the_clean_image_and_the_noise(prediction: str, shares: list[float]) -> None:
     places = torch.tensor(shares, dtype=torch.float64)
     levels = flow_levels(places) if prediction == "velocity" else discrete_levels(1 + 998 * places, prediction)
     clean, noise = rows(len(shares), 2, 3), rows(len(shares), 2, 3, seed=1)
@@ -134,7 +134,7 @@ KOLMOGOROV = 1.63 / math.sqrt(COUNT)  # exceeded once in a hundred seeds
 
 
 def distance(found: Tensor, share_below: Callable[[Tensor], Tensor]) -> float:
-    """Kolmogorov and Smirnov's distance between draws and the distribution with that function."""
+    """Kolmogorov and Smirnov's distance between random numbers and the distribution with that function."""
     expected = share_below(found.sort().values)
     places = torch.arange(COUNT + 1, dtype=torch.float64) / COUNT
     return float(torch.maximum((places[1:] - expected).abs(), (expected - places[:-1]).abs()).max())
@@ -191,7 +191,7 @@ def test_times_are_spread_as_diffusers_spreads_them() -> None:
         assert float((shares[0] - shares[1]).abs().max()) < KOLMOGOROV * math.sqrt(2)
 
 
-def test_a_generators_state_decides_the_draw_and_the_global_one_is_left_alone() -> None:
+def test_a_generators_state_decides_the_numbers_and_the_global_one_is_left_alone() -> None:
     before = torch.get_rng_state()
     for draw in (objective.uniform, objective.logit_normal, objective.mode, objective.timesteps):
         assert torch.equal(draw(7, G().manual_seed(6)), draw(7, G().manual_seed(6)))
@@ -219,15 +219,13 @@ def test_weights_of_sdxl_are_the_papers_and_diffusers() -> None:
 
 @given(st.floats(0.01, 0.99), st.sampled_from(["min_snr", "debiased"]), st.integers(0, 99))
 def test_a_weight_makes_one_loss_of_all_predictions(share: float, name: str, seed: int) -> None:
-    """The same mistake in the clean picture costs the same, whatever the network calls its output."""
+    """The same mistake in the clean image costs the same, whatever the network calls its output."""
     clean, noise, wrong = (rows(1, 6, seed=3 * seed + k) for k in range(3))
     losses = []
     for kind in ("epsilon", "v", "sample"):
         levels = discrete_levels(torch.tensor([999 * share]), kind)
         x = noised(clean, noise, levels)
-        mistaken = (x - float(levels.alphas) * wrong) / float(
-            levels.sigmas
-        )  # the noise that goes with the wrong picture
+        mistaken = (x - float(levels.alphas) * wrong) / float(levels.sigmas)  # the noise that goes with the wrong image
         difference = target(wrong, mistaken, levels), target(clean, noise, levels)
         losses.append(squared_error(*difference, getattr(objective, name)(levels)))
     assert torch.allclose(losses[0], losses[1], rtol=1e-9) and torch.allclose(losses[0], losses[2], rtol=1e-9)
@@ -251,7 +249,7 @@ def test_weights_are_finite_at_zero_terminal_snr_but_for_debiased_epsilon() -> N
     assert float(objective.debiased(last["v"])) == 0 and math.isinf(float(objective.debiased(last["epsilon"])))
 
 
-def test_the_loss_is_each_pictures_mean_times_its_weight() -> None:
+def test_the_loss_is_each_images_mean_times_its_weight() -> None:
     output, wanted, weights = rows(3, 2, 4, dtype=torch.bfloat16), rows(3, 2, 4, seed=1), torch.tensor([1.0, 0.0, 4.0])
     each = torch.tensor([float((output[b].double() - wanted[b]).square().mean()) for b in range(3)])
     found = squared_error(output, wanted, weights)

@@ -104,7 +104,7 @@ def test_an_impossible_vram_is_one_sentence(options: dict[str, Any], says: str) 
 
 
 def test_vram_beside_modules_that_are_there_is_an_error() -> None:
-    with pytest.raises(ConfigError, match="vram has no effect on modules that are handed in"):
+    with pytest.raises(ConfigError, match="vram has no effect on modules that are passed"):
         eridiff.FluxInference(tiny.flux(), tiny.autoencoder(), vram="24GiB")
 
 

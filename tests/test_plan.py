@@ -61,7 +61,7 @@ def test_single_denoising_step(built_in: FluxInference) -> None:
 
 
 def test_full_generation_with_a_prompt(built_in: FluxInference) -> None:
-    """The picture shows what was asked for: on red ground for mars, on dark blue for night, the swan white."""
+    """The image shows what was asked for: on red ground for mars, on dark blue for night, the swan white."""
     mars, night = (built_in.generate(p, seed=3, keep=("latents",)) for p in (CAPTION, "a swan at night"))
     corners = [torch.tensor([image.getpixel((x, y)) for x in (2, 61) for y in (20, 40)]).float().mean(0)
                for image in (mars.images[0], night.images[0])]  # fmt: skip
@@ -79,7 +79,7 @@ def full_size(folder: Path) -> Any:
 
 
 def test_memory_use(tmp_path: Path) -> None:
-    """A 1024 x 1024 picture of flux1-dev in bfloat16: each stage alone fits 24 GiB, all components together do not."""
+    """A 1024 x 1024 image of flux1-dev in bfloat16: each stage alone fits 24 GiB, all components together do not."""
     parts = locate(full_size(tmp_path))
     needed = {stage.name: stage.total for stage in stages(parts.components, 1024, 1024)}
     assert list(needed) == ["CLIP", "T5", "denoising", "decoding"]

@@ -56,7 +56,7 @@ def model(folder: Path) -> Any:
 
 @pytest.mark.parametrize("format", FORMATS)
 def test_lora_application(model: Any, folder: Path, format: str) -> None:
-    """Every module of the file changes, in the network and the text encoders; drawing equals drawing with merged weights."""
+    """Every module of the file changes, in the network and the text encoders; sampling equals sampling with merged weights."""
     file = folder.parent / "lora" / f"{format}.safetensors"
     before = {kind: {n: t.clone() for n, t in m.state_dict().items()} for kind, m in model.model.modules().items()}
     handle = model.apply_lora(file, 0.7)
@@ -88,7 +88,7 @@ def test_what_has_no_one_scale_is_not_merged_and_stays_attached(model: Any, fold
 
 
 def test_lora_weights_properly_affect_output(model: Any, folder: Path) -> None:
-    """The picture changes, more with a larger scale; at scale 0 and after detaching it is, bit for bit, what it was."""
+    """The image changes, more with a larger scale; at scale 0 and after detaching it is, bit for bit, what it was."""
     plain = tiny.draw(model, "a swan")
     handle = model.apply_lora(folder.parent / "lora" / "kohya.safetensors")
     distances = []
@@ -214,7 +214,7 @@ def test_the_command_line_checks_converts_merges_extracts_and_resizes(
     assert 0.4 < float(small.splitlines()[-2].split("%")[0].split()[-1]) / 100 < 0.95
 
 
-def test_a_control_lora_makes_a_flux_follow_a_picture_and_leaves_it_as_it_was(tmp_path: Path) -> None:
+def test_a_control_lora_makes_a_flux_follow_an_image_and_leaves_it_as_it_was(tmp_path: Path) -> None:
     model = tiny.load(FluxInference, tiny.write_model(tmp_path / "m"))
     g = torch.Generator().manual_seed(0)
     shapes = {
@@ -230,7 +230,7 @@ def test_a_control_lora_makes_a_flux_follow_a_picture_and_leaves_it_as_it_was(tm
         tiny.draw(model, "a swan", control=controls[0])
     with model.apply_lora(file, 0.85):
         assert model.variant == "depth" and model.network.config.in_channels == 128
-        with pytest.raises(ConfigError, match="needs a control picture"):
+        with pytest.raises(ConfigError, match="needs a control image"):
             tiny.draw(model, "a swan")
         first, second = (tiny.draw(model, "a swan", control=control).latents for control in controls)
         assert relative_l2(first, second) > 1e-3

@@ -61,7 +61,7 @@ def test_single_denoising_step(model: SD35Inference) -> None:
 
 
 def test_full_generation_with_a_prompt(model: SD35Inference) -> None:
-    """The same prompt and seed give the same bits; another prompt, seed or scale another picture."""
+    """The same prompt and seed give the same bits; another prompt, seed or scale another image."""
     options = {"width": 48, "height": 32, "steps": 3, "seed": 3}
     picture = model.generate("a swan", **options).images[0]
     assert picture.size == (48, 32) and model.generate("a swan", **options).images[0].tobytes() == picture.tobytes()

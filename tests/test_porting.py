@@ -105,7 +105,7 @@ PAIRS = {"flux": (flux_pair, 125), "mmdit": (sd3_pair, 120), "vae": (vae_pair, 1
 def beside(
     family: str, folder: Path, change: Callable[[Any], None] = lambda network: None, explain: bool = False
 ) -> Report:
-    """diffusers' class as the example records it beside ours, with the same weights; `change` may spoil theirs."""
+    """diffusers' class as the example records it beside eridiff's, with the same weights; `change` may spoil diffusers'."""
     reference, theirs, ours = PAIRS[family][0]()
     reference.save_pretrained(folder / "m")
     network = load_network(folder / "m", dtype=torch.float32, progress=False)

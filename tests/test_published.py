@@ -44,7 +44,7 @@ def test_each_kind_says_where_its_names_are_from_and_there_are_more_than_twelve(
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_a_kind_of_file_that_people_have_is_read_to_the_last_key(name: str, tmp_path: Path) -> None:
+def test_a_kind_of_file_that_people_have_is_read_whole(name: str, tmp_path: Path) -> None:
     kind = KINDS[name]
     tensors = tensors_of(kind)
     assert len(tensors) == kind.get("count", len(tensors))

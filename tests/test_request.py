@@ -259,7 +259,7 @@ def test_a_mask_may_say_by_its_transparency_what_is_painted() -> None:
     for mask in (grey, torch.zeros(1, 1, 32, 32)):
         with pytest.raises(ConfigError, match="asks for a mask with an alpha channel, and this one has none"):
             model.generate(mask=mask, mask_alpha=True, **asked)
-    with pytest.raises(ConfigError, match="say mask_alpha"):
+    with pytest.raises(ConfigError, match="set mask_alpha"):
         model.generate(mask=clear, **asked)
 
 

@@ -1,4 +1,4 @@
-"""Files that people already have, of ai-toolkit, EriDiffusion, the plan and kohya, draw what their authors meant."""
+"""Files that people already have, of ai-toolkit, EriDiffusion, the plan and kohya, generate what their authors meant."""
 
 import json
 from pathlib import Path
@@ -268,7 +268,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def drawn(folder: Path, *arguments: Any) -> list[tuple[dict[str, Any], bytes]]:
-    """The settings and pixels of each picture that a command draws."""
+    """The settings and pixels of each image that a command generates."""
     assert main(["sample", *map(str, arguments), "--device", "cpu", "--out", str(folder)]) == 0
     found = []
     for path in sorted(folder.glob("*.png")):
@@ -296,7 +296,7 @@ def written(folder: Path, text: str, model: Path, name: str = "train.yaml") -> P
     return folder / name
 
 
-def test_ai_toolkits_flux_run_draws(
+def test_ai_toolkits_flux_run_generates(
     models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("RUNS", "/somewhere")
@@ -326,7 +326,7 @@ def test_ai_toolkits_flux_run_draws(
     assert pictures[1][1] == again(FluxInference, models["flux"], pictures[1][0], guidance_scale=3.5)
 
 
-def test_ai_toolkits_sd35_run_draws(
+def test_ai_toolkits_sd35_run_generates(
     models: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pictures = drawn(tmp_path / "out", written(tmp_path, SD35, models["sd3"]))
@@ -340,7 +340,7 @@ def test_ai_toolkits_sd35_run_draws(
     assert pictures[1][1] == again(SD35Inference, models["sd3"], pictures[1][0])
 
 
-def test_ai_toolkits_sdxl_run_draws(models: dict[str, Path], tmp_path: Path) -> None:
+def test_ai_toolkits_sdxl_run_generates(models: dict[str, Path], tmp_path: Path) -> None:
     pictures = drawn(tmp_path / "out", written(tmp_path, SDXL, models["sdxl"]))
     assert values(pictures, "prompt", "seed", "width", "height", "steps", "cfg_scale", "negative") == [
         ("portrait of an old sailor, ch4rcoal style", 42, 64, 64, 3, 6.5, "photo, colour"),
@@ -349,7 +349,9 @@ def test_ai_toolkits_sdxl_run_draws(models: dict[str, Path], tmp_path: Path) -> 
     assert pictures[1][1] == again(SDXLInference, models["sdxl"], pictures[1][0])
 
 
-def test_eridiffusions_run_draws(models: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_eridiffusions_run_generates(
+    models: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     pictures = drawn(tmp_path / "out", written(tmp_path, ERIDIFFUSION, models["sdxl"]))
     assert values(pictures, "prompt", "seed", "steps", "cfg_scale", "negative", "sampler") == [
         ("a bench in a garden of m0ss", 42, 3, 7.0, "ugly", "ddim"),
@@ -359,7 +361,7 @@ def test_eridiffusions_run_draws(models: dict[str, Path], tmp_path: Path, capsys
     assert pictures[0][1] == again(SDXLInference, models["sdxl"], pictures[0][0])
 
 
-def test_a_run_in_json_with_comments_draws(models: dict[str, Path], tmp_path: Path) -> None:
+def test_a_run_in_json_with_comments_generates(models: dict[str, Path], tmp_path: Path) -> None:
     document = read_yaml(SDXL.replace("MODEL", str(models["sdxl"])))
     text = json.dumps(document, indent="\t").replace("\n", " // as YAML\n", 1)
     (tmp_path / "train.jsonc").write_text(f"/* a run */\n{text}")
@@ -367,7 +369,9 @@ def test_a_run_in_json_with_comments_draws(models: dict[str, Path], tmp_path: Pa
     assert drawn(tmp_path / "json", tmp_path / "train.jsonc") == yaml
 
 
-def test_the_plans_section_draws(models: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_plans_section_generates(
+    models: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     pictures = drawn(tmp_path / "out", written(tmp_path, PLAN, models["flux"]))
     assert values(pictures, "prompt", "seed", "steps", "guidance_scale", "cfg_scale") == [
         ("a white swan on mars", 42, 4, 7.5, 1.0)
@@ -380,8 +384,8 @@ def test_the_plans_section_draws(models: dict[str, Path], tmp_path: Path, capsys
 
 
 @pytest.mark.parametrize(("name", "text"), [("p.txt", LINES), ("p.toml", TOML), ("p.json", json.dumps(JSON))])
-def test_kohyas_prompt_files_draw(name: str, text: str, models: dict[str, Path], tmp_path: Path) -> None:
-    """The same pictures whether the file stands alone or beside a configuration, whose numbers it replaces."""
+def test_kohyas_prompt_files_generate(name: str, text: str, models: dict[str, Path], tmp_path: Path) -> None:
+    """The same images whether the file stands alone or beside a configuration, whose numbers it replaces."""
     (tmp_path / name).write_text(text)
     pictures = drawn(tmp_path / "out", tmp_path / name, "--model", models["flux"])
     assert values(
@@ -415,7 +419,7 @@ def test_options_win_over_every_prompts_own_settings(models: dict[str, Path], tm
     assert values(drawn(tmp_path / "own", own, "--cfg", 2), "cfg_scale", "width", "height") == [(2.0, 64, 96)]
 
 
-def test_a_runs_refiner_finishes_each_picture_where_it_says(models: dict[str, Path], tmp_path: Path) -> None:
+def test_a_runs_refiner_finishes_each_image_where_it_says(models: dict[str, Path], tmp_path: Path) -> None:
     refiner = tiny.write_sdxl_model(tmp_path / "refiner", tiny.SDXL_REFINER)
     text = SDXL.replace("is_xl: true", f"is_xl: true\n        refiner_name_or_path: {refiner}")
     text = text.replace("format: png", "refiner_start_at: 0.5").replace('[trigger]"', '[trigger] --ref 0.7"', 1)
@@ -523,7 +527,7 @@ def test_a_seed_of_minus_one_is_random_of_each_prompt(tmp_path: Path) -> None:
 
 
 def test_a_walk_from_a_random_seed_goes_on_from_it(tmp_path: Path) -> None:
-    """ai-toolkit draws with random, 0, 1, 2."""
+    """ai-toolkit generates with random, 0, 1, 2."""
     text = toolkit("{seed: -1, walk_seed: true, prompts: [a, b, c --d 9, d]}")
     seeds = [entry["seed"] for entry in read(tmp_path, text).sample.each()]
     assert (seeds[1], seeds[2], seeds[3]) == (seeds[0] + 1, 9, seeds[0] + 3) and seeds[0] >= 0
@@ -548,15 +552,15 @@ def test_an_environment_variable_that_is_not_set_names_its_line(
     assert read(tmp_path, "sample: {prompts: ['${NOT_THERE}']}").sample.prompts == ("${NOT_THERE}",)
 
 
-def test_samples_stand_before_prompts_in_trainers_files_and_clash_in_ours(tmp_path: Path) -> None:
+def test_samples_stand_before_prompts_in_trainers_files_and_clash_in_eridiffs(tmp_path: Path) -> None:
     section = "{prompts: [a], samples: [{prompt: b}]}"
     config = read(tmp_path, toolkit(section))
-    assert config.sample.prompts == ("b",) and "prompts (samples stands beside it)" in config.notices[0]
+    assert config.sample.prompts == ("b",) and "prompts (samples is given too)" in config.notices[0]
     with pytest.raises(ConfigError, match="'prompts' and 'samples' both list prompts"):
         read(tmp_path, f"sample: {section}")
 
 
-def test_a_multiplier_that_is_no_number_means_one(tmp_path: Path) -> None:
+def test_a_multiplier_that_is_not_a_number_means_one(tmp_path: Path) -> None:
     section = '{network_multiplier: "0.7", samples: [{prompt: a}, {prompt: b, network_multiplier: strong}]}'
     config = read(tmp_path, toolkit(section))
     assert [entry["lora_scale"] for entry in config.sample.each()] == [0.7, 1.0]
@@ -587,7 +591,7 @@ def test_a_runs_refiner_takes_over_where_the_run_says(tmp_path: Path) -> None:
     assert "hand_over" not in config.sample.shared and "refiner_start_at (no refiner is given)" in config.notices[0]
 
 
-def test_when_a_training_run_draws_is_read_beside_what_it_draws(tmp_path: Path) -> None:
+def test_when_a_training_run_generates_is_read_beside_what_it_generates(tmp_path: Path) -> None:
     section = "{prompts: [a], sample_every: 250, sample_start_step: 500, sample_max_seconds: 60}"
     config = read(tmp_path, toolkit(section, train={"skip_first_sample": True, "lr": 1e-4}))
     assert config.training == TrainingSchedule(250, 500, True, True, 60.0)
@@ -598,7 +602,7 @@ def test_when_a_training_run_draws_is_read_beside_what_it_draws(tmp_path: Path) 
     assert read(tmp_path, "sample: {prompts: [a]}").training == TrainingSchedule()
 
 
-def test_the_first_pictures_of_a_training_have_a_section_of_their_own(tmp_path: Path) -> None:
+def test_the_first_images_of_a_training_have_a_section_of_their_own(tmp_path: Path) -> None:
     first = {"prompts": ["a [trigger] --d 3"], "sample_steps": 5}
     config = read(tmp_path, toolkit("{prompts: [b]}", trigger_word="x", first_sample=first))
     assert config.first_sample is not None and config.sample.prompts == ("b",)
@@ -618,7 +622,7 @@ def test_a_negative_prompt_of_false_is_none(tmp_path: Path) -> None:
     assert read(tmp_path, toolkit("{prompts: [a], neg: false}")).sample.shared == {}
 
 
-def test_the_first_process_with_pictures_draws(tmp_path: Path) -> None:
+def test_the_first_process_with_images_generates(tmp_path: Path) -> None:
     processes = [{"type": "extract"}, {"sample": {"prompts": ["a"]}}, {"sample": {"prompts": ["b"]}}]
     config = read(tmp_path, json.dumps({"config": {"name": "x", "process": processes}}), "run.json")
     assert config.sample.prompts == ("a",) and "process 1, process 3 (one process is used)" in config.notices[0]
@@ -641,7 +645,7 @@ PLACES = [
 
 
 @given(st.dictionaries(st.sampled_from(PLACES), ANYTHING, max_size=3))
-def test_whatever_stands_in_a_trainers_file_is_read_or_refused_in_a_sentence(
+def test_whatever_is_in_a_trainers_file_is_read_or_refused_in_a_sentence(
     places: dict[tuple[str, str], Any],
 ) -> None:
     process: dict[str, Any] = {"sample": {"prompts": ["a"]}, "model": {}, "train": {}}
@@ -698,7 +702,7 @@ def test_a_mistake_in_a_trainers_file_is_one_sentence(
         ("p.json", "[]", "the file holds no prompt"),
         ("p.json", '["a", {"width": 3}]', "entry 2 must be a text, or a mapping with a prompt"),
         ("p.json", '["a",\n "b"', "line 2: is not JSON"),
-        ("p.json", '[{"prompt": "a", "prompt": "b"}]', "the key 'prompt' stands twice"),
+        ("p.json", '[{"prompt": "a", "prompt": "b"}]', "the key 'prompt' is repeated"),
         ("p.json", '[{"prompt": "a", "widht": 3}]', "'widht' is not a key of sample: entry 1; did you mean 'width'"),
         ("p.json", '[{"prompt": "a", "width": "3"}]', "width must be a whole number, not '3'; write 3"),
         ("p.toml", "[prompt]\nwidth = 3\n", r"a table \[prompt\] with entries \[\[prompt.subset\]\] is expected"),

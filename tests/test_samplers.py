@@ -21,11 +21,11 @@ from eridiff.schedulers.flow_match import candle_sigmas, flow_schedule, sd3_sigm
 from eridiff.schedulers.guidance import Guidance, SkipLayers, classifier_free, guided, rescaled
 from eridiff.schedulers.samplers import SAMPLERS, STOCHASTIC, clean_noise
 
-DEVIATION = 0.5  # of the pictures: Gaussian, so that the best network is known
+DEVIATION = 0.5  # of the images: Gaussian, so that the best network is known
 
 
 def velocity(x: Tensor, sigma: float) -> Tensor:
-    """The exact velocity of rectified flow to pictures with mean 0.3 and DEVIATION: E[noise - clean | x]."""
+    """The exact velocity of rectified flow to images with mean 0.3 and DEVIATION: E[noise - clean | x]."""
     variance = (1 - sigma) ** 2 * DEVIATION**2 + sigma**2
     centred = x - (1 - sigma) * 0.3
     clean = 0.3 + (1 - sigma) * DEVIATION**2 / variance * centred
@@ -58,10 +58,8 @@ def test_twice_the_steps_divide_the_error_by_two_to_the_order(name: str, order: 
 
 @settings(deadline=None)
 @given(st.sampled_from(sorted(SAMPLERS.keys() - {"lcm"})), st.integers(1, 12), st.floats(0.5, 8), st.integers(0, 99))
-def test_a_single_picture_is_reached_exactly_whatever_the_sampler(
-    name: str, steps: int, shift: float, seed: int
-) -> None:
-    """Where all pictures are one, the path is a straight line and no sampler without noise of its own may leave it.
+def test_a_single_image_is_reached_exactly_whatever_the_sampler(name: str, steps: int, shift: float, seed: int) -> None:
+    """Where all images are one, the path is a straight line and no sampler without noise of its own may leave it.
 
     (LCM's boundary condition keeps a share of the latents.)
     """
@@ -88,8 +86,8 @@ def test_clean_and_noise_mix_back_to_the_latents(sigma: float, seed: int) -> Non
 
 
 @pytest.mark.parametrize("name", ["euler_ancestral", "dpmpp_2m_sde"])
-def test_stochastic_samplers_end_in_the_pictures_distribution(name: str) -> None:
-    """With the exact network of Gaussian pictures and 500 steps, mean and deviation come out as they went in."""
+def test_stochastic_samplers_end_in_the_images_distribution(name: str) -> None:
+    """With the exact network of Gaussian images and 500 steps, mean and deviation come out as they went in."""
     g = torch.Generator().manual_seed(5)
     alphas = alphas_cumprod()
     places = trailing_timesteps(500)
@@ -108,8 +106,8 @@ def test_stochastic_samplers_end_in_the_pictures_distribution(name: str) -> None
 
 @settings(deadline=None)
 @given(st.sampled_from(["epsilon", "v", "sample"]), st.integers(0, 99), st.sampled_from(["euler", "heun", "dpmpp_2m"]))
-def test_both_spaces_and_every_prediction_give_the_same_pictures(prediction: str, seed: int, name: str) -> None:
-    """The same clean picture, told as noise, v or itself, in variance-preserving and -exploding space."""
+def test_both_spaces_and_every_prediction_give_the_same_images(prediction: str, seed: int, name: str) -> None:
+    """The same clean image, told as noise, v or itself, in variance-preserving and -exploding space."""
     g = torch.Generator().manual_seed(seed)
     weights, start = (
         torch.randn(4, 4, generator=g, dtype=torch.float64) / 3,
@@ -213,7 +211,7 @@ def test_outside_the_interval_the_negative_prompt_is_not_asked() -> None:
 def test_skip_layers_act_strictly_inside_their_window_counted_from_the_first_step(
     steps: int, first: int, steered: range
 ) -> None:
-    """The published window 0.01 to 0.20; the steps that the original steers are named in its fact sheet."""
+    """The published window 0.01 to 0.20; the steps that the original guides are named in its fact sheet."""
     found, asked = outputs(Guidance(4.0, skip_layers=SkipLayers((7, 8, 9), 2.5, 0.01, 0.2)), steps, first)
     assert [i for i, value in enumerate(found, first) if value != 14.0] == list(steered)
     assert set(found) == {14.0, 14.0 + 2.5 * 3} and asked.count(1) == len(steered)

@@ -1,4 +1,4 @@
-"""Stable Diffusion 3 from a prompt to a picture, with small random models in the published files' form."""
+"""Stable Diffusion 3 from a prompt to an image, with small random models in the published files' form."""
 
 import itertools
 import json
@@ -65,7 +65,7 @@ def test_the_loop_is_the_originals(whole: SD35Inference) -> None:
     assert torch.allclose(found.latents, x, atol=1e-3 * float(x.abs().max()))
 
 
-def test_every_sampler_and_schedule_draws_its_own_picture(whole: SD35Inference) -> None:
+def test_every_sampler_and_schedule_generates_its_own_image(whole: SD35Inference) -> None:
     drawn = [
         draw(whole, sampler=name).latents for name in ("euler", "heun", "dpmpp_2m", "euler_ancestral", "dpmpp_2m_sde")
     ]
@@ -111,7 +111,7 @@ def conditioning(rows: int = 77) -> Conditioning:
     return Conditioning(torch.randn(1, rows, 20, generator=g), torch.randn(1, 16, generator=g))
 
 
-def test_pictures_begin_from_pictures_and_masks_keep_what_is_black(whole: SD35Inference) -> None:
+def test_images_begin_from_images_and_masks_keep_what_is_black(whole: SD35Inference) -> None:
     image = Image.radial_gradient("L").resize((48, 32)).convert("RGB")
     start = whole.encode_vae(eridiff.images.to_tensor(image, 48, 32))
     near, far = (draw(whole, image=image, strength=s, sampler="euler", cfg_scale=1.0).latents for s in (0.25, 1.0))
@@ -120,14 +120,14 @@ def test_pictures_begin_from_pictures_and_masks_keep_what_is_black(whole: SD35In
     assert draw(whole, image=image, mask=mask).images[0].tobytes() == image.tobytes()
 
 
-def test_a_callback_sees_the_clean_picture_of_every_step(whole: SD35Inference) -> None:
+def test_a_callback_sees_the_clean_image_of_every_step(whole: SD35Inference) -> None:
     steps: list[Step] = []
     found = draw(whole, callback=steps.append)
     assert [s.index for s in steps] == [0, 1, 2, 3]
     assert torch.equal(steps[-1].clean, found.latents)  # the last step goes all the way
 
 
-def test_bfloat16_networks_and_offloaded_stages_draw_the_same_way(folder: Path, whole: SD35Inference) -> None:
+def test_bfloat16_networks_and_offloaded_stages_generate_the_same_way(folder: Path, whole: SD35Inference) -> None:
     expected = draw(whole, cfg_scale=1.0).latents
     half = load(folder, dtype=torch.bfloat16)
     assert draw(half, cfg_scale=1.0).latents.dtype == torch.float32
@@ -178,7 +178,7 @@ def write_pipeline(folder: Path, target: Path) -> Path:
 
 
 @pytest.mark.parametrize("write", [write_all_in_one, write_pipeline])
-def test_every_form_of_the_files_draws_the_same_picture(
+def test_every_form_of_the_files_generates_the_same_image(
     write: Any, folder: Path, whole: SD35Inference, tmp_path: Path
 ) -> None:
     model = load(write(folder, tmp_path / "other"))
@@ -205,7 +205,7 @@ def test_each_variant_has_the_published_defaults(name: str, steps: int, cfg_scal
     assert (found.steps, found.cfg_scale, found.sampler, found.shift) == (steps, cfg_scale, sampler, 3.0)
 
 
-def test_turbo_is_told_by_its_name_or_by_option(tmp_path: Path) -> None:
+def test_turbo_is_recognised_by_its_name_or_by_option(tmp_path: Path) -> None:
     large = MMDiTConfig(16, 16, 16, 20, 128, 2, 2.0, 2, 6)
     folder = tiny.write_sd3_model(tmp_path / "m", large)
     assert load(folder).variant == "sd3.5-large" and load(folder).sampling.cfg_scale == 4.5
@@ -311,9 +311,9 @@ def test_all_windows_of_a_long_prompt_are_read_by_option(folder: Path) -> None:
 
 def test_what_does_not_fit_together_is_named(tmp_path: Path, folder: Path) -> None:
     flux = tiny.write_model(tmp_path / "flux")
-    with pytest.raises(CheckpointError, match="holds a Flux, SD35Inference draws with a Stable Diffusion 3"):
+    with pytest.raises(CheckpointError, match="holds a Flux, SD35Inference generates with a Stable Diffusion 3"):
         SD35Inference(device="cpu").load_model(flux)
-    with pytest.raises(CheckpointError, match="holds a Stable Diffusion 3, FluxInference draws with a Flux"):
+    with pytest.raises(CheckpointError, match="holds a Stable Diffusion 3, FluxInference generates with a Flux"):
         FluxInference(device="cpu").load_model(folder)
     assert (
         load(folder, variant="sd3.5-large").sampling.cfg_scale == 4.5
@@ -359,7 +359,7 @@ def test_prompts_of_different_length_are_refused_with_what_to_do(whole: SD35Infe
         draw(whole, conditioning=pair)
 
 
-def test_the_command_line_draws_with_sd3(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_line_generates_with_sd3(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = tmp_path / "run.yaml"
     config.write_text(
         f"model: {folder}\nt5_padding: diffusers\nsample:\n  prompts: [a swan, {{clip: a fox, t5: a fox on the sea}}]\n"
@@ -403,7 +403,7 @@ def test_the_command_line_draws_with_sd3(folder: Path, tmp_path: Path, capsys: p
         == 0
     )
     for extra, says in (
-        (["--variant", "dev"], "'dev' is no variant of Stable Diffusion 3; there are sd3-medium"),
+        (["--variant", "dev"], "'dev' is not a variant of Stable Diffusion 3; there are sd3-medium"),
         (["--schedule", "x"], "'x' is not a schedule of SD 3"),
         (["--size", "960x32"], "larger than this network's table"),
     ):

@@ -1,4 +1,4 @@
-"""SDXL from a prompt to a picture, with small random models in the published files' form."""
+"""SDXL from a prompt to an image, with small random models in the published files' form."""
 
 import itertools
 import json
@@ -86,7 +86,7 @@ def test_an_empty_negative_is_zeros_or_encoded_by_option(whole: SDXLInference, f
     assert encoded and said and torch.allclose(encoded.text, said.text, atol=1e-5) and bool(said.text.any())
 
 
-def test_every_sampler_and_schedule_draws_its_own_picture(whole: SDXLInference) -> None:
+def test_every_sampler_and_schedule_generates_its_own_image(whole: SDXLInference) -> None:
     samplers = ("euler", "euler_ancestral", "heun", "ddim", "dpmpp_2m", "dpmpp_2m_sde", "lcm")
     drawn = [draw(whole, sampler=name, steps=3).latents for name in samplers]
     drawn += [
@@ -113,7 +113,7 @@ def test_noise_on_the_way_does_not_depend_on_the_neighbours(whole: SDXLInference
 
 
 def vectors(model: SDXLInference, **options: Any) -> Tensor:
-    """What the network is told beside the text while it draws: `[B, vector_width]`."""
+    """What the network is given beside the text while it generates: `[B, vector_width]`."""
     seen: list[Tensor] = []
     hook = model.network.vector_in.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     draw(model, **options)
@@ -124,7 +124,7 @@ def vectors(model: SDXLInference, **options: Any) -> Tensor:
 SIZES = {"original_size": (512, 768), "crop": (16, 32), "target_size": (1024, 640)}
 
 
-def test_the_network_is_told_of_sizes_height_before_width(whole: SDXLInference) -> None:
+def test_the_network_is_given_sizes_height_before_width(whole: SDXLInference) -> None:
     pooled = whole.encode_prompt("a swan").positive.pooled
     assert torch.equal(vectors(whole)[:1], told(pooled, [64, 96, 0, 0, 64, 96]))
     assert torch.equal(vectors(whole, **SIZES)[:1], told(pooled, [512, 768, 16, 32, 1024, 640]))
@@ -133,7 +133,7 @@ def test_the_network_is_told_of_sizes_height_before_width(whole: SDXLInference) 
     )  # the negative prompt's row too
 
 
-def test_what_the_network_is_told_of_sizes_changes_the_picture(whole: SDXLInference) -> None:
+def test_what_the_network_is_given_of_sizes_changes_the_image(whole: SDXLInference) -> None:
     plain = draw(whole)
     assert plain.settings[0] | {"original_size": "96x64", "crop": [0, 0], "target_size": "96x64"} == plain.settings[0]
     for name, value in SIZES.items():
@@ -179,7 +179,7 @@ def test_a_run_handed_over_is_the_run_in_one(whole: SDXLInference) -> None:
 
 
 @pytest.mark.parametrize(("steps", "base"), [(20, 16), (25, 20), (30, 23), (40, 32), (50, 40)])
-def test_the_hand_over_is_diffusers(steps: int, base: int, whole: SDXLInference) -> None:
+def test_the_switch_to_the_refiner_is_diffusers(steps: int, base: int, whole: SDXLInference) -> None:
     facts = json.loads((Path(__file__).parent / "goldens" / "sdxl-samplers.json").read_text())[
         "hand_over_diffusers_leading"
     ]
@@ -187,7 +187,7 @@ def test_the_hand_over_is_diffusers(steps: int, base: int, whole: SDXLInference)
     assert whole.place(whole.schedule(steps, 64, 64), 0.8) == base
 
 
-def test_the_level_of_the_hand_over_is_the_bases(whole: SDXLInference) -> None:
+def test_the_level_of_the_switch_to_the_refiner_is_the_bases(whole: SDXLInference) -> None:
     times = torch.tensor([300.0, 200.0, 100.0])
     assert whole.place(discrete_schedule(times, torch.tensor([3.0, 2.0, 1.0])), 0.8) == 2
 
@@ -219,7 +219,7 @@ def test_the_refiner_reads_clip_g_and_scores(tmp_path: Path, whole: SDXLInferenc
         draw(whole, refiner=refiner, width=64, hand_over=1.0)
 
 
-def test_pictures_begin_from_pictures_and_masks_keep_what_is_black(whole: SDXLInference) -> None:
+def test_images_begin_from_images_and_masks_keep_what_is_black(whole: SDXLInference) -> None:
     image = Image.radial_gradient("L").resize((96, 64)).convert("RGB")
     start = whole.encode_vae(eridiff.images.to_tensor(image, 96, 64))
     near, far = (draw(whole, image=image, strength=s, cfg_scale=1.0).latents for s in (0.25, 1.0))
@@ -227,7 +227,7 @@ def test_pictures_begin_from_pictures_and_masks_keep_what_is_black(whole: SDXLIn
     assert draw(whole, image=image, mask=Image.new("L", (96, 64), 0)).images[0].tobytes() == image.tobytes()
 
 
-def test_inpainting_sees_the_mask_and_the_picture_without_what_is_painted(tmp_path: Path) -> None:
+def test_inpainting_sees_the_mask_and_the_image_without_what_is_painted(tmp_path: Path) -> None:
     model = load(tiny.write_sdxl_model(tmp_path / "m", INPAINT))
     assert model.variant == "inpaint" and model.sampling.cfg_scale == 7.5
     image = Image.radial_gradient("L").resize((96, 64)).convert("RGB")
@@ -249,7 +249,7 @@ def test_inpainting_sees_the_mask_and_the_picture_without_what_is_painted(tmp_pa
         draw(model, image=image)
 
 
-def test_inpainting_takes_latents_then_mask_then_picture_each_row_its_own(tmp_path: Path) -> None:
+def test_inpainting_takes_latents_then_mask_then_image_each_row_its_own(tmp_path: Path) -> None:
     model = load(tiny.write_sdxl_model(tmp_path / "m", INPAINT))
     images = torch.rand(2, 3, 64, 96, generator=torch.Generator().manual_seed(0)) * 2 - 1
     mask = torch.full((1, 1, 64, 96), 0.6)
@@ -258,7 +258,7 @@ def test_inpainting_takes_latents_then_mask_then_picture_each_row_its_own(tmp_pa
     hook = model.network.conv_in.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     found = draw(model, image=images, mask=mask, seed=[1, 2], steps=1)
     hook.remove()
-    rows = seen[0]  # both pictures with the prompt, both with the negative one
+    rows = seen[0]  # both images with the prompt, both with the negative one
     assert torch.allclose(rows[:, :4], found.noise.repeat(2, 1, 1, 1), atol=1e-5)
     assert rows[:, 4, :, :6].eq(1).all() and rows[:, 4, :, 6:].eq(0).all()  # gray is painted or not, nothing between
     pictures = model.encode_vae(images * (mask < 0.5))
@@ -266,7 +266,7 @@ def test_inpainting_takes_latents_then_mask_then_picture_each_row_its_own(tmp_pa
     assert not torch.allclose(pictures[0], pictures[1], atol=0.1)
 
 
-def test_lcm_is_told_its_guidance(tmp_path: Path) -> None:
+def test_lcm_is_given_its_guidance(tmp_path: Path) -> None:
     model = load(tiny.write_sdxl_model(tmp_path / "m", LCM))
     assert (model.variant, model.sampling.sampler, model.guidance(None)) == ("lcm", "lcm", 8.0)
     eight, three = (draw(model, guidance_scale=scale).latents for scale in (8.0, 3.0))
@@ -274,7 +274,7 @@ def test_lcm_is_told_its_guidance(tmp_path: Path) -> None:
     assert draw(model).settings[0]["cfg_scale"] == 1.0
 
 
-def test_strips_draw_the_same_picture(folder: Path, whole: SDXLInference) -> None:
+def test_strips_generate_the_same_image(folder: Path, whole: SDXLInference) -> None:
     image = Image.radial_gradient("L").resize((96, 64)).convert("RGB")
     expected = draw(whole, image=image, strength=0.5).images[0]
     found = draw(load(folder, vae_rows=24), image=image, strength=0.5).images[0]
@@ -302,7 +302,7 @@ def rewritten(
     return target
 
 
-def test_published_variants_are_told_by_sizes_then_by_name(folder: Path, tmp_path: Path) -> None:
+def test_published_variants_are_recognised_by_sizes_then_by_name(folder: Path, tmp_path: Path) -> None:
     for name, config in PRESETS.items():
         distilled = name in ("ssd-1b", "vega")  # sampled as base
         assert SDXLInference.possible_variants(config)[0] == ("base" if distilled else name)
@@ -384,7 +384,7 @@ def write_pipeline(folder: Path, target: Path, scheduler: dict[str, Any]) -> Pat
     return target
 
 
-def test_a_diffusers_folder_draws_the_same_picture_and_says_what_it_predicts(
+def test_a_diffusers_folder_generates_the_same_image_and_says_what_it_predicts(
     folder: Path, whole: SDXLInference, tmp_path: Path
 ) -> None:
     plain = load(write_pipeline(folder, tmp_path / "plain", {"prediction_type": "epsilon"}))
@@ -430,7 +430,7 @@ def test_what_does_not_fit_together_is_named(tmp_path: Path, folder: Path) -> No
     )
     with pytest.raises(CheckpointError, match="a CLIP-G text encoder is missing: .* give the rest as clip_g"):
         load(lone)
-    with pytest.raises(CheckpointError, match="holds an SDXL, FluxInference draws with a Flux"):
+    with pytest.raises(CheckpointError, match="holds an SDXL, FluxInference generates with a Flux"):
         eridiff.FluxInference(device="cpu").load_model(folder)
     unknown = rewritten(
         folder, tmp_path / "unknown", lambda s: s.update({"model.diffusion_model.extra.weight": torch.zeros(2)})
@@ -439,7 +439,7 @@ def test_what_does_not_fit_together_is_named(tmp_path: Path, folder: Path) -> No
         load(unknown)
 
 
-def test_the_command_line_draws_with_sdxl(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_line_generates_with_sdxl(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "swan.png"
     options = [
         "--model",
@@ -547,7 +547,7 @@ def test_base_and_refiner_fit_one_device_together(tmp_path: Path) -> None:
     assert 10 * 2**30 < total < 24 * 2**30
 
 
-def test_a_hand_over_without_a_refiner_is_told(whole: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_switch_without_a_refiner_is_reported(whole: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """An error in Python and as a flag; one notice where a configuration says it, which may be for another model."""
     for ask in (whole.generate, lambda prompt, **given: next(whole.generate_each([{"prompt": prompt, **given}]))):
         with pytest.raises(ConfigError, match="hand_over has no effect without a refiner"):

@@ -37,7 +37,7 @@ def test_each_row_is_evaluated_at_its_own_time(family: str) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_row_of_times_is_the_same_to_the_last_bit(family: str) -> None:
+def test_a_row_of_times_is_the_same_bit_for_bit(family: str) -> None:
     network, (x, text, pooled, times, *rest) = call(family)
     assert torch.equal(network(x, text, pooled, times[0], *rest), network(x, text, pooled, times, *rest))
 

@@ -1,7 +1,11 @@
-"""The documents and the help speak the field's plain English: none of the patterns that CONTRIBUTING.md rules out."""
+"""Documents, help, comments and messages are in the field's plain English: none of the patterns that CONTRIBUTING.md rules out."""
 
 import argparse
+import ast
+import io
 import re
+import tokenize
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -10,16 +14,22 @@ from eridiff.cli import _parser
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/*.md"))]
+SOURCES = sorted(
+    path
+    for folder in ("eridiff", "tests", "examples", "benchmarks", "docs")
+    for path in (ROOT / folder).rglob("*.py")
+    if path != Path(__file__)  # which lists the patterns
+)
 PATTERNS = {  # what is not written -> what is
-    r"draws?|drew|drawing": "generate, sample",
+    r"draws?(?! (?:noise|random))|drew|drawing": "generate, sample",
     r"(?<!noise is )(?<!noise itself is )drawn(?! in float32| on the CPU| in training)": "generated, sampled",
     r"pictures?": "image",
     r"(?<!there )(?:is|are) no (?!longer)\w+": "is not a",
-    r"averages": "EMA weights",
+    r"averages(?! (?:them|what|weights in place))": "EMA weights",
     r"(?:is|are|was|be|been) told(?! apart by)|told of|tells of": "is given, is reported, is detected",
     r"nothing said|when nothing is said|when not said|not said|is said|says nothing|says otherwise": "by default, is given",
-    r"stands? (?:in|at|beside|for itself|twice|behind|below)|stood": "is in, is at, is next to",
-    r"(?:one|once|twice|each) (?:\w+ )?an? (?:step|image|prompt|token|layer|row|network|stage|line|entry|component|command|file)": "per",
+    r"stands? (?:in(?! for)|at|beside|for itself|twice|behind|below)|stood": "is in, is at, is next to",
+    r"(?:one|once|twice|each) (?!with|that|from|in |prompt)(?:\w+ )?an? (?:step|image|prompt|token|layer|row|network|stage|line|entry|component|command|file)": "per",
     r"bit by bit": "bit for bit",
     r"to the last (?:key|bit)": "every key, bit for bit",
     r"without a word": "silently",
@@ -51,6 +61,28 @@ def test_a_page_has_none_of_the_patterns(page: Path) -> None:
     if page.name == "CONTRIBUTING.md":  # which lists them
         text = re.sub(r"^\| not \|.*?\n\n", "", text, flags=re.MULTILINE | re.DOTALL)
     assert found(prose(text)) == []
+
+
+def sentences(source: str, messages: bool) -> Iterator[tuple[int, str]]:
+    """Comments, docstrings and names of tests of a Python file, and with `messages` every string of several words, by line."""
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type == tokenize.COMMENT:
+            yield token.start[0], token.string
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
+            yield getattr(node, "lineno", 1), ast.get_docstring(node) or ""
+        if isinstance(node, ast.FunctionDef) and node.name.startswith("test_"):
+            yield node.lineno, node.name.replace("_", " ")
+        if messages and isinstance(node, ast.Constant) and isinstance(node.value, str) and " " in node.value.strip():
+            yield node.lineno, node.value
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_a_source_has_none_of_the_patterns(path: Path) -> None:
+    messages = "benchmark" not in str(path.relative_to(ROOT))  # its strings name the rows of results on the disk
+    texts = {(line, re.sub("`[^`]*`", "", text)) for line, text in sentences(path.read_text(), messages)}
+    assert [f"{line}: {found(text)}" for line, text in sorted(texts) if found(text)] == []
 
 
 def helps(parser: argparse.ArgumentParser) -> list[str]:

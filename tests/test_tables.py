@@ -77,7 +77,7 @@ def test_lcms_timesteps() -> None:
     ],
 )
 def test_diffusers_spacings(place: str, function: Callable[[int], Tensor]) -> None:
-    """A single step of diffusers' linspace stands at timestep 0 and draws nothing; ours begins where all is noise."""
+    """A single step of diffusers' linspace is at timestep 0 and generates nothing; eridiff's begins where all is noise."""
     found = [
         (steps, function(steps), table)
         for steps, table in of("EulerDiscrete", place)
@@ -89,7 +89,7 @@ def test_diffusers_spacings(place: str, function: Callable[[int], Tensor]) -> No
         assert close(d.sigmas_at(timesteps, ALPHAS), table["sigmas"][:-1]), steps
 
 
-def test_diffusers_ddim_stands_at_the_same_timesteps() -> None:
+def test_diffusers_ddim_is_at_the_same_timesteps() -> None:
     for place, function in (("leading/offset1", d.leading_timesteps), ("trailing/offset1", d.trailing_timesteps)):
         for steps, table in of("DDIM", place):
             assert function(steps).tolist() == table["timesteps"] and table["final_alpha_cumprod"] == float(ALPHAS[0])

@@ -1,4 +1,4 @@
-"""Tokenizers and encoders: the traps that change a picture without an error."""
+"""Tokenizers and encoders: the traps that change an image without an error."""
 
 import importlib.util
 import json
@@ -294,7 +294,7 @@ def test_an_encoder_that_is_only_pickled_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("family", ["flux", "sd3"])
 def test_t5_padding_is_hidden_from_networks_that_were_trained_so(family: str, tmp_path: Path) -> None:
-    """A masked prompt gives the picture of a prompt without padding, in one batch with a longer one too, and from a cache."""
+    """A masked prompt gives the image of a prompt without padding, in one batch with a longer one too, and from a cache."""
     folder = (tiny.write_model if family == "flux" else tiny.write_sd3_model)(tmp_path / "m")
     model = tiny.load(DiffusionInference, folder, t5_mask=True)
     told = model.encode_prompt("a swan").positive

@@ -105,7 +105,7 @@ def test_adapters_on_text_encoders_act_and_their_file_gives_the_same(
     with dropout_off(*held.values(), *(n for n in networks.values() if isinstance(n, nn.Module))):
         assert inference.generate(PROMPT, **asked).images[0].tobytes() == after.tobytes()
         expected, found = inference.encode_prompt(PROMPT).positive, fresh.encode_prompt(PROMPT).positive
-    # beside weights of a byte, whose dtype is not that of the computation, ours keeps a LoRA in bfloat16
+    # beside weights of a byte, whose dtype is not that of the computation, eridiff keeps a LoRA in bfloat16
     bound = 1e-2 if quantiser in ("4 bits", "layerwise casting") else BOUND
     assert relative_l2(found.text, expected.text) < bound and relative_l2(found.pooled, expected.pooled) < bound
     drawn = fresh.generate(PROMPT, **asked).images[0]

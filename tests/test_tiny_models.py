@@ -1,4 +1,4 @@
-"""The built-in models draw what is asked, by the ordinary loader and `generate`; a pipeline that is wrong anywhere does not.
+"""The built-in models generate what is asked, by the ordinary loader and `generate`; a pipeline that is wrong anywhere does not.
 
 Each break below changes one thing that a pipeline could do consistently and wrongly, and the share of images that are
 right falls below the bound that the model as it is keeps.
@@ -28,7 +28,7 @@ from tiny_judge import Judge, sample
 JUDGE = Judge()
 SCENES = sample(16)
 BOUND, BROKEN = 0.9, 0.8  # share of the scenes that are right: at least, of a model as it is, and less, of a broken one
-NEAR = {"tiny-flux": 40, "tiny-sd35": 55, "tiny-sdxl": 40}  # root mean square to the nearest drawing, in 0..255
+NEAR = {"tiny-flux": 40, "tiny-sd35": 55, "tiny-sdxl": 40}  # root mean square to the nearest rendering, in 0..255
 STEPS = {"tiny-flux": 4, "tiny-sd35": 6, "tiny-sdxl": 10}
 Patch = pytest.MonkeyPatch
 MODELS: dict[str, Any] = {}
@@ -41,7 +41,7 @@ def model_of(name: str) -> Any:
 
 
 def right(name: str, **how: Any) -> float:
-    """The share of the scenes that a model draws as asked: noun, background and size, and near enough to a drawing."""
+    """The share of the scenes that a model generates as asked: noun, background and size, and near enough to a rendering."""
     how = {"steps": STEPS[name], **how}
     result = model_of(name).generate([s.caption for s in SCENES], seed=list(range(len(SCENES))), **how)
     pairs = [(np.asarray(image, np.float32).reshape(-1), s) for image, s in zip(result.images, SCENES, strict=True)]
@@ -50,7 +50,7 @@ def right(name: str, **how: Any) -> float:
 
 
 @pytest.mark.parametrize("name", STEPS)
-def test_a_built_in_model_draws_noun_background_and_size_as_asked(name: str) -> None:
+def test_a_built_in_model_generates_noun_background_and_size_as_asked(name: str) -> None:
     assert right(name) >= BOUND
 
 
@@ -60,7 +60,7 @@ def sharpness(images: list[Any]) -> float:
     return float(np.abs(np.diff(pixels, axis=1)).mean() + np.abs(np.diff(pixels, axis=2)).mean())
 
 
-def test_sdxl_told_of_a_small_original_draws_it_enlarged_and_blurred() -> None:
+def test_sdxl_that_is_given_a_small_original_generates_it_enlarged_and_blurred() -> None:
     model, captions = model_of("tiny-sdxl"), [s.caption for s in SCENES[:8]]
 
     def drawn(side: int) -> float:
@@ -71,7 +71,7 @@ def test_sdxl_told_of_a_small_original_draws_it_enlarged_and_blurred() -> None:
 
 
 @pytest.mark.parametrize("crop", [(12, 0), (0, 12)])
-def test_sdxl_told_of_a_crop_moves_the_image_up_or_to_the_left(crop: tuple[int, int]) -> None:
+def test_sdxl_that_is_given_a_crop_moves_the_image_up_or_to_the_left(crop: tuple[int, int]) -> None:
     """Of drawings at four places the one that lies where the crop puts it is the nearest."""
     model, scenes = model_of("tiny-sdxl"), [replace(s, size="small") for s in SCENES]
     found = []
@@ -82,7 +82,7 @@ def test_sdxl_told_of_a_crop_moves_the_image_up_or_to_the_left(crop: tuple[int, 
     assert np.mean(found) >= 0.8
 
 
-def test_sd35_draws_without_t5_and_with_skipped_layers(monkeypatch: Patch) -> None:
+def test_sd35_generates_without_t5_and_with_skipped_layers(monkeypatch: Patch) -> None:
     assert right("tiny-sd35", steps=8, skip_layers=True) >= BOUND
     monkeypatch.setattr(model_of("tiny-sd35"), "t5", None)
     assert right("tiny-sd35", steps=8) >= BOUND
@@ -117,7 +117,7 @@ def sines_first(patch: Patch, model: Any) -> None:
 
 
 def shifted_times(shift: float) -> Callable[[Patch, Any], None]:
-    """The schedule's, as for pictures of a thousand pixels."""
+    """The schedule's, as for images of a thousand pixels."""
 
     def broken(patch: Patch, model: Any) -> None:
         patch.setattr(model, "sampling", replace(model.sampling, shift=shift))
@@ -283,7 +283,7 @@ SD35 = {
     "a corner of the position table": corner_of_the_table,
     "patches in Flux's order": patches_in_flux_order,
     "no second attention": no_second_attention,
-    "the shift of large pictures": shifted_times(3.0),
+    "the shift of large images": shifted_times(3.0),
     "final shift and scale exchanged": shift_and_scale_exchanged,
     "queries and keys without their norm": no_norm_of_queries,
 }
@@ -291,7 +291,7 @@ SDXL = {
     "the latents' scale of Flux": lambda p, m: configured(p, m, scale=0.3611),
     "times that fall": times_reversed(999),
     "sines before cosines": sines_first,
-    "the clean picture predicted in place of noise": predicts("sample"),
+    "the clean image predicted in place of noise": predicts("sample"),
     "noise of the other sign": sign_flipped,
     "no guidance": lambda p, m: p.setattr(guidance, "classifier_free", lambda positive, *rest: positive),
     "positive and negative prompt exchanged": prompts_exchanged,
@@ -311,7 +311,7 @@ BREAKS = [
 
 
 @pytest.mark.parametrize(("name", "broken"), BREAKS)
-def test_a_broken_pipeline_draws_something_else(
+def test_a_broken_pipeline_generates_something_else(
     name: str, broken: Callable[[Patch, Any], None], monkeypatch: Patch
 ) -> None:
     broken(monkeypatch, model_of(name))

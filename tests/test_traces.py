@@ -82,7 +82,7 @@ def test_every_module_that_runs_is_recorded_and_the_others_are_listed(kind: str)
     assert never | ran >= {n for n, m in network.named_modules() if n and type(m).forward is not nn.Module.forward}
 
 
-def test_what_a_porter_needs_stands_in_the_trace_of_a_picture() -> None:
+def test_what_a_porter_needs_is_in_the_trace_of_an_image() -> None:
     """Rope table, q and k behind norm and rope, attention, modulated inputs; latents and velocity of every step."""
     model = eridiff.load(device="cpu", progress=False)
     with record(model, calls="all") as recording:
@@ -215,7 +215,7 @@ def test_a_trace_in_a_file_is_the_one_in_memory(kind: str, calls: Any, tmp_path:
     )
     assert trace.metadata.get("unrecorded", {}) == inside.unrecorded
     assert [*path.parent.iterdir()] == [path]
-    read = load_file(path)  # a plain safetensors file, in which no tensor stands twice
+    read = load_file(path)  # a plain safetensors file, in which no tensor is repeated
     distinct = {(t.data_ptr(), t.shape) for t in inside.values()}
     assert len(read) <= len(distinct) < 0.75 * len(inside)
     (said,) = trace.metadata["eridiff.config"].values()
@@ -336,8 +336,8 @@ def damaged(folder: Path, kind: str) -> Path:
         ("empty", "is a folder without .npy files; give"),
         ("x.npy", "is one array without a name; give the folder"),
         ("cut", "x.npy' is cut off or damaged; write it again"),
-        ("cut.npz", "is no complete .npz archive; write it again"),
-        ("cut.safetensors", "cut.safetensors' is .* 8 of 32888 bytes short"),
+        ("cut.npz", "is not a complete .npz archive; write it again"),
+        ("cut.safetensors", "cut.safetensors' is .* 8 of 32888 bytes are missing"),
         ("lies.safetensors", "same as one that it does not hold"),
         ("objects", "holds Python objects, which are never opened; save plain numbers"),
         ("objects.npz", "array 'x', holds Python objects, which are never opened"),
@@ -345,7 +345,7 @@ def damaged(folder: Path, kind: str) -> Path:
         ("text", "holds <U1, not numbers"),
     ],
 )
-def test_what_is_no_trace_is_refused_in_one_sentence(kind: str, says: str, tmp_path: Path) -> None:
+def test_what_is_not_a_trace_is_refused_in_one_sentence(kind: str, says: str, tmp_path: Path) -> None:
     with pytest.raises(TraceError, match=says) as caught:
         list(read_trace(damaged(tmp_path, kind)).values())
     assert "\n" not in str(caught.value)

@@ -60,7 +60,7 @@ TRAINED: dict[str, Callable[[nn.Module], list[nn.Parameter]]] = {"network": whol
 
 
 def losses(model: Any, parameters: list[nn.Parameter], steps: int, maybe_sample: Callable[..., object]) -> list[float]:
-    """A training whose losses follow from every draw of torch's generator and from dropout."""
+    """A training whose losses follow from every number of torch's generator and from dropout."""
     torch.manual_seed(0)
     network, dropout = model.network.train(), nn.Dropout(0.2)
     optimizer = torch.optim.AdamW(parameters, lr=1e-3)
@@ -87,7 +87,7 @@ def test_sampling_events_leave_the_loss_curve_as_it_is(
         model = tiny.load(FluxInference, folders["flux"])
         parameters = TRAINED[trained](model.network)
         sampler = Sampler(model, section(tmp_path, sample_every=1), verify=True, raise_errors=True)
-        sampler.callbacks.append(lambda _: torch.rand(3))  # a logger that draws
+        sampler.callbacks.append(lambda _: torch.rand(3))  # a logger that generates
         model.clip = model.t5 = None  # no longer needed
 
         def maybe_sample(step: int, optimizer: Any, sampler: Sampler = sampler, sampling: bool = sampling) -> None:
@@ -114,7 +114,7 @@ def test_under_autocast_too(model: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_picture_drawn_in_training_is_that_of_inference_from_the_checkpoint_saved_then(
+def test_an_image_generated_in_training_is_that_of_inference_from_the_checkpoint_saved_then(
     folders: dict[str, Path], family: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model = tiny.load(FAMILIES[family][0], folders[family])
@@ -143,7 +143,7 @@ def test_a_picture_drawn_in_training_is_that_of_inference_from_the_checkpoint_sa
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_picture_drawn_in_training_is_that_of_inference_with_the_lora_saved_then(
+def test_an_image_generated_in_training_is_that_of_inference_with_the_lora_saved_then(
     folders: dict[str, Path], family: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model = tiny.load(FAMILIES[family][0], folders[family])
@@ -178,7 +178,7 @@ def drawn(sampler: Sampler, steps: range) -> list[int]:
     return [step for step in steps if sampler.maybe_sample(step)]
 
 
-def test_pictures_are_drawn_at_the_steps_that_the_section_says(model: Any, tmp_path: Path) -> None:
+def test_images_are_generated_at_the_steps_that_the_section_says(model: Any, tmp_path: Path) -> None:
     cases: list[tuple[dict[str, Any], list[int]]] = [
         ({"sample_every": 3}, [0, 3, 6, 9]),
         ({"sample_every": 3, "sample_start_step": 4}, [6, 9]),
@@ -193,7 +193,7 @@ def test_pictures_are_drawn_at_the_steps_that_the_section_says(model: Any, tmp_p
 
 
 @given(st.integers(0, 20), st.integers(0, 50), st.booleans(), st.integers(0, 100))
-def test_a_resumed_run_draws_at_the_same_steps(every: int, start: int, skip: bool, resumed: int) -> None:
+def test_a_resumed_run_generates_at_the_same_steps(every: int, start: int, skip: bool, resumed: int) -> None:
     sampler = Sampler.__new__(Sampler)
     sampler.every, sampler.first = every, Sampler.first_step(every, start, skip)
     plan = [step for step in range(120) if sampler.due(step)]
@@ -203,12 +203,12 @@ def test_a_resumed_run_draws_at_the_same_steps(every: int, start: int, skip: boo
     assert bool(plan) == (every > 0)
 
 
-def test_a_step_is_drawn_once(model: Any, tmp_path: Path) -> None:
+def test_a_step_is_sampled_once(model: Any, tmp_path: Path) -> None:
     sampler = Sampler(model, section(tmp_path))
     assert [bool(sampler.maybe_sample(step)) for step in (0, 0, 100, 100, 0)] == [True, False, True, False, True]
 
 
-def test_touching_a_file_draws_once(model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_touching_a_file_generates_once(model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sampler = Sampler(model, section(tmp_path, sample_every=0))
     assert sampler.maybe_sample(7) is None
     (tmp_path / "now").touch()
@@ -276,7 +276,7 @@ def test_impossible_settings_are_refused_before_training(model: Any, tmp_path: P
         Sampler(model, RunConfig())
 
 
-def test_what_has_no_effect_is_told_once_at_construction(
+def test_what_has_no_effect_is_reported_once_at_construction(
     model: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     idle = {
@@ -311,10 +311,10 @@ def test_the_first_images_may_have_a_section_of_their_own(model: Any, tmp_path: 
     assert [s["prompt"] for s in after.settings] == ["a swan on mars"]
 
 
-# what is drawn --------------------------------------------------------------------------------------------------------
+# what is generated ------------------------------------------------------------------------------------------------------
 
 
-def test_callbacks_get_paths_and_pictures_and_each_picture_says_its_step(model: Any, tmp_path: Path) -> None:
+def test_callbacks_get_paths_and_images_and_each_image_says_its_step(model: Any, tmp_path: Path) -> None:
     seen: list[Samples] = []
     settings = section(tmp_path, prompts=["a swan", "a fox"], walk_seed=True)
     samples = Sampler(model, settings, callbacks=[seen.append]).sample(12)
@@ -326,7 +326,7 @@ def test_callbacks_get_paths_and_pictures_and_each_picture_says_its_step(model: 
         assert said["training"]["step"] == 12 and said["training"]["weights"] == "live" and said["seed"] == seed
 
 
-def test_further_weights_draw_beside_the_live_ones(model: Any, tmp_path: Path) -> None:
+def test_further_weights_generate_beside_the_live_ones(model: Any, tmp_path: Path) -> None:
     from eridiff.training import averaged_weights
 
     zeros = {"image_in.bias": torch.zeros(32)}
@@ -349,7 +349,7 @@ def test_text_encoders_can_go_after_the_start_unless_they_are_in_training(model:
     assert "no text encoders" in str(following.sample(2).failure)
 
 
-def test_modules_in_their_wrappers_draw_the_same(model: Any, tmp_path: Path) -> None:
+def test_modules_in_their_wrappers_generate_the_same(model: Any, tmp_path: Path) -> None:
     plain = Sampler(model, section(tmp_path)).sample(0).images[0].tobytes()
     wrapped = FluxInference(nn.DataParallel(model.network), model.autoencoder, model.clip, model.t5, progress=False)  # type: ignore[arg-type]
     wrapped.sampling = model.sampling
@@ -358,7 +358,7 @@ def test_modules_in_their_wrappers_draw_the_same(model: Any, tmp_path: Path) -> 
         assert Sampler(wrapped, section(tmp_path)).sample(0).images[0].tobytes() == plain
 
 
-def test_nothing_made_for_a_picture_is_alive_after_it(model: Any, tmp_path: Path) -> None:
+def test_nothing_made_for_an_image_is_alive_after_it(model: Any, tmp_path: Path) -> None:
     def alive() -> tuple[int, int]:
         gc.collect()
         found = [thing for thing in gc.get_objects() if type(thing) in (torch.Tensor, nn.Parameter)]
@@ -385,7 +385,7 @@ def test_nothing_made_for_a_picture_is_alive_after_it(model: Any, tmp_path: Path
         ("unet", ["--sampler", "euler_ancestral", "--original-size", "96x80", "--crop", "4", "8", "--empty-negative", "encoded"]),
     ],
 )  # fmt: skip
-def test_a_picture_of_the_command_line_is_drawn_again_by_its_own_png(
+def test_an_image_of_the_command_line_is_generated_again_by_its_own_png(
     folders: dict[str, Path], family: str, options: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "a.png"
@@ -397,7 +397,7 @@ def test_a_picture_of_the_command_line_is_drawn_again_by_its_own_png(
     assert again == read_settings(path)
 
 
-def test_a_picture_from_a_picture_is_drawn_again_as_long_as_that_is_there(tmp_path: Path, capsys: Any) -> None:
+def test_an_image_from_an_image_is_generated_again_as_long_as_that_is_there(tmp_path: Path, capsys: Any) -> None:
     Image.new("RGB", (64, 64), "red").save(tmp_path / "red.png")
     command = ["sample", "--prompt", "a fox on snow", "--image", str(tmp_path / "red.png"), "--steps", "2"]
     assert main([*command, "--out", str(tmp_path / "a.png"), "--quiet"]) == 0
@@ -406,9 +406,9 @@ def test_a_picture_from_a_picture_is_drawn_again_as_long_as_that_is_there(tmp_pa
     assert main(["resample", str(tmp_path / "a.png")]) == 2 and "red.png' cannot be read" in capsys.readouterr().err
 
 
-def test_what_cannot_be_drawn_again_is_said(model: Any, tmp_path: Path) -> None:
+def test_what_cannot_be_generated_again_is_reported(model: Any, tmp_path: Path) -> None:
     result = model.generate("a swan", noise=torch.zeros(1, 16, 4, 4), steps=1)
-    with pytest.raises(ConfigError, match="with noise handed in, which its settings do not hold"):
+    with pytest.raises(ConfigError, match="with noise passed, which its settings do not hold"):
         generate_again(model, result.settings[0])
     (tmp_path / "x.png").write_bytes(b"x")
     Image.new("RGB", (8, 8)).save(tmp_path / "plain.png")
@@ -419,7 +419,7 @@ def test_what_cannot_be_drawn_again_is_said(model: Any, tmp_path: Path) -> None:
         load_again({"dtype": "float32", "steps": 1})
 
 
-def test_another_picture_is_said_with_what_was_different(model: Any, tmp_path: Path, capsys: Any) -> None:
+def test_another_image_is_reported_with_what_was_different(model: Any, tmp_path: Path, capsys: Any) -> None:
     assert (
         main(["sample", "--prompt", "a fox on snow", "--steps", "1", "--out", str(tmp_path / "a.png"), "--quiet"]) == 0
     )

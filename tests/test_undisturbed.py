@@ -1,4 +1,4 @@
-"""Drawing puts back everything that it may touch, and `verify` names whatever is not put back."""
+"""Sampling restores everything that it may touch, and `verify` names whatever is not restored."""
 
 import random
 import re
@@ -132,7 +132,7 @@ DISTURBANCES: dict[str, tuple[str, Callable[[Run], object]]] = {  # what verify 
 
 
 @pytest.mark.parametrize("name", DISTURBANCES)
-def test_what_drawing_disturbs_is_put_back(run: Run, name: str) -> None:
+def test_what_sampling_disturbs_is_restored(run: Run, name: str) -> None:
     before = run.fingerprint()
     run.sampler(DISTURBANCES[name][1]).sample(1)
     assert changed(before, run.fingerprint()) == []
@@ -161,7 +161,7 @@ class FakeCuda:
         self.states[1] += 1
 
 
-def test_every_cuda_devices_random_state_is_put_back(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_cuda_devices_random_state_is_restored(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     cuda = FakeCuda(monkeypatch)
     sampler = run.sampler(cuda.draw)
     sampler.sample(1)
@@ -186,12 +186,12 @@ def in_place(run: Run) -> None:
         ("optimizer param_groups 0 lr", lambda run: run.optimizer.param_groups[0].__setitem__("lr", 1.0)),
     ],
 )
-def test_what_cannot_be_put_back_is_named(run: Run, name: str, disturb: Callable[[Run], object]) -> None:
+def test_what_cannot_be_restored_is_named(run: Run, name: str, disturb: Callable[[Run], object]) -> None:
     with pytest.raises(TrainingError, match=f"changed the .*{name}"):
         run.sampler(disturb, raise_errors=False).sample(1)
 
 
-def test_everything_is_put_back_after_an_error_too(run: Run) -> None:
+def test_everything_is_restored_after_an_error_too(run: Run) -> None:
     def fail(_: Run) -> None:
         random.random(), np.random.rand(), torch.rand(1)
         run.model.network.double()
@@ -204,7 +204,7 @@ def test_everything_is_put_back_after_an_error_too(run: Run) -> None:
     assert changed(before, run.fingerprint()) == []
 
 
-# averages -------------------------------------------------------------------------------------------------------------
+# EMA weights ----------------------------------------------------------------------------------------------------------
 
 
 def drawn(run: Run, **options: Any) -> dict[str, bytes]:
@@ -214,7 +214,7 @@ def drawn(run: Run, **options: Any) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("kind", ["mapping", "module", "AveragedModel"])
-def test_averages_draw_their_own_picture_and_the_live_weights_come_back(run: Run, kind: str) -> None:
+def test_ema_weights_generate_their_own_image_and_the_live_weights_come_back(run: Run, kind: str) -> None:
     averages = tiny.flux(seed=1)
     run.model.network, live = averages, run.model.network
     alone = drawn(run)["live"]
@@ -228,7 +228,7 @@ def test_averages_draw_their_own_picture_and_the_live_weights_come_back(run: Run
     assert changed(before, run.fingerprint()) == [] and run.weight() is weight
 
 
-def test_averages_that_stay_are_named(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ema_weights_that_stay_are_named(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     @contextmanager
     def one_way(module: nn.Module, averages: Any) -> Iterator[None]:
         module.load_state_dict(averages)
@@ -240,7 +240,7 @@ def test_averages_that_stay_are_named(run: Run, monkeypatch: pytest.MonkeyPatch)
         sampler.sample(1)
 
 
-def test_averages_of_another_network_are_refused_before_training(run: Run) -> None:
+def test_ema_weights_of_another_network_are_refused_before_training(run: Run) -> None:
     for wrong, says in (
         ({"a.b": torch.zeros(1)}, "have 'a.b'"),
         ({"image_in.bias": torch.zeros(1)}, "shape"),
@@ -250,7 +250,7 @@ def test_averages_of_another_network_are_refused_before_training(run: Run) -> No
             run.sampler(lambda _: None, ema=wrong)
 
 
-def test_a_schedule_free_optimizer_gives_its_averages_and_gets_its_weights_back(run: Run) -> None:
+def test_a_schedule_free_optimizer_gives_its_averaged_weights_and_gets_its_weights_back(run: Run) -> None:
     live = drawn(run)["live"]
     run.optimizer = ScheduleFree(run.model.network.parameters())
     before = run.fingerprint()
@@ -281,7 +281,7 @@ class Wrapped:
 
 
 @pytest.mark.parametrize("make", [lambda base: base, Wrapped])
-def test_an_optimizer_that_the_trainer_has_switched_to_its_averages_stays_there(run: Run, make: Any) -> None:
+def test_an_optimizer_that_the_trainer_has_switched_to_its_averaged_weights_stays_there(run: Run, make: Any) -> None:
     """As trainers do for a validation: eval, images, train."""
     optimizer = make(ScheduleFree(run.model.network.parameters()))
     run.optimizer = optimizer
@@ -348,7 +348,7 @@ def test_a_graph_under_construction_gives_the_same_gradients(run: Run, averages:
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
 
-def test_weights_that_autocast_casts_for_a_picture_are_not_kept(run: Run) -> None:
+def test_weights_that_autocast_casts_for_an_image_are_not_kept(run: Run) -> None:
     linear = run.model.network.image_in
     with torch.autocast("cpu", torch.bfloat16):
         run.sampler(lambda _: None, autocast=torch.bfloat16).sample(1)
@@ -357,7 +357,7 @@ def test_weights_that_autocast_casts_for_a_picture_are_not_kept(run: Run) -> Non
             assert torch.equal(linear(torch.ones(1, 64)).float(), linear.bias.bfloat16().float()[None])
 
 
-def test_a_picture_does_not_depend_on_the_runs_precision(run: Run) -> None:
+def test_an_image_does_not_depend_on_the_runs_precision(run: Run) -> None:
     plain = drawn(run)["live"]
     try:
         torch.set_default_dtype(torch.float64)
@@ -368,7 +368,7 @@ def test_a_picture_does_not_depend_on_the_runs_precision(run: Run) -> None:
     assert drawn(run, autocast=torch.bfloat16)["live"] != plain
 
 
-def test_default_device_of_the_run_does_not_reach_the_picture(run: Run) -> None:
+def test_default_device_of_the_run_does_not_reach_the_image(run: Run) -> None:
     plain = drawn(run)["live"]
     sampler = run.sampler(lambda _: None, verify=False)
     with torch.device("meta"):
@@ -396,7 +396,7 @@ def test_evaluation_mode_is_set_without_asking_the_module() -> None:
     assert module.training
 
 
-def test_weights_that_require_gradients_draw_as_those_that_do_not() -> None:
+def test_weights_that_require_gradients_generate_as_those_that_do_not() -> None:
     """matmul folds a batch of small matrices into one product when the weight requires gradients, whatever the grad mode."""
     linear, x = nn.Linear(128, 128), torch.randn(2, 2, 128, generator=torch.Generator().manual_seed(0))
     seen = []

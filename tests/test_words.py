@@ -113,7 +113,7 @@ def test_a_prompt_without_a_known_noun_is_refused_with_the_way_out(prompt: str, 
     )
 
 
-def test_what_is_no_prompt_for_an_image_is_not_checked(
+def test_what_is_not_a_prompt_for_an_image_is_not_checked(
     built_in: FluxInference, caplog: pytest.LogCaptureFixture
 ) -> None:
     taught = built_in.encode_prompt(["a teapot", "a jug"])  # captions may teach new words
@@ -165,7 +165,7 @@ def test_the_sampler_says_it_once_before_training(
     assert len(warnings(caplog)) == 1 and "'white'" in warnings(caplog)[0]
 
 
-def test_the_command_line_refuses_before_it_draws(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_line_refuses_before_it_generates(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out"
     assert main(["sample", "--prompt", "a fox", "--prompt", "a cat", "--out", str(out), "--quiet"]) == 2
     assert "'a cat' names none of the nouns" in capsys.readouterr().err and not out.exists()
@@ -228,4 +228,4 @@ def test_describe_writes_the_words_into_the_file_and_leaves_every_tensor(
     after = load_file(file_of_it)
     assert list(after) == list(before)
     assert all(torch.equal(after[n].view(torch.uint8), before[n].view(torch.uint8)) for n in before)
-    assert "tiny_world" in sys.modules  # the words come from the pictures' own lists
+    assert "tiny_world" in sys.modules  # the words come from the images' own lists

@@ -21,7 +21,7 @@ TOKENIZERS = Path(__file__).parent / "goldens" / "text-tokenizers-tiny"
 
 
 def randomised(module: nn.Module, seed: int = 0) -> Any:
-    """Every parameter drawn anew: default initialisation leaves norms and biases where a swap of names goes unseen."""
+    """Every parameter random: default initialisation leaves norms and biases where a swap of names goes unseen."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for p in module.parameters():
@@ -45,7 +45,7 @@ def unet(config: UNetConfig = UNET, seed: int = 0) -> UNet:
 
 
 def scaled(module: nn.Module, seed: int = 0) -> Any:
-    """Every parameter drawn anew, matrices scaled by fan-in: for networks too deep for `randomised`."""
+    """Every parameter random, matrices scaled by fan-in: for networks too deep for `randomised`."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, p in module.named_parameters():
@@ -138,7 +138,7 @@ def write_sdxl_model(folder: Path, config: UNetConfig = UNET, name: str = "sdxl"
 
 
 def write_sd3_model(folder: Path, config: MMDiTConfig = MMDIT, t5: bool = True, **sampling: Any) -> Path:
-    """A whole small SD 3, as `write_model`; the autoencoder stands in the network's file, as in the published one."""
+    """A whole small SD 3, as `write_model`; the autoencoder is in the network's file, as in the published one."""
     from safetensors.torch import load_file
 
     from eridiff.weights.save import write_tensors
@@ -162,7 +162,7 @@ def write_sd3_model(folder: Path, config: MMDiTConfig = MMDIT, t5: bool = True, 
 
 
 def load(kind: type[Any], path: Any, **options: Any) -> Any:
-    """Everything that draws with a model's files, which must be of that kind."""
+    """Everything that generates with a model's files, which must be of that kind."""
     import eridiff
 
     model = eridiff.load(path, device="cpu", progress=False, **options)
@@ -171,7 +171,7 @@ def load(kind: type[Any], path: Any, **options: Any) -> Any:
 
 
 def draw(model: Any, prompt: Any, **options: Any) -> Any:
-    """A small picture in four steps, with every intermediate."""
+    """A small image in four steps, with every intermediate."""
     given = {"height": 32, "steps": 4, "seed": 1, "keep": ("latents", "noise", "conditioning")} | options
     return model.generate("" if "conditioning" in options else prompt, **given)
 

@@ -1,4 +1,4 @@
-"""Small networks of diffusers' classes as trainers hold them, each with the inputs of both sides, and how they train and draw."""
+"""Small networks of diffusers' classes as trainers hold them, each with the inputs of both sides, and how they train and generate."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -29,7 +29,7 @@ def rows(*shape: int, seed: int = 0) -> Tensor:
 
 
 def small_unet(**options: Any) -> Any:
-    """With the embedding of sizes that SDXL has, so that it can draw."""
+    """With the embedding of sizes that SDXL has, so that it can generate."""
     return scaled(
         UNet2DConditionModel(
             block_out_channels=(32, 64, 128), down_block_types=("DownBlock2D", *["CrossAttnDownBlock2D"] * 2),
@@ -48,7 +48,7 @@ def small_vae(**options: Any) -> Any:
 @dataclass(frozen=True)
 class Family:
     make: Callable[[], Any]
-    inputs: tuple[Any, ...]  # of ours
+    inputs: tuple[Any, ...]  # of eridiff's
     theirs: Callable[..., Any]  # diffusers' forward of the same
     targets: list[str]  # layers of all kinds: split here and joined there, with swapped halves, alone
     prefix: str  # of its LoRA files in kohya's format with diffusers' names
@@ -60,7 +60,7 @@ class Family:
         return self.theirs(foreign, *self.inputs).sample
 
     def distance(self, adopted: Adopted) -> float:
-        """Between ours and the trainer's own forward; dropout is off, and back afterwards."""
+        """Between eridiff's and the trainer's own forward; dropout is off, and back afterwards."""
         with torch.no_grad():
             return relative_l2(adopted.network(*self.inputs), self.ask(adopted.foreign))
 
@@ -142,7 +142,7 @@ def train(family: Family, foreign: nn.Module, parameters: Any, steps: int = 1) -
 
 
 def differs_from_file(family: Family, adopted: Adopted, path: Path) -> float:
-    """Between the adopted network and ours with the LoRA's file beside the base's weights; in float64, without rounding."""
+    """Between the adopted network and eridiff's own with the LoRA's file beside the base's weights; in float64, without rounding."""
     network = adopt(family.make().double(), allow_copies=True).network
     attach_lora(network, load_lora(path, network), dtype=torch.float64)
     inputs = [x.double() if isinstance(x, Tensor) else x for x in family.inputs]

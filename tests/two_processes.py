@@ -29,7 +29,7 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def latents(model: Any, told: Any) -> Tensor:
-    """A small picture, steered where the family is."""
+    """A small image, guided where the family is."""
     skip = {"skip_layers": SkipLayers((1,), 2.0, 0.0, 1.0)} if model.family == "mmdit" else {}
     result = model.generate(
         conditioning=told, seed=3, width=32, height=32, steps=2, cfg_scale=2.0, keep=("latents",), **skip
@@ -56,7 +56,7 @@ def train(model: Any, part: slice, optimizer: Any) -> dict[str, Tensor]:
 
 
 def compare(name: str) -> dict[str, float | bool]:
-    """A sharded network beside a plain one: pictures, gradients of a step, pictures after it."""
+    """A sharded network beside a plain one: images, gradients of a step, images after it."""
     plain, sharded = inference(name), inference(name)
     for model in (plain, sharded):
         model.network.double().requires_grad_(True)
@@ -66,7 +66,7 @@ def compare(name: str) -> dict[str, float | bool]:
     told = Prompt(conditioning(plain), conditioning(plain, seed=7))
     found: dict[str, float | bool] = {"share": local / total}
     before = latents(plain, told)
-    found["same picture"] = torch.equal(latents(sharded, told), before)
+    found["same image"] = torch.equal(latents(sharded, told), before)
     optimizers = [torch.optim.AdamW(m.network.parameters(), lr=1e-2) for m in (plain, sharded)]
     rank = dist.get_rank()
     expected = train(plain, slice(0, 2), optimizers[0])
@@ -75,13 +75,13 @@ def compare(name: str) -> dict[str, float | bool]:
     size = float(torch.stack([e.norm() for e in expected.values()]).norm())  # some are 0 but for rounding
     found["gradients"] = max(float((gradients[n] - e).norm()) for n, e in expected.items()) / size
     after = latents(plain, told)
-    found["picture after"] = float((latents(sharded, told) - after).norm() / after.norm())
+    found["image after"] = float((latents(sharded, told) - after).norm() / after.norm())
     found["change"] = float((after - before).norm() / after.norm())
     return found
 
 
 def sampled(out: Path) -> dict[str, Any]:
-    """What a Sampler of each rank has drawn: of a network under DDP, and of a sharded one."""
+    """What a Sampler of each rank has generated: of a network under DDP, and of a sharded one."""
     found: dict[str, Any] = {}
     for name, wrap in (("ddp", nn.parallel.DistributedDataParallel), ("fsdp", shard)):
         torch.manual_seed(0)
@@ -120,7 +120,7 @@ def sampler_of(wrap: Any, out: Path, **options: Any) -> tuple[Any, Sampler]:
 
 
 def failures(out: Path) -> dict[str, Any]:
-    """What each rank is told where one of them cannot go on, or comes late."""
+    """What each rank learns where one of them cannot go on, or comes late."""
     found: dict[str, Any] = {}
     rank = dist.get_rank()
     found["disk"] = sampler_of(shard, Path("/dev/null/x"))[1].sample(0).failure
@@ -153,7 +153,7 @@ def fsdp1(network: Any) -> Any:
 
 
 def schedule_free(out: Path) -> tuple[bool, bool]:
-    """Whether the averages of a sharded network are drawn, and its shards come back to the last bit."""
+    """Whether the EMA weights of a sharded network are used, and its shards come back bit for bit."""
     _, live = sampler_of(shard, out / "live")
     model, sampler = sampler_of(shard, out / "averages", optimizer=ScheduleFree)
     before = [p.to_local().clone() for p in model.network.parameters()]

@@ -1,4 +1,4 @@
-"""A trainer's own module, of diffusers' classes or in any published layout, seen as ours: its parameters, not copies.
+"""A trainer's own module, of diffusers' classes or in any published layout, as an eridiff network: its parameters, not copies.
 
 Nothing of the foreign library is imported: the names and shapes of its parameters, read by the key maps, say what it is.
 """
@@ -29,19 +29,19 @@ COPIED = ("rows", "swap_halves", "transpose")  # the other operations of a key m
 
 
 class Adopted:
-    """`network` is ours. Where a layer of `foreign` is what its tensors say, ours has those tensors, not copies of them; where
-    more acts on it (an adapter, a hook, quantised weights), ours calls it in each step, so that all of it acts.
+    """`network` is eridiff's. Where a layer of `foreign` is what its tensors say, it has those tensors, not copies of them; where
+    more acts on that layer (an adapter, a hook, quantised weights), it calls the layer in each step, so that all of it acts.
 
-    What ours keeps in one matrix and the trainer in several is called too, or copied with `copies`. `refresh` looks anew at
-    what acts, follows tensors that were moved or exchanged, and makes the copies; call it before images are drawn (`Sampler`
+    What eridiff keeps in one matrix and the trainer in several is called too, or copied with `copies`. `refresh` looks anew at
+    what acts, follows tensors that were moved or exchanged, and makes the copies; call it before images are generated (`Sampler`
     does, for each kind of weights). `release` gives the copies' memory back; a network that was released calls the trainer's
-    layers in their place, so that it never draws with old copies.
+    layers in their place, so that it never computes with old copies.
     """
 
     def __init__(self, foreign: nn.Module, network: nn.Module, entries: list[Entry], copies: bool = False) -> None:
         self.foreign, self.network, self.copies = foreign, network, copies
         self._shapes = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()} if entries else {}
-        self._layers: dict[str, list[Entry]] = {}  # of each layer of ours
+        self._layers: dict[str, list[Entry]] = {}  # of each layer of `network`
         for entry in entries:
             self._layers.setdefault(entry.native.rpartition(".")[0], []).append(entry)
         self.copied_bytes = 0  # of all copies together, held between `refresh` and `release`
@@ -90,7 +90,7 @@ class Adopted:
                 _put(owner, entry, self._placed(entry, owner, sources, called))
 
     def _placed(self, entry: Entry, owner: nn.Module, sources: list[Tensor], called: bool) -> Tensor:
-        """What a tensor of ours is: theirs, a view of theirs, a copy, or nothing but a shape."""
+        """What a tensor of `network` becomes: the trainer's, a view of it, a copy, or nothing but a shape."""
         shape, first = self._shapes[entry.native], sources[0]
         if called:
             who = getattr(first, "who", f"'{entry.foreign[0].rpartition('.')[0]}'")
@@ -107,11 +107,11 @@ class Adopted:
 
 
 def adopt(module: nn.Module, *, allow_copies: bool = False) -> Adopted:
-    """Our network of a trainer's Flux, Stable Diffusion 3, SDXL or autoencoder, whose steps it follows.
+    """eridiff's network of a trainer's Flux, Stable Diffusion 3, SDXL or autoencoder, whose steps it follows.
 
     Wrappers (DDP, torch.compile, a peft model) are seen through. LoRAs and other adapters act as they do in the trainer's own
     forward, also those that are put on later, and quantised layers compute by themselves. allow_copies joins what is one
-    matrix here and several there into copies while images are drawn, in place of several calls. A module of ours is
+    matrix here and several there into copies while images are generated, in place of several calls. An eridiff module is
     adopted as it is. Raises CheckpointError for a module that is none of these, ConfigError for sharded parameters and for
     what acts on the module and cannot be followed.
     """
@@ -147,15 +147,15 @@ def _check_whole(module: nn.Module, foreign: nn.Module) -> None:
     parted = any(hasattr(p, "device_mesh") or hasattr(p, "ds_id") for p in foreign.parameters())
     if parted or any(type(inner).__name__ == "FullyShardedDataParallel" for inner in module.modules()):
         raise ConfigError(
-            f"the parameters of this {type(foreign).__name__} are sharded, so ours cannot share them: train eridiff's own "
-            "network by `shard`, or draw with a module that is not sharded"
+            f"the parameters of this {type(foreign).__name__} are sharded, so eridiff cannot share them: train eridiff's own "
+            "network by `shard`, or generate with a module that is not sharded"
         )
     places = {p.device: name for name, p in foreign.named_parameters()}
     if len(places) > 1:
         held = " and ".join(f"'{name}' on {device}" for device, name in places.items())
         raise ConfigError(
-            f"this {type(foreign).__name__} has {held}: ours computes in one place, so put blocks that are swapped or offloaded "
-            "onto the device while images are drawn"
+            f"this {type(foreign).__name__} has {held}: eridiff's network computes in one place, so put blocks that are swapped or offloaded "
+            "onto the device while images are generated"
         )
 
 

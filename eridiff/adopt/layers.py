@@ -1,7 +1,7 @@
 """The layers of a trainer's module as they act now: which tensors say all, which layers must be called, what cannot be followed.
 
 Adapters act on a layer from outside: by another class (peft, quantised layers), a `forward` of the layer's own (kohya's
-scripts, ai-toolkit, LyCORIS), a hook, a parametrization, or a weight that is no ordinary tensor (torchao). The layer itself
+scripts, ai-toolkit, LyCORIS), a hook, a parametrization, or a weight that is not an ordinary tensor (torchao). The layer itself
 knows the sum of it all, so it is asked, and nothing of these packages is imported.
 """
 
@@ -24,7 +24,7 @@ CALLABLE = ("same", "rows", "swap_halves", "squeeze")  # the operations of a key
 
 
 class Elsewhere(Tensor):
-    """In place of the weight of a layer of ours that calls the trainer's: it has a shape, dtype and device, and no values."""
+    """In place of the weight of an eridiff layer that calls the trainer's: it has a shape, dtype and device, and no values."""
 
     who: str
 
@@ -86,7 +86,7 @@ def layers(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]
 
 
 def reads(module: nn.Module) -> bool:
-    """Whether a layer's tensors say all that it does, so that ours may share them; else it must be called."""
+    """Whether a layer's tensors say all that it does, so that an eridiff layer may share them; else it must be called."""
     if not _has_forward(module):
         return True  # a mere place for tensors
     published = type(module).__module__.startswith(PLAIN) and not module._modules
@@ -158,7 +158,7 @@ def usual_dtype(tensors: Any) -> torch.dtype:
 
 
 def check_ordinary(name: str, tensor: Tensor) -> None:
-    """ConfigError for a tensor that ours would have to share, and that no layer can be called for."""
+    """ConfigError for a tensor that would have to be shared, and that no layer can be called for."""
     if not _ordinary(tensor):
         kind = type(tensor)
         by = (
@@ -188,9 +188,9 @@ def _inside(path: str, whole: Mapping[str, Any]) -> bool:
 
 
 def calling(entry: Entry, theirs: Sequence[tuple[str, nn.Module]], copies: bool) -> Callable[[Tensor], Tensor]:
-    """A forward for a layer of ours that asks the trainer's layers, in our order of the outputs; `entry` is its weight's.
+    """A forward for an eridiff layer that calls the trainer's layers, with the outputs in eridiff's order; `entry` is its weight's.
 
-    With `copies` it may stand in for a copy, which is made when images are drawn.
+    With `copies` it may stand in for a copy, which is made when images are generated.
     """
     if entry.operation not in CALLABLE:
         path, layer = theirs[0]
@@ -202,7 +202,9 @@ def calling(entry: Entry, theirs: Sequence[tuple[str, nn.Module]], copies: bool)
         raise ConfigError(
             f"'{bare}' has weights but no forward to call; say allow_copies=True, so that they are copied"
         )
-    turned = entry.operation == "squeeze" and len(declared(theirs[0][1])["weight"]) == 2  # theirs is linear, ours 1x1
+    turned = (
+        entry.operation == "squeeze" and len(declared(theirs[0][1])["weight"]) == 2
+    )  # the trainer's is linear, eridiff's a 1x1 convolution
 
     def forward(x: Tensor) -> Tensor:
         x = x.movedim(1, -1) if turned else x
@@ -218,7 +220,7 @@ def calling(entry: Entry, theirs: Sequence[tuple[str, nn.Module]], copies: bool)
 def _ask(path: str, layer: nn.Module, x: Tensor) -> Tensor:
     if not _has_forward(layer):
         raise ConfigError(
-            f"'{path}' has weights but no forward to call, and their copy was given back: call refresh() of what adopt returned"
+            f"'{path}' has weights but no forward to call, and their copy was released: call refresh() of what adopt returned"
         )
     try:
         found = layer(x)
@@ -226,7 +228,7 @@ def _ask(path: str, layer: nn.Module, x: Tensor) -> Tensor:
         if "type" not in str(error):
             raise
         raise ConfigError(
-            f"'{path}' ({type(layer).__name__}) does not take {x.dtype}: {error}; draw as it is trained, under "
+            f"'{path}' ({type(layer).__name__}) does not take {x.dtype}: {error}; generate as it is trained, under "
             "Sampler(..., autocast=torch.bfloat16)"
         ) from error
     if not isinstance(found, Tensor) or found.ndim != x.ndim or found.shape[0] != x.shape[0]:
@@ -241,10 +243,10 @@ def _ask(path: str, layer: nn.Module, x: Tensor) -> Tensor:
 
 
 def check_followed(module: nn.Module, called: Mapping[str, Any]) -> None:
-    """ConfigError for what acts on a module that is no layer of ours, so that it would be lost: hooks, another forward,
+    """ConfigError for what acts on a module that is not an eridiff layer, so that it would be lost: hooks, another forward,
     an attention processor that is not diffusers'.
 
-    `called` has the layers that ours share or call, by name.
+    `called` has the layers that eridiff's share or call, by name.
     """
     for path, child in modules_of(module):
         wraps = wrapped(child) is not None
@@ -265,7 +267,7 @@ def _refuse(path: str, module: nn.Module, what: str, call: Any) -> None:
     name = f"'{path}'" if path else "the whole network"
     raise ConfigError(
         f"{name} ({type(module).__name__}) has {what}, from {_definer(call)}, which cannot be followed: only layers with "
-        "weights are called; take it off while images are drawn"
+        "weights are called; take it off while images are generated"
     )
 
 

@@ -27,7 +27,9 @@ COMMANDS = {  # name -> what it does; its file is called the same
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; 0, or 2 after one sentence on stderr for input that is invalid."""
-    logging.basicConfig(format="eridiff: %(message)s", level=logging.WARNING)
+    handler = logging.StreamHandler()
+    handler.setFormatter(_Format())
+    logging.basicConfig(handlers=[handler], level=logging.WARNING)
     given = sys.argv[1:] if arguments is None else arguments
     try:
         options = _parser(given).parse_args(given)
@@ -51,6 +53,13 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     except KeyboardInterrupt:
         return 130
+
+
+class _Format(logging.Formatter):
+    """Each warning under the name of the package that gives it."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return f"{record.name.partition('.')[0]}: {record.getMessage()}"
 
 
 class _Parser(argparse.ArgumentParser):

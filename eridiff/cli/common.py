@@ -9,7 +9,6 @@ from pathlib import Path
 import torch
 
 from eridiff.errors import CheckpointError, ConfigError, EridiffError, quoted
-from eridiff.files import kind_by_content
 
 DTYPES = {
     "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64,
@@ -49,18 +48,9 @@ def check_writable(out: Path) -> None:
 
 
 def check_model(name: str) -> None:
-    """Raises CheckpointError, with what may be meant, for a path that is not there, and for a file that is not a checkpoint.
-
-    What may be a hub id is left to the hub.
-    """
+    """Raises CheckpointError, with what may be meant, for a path that is not there. What may be a hub id is left to the hub."""
     path = Path(name).expanduser()
-    if path.is_file():
-        kind = (
-            kind_by_content(path) if path.suffix.lower() != ".safetensors" else None
-        )  # damaged ones are told when read
-        if kind is not None:
-            raise CheckpointError(f"{quoted(name)} is not a safetensors file: it is {kind}")
-    elif not path.exists() and name in PUBLISHED:
+    if not path.exists() and name in PUBLISHED:
         raise CheckpointError(f"'{name}' names sizes, not weights; pass a file, a folder or {PUBLISHED[name]}")
     elif not path.exists() and path.suffix and path.parent.is_dir():
         near = get_close_matches(path.name, sorted(entry.name for entry in path.parent.iterdir()), 1, 0.6)

@@ -33,7 +33,7 @@ ENCODERS = {
     "clip_g": "text_encoders.clip_g.transformer.",
     "t5": "text_encoders.t5xxl.transformer.",
 }
-PLACES: dict[str, dict[str, str]] = {  # denoiser -> where its parts stand in one file of all, as published and as ComfyUI saves
+PLACES: dict[str, dict[str, str]] = {  # denoiser -> where its parts are in one file of all, as published and as ComfyUI saves
     "flux": {"flux": "model.diffusion_model.", "vae": "vae.", **ENCODERS},
     "mmdit": {"mmdit": "model.diffusion_model.", "vae": "first_stage_model.", **ENCODERS},
     "unet": {

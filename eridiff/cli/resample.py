@@ -16,7 +16,7 @@ def add_parser(commands: Any) -> None:
         "resample", help="generate an image again", description="Generate an image again from what its own PNG says."
     )
     parser.set_defaults(run=_resample)
-    parser.add_argument("picture", metavar="SAMPLE.png")
+    parser.add_argument("image", metavar="SAMPLE.png")
     parser.add_argument("--model", metavar="PATH|ID", help="generate with this in place of what the image names")
     for name in PART_NAMES:
         what = f"another {name}; of a training run its checkpoint" if name == "transformer" else argparse.SUPPRESS
@@ -33,17 +33,17 @@ def add_parser(commands: Any) -> None:
 
 
 def _resample(options: argparse.Namespace) -> int:
-    settings = read_settings(options.picture)
+    settings = read_settings(options.image)
     parts = {name: getattr(options, name) for name in PART_NAMES if getattr(options, name)}
     model = {**({"path": options.model} if options.model else {}), **parts} if parts else options.model
     device = device_of(options.device or settings.get("device"))
-    out = Path(options.out or Path(options.picture).with_suffix(".again.png"))
+    out = Path(options.out or Path(options.image).with_suffix(".again.png"))
     check_writable(out)
     loras = [scaled(text) for text in options.lora] if options.lora else None
     loaded = load_again(settings, model, loras=loras, progress=not options.quiet, device=device)
     generated = generate_again(loaded, settings)
     image, now = generated.images[0], generated.settings[0]
-    original = read_image(options.picture)
+    original = read_image(options.image)
     save_png(image, out, now)
     if not options.quiet:
         print(out)

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
+from PIL import Image, ImageShow
 
 from eridiff.cli.common import DTYPES, check_model, check_writable, device_of, dtype_of, note, scaled
 from eridiff.config import MODEL_OPTIONS, RunConfig, SampleSettings, Words
@@ -80,6 +80,7 @@ def add_parser(commands: Any) -> None:
     run.add_argument(
         "--out", metavar="FOLDER", help="folder of the images (samples); a name ending in .png is one file"
     )
+    run.add_argument("--open", action="store_true", help="show the image, of several the contact sheet, in the system's viewer")  # fmt: skip
     run.add_argument("--quiet", action="store_true", help="print only errors")
     run.add_argument(
         "--any-prompt", action="store_true", help="generate also what names nothing that a built-in model knows"
@@ -199,6 +200,8 @@ def _sample(options: argparse.Namespace) -> int:
     for path, _ in generated:
         if not options.quiet:
             print(path)
+    if options.open and not ImageShow.show(generated[-1][1]):
+        say("--open: this system has no program to show images")
     return 0
 
 

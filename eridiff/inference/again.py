@@ -1,4 +1,4 @@
-"""A picture is drawn again from what its PNG says: with the same weights, machine and threads, to the last bit."""
+"""An image is generated again from what its PNG says: with the same weights, machine and threads, bit for bit."""
 
 import json
 import os
@@ -36,7 +36,7 @@ def _is_lora(value: Any) -> bool:
 
 
 DTYPES = tuple(str(dtype).removeprefix("torch.") for dtype in MATRICES)
-FORMS: dict[str, Callable[[Any], bool]] = {  # settings that are no fields of `Request`, and what they look like
+FORMS: dict[str, Callable[[Any], bool]] = {  # settings that are not fields of `Request`, and what they look like
     **dict.fromkeys(("model", "family", "variant", "device", "version", "torch"), lambda v: isinstance(v, str)),
     **dict.fromkeys(("parts", "refiner", "sampling", "training", "hashes"), lambda v: isinstance(v, dict)),
     **dict.fromkeys(("threads", "batch"), lambda v: type(v) is int),
@@ -49,14 +49,14 @@ CIRCUMSTANCES = ("version", "torch", "threads", "device", "dtype")  # beside the
 
 
 def read_settings(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The settings in a PNG that eridiff drew; raises ConfigError for a file that has none."""
+    """The settings in a PNG that eridiff generated; raises ConfigError for a file that has none."""
     text = read_image(path).info.get(METADATA_KEY)
     try:
         settings = json.loads(text or "")
     except (TypeError, ValueError):
         settings = None
     if not isinstance(settings, dict) or "steps" not in settings:
-        raise ConfigError(f"'{path}' does not say how it was drawn; eridiff's own PNGs do, unless they were edited")
+        raise ConfigError(f"'{path}' does not say how it was generated; eridiff's own PNGs do, unless they were edited")
     for name, fits in FORMS.items():
         if settings.get(name) is not None and not fits(settings[name]):
             raise ConfigError(f"'{path}': its setting {name} cannot be {settings[name]!r}: it was edited")
@@ -73,9 +73,9 @@ def load_again(
     settings: Mapping[str, Any], model: ModelPath | None = None, *, loras: Sequence[tuple[str, float | None]] | None = None,
     **options: Any,
 ) -> DiffusionInference:  # fmt: skip
-    """The model that a picture's settings name, or `model` in its place; parts that a mapping gives replace its own.
+    """The model that an image's settings name, or `model` in its place; parts that a mapping gives replace its own.
 
-    `loras`, files and scales (None: that of the picture's, where it had one), replace the picture's own. Options win over
+    `loras`, files and scales (None: that of the image's, where it had one), replace the image's own. Options win over
     what the settings say. Raises ConfigError when the settings name no files, or weights that were in training and neither a
     checkpoint nor a LoRA of them is given.
     """
@@ -88,13 +88,13 @@ def load_again(
         and not (isinstance(given, dict) and "transformer" in given or given and not isinstance(given, dict))
     ):
         raise ConfigError(
-            f"it was drawn in training, at step {training.get('step')}: give the checkpoint of that step as model or transformer, or its LoRA as lora"
+            f"it was generated in training, at step {training.get('step')}: give the checkpoint of that step as model or transformer, or its LoRA as lora"
         )
     if isinstance(given, dict) and "path" not in given:
         given = {**(said or {}), **given}
     chosen = given or said
     if not chosen:
-        raise ConfigError("its settings name no files that it was drawn with: give the model")
+        raise ConfigError("its settings name no files that it was generated with: give the model")
     told = {name: settings[name] for name in LOAD if settings.get(name) is not None}
     loaded = eridiff.load(chosen, **{"device": settings.get("device"), "dtype": _dtypes(settings), **told, **options})
     for file, scale in _loras(settings) if loras is None else loras:
@@ -114,10 +114,10 @@ def load_again(
 
 
 def _loras(settings: Mapping[str, Any]) -> list[tuple[str, Any]]:
-    """The files of the LoRAs that a picture was drawn with, and their scales."""
+    """The files of the LoRAs that an image was generated with, and their scales."""
     entries = settings.get("loras") or ()
     if any(entry["file"] is None for entry in entries):
-        raise ConfigError("it was drawn with a LoRA that was read from no file: give its file as lora")
+        raise ConfigError("it was generated with a LoRA that was read from no file: give its file as lora")
     return [(entry["file"], _scale(entry["scale"])) for entry in entries]
 
 
@@ -134,9 +134,9 @@ def generate_again(inference: DiffusionInference, settings: Mapping[str, Any], *
     """The image that the settings describe. Raises ConfigError where they do not say all that it was generated from."""
     lost = [name for name in settings.get("handed_in", ()) if not settings.get(name)]
     if lost:
-        raise ConfigError(f"it was drawn with {' and '.join(lost)} handed in, which its settings do not hold")
+        raise ConfigError(f"it was generated with {' and '.join(lost)} passed, which its settings do not hold")
     if settings.get("hand_over") is not None and not settings.get("refiner"):
-        raise ConfigError("its settings name no files of the refiner that it was drawn with")
+        raise ConfigError("its settings name no files of the refiner that it was generated with")
     request = replace(Request.from_json(settings), lora_scale=None)  # which the LoRAs' own scales hold
     idle = request.without_effect(inference)  # older records hold what had none
     defaults: dict[str, Any] = {name: FIELDS[name].default for name in idle}
@@ -148,13 +148,13 @@ def generate_again(inference: DiffusionInference, settings: Mapping[str, Any], *
 
 
 def circumstances(settings: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """In words, what is not as it was when the picture was drawn."""
+    """In words, what is not as it was when the image was generated."""
     found = [f"{n} {settings[n]}, now {now[n]}" for n in CIRCUMSTANCES if n in settings and settings[n] != now[n]]
     hashes = settings.get("hashes") or {}
     found += [
         f"{name} with other content" for name, was in hashes.items() if (now.get("hashes") or {}).get(name) != was
     ]
     if (settings.get("training") or {}).get("conditioning"):
-        found.append("embeddings that the trainer handed in, now encoded")
+        found.append("embeddings that the trainer passed, now encoded")
     batch = settings.get("batch", 1)
     return found + ([f"in one batch with {batch - 1} others, now alone"] if batch != 1 else [])

@@ -1,6 +1,6 @@
-"""The way from a prompt to a picture that all families share: one loop, one guidance, one noise.
+"""The way from a prompt to an image that all families share: one loop, one guidance, one noise.
 
-Letters: B pictures, C latent channels, H x W the picture's size in pixels.
+Letters: B images, C latent channels, H x W the image's size in pixels.
 """
 
 import inspect
@@ -92,13 +92,13 @@ def of_encoder(name: str) -> Any:
 class DiffusionInference(Family):
     """Generates images with one model; families say how prompts are encoded and how the network is asked.
 
-    The modules are public and may be anyone's: hand in those of a training run, or read files by `load_model`.
+    The modules are public and may be anyone's: pass those of a training run, or read files by `load_model`.
     """
 
     recorded: ClassVar[tuple[str, ...]] = ("vae_rows",)  # options that an image depends on
     multiple: int = 16  # of which width and height must be multiples
     takes: Collection[str] = ()  # fields of Request that have an effect on some networks alone
-    inpaints: bool = False  # whether the network itself is told the mask and the image around it
+    inpaints: bool = False  # whether the network itself is given the mask and the image around it
     network: Any = of_model("network")
     autoencoder: Any = of_model("autoencoder")
     variant: str = of_model("variant")
@@ -125,7 +125,7 @@ class DiffusionInference(Family):
         if vae_rows is not None and (type(vae_rows) is not int or vae_rows < 1):
             raise ConfigError(f"vae_rows must be a whole number, at least 1, not {vae_rows!r}")
         if variant is not None and variant not in self.variants:
-            raise ConfigError(f"'{variant}' is no variant of {self.title()}; there are {', '.join(self.variants)}")
+            raise ConfigError(f"'{variant}' is not a variant of {self.title()}; there are {', '.join(self.variants)}")
         try:
             self.asked_device = None if device is None else torch.device(device)
         except RuntimeError:
@@ -136,7 +136,7 @@ class DiffusionInference(Family):
         if self.vram is not None and (offload is not None or vae_rows is not None):
             raise ConfigError("vram chooses offload and vae_rows: leave them out, or it")
         if self.vram is not None and network is not None:
-            raise ConfigError("vram has no effect on modules that are handed in, which lie where they are")
+            raise ConfigError("vram has no effect on modules that are passed, which lie where they are")
         self._room: Room | None = None  # with a vram
         self._staged: nn.Module | None = None  # the component that is in use
         self._model: Model | None = None
@@ -177,7 +177,7 @@ class DiffusionInference(Family):
         The network and the autoencoder are adopted (`eridiff.adopt`): of diffusers' classes or under the
         originals' names, wrapped or not, they share their parameters and nothing is copied; what `adopt` returned is
         taken as it is. Text encoders and tokenizers are those of transformers, slow or fast; without encoders
-        conditioning is handed in. What the configurations of the modules, the scheduler and the pipeline say is
+        conditioning is passed. What the configurations of the modules, the scheduler and the pipeline say is
         followed; options are those of the constructor. Raises CheckpointError for a module that is not known, ConfigError
         for one that is missing or of another family.
         """
@@ -264,7 +264,7 @@ class DiffusionInference(Family):
         """Put a LoRA beside the network and the text encoders: a file of any format, a peft folder, a hub id, or a `Lora`.
 
         Several add up. `scale` is a number, `[B]` for the rows of a batch, or numbers by patterns of native module names;
-        None is the `lora_scale` of each request, 1 when that is not said.
+        None is the `lora_scale` of each request, 1 by default.
         The handle weighs it anew and takes it away. Raises LoraError, having changed nothing, for a file of which anything
         does not fit; `allow_partial` leaves that out, and the handle's ledger says what. `part`, "network" or
         "text_encoders", leaves the other part of the file out.
@@ -277,7 +277,7 @@ class DiffusionInference(Family):
         self.model.sample_as(chosen, why=why)
 
     def defaults(self) -> Mapping[str, Any]:
-        """width, height, steps and whatever else `generate` takes when it is not said."""
+        """width, height, steps and whatever else `generate` takes by default."""
         return vars(self.sampling)
 
     def encode_prompt(
@@ -290,7 +290,7 @@ class DiffusionInference(Family):
 
         A prompt is a text, or a text for each encoder by name (`{"clip": ..., "t5": ...}`; an encoder that is not named
         reads the first). `""` is encoded as it stands; a negative of None is the family's default: the empty prompt where
-        it is steered with classifier-free guidance (a cfg_scale other than 1; None is the variant's), else none. Words that
+        it is guided with classifier-free guidance (a cfg_scale other than 1; None is the variant's), else none. Words that
         do not fit are cut, with a warning.
         """
         steered = (self.sampling.cfg_scale if cfg_scale is None else cfg_scale) != 1
@@ -309,7 +309,7 @@ class DiffusionInference(Family):
             self.words.check(prompts, refuse=not taught)
 
     def default_negative(self, prompts: list[Text]) -> Stages[Prompt]:
-        """Prompts with what they are steered away from when no negative prompt is given: the empty one."""
+        """Prompts with what they are guided away from when no negative prompt is given: the empty one."""
         return self._encoding(prompts, "", True)
 
     def _encoding(self, prompts: list[Text], negative: Text | Sequence[Text] | None, steered: bool) -> Stages[Prompt]:
@@ -337,7 +337,7 @@ class DiffusionInference(Family):
     def schedule(
         self, steps: int, width: int, height: int, table: Table | None = None, shift: float | None = None
     ) -> Schedule:
-        """The points of a run: the variant's own, another table by name, or through given sigmas (then steps is theirs)."""
+        """The points of a run: the variant's own, another table by name, or through given sigmas (which then set steps)."""
         if table is None or isinstance(table, str):
             return self.named_schedule(steps, width, height, table, shift)
         return self.schedule_through(torch.as_tensor(table, dtype=torch.float64, device="cpu"))
@@ -367,7 +367,7 @@ class DiffusionInference(Family):
         - image, strength: latents to begin from, with the noise of the share `strength` of the run, 0 to 1.
         - mask: `[B, 1, H / 8, W / 8]`; only where it is 1 is painted, the rest follows the image.
         - condition: what the network takes beside the latents, of `condition`.
-        - seeds: one an image, for samplers that draw noise on the way.
+        - seeds: one per image, for samplers that draw noise on the way.
         - callback: is called with a `Step` after each; the run ends where it returns something true.
         - asked: further fields of `Request`, such as sampler, cfg_scale and part.
 
@@ -379,7 +379,7 @@ class DiffusionInference(Family):
         request = Request.of({**asked, "width": width, "height": height, "steps": schedule.steps})
         settled = request.checked(self, rows[0])
         if settled.sampler in STOCHASTIC and seeds is None:
-            raise ConfigError(f"{settled.sampler} draws noise on the way: give seeds, one an image")
+            raise ConfigError(f"{settled.sampler} draws noise on the way: give seeds, one per image")
         first, last = self.ends(schedule, settled.part, 1.0 if image is None else strength)
         run = self.begun(latents, schedule, first, image, seeds)
         self.walk(run, prompt, schedule, settled, first, last, image, mask, condition, callback)
@@ -398,7 +398,7 @@ class DiffusionInference(Family):
         before = noise if isinstance(noise, Run) else None
         own = (noise.noise if isinstance(noise, Run) else noise).to(self.device, torch.float32)
         start = before.start if before is not None else 0 if image is None else first
-        done = first - start  # steps of the part before have drawn their noise
+        done = first - start  # the noise of the part's steps before is used up
         draw = noise_of_steps(seeds, own, done) if seeds is not None else None
         if before is not None:
             clean = None if before.clean is None else before.clean.to(self.device)
@@ -447,26 +447,26 @@ class DiffusionInference(Family):
 
     @torch.no_grad()
     def decode_vae(self, latents: Tensor) -> Tensor:
-        """Latents `[B, C, H / 8, W / 8]` -> pictures `[B, 3, H, W]` float32, in [-1, 1]."""
+        """Latents `[B, C, H / 8, W / 8]` -> images `[B, 3, H, W]` float32, in [-1, 1]."""
         z = latents.to(self._place(self.autoencoder), dtype_of(self.autoencoder))
         with self._stage(self.autoencoder):
             rows = self.vae_rows
-            pictures = decode_in_strips(self.autoencoder, z, rows) if rows else self.autoencoder.decode(z)
-        return finite(pictures.float(), "decoding").clamp(-1, 1)
+            images = decode_in_strips(self.autoencoder, z, rows) if rows else self.autoencoder.decode(z)
+        return finite(images.float(), "decoding").clamp(-1, 1)
 
     @torch.no_grad()
-    def encode_vae(self, pictures: Tensor) -> Tensor:
-        """Pictures `[B, 3, H, W]` in [-1, 1] -> latents `[B, C, H / 8, W / 8]` float32, the posterior's mean."""
-        x = pictures.to(self._place(self.autoencoder), dtype_of(self.autoencoder))
+    def encode_vae(self, images: Tensor) -> Tensor:
+        """Images `[B, 3, H, W]` in [-1, 1] -> latents `[B, C, H / 8, W / 8]` float32, the posterior's mean."""
+        x = images.to(self._place(self.autoencoder), dtype_of(self.autoencoder))
         with self._stage(self.autoencoder):
             rows = self.vae_rows
             latents = encode_in_strips(self.autoencoder, x, rows) if rows else self.autoencoder.encode(x)
-        return finite(latents.float(), "encoding the picture")
+        return finite(latents.float(), "encoding the image")
 
     def noise(self, seeds: Sequence[int], width: int, height: int) -> Tensor:
-        """`[len(seeds), C, H / 8, W / 8]`: float32 on the CPU, each picture from its own seed.
+        """`[len(seeds), C, H / 8, W / 8]`: float32 on the CPU, each image from its own seed.
 
-        So a picture's noise depends neither on its neighbours nor on the device.
+        So an image's noise depends neither on its neighbours nor on the device.
         """
         shape = (self.latent_channels, height // LATENT_SCALE, width // LATENT_SCALE)
         return torch.stack([drawn(shape, seeded(seed)) for seed in seeds])
@@ -480,10 +480,10 @@ class DiffusionInference(Family):
         - prompt: a text, one for each text encoder by name, several of either, or a whole `Request`.
         - conditioning: an encoded prompt in place of a text.
         - noise: `[B, C, H / 8, W / 8]` in place of the seeds', or the `run` of the result of the part before.
-        - keep: which of "conditioning", "noise", "latents", "run" the result shall hold.
+        - keep: which of "conditioning", "noise", "latents", "run" the result must hold.
         - callback: is called with a `Step` after each step; the run ends where it returns something true.
         - asked: the fields of `Request`: negative, width, height, steps, seed, sampler, guidance_scale, cfg_scale, image, ...
-          What is not said is the published variant's (`defaults`), and a seed is drawn.
+          The defaults are the published variant's (`defaults`), and a random seed.
 
         Raises ConfigError for settings that are impossible or would have no effect, EridiffError for values that are not
         finite.
@@ -547,7 +547,7 @@ class DiffusionInference(Family):
         if image is not None or control is not None or asked.references:
             yield self.autoencoder
         condition = self.condition(image, mask, control, asked.references or ())
-        start = None  # a network that is told the image begins from noise alone, if nothing of the image shall stay
+        start = None  # a network that is given the image begins from noise alone, if nothing of the image must stay
         if image is not None and not (self.inpaints and asked.strength == 1):
             start = self.encode_vae(image)
         noise = self._noise(asked, given.noise)
@@ -578,7 +578,7 @@ class DiffusionInference(Family):
         return found
 
     def _noise(self, asked: Checked, given: Tensor | Run | None) -> Tensor | Run:
-        """Of the seeds, or what was handed in; raises ConfigError for noise of another shape."""
+        """Of the seeds, or what was passed; raises ConfigError for noise of another shape."""
         seeds, height, width = asked.seed, asked.height, asked.width
         shape = [len(seeds), self.latent_channels, height // LATENT_SCALE, width // LATENT_SCALE]
         rows = given.x if isinstance(given, Run) else given
@@ -601,11 +601,11 @@ class DiffusionInference(Family):
 
     @property
     def guidance_embedding(self) -> bool:
-        """Whether the network is told a guidance scale."""
+        """Whether the network is given a guidance scale."""
         return bool(getattr(self.network.config, "guidance", False))
 
     def guidance(self, guidance_scale: float | None) -> float | None:
-        """What the guidance embedding is told; None where there is none."""
+        """What the guidance embedding is given; None where there is none."""
         if not self.guidance_embedding:
             return None
         return self.sampling.guidance_scale if guidance_scale is None else guidance_scale

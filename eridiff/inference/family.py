@@ -37,7 +37,7 @@ class Family(ABC):
     @staticmethod
     @abstractmethod
     def needed(config: Any) -> tuple[str, ...]:
-        """The text encoders without which a network of these sizes cannot draw."""
+        """The text encoders without which a network of these sizes cannot generate."""
 
     @staticmethod
     @abstractmethod
@@ -56,7 +56,7 @@ class Family(ABC):
 
     @staticmethod
     def channels_drawn(config: Any) -> int:
-        """Of the latents that a network of these sizes draws."""
+        """Of the latents that a network of these sizes generates."""
         return int(config.out_channels)
 
     @classmethod
@@ -101,6 +101,6 @@ class Family(ABC):
         wanted, given = cls.channels_drawn(network), autoencoder.latent_channels
         if wanted != given:
             raise error(
-                f"the autoencoder has {given} latent channels, {DESCRIPTIONS[cls.family]} draws {wanted}: it belongs to "
+                f"the autoencoder has {given} latent channels, {DESCRIPTIONS[cls.family]} generates {wanted}: it belongs to "
                 f"another family; give {cls.title()}'s own as vae"
             )

@@ -31,7 +31,7 @@ KONTEXT_SIZES = [*WIDE, (1024, 1024), *((height, width) for width, height in WID
 
 @dataclass(frozen=True)
 class FluxDefaults(Defaults):
-    """How a published Flux is sampled when nothing is said."""
+    """How a published Flux is sampled by default."""
 
     guidance_scale: float | None = 3.5
     text_length: int = 512  # T5 tokens
@@ -119,7 +119,7 @@ class FluxInference(DiffusionInference):
     def encoding(self, prompts: Sequence[Text]) -> Stages[Conditioning]:
         """T5's features `[B, T, text_width]` and CLIP-L's pooled state `[B, pooled_width]`; T is 512, for schnell 256."""
         if self.clip is None or self.t5 is None:
-            raise ConfigError("no text encoders are loaded: hand in conditioning, or give clip and t5")
+            raise ConfigError("no text encoders are loaded: pass conditioning, or give clip and t5")
         clip_ids = self.clip.tokenize(spoken(prompts, "clip", ("clip", "t5")))
         ids = self.t5.tokenize(spoken(prompts, "t5", ("clip", "t5")))
         mask = self.t5.real(ids) if self.t5_mask else None
@@ -176,7 +176,7 @@ class FluxInference(DiffusionInference):
     def condition(
         self, image: Tensor | None, mask: Tensor | None, control: Tensor | None, references: Sequence[Tensor] = ()
     ) -> Tensor | None:
-        """Fill: the image without what shall be painted, and the mask; Canny and Depth: the control image's latents.
+        """Fill: the image without what must be painted, and the mask; Canny and Depth: the control image's latents.
 
         Kontext: the tokens of its references, `[B, M, 64]`, behind each other.
         """
@@ -190,6 +190,6 @@ class FluxInference(DiffusionInference):
             return fill_condition(latents, hard.to(latents.device))
         if "control" in self.takes:
             if control is None:
-                raise ConfigError(f"Flux {self.variant.title()} needs a control picture")
+                raise ConfigError(f"Flux {self.variant.title()} needs a control image")
             return patchify(self.encode_vae(control))
         return None

@@ -59,12 +59,12 @@ def model_of(
     model = Model.of(kind, own, codec, {}, name=_name(pipeline, said, foreign), variant=variant, adopted=adopted)
     model.encoders = _encoders(kind, held, model)
     for one in adopted:
-        one.release()  # copies that the caller wants are made for an image, and given back after it
+        one.release()  # copies that the caller wants are made for an image, and released after it
     return model, said
 
 
 def _name(pipeline: Any, *configs: Mapping[str, Any]) -> str:
-    """What a variant is told by: where the modules came from, by its last component, and the pipeline's class."""
+    """What a variant is recognised by: where the modules came from, by its last component, and the pipeline's class."""
     source = next((str(path) for config in configs if (path := config.get("_name_or_path"))), "")
     words = re.findall("[A-Z]+[a-z0-9]*", "" if pipeline is None else type(pipeline).__name__)
     return "-".join([Path(source).name, *words])
@@ -76,7 +76,7 @@ def _config(module: Any) -> Mapping[str, Any]:
 
 
 def _encoders(kind: type[Family], held: Mapping[str, Any], model: Model) -> dict[str, Encoder]:
-    """All text encoders that the network needs, or none; a tokenizer that is not handed in is the published one."""
+    """All text encoders that the network needs, or none; a tokenizer that is not passed is the published one."""
     places = dict(zip(kind.encoders, ENCODERS, strict=False))
     modules = {name: unwrapped(held[place]) for name, place in places.items() if held[place] is not None}
     if not modules:
@@ -84,7 +84,7 @@ def _encoders(kind: type[Family], held: Mapping[str, Any], model: Model) -> dict
     config = model.network.config
     missing = [places[name] for name in kind.needed(config) if name not in modules]
     if missing:
-        raise ConfigError(f"{' and '.join(missing)} is missing: hand in every text encoder, or none and conditioning")
+        raise ConfigError(f"{' and '.join(missing)} is missing: pass every text encoder, or none and conditioning")
     wrong = next((name for name, m in modules.items() if (name == "t5") != hasattr(m.config, "d_model")), None)
     if wrong is not None:
         what = "T5 encoder" if wrong == "t5" else "CLIP text model"
@@ -95,7 +95,7 @@ def _encoders(kind: type[Family], held: Mapping[str, Any], model: Model) -> dict
         tokenizers = {n: published[n]() if given.get(n) is None else given[n] for n in modules}
     except CheckpointError:  # whose sentence is about files
         place = TOKENIZERS[kind.encoders.index("t5")]
-        raise ConfigError(f"no tokenizer of T5 was handed in and the hub's cache has none: give {place}") from None
+        raise ConfigError(f"no tokenizer of T5 was passed and the hub's cache has none: give {place}") from None
     kind.check_widths(config, {name: m.config.to_dict() for name, m in modules.items()})
     found = kind.text_encoders(modules, tokenizers, model.sampling)
     for name, encoder in found.items():

@@ -1,4 +1,4 @@
-"""What a caller hands in as a model's modules: taken out of its wrappers, and a mistake is named at once."""
+"""What a caller passes as a model's modules: taken out of its wrappers, and a mistake is named at once."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -18,14 +18,14 @@ CODEC_FAMILIES = {"mmdit": "sd3", "unet": "sdxl"}  # as AutoencoderConfig.of_fam
 
 
 def check_family(kind: type[Family], module: Any, foreign: bool = False) -> None:
-    """ConfigError unless a module is the network that a family draws with; `foreign` ones pass, another family's do not."""
+    """ConfigError unless a module is the network that a family generates with; `foreign` ones pass, another family's do not."""
     wanted, inner = NETWORKS[kind.family], bare(module)
     if isinstance(inner, wanted):
         return
     other = next((family for family in Family.kinds.values() if isinstance(inner, NETWORKS[family.family])), None)
     if other is not None:
         raise ConfigError(
-            f"{kind.__name__} draws with {wanted.__name__}, and the network is of class {type(inner).__name__}: use {other.__name__}"
+            f"{kind.__name__} generates with {wanted.__name__}, and the network is of class {type(inner).__name__}: use {other.__name__}"
         )
     if not foreign:
         raise ConfigError(_refusal(kind, "network", wanted, module))
@@ -57,7 +57,7 @@ def own_autoencoder(kind: type[Family], module: Any) -> Autoencoder:
 
 
 def own_encoders(kind: type[Family], encoders: Mapping[str, Any]) -> dict[str, Encoder]:
-    """Those that are handed in; ConfigError for text encoders without what goes with them."""
+    """Those that are passed; ConfigError for text encoders without what goes with them."""
     given = {name: encoder for name, encoder in encoders.items() if encoder is not None}
     for name, encoder in given.items():
         wanted: type = T5Encoder if name == "t5" else ClipEncoder
@@ -68,7 +68,7 @@ def own_encoders(kind: type[Family], encoders: Mapping[str, Any]) -> dict[str, E
         ):
             how = {"clip": "(module, tokenizer)", "clip_g": "(module, tokenizer, pad=0, name='CLIP-G')"}
             raise ConfigError(
-                f"{name} is of class {type(encoder).__name__}: hand in eridiff.{wanted.__name__}{how.get(name, '(module, tokenizer, length)')}, "
+                f"{name} is of class {type(encoder).__name__}: pass eridiff.{wanted.__name__}{how.get(name, '(module, tokenizer, length)')}, "
                 f"or everything at once by {kind.__name__}.from_diffusers(pipe)"
             )
     return given
@@ -85,7 +85,9 @@ def check_dtypes(**modules: nn.Module) -> None:
             both = " and ".join(
                 f"{key} is {str(dtype).removeprefix('torch.')}" for dtype, key in list(first.items())[:2]
             )
-            raise ConfigError(f"the {name} has matrices of two dtypes ({both}): draw under autocast, or convert one")
+            raise ConfigError(
+                f"the {name} has matrices of two dtypes ({both}): generate under autocast, or convert one"
+            )
 
 
 def bare(module: Any) -> Any:
@@ -96,6 +98,6 @@ def bare(module: Any) -> Any:
 def _refusal(kind: type[Family], name: str, wanted: type, module: Any) -> str:
     part = "unet" if kind.family == "unet" else "transformer"
     return (
-        f"the {name} must be eridiff's {wanted.__name__} and is of class {type(bare(module)).__name__}: hand in a trainer's modules by "
+        f"the {name} must be eridiff's {wanted.__name__} and is of class {type(bare(module)).__name__}: pass a trainer's modules by "
         f"{kind.__name__}.from_diffusers(pipe) or {kind.__name__}.from_diffusers({part}=..., vae=...), which adopts them"
     )

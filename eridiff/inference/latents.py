@@ -33,9 +33,9 @@ def drawn(shape: Sequence[int], generator: torch.Generator) -> Tensor:
 
 
 def noise_of_steps(seeds: Sequence[int], start: Tensor, done: int = 0) -> Draw:
-    """New noise like `start` at every call, each image from its own seed, going on where its start was drawn.
+    """New noise like `start` at every call, each image from its own seed, going on where its start ended.
 
-    `done` is how many steps another part of the run has drawn noise for.
+    `done` is for how many steps another part of the run has used noise.
     """
     generators = [seeded(seed) for seed in seeds]
 

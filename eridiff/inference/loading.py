@@ -1,4 +1,4 @@
-"""A model's files become a `Model`; what can be wrong is said before any weight is read."""
+"""A model's files become a `Model`; mistakes are found before any weight is read."""
 
 import json
 import logging
@@ -22,6 +22,11 @@ from eridiff.weights.load import VARIANT, build, default_dtypes
 from eridiff.weights.locate import DENOISERS, PART_NAMES, TEXT_ENCODERS, Parts
 
 log = logging.getLogger(__name__)
+
+FILES = {  # part -> the name under which most people have its file
+    "transformer": "FILE", "vae": "ae.safetensors", "clip": "clip_l.safetensors", "clip_g": "clip_g.safetensors",
+    "t5": "t5xxl_fp16.safetensors",
+}  # fmt: skip
 
 
 def read(
@@ -86,7 +91,7 @@ def dtypes_of(
 
 
 def model_name(own: Component, parts: Parts) -> str:
-    """What a network's variant is told by: what its file says, else the file's stem and the model folder's own name."""
+    """What a network's variant is recognised by: what its file says, else the file's stem and the model folder's own name."""
     path = own.checkpoint.path
     return own.checkpoint.metadata.get(VARIANT) or f"{'' if path.is_dir() else path.stem} {parts.name}".strip()
 
@@ -105,17 +110,18 @@ def check_parts(kind: type[Family], components: Mapping[str, Component]) -> None
     other = next((n for n in DENOISERS if n in components and n != kind.family), None)
     if other and kind.family not in components:
         raise CheckpointError(
-            f"{components[other].checkpoint.path} holds {DESCRIPTIONS[other]}, {kind.__name__} draws with "
+            f"{components[other].checkpoint.path} holds {DESCRIPTIONS[other]}, {kind.__name__} generates with "
             f"{DESCRIPTIONS[kind.family]}; eridiff.load chooses by the file"
         )
     encoders = kind.needed(components[kind.family].config) if kind.family in components else ()
     missing = [name for name in (kind.family, "vae", *encoders) if name not in components]
     if missing:
         options = [name for name, networks in PART_NAMES.items() if set(networks) & set(missing)]
-        raise CheckpointError(
-            f"{' and '.join(DESCRIPTIONS[name] for name in missing)} {'is' if len(missing) == 1 else 'are'} missing: "
-            f"the model holds {held}; give the rest as {', '.join(options)}"
-        )
+        files = FILES | ({"vae": "sdxl_vae.safetensors"} if kind.family == "unet" else {})
+        rest = [f"{name} (--{name.replace('_', '-')} {files[name]})" for name in options]
+        *first, last = [DESCRIPTIONS[name] for name in missing]
+        lacking = f"{', '.join(first)} and {last} are" if first else f"{last} is"
+        raise CheckpointError(f"{lacking} missing: the model holds {held}; give the rest as {', '.join(rest)}")
     config, own = components[kind.family].config, components[kind.family].checkpoint
     check_fixed(kind.family, own.path, own.config, DRAWN)
     kind.check_widths(config, {name: components[name].config for name in TEXT_ENCODERS if name in components})
@@ -128,7 +134,7 @@ def own_sampling(component: Component, variant: str, variants: Mapping[str, Any]
     try:
         given = json.loads(component.checkpoint.metadata.get("eridiff.sampling", "{}"))
     except ValueError as error:
-        raise ConfigError(f"{where} cannot be used: {error}") from None
+        raise ConfigError(f"{where} is invalid: {error}") from None
     if not isinstance(given, dict):
-        raise ConfigError(f"{where} cannot be used: it must be a JSON object")
+        raise ConfigError(f"{where} is invalid: it must be a JSON object")
     return sampled_as(variants[variant], given, where)

@@ -21,7 +21,7 @@ class LoraHandle:
     def __init__(
         self, lora: Lora, sets: tuple[LoraSet, ...], taken_away: Callable[["LoraHandle"], None] | None = None
     ) -> None:
-        """`taken_away` is told when the LoRA is."""
+        """`taken_away` is called when the LoRA is taken away."""
         self.path, self.sets, self._taken_away = lora.path, sets, taken_away
         self.ledger: tuple[Row, ...] = lora.ledger
         self.scale: Scale | Mapping[str, Scale] | None = None  # None: each request's `lora_scale`
@@ -79,7 +79,7 @@ class LoraHandle:
             self._merged.pop()
 
     def detach(self) -> None:
-        """Take the LoRA away; the model draws, bit for bit, as before it."""
+        """Take the LoRA away; the model generates, bit for bit, as before it."""
         self._restore()
         for lora in self.sets:
             lora.detach()
@@ -93,7 +93,7 @@ class LoraHandle:
         return any(isinstance(scale, Tensor) and scale.ndim > 0 for scale in scales)
 
     def record(self) -> dict[str, Any]:
-        """For a picture's settings."""
+        """For an image's settings."""
         scale = self._weight
         told = {p: _plain(s) for p, s in scale.items()} if isinstance(scale, Mapping) else _plain(scale)
         return {"file": str(self.path) if self.path else None, "scale": told}

@@ -33,7 +33,7 @@ class Model:
     autoencoder: Any  # eridiff's Autoencoder; None where nothing is decoded
     encoders: dict[str, Encoder]  # by component; those that are loaded
     variant: str
-    sampling: Any  # the variant's Defaults, or what stands in their place
+    sampling: Any  # the variant's Defaults, or what replaces them
     why: str  # it is this variant
     source: dict[str, Any] = field(default_factory=dict)  # which files, for the record
     words: Words | None = None  # that it knows, if its file lists them
@@ -50,7 +50,7 @@ class Model:
     ) -> "Model":  # fmt: skip
         """A model of these modules, out of the wrappers of a trainer.
 
-        - name: what the variant is told by among those of equal sizes.
+        - name: what the variant is recognised by among those of equal sizes.
         - variant: the one that is asked for.
 
         Raises ConfigError for modules of another family or kind, and for what does not fit together.
@@ -77,7 +77,7 @@ class Model:
     def sample_as(self, variant: str, sampling: Any = None, why: str = "as asked") -> None:
         """Take a variant, and its defaults or others in their place.
 
-        T5 gives as many tokens as the defaults say, unless it was handed in with another number.
+        T5 gives as many tokens as the defaults say, unless it was passed with another number.
         """
         before, t5 = getattr(self.sampling, "text_length", None), self.encoders.get("t5")
         self.sampling = self.kind.variants[variant] if sampling is None else sampling

@@ -13,7 +13,7 @@ class Options(TypedDict, total=False):
     """The options that every family has.
 
     - variant: a published variant of the family; None decides by the network's sizes, and among equal sizes by the file's name.
-    - device: where a model is loaded to; None is CUDA where there is any, else the CPU. Modules that are handed in stay where
+    - device: where a model is loaded to; None is CUDA where there is any, else the CPU. Modules that are passed stay where
       they are, and images are computed there.
     - dtype: one for all components or by component (flux, vae, t5, ...); None is the file's on a GPU, and float32 on a CPU
       with room for it.
@@ -24,7 +24,7 @@ class Options(TypedDict, total=False):
       calls alone: the least memory, at the price of the whole network over the bus in each step.
     - vae_rows: the autoencoder works in strips of so many rows, exactly and in less memory (memory/strips.py).
     - progress: whether to show progress bars, True by default.
-    - allow_unknown: tensors of a file that its network does not use are left out with a warning, and are no error.
+    - allow_unknown: tensors of a file that its network does not use are left out with a warning, and are not an error.
     """
 
     variant: str | None

@@ -63,7 +63,7 @@ class Result:
     images: list[Image.Image]
     settings: list[dict[str, Any]]  # one per image: everything needed to generate it again
     conditioning: Prompt | None = None
-    noise: Tensor | None = None  # [B, C, H / 8, W / 8], as drawn
+    noise: Tensor | None = None  # [B, C, H / 8, W / 8], as generated
     latents: Tensor | None = None  # [B, C, H / 8, W / 8], as decoded
     run: Run | None = None  # as far as it came, for a part that goes on
 

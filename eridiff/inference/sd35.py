@@ -38,7 +38,7 @@ OPTIONS = {  # name of a text option -> what it may be, the default first
 
 @dataclass(frozen=True)
 class SD35Defaults(Defaults):
-    """How a published SD 3 is sampled when nothing is said: the numbers of the original's script."""
+    """How a published SD 3 is sampled by default: the numbers of the original's script."""
 
     steps: int = 50
     cfg_scale: float = 5.0
@@ -140,7 +140,7 @@ class SD35Inference(DiffusionInference):
     def encoding(self, prompts: Sequence[Text]) -> Stages[Conditioning]:
         """The rows of both CLIPs, then T5's: text `[B, 77 + T, text_width]`, pooled `[B, pooled_width]`."""
         if self.clip is None or self.clip_g is None:
-            raise ConfigError("no text encoders are loaded: hand in conditioning, or give clip and clip_g (and t5)")
+            raise ConfigError("no text encoders are loaded: pass conditioning, or give clip and clip_g (and t5)")
         encoders = {"clip": self.clip, "clip_g": self.clip_g}
         names = (*encoders, "t5")
         texts = {name: spoken(prompts, name, names) for name in names}
@@ -170,7 +170,7 @@ class SD35Inference(DiffusionInference):
         return (None if self.without_t5 == "none" else zeros), None
 
     def named_schedule(self, steps: int, width: int, height: int, name: str | None, shift: float | None) -> Schedule:
-        """The original's table; "script" with its script's shift (1 for sd3-medium), "diffusers" and "candle" theirs."""
+        """The original's table; "script" with its script's shift (1 for sd3-medium), "diffusers" and "candle" their own."""
         if name is not None and name not in TABLES:
             raise ConfigError(f"'{name}' is not a schedule of SD 3; there are {', '.join(TABLES)}")
         usual = self.sampling.script_shift if name == "script" else self.sampling.shift

@@ -45,7 +45,7 @@ SIZES = 256  # features of each number beside the pooled vector
 
 @dataclass(frozen=True)
 class SDXLDefaults(Defaults):
-    """How a published SDXL is sampled when nothing is said."""
+    """How a published SDXL is sampled by default."""
 
     steps: int = 50
     cfg_scale: float = 5.0
@@ -118,7 +118,7 @@ class SDXLInference(DiffusionInference):
     def possible_variants(config: UNetConfig) -> list[str]:
         if config.vector_width <= 5 * SIZES:
             raise ConfigError(
-                f"the UNet is told {config.vector_width} features beside the text, which have no room for a pooled vector and "
+                f"the UNet is given {config.vector_width} features beside the text, which have no room for a pooled vector and "
                 f"the numbers of an image's size, {SIZES} features each: it is of another kind than SDXL"
             )
         found = SDXLInference.variants_of_inputs(config)
@@ -226,7 +226,7 @@ class SDXLInference(DiffusionInference):
         return run
 
     def told(self, asked: Checked) -> dict[str, Any]:
-        """What the network is told of an image's size, and the refiner of its beauty."""
+        """What the network is given of an image's size, and the refiner of its beauty."""
         size = asked.height, asked.width
         found: dict[str, Any] = {"original_size": asked.original_size or size, "crop": asked.crop or (0, 0)}
         if not self.refines:
@@ -261,7 +261,7 @@ class SDXLInference(DiffusionInference):
         for name in names:
             encoder = encoders[name]
             if encoder is None:
-                raise ConfigError(f"no text encoders are loaded: hand in conditioning, or give {' and '.join(names)}")
+                raise ConfigError(f"no text encoders are loaded: pass conditioning, or give {' and '.join(names)}")
             count = 1
             if self.clip_windows == "all":
                 count = max(encoder.windows_needed(text) for text in texts.values())
@@ -307,7 +307,7 @@ class SDXLInference(DiffusionInference):
         return sampler if sampler in ("ddim", "lcm") else None
 
     def place(self, schedule: Schedule, share: float) -> int:
-        """By timestep, as diffusers hands over from the base to the refiner: those below the cut are the refiner's."""
+        """By timestep, as diffusers switches from the base to the refiner: those below the cut are the refiner's."""
         return int((schedule.times >= round(discrete.LEVELS * (1 - share))).sum()) if share < 1 else schedule.steps
 
     def prepare(self, conditioning: Conditioning, negatives: int, times: Tensor, asked: Checked) -> UNetRun:
@@ -334,7 +334,7 @@ class SDXLInference(DiffusionInference):
     def condition(
         self, image: Tensor | None, mask: Tensor | None, control: Tensor | None, references: Sequence[Tensor] = ()
     ) -> Tensor | None:
-        """The inpainting variant: the mask, and the latents of the image without what shall be painted."""
+        """The inpainting variant: the mask, and the latents of the image without what must be painted."""
         if not self.inpaints:
             return None
         if image is None or mask is None:
@@ -353,7 +353,7 @@ def joined(*features: ClipFeatures) -> Conditioning:
 
 
 def _is_refiner(config: UNetConfig) -> bool:
-    """Its text is CLIP-G alone, as wide as the pooled vector, and it is told five numbers."""
+    """Its text is CLIP-G alone, as wide as the pooled vector, and it is given five numbers."""
     return config.vector_width == config.text_width + 5 * SIZES
 
 

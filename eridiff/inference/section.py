@@ -54,10 +54,10 @@ def _request(
 def settle_guidance(words: Mapping[str, Any], model: DiffusionInference) -> tuple[Words, list[str]]:
     """What the words of guidance mean for a network, as fields of `Request`, and notices that say so.
 
-    `true_cfg_scale` is classifier-free guidance everywhere. `guidance_scale` is what a guidance embedding is told, and
-    `cfg_scale` classifier-free guidance, but trainers write either for the one way in which a network is steered: alone,
+    `true_cfg_scale` is classifier-free guidance everywhere. `guidance_scale` is what a guidance embedding is given, and
+    `cfg_scale` classifier-free guidance, but trainers write either for the one way in which a network is guided: alone,
     `guidance_scale` is classifier-free guidance for a network without the embedding whose variants have such guidance, and
-    `cfg_scale` is told to the embedding of a network that has one.
+    `cfg_scale` goes to the embedding of a network that has one.
     """
     values = {name: value for name, value in words.items() if name not in GUIDANCE}
     told, cfg, true = (words.get(name) for name in ("guidance_scale", "cfg_scale", "true_cfg_scale"))

@@ -1,4 +1,4 @@
-"""How published variants are sampled when nothing is said, and what each text encoder reads of a prompt."""
+"""How published variants are sampled by default, and what each text encoder reads of a prompt."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -10,7 +10,7 @@ from eridiff.request import FIELDS, Text
 
 @dataclass(frozen=True)
 class Defaults:
-    """How a published variant is sampled when nothing is said; families add what they need."""
+    """How a published variant is sampled by default; families add what they need."""
 
     steps: int = 28
     cfg_scale: float = 1.0
@@ -19,7 +19,7 @@ class Defaults:
     height: int = 1024
 
 
-SKIP = FIELDS["skip_layers"].metadata["kind"]  # the one setting that is no number or text
+SKIP = FIELDS["skip_layers"].metadata["kind"]  # the one setting that is not a number or text
 
 
 def sampled_as(usual: Any, given: Mapping[str, Any], where: str) -> Any:
@@ -27,13 +27,13 @@ def sampled_as(usual: Any, given: Mapping[str, Any], where: str) -> Any:
     values = dict(given)
     for name, value in given.items():
         if not hasattr(usual, name):
-            raise ConfigError(f"{where} cannot be used: there is no {name} among {', '.join(vars(usual))}")
+            raise ConfigError(f"{where} is invalid: there is no {name} among {', '.join(vars(usual))}")
         own = getattr(usual, name)
         numbers = isinstance(value, int | float) and not isinstance(value, bool) and isinstance(own, int | float | None)
         if name == "skip_layers":
             values[name] = None if value is None else SKIP.read(f"{where}: {name}", value)
         elif value is not None and type(value) is not type(own) and (not numbers or isinstance(own, bool | int)):
-            raise ConfigError(f"{where} cannot be used: {name} is {value!r}, and {own!r} in its place usually")
+            raise ConfigError(f"{where} is invalid: {name} is {value!r}, and {own!r} in its place usually")
     return replace(usual, **values)
 
 

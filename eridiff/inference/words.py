@@ -63,7 +63,7 @@ def split(text: str) -> list[str]:
 
 
 def read_words(component: Component) -> Words | None:
-    """What the file of a network says; None where it says nothing. Raises ConfigError for a list that is not one."""
+    """What the file of a network says; None where it has none. Raises ConfigError for a list that is not one."""
     text = component.checkpoint.metadata.get("eridiff.words")
     if text is None:
         return None

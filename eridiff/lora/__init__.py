@@ -1,4 +1,4 @@
-"""LoRA: read, attach, merge, train and write; every format, nothing dropped without a word."""
+"""LoRA: read, attach, merge, train and write; every format, nothing dropped silently."""
 
 from eridiff.lora.attach import TARGETS, LoraSet, all_reduce_gradients, attach_lora, inject_lora
 from eridiff.lora.branches import install_slots

@@ -35,8 +35,8 @@ USUAL = {"unet": "attention", "mmdit": "joint-attention", "flux": "blocks"}
 class LoraSet(nn.Module):
     """The branches of one LoRA on one network, whose names and classes stay as they are.
 
-    The set is no part of the network: give its parameters to the optimizer, save its `state_dict`, move it by `.to()`. What
-    is no matrix of an `nn.Linear` or `nn.Conv2d` (a norm's scale, an enlarged first layer) is changed in place while the set
+    The set is not a part of the network: give its parameters to the optimizer, save its `state_dict`, move it by `.to()`. What
+    is not a matrix of an `nn.Linear` or `nn.Conv2d` (a norm's scale, an enlarged first layer) is changed in place while the set
     is attached; the network's own tensors are kept, and come back when it is detached.
     """
 
@@ -161,7 +161,7 @@ class LoraSet(nn.Module):
         """The weight of all branches, in place: a number, or `[B]`, one for each row of the batch.
 
         A mapping gives weights to the modules that a pattern of native names matches (`"double_blocks.*": 0.5`), the first
-        that does; the others keep theirs. Raises LoraError for a pattern that matches nothing, and for weights of rows
+        that does; the others keep their own. Raises LoraError for a pattern that matches nothing, and for weights of rows
         where there is only one: inside DoRA's norm and for what is changed in place.
         """
         patterns = dict(scale) if isinstance(scale, Mapping) else {"*": scale}

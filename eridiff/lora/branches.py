@@ -116,7 +116,7 @@ class Branch(nn.Module):
         """The module's input, its own output, and that with other branches -> the latter with the change, in its dtype."""
         if self.columns is not None and isinstance(base, nn.Linear) and x.shape[-1] > self.columns:
             x = x[..., : self.columns]  # a first layer that another LoRA, or a variant, has widened
-        if self.device != x.device:  # the network was moved, and its branches, which are no part of it, were not
+        if self.device != x.device:  # the network was moved, and its branches, which are not part of it, were not
             self.to(x.device)
             self.weigh(self.scale)
         after = 2 if isinstance(base, nn.Conv2d) else 0  # dimensions behind the features
@@ -170,7 +170,7 @@ class Branch(nn.Module):
         return F.conv2d(hidden, up.reshape(*up.shape[:2], 1, 1))
 
     def _directed(self, base: Any, x: Tensor, plain: Tensor) -> Tensor:
-        """DoRA beside a linear layer: `(m / n) (W + D) x - W x`, where the rows of W + D have the lengths n and shall have m.
+        """DoRA beside a linear layer: `(m / n) (W + D) x - W x`, where the rows of W + D have the lengths n and must have m.
 
         `n^2 = |W|^2 + 2 W D + |D|^2` row by row, with `D = up down`, needs no second matrix of W's size.
         """
@@ -229,7 +229,7 @@ def weighed(y: Tensor, scale: Tensor) -> Tensor:
     if scale.ndim == 0:
         return y * scale
     rows = scale.to(torch.promote_types(y.dtype, torch.float32)).to(y.device)
-    if y.shape[0] > 1:  # positive and negative prompts stand in one batch; of one row for all, each gets its own
+    if y.shape[0] > 1:  # positive and negative prompts are in one batch; of one row for all, each gets its own
         if y.shape[0] % len(rows):
             raise LoraError(f"the LoRA has a scale for each of {len(rows)} rows, and the batch has {y.shape[0]}")
         rows = rows.repeat(y.shape[0] // len(rows))

@@ -16,7 +16,7 @@ from eridiff.lora.names import Target
 
 DORA_RULES = ("peft", "interpolate")
 FACTORED = ("lora", "loha", "lokr")
-NO_SCALE = ("magnitude", "dora_scale")  # tensors that are no part of the delta
+NO_SCALE = ("magnitude", "dora_scale")  # tensors that are not part of the delta
 
 
 @dataclass(frozen=True)

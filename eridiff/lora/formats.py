@@ -55,7 +55,8 @@ def sort_names(
 ) -> tuple[dict[str, Source], list[str]]:
     """The modules of a file, and the names whose endings are unknown.
 
-    `replaces` tells of a name without a known ending whether its tensor takes the place of the network's own. Raises LoraError for a format that is refused by name.
+    `replaces` is asked, for a name without a known ending, whether its tensor takes the place of the network's own. Raises
+    LoraError for a format that is refused by name.
     """
     for pattern, what in REFUSED:
         found = next((name for name in names if re.search(pattern, name)), None)

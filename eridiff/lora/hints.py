@@ -61,9 +61,7 @@ def made_for(widths: Sequence[tuple[str, int, int]]) -> str:
     (network, made, own), _ = Counter(widths).most_common(1)[0]
     name = WIDTHS.get(network, {}).get(made)
     of = described([network], "")
-    return (
-        f"it was made for {of} of width {made}{f' ({name})' if name else ''}, and this one has {own}: give that model"
-    )
+    return f"it was made for {of} of width {made}{f' ({name})' if name else ''}, and this one has {own}: load that model (--model)"
 
 
 def unmatched(source: Source, tables: Mapping[str, Names], look: bool) -> tuple[str, str]:

@@ -1,4 +1,4 @@
-"""Tensors of a network that a LoRA changes in place: computed from the originals, which are kept, and given back bit for bit.
+"""Tensors of a network that a LoRA changes in place: computed from the originals, which are kept, and restored bit for bit.
 
 Who changes what is kept by the layer, as `.to()` and FSDP2 may give it other parameter objects. All LoRAs, attached and merged,
 share a `Change` for each tensor, so that they come and go in any order.

@@ -1,4 +1,4 @@
-"""Read a LoRA file of any format for the networks it was made for; nothing in it is dropped without a word."""
+"""Read a LoRA file of any format for the networks it was made for; nothing in it is dropped silently."""
 
 import logging
 import math
@@ -84,7 +84,7 @@ def load_lora(
     given = {network_of(networks): networks} if isinstance(networks, nn.Module) else dict(networks)
     wrong = next((name for name in given if name not in (*DENOISERS, *TEXT_ENCODERS, "")), None)
     if wrong is not None or not given:
-        what = "no network is given" if wrong is None else f"'{wrong}' is no kind of network"
+        what = "no network is given" if wrong is None else f"'{wrong}' is not a kind of network"
         raise LoraError(f"{what}; a LoRA is for {', '.join((*DENOISERS, *TEXT_ENCODERS))}, or another module alone")
     if part is not None and part not in PARTS:
         raise LoraError(f"part must be {' or '.join(PARTS)}, not {part!r}")
@@ -102,7 +102,7 @@ def load_lora(
 
 
 def _open(path: str | os.PathLike[str]) -> tuple[Checkpoint, Scaling]:
-    """A file, and what is said of its scale in it or beside it."""
+    """A file, and what it or a file beside it declares of its scale."""
     location = resolve(path, "lora")
     if location.is_dir():
         location = next((location / name for name in LORA_NAMES if (location / name).is_file()), location)
@@ -192,8 +192,8 @@ class _Reader:
         misshapen = [note for status, note in noted if status == "shape mismatch"]
         given = set(DENOISERS) & self.tables.keys()
         strangers = hints.strangers([row.key for row in ledger if row.status == "unmatched"], self.tables)
-        ours = [item for item in items if item.target.network in given]
-        other = len(strangers) > len(ours) and not allow_partial
+        known = [item.target.network for item in items] + [network for network, _, _ in self.widths]
+        other = len(strangers) > len([network for network in known if network in given]) and not allow_partial
         if other or not (items or misshapen):
             if problems:
                 networks = [n for n in self.tables if n not in TEXT_ENCODERS] or list(self.tables)

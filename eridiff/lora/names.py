@@ -28,7 +28,7 @@ PREFIXES: dict[str, tuple[str, ...]] = {
     "text_encoders.t5xxl.transformer.": ("t5",), "": DENOISERS,
 }  # fmt: skip
 
-COMPUTED = ("positions.table", "encoder.embed_tokens.weight")  # MMDiT's is no parameter, T5's is shared.weight again
+COMPUTED = ("positions.table", "encoder.embed_tokens.weight")  # MMDiT's is not a parameter, T5's is shared.weight again
 PEFT = "base_model.model."
 IN_DOTS = re.compile(rf"(?:(?<=\.)|^)(?:{'|'.join(WRAPPERS)}|base_layer)\.")
 IN_UNDERSCORES = re.compile(rf"(?:{'|'.join(name for name in WRAPPERS if name != 'module')})_|^module_")
@@ -58,12 +58,12 @@ class Target:
         return self.exchanged(rows)
 
     def exchanged(self, rows: Tensor) -> Tensor:
-        """Rows in the file's order <-> in ours."""
+        """Rows in the file's order <-> in eridiff's."""
         return rows.roll(rows.shape[0] // 2, 0) if self.swapped else rows
 
 
 def network_of(module: nn.Module) -> str:
-    """flux, mmdit, unet or vae; "" for a module that is not ours, which is known by its own names."""
+    """flux, mmdit, unet or vae; "" for another module, which is known by its own names."""
     return next((name for name, kind in NETWORKS.items() if isinstance(module, kind)), "")
 
 
@@ -74,8 +74,8 @@ class Names:
         """`shapes` are those of the network's tensors, by native name."""
         self.network = network
         self.shapes = shapes
-        self.targets: dict[str, Target] = {}  # by published names; by its own for a module that is not ours
-        self.own: dict[str, Target] = {}  # by our names, which stand in files without a prefix alone
+        self.targets: dict[str, Target] = {}  # by published names; by its own for another module
+        self.own: dict[str, Target] = {}  # by eridiff's names, which are in files without a prefix alone
         for native in shapes:
             self._add(self.own if network in DENOISERS else self.targets, native, Target(network, *_split(native)))
         self.lacks = root_that_lacks(network, shapes)
@@ -155,7 +155,7 @@ def layouts_of(network: str) -> list[Layout]:
 def find(name: str, tables: Mapping[str, Names]) -> Target | None:
     """The target that a module's name in a file, prefix included, has in the given networks."""
     prefix, networks, inside = inner(name)
-    if prefix == PEFT and len(tables) == 1:  # it says nothing of the network: a text encoder's folder looks the same
+    if prefix == PEFT and len(tables) == 1:  # it does not show the network: a text encoder's folder looks the same
         networks = tuple(tables)
     for network in networks:
         target = tables[network].find(inside, prefix in ("", PEFT)) if network in tables else None

@@ -75,7 +75,7 @@ class Section:
             )
 
     def alpha_and_scale(self, name: str, rank: int | None) -> tuple[float, float] | None:
-        """(alpha, scale) of a module; None where nothing is said. `rank` None takes the declared one."""
+        """(alpha, scale) of a module; None where neither is declared. `rank` None takes the declared one."""
         key = "lora_alpha" if self.said.get("peft_type", "LORA") == "LORA" else "alpha"
         if key not in self.said:
             if "r" not in self.said:
@@ -109,7 +109,7 @@ class Section:
         found = self.said.get("modules_to_save") or ()
         if isinstance(found, list | tuple) and all(isinstance(name, str) for name in found):
             return tuple(found)
-        raise LoraError(f"{self.where} says modules_to_save {found!r}, which is no list of names")
+        raise LoraError(f"{self.where} says modules_to_save {found!r}, which is not a list of names")
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ class Scaling:
 
     @classmethod
     def read(cls, metadata: Mapping[str, str], adapter_config: Mapping[str, Any] | None = None) -> "Scaling":
-        """Raises LoraError for metadata that are no JSON object, and for what `Section.check` refuses."""
+        """Raises LoraError for metadata that are not a JSON object, and for what `Section.check` refuses."""
         bodies: dict[str, dict[str, Any]] = {}
         text = metadata.get("lora_adapter_metadata")
         if text is not None:
@@ -130,7 +130,7 @@ class Scaling:
                 body = None
             if not isinstance(body, dict):
                 raise LoraError(
-                    "its metadata lora_adapter_metadata is no JSON object, and without it the scale is unknown; write the file again"
+                    "its metadata lora_adapter_metadata is not a JSON object, and without it the scale is unknown; write the file again"
                 )
             for name, value in body.items():
                 prefix, _, key = name.rpartition(".")
@@ -147,7 +147,7 @@ class Scaling:
         return next((section for prefix, section in self.sections.items() if key.startswith(prefix)), None)
 
     def of(self, key: str, kind: str, rank: int | None) -> tuple[float, float] | None:
-        """(alpha, scale) of a module, by its name in the file; None where nothing is said."""
+        """(alpha, scale) of a module, by its name in the file; None where neither is declared."""
         for prefix, section in self.sections.items():
             if key.startswith(prefix) and KINDS[section.said.get("peft_type", "LORA")] == kind:
                 found = section.alpha_and_scale(key.removeprefix(prefix).removeprefix("base_model.model."), rank)
@@ -161,7 +161,7 @@ class Scaling:
         return section is not None and section.replaces(name.replace(".base_layer.", "."))
 
     def check(self, modules: Mapping[str, Mapping[str, str]]) -> None:
-        """Compare what is said of the file as a whole with its modules: key -> {what a tensor is: its name}.
+        """Compare what is declared of the file as a whole with its modules: key -> {what a tensor is: its name}.
 
         Raises LoraError when it holds no DoRA and should, the other way round, and when whole modules are missing.
         """

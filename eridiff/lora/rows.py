@@ -21,7 +21,7 @@ HADAMARD = ("hada_w1_a", "hada_w2_a")
 def part_of(items: Sequence[Item], part: Target, rows: int) -> Item | None:
     """What items of one tensor of so many `rows` do to a part of it, as one item in the part's order; None if nothing.
 
-    Raises LoraError where that is no item of a known kind.
+    Raises LoraError where that is not an item of a known kind.
     """
     start, stop = part.rows or (0, rows)
     native = [in_native_order(item) for item in items]

@@ -57,8 +57,8 @@ def save_lora(
     """Write a LoRA as a file; it appears whole or not at all.
 
     - networks: as for `load_lora`, those that the LoRA changes; a `LoraSet` knows its own.
-    - format: kohya (the usual, which other programs read), diffusers or native (the usual for a module that is not ours).
-    - dtype: of the matrices; None keeps theirs.
+    - format: kohya (the usual, which other programs read), diffusers or native (the usual for a module of another library).
+    - dtype: of the matrices; None keeps their own.
 
     Raises LoraError for a kind of change that the format cannot hold.
     """
@@ -66,7 +66,7 @@ def save_lora(
         networks = lora.network if networks is None else networks
         lora = lora.lora()
     if networks is None:
-        raise LoraError("say which networks the LoRA is for: its names follow theirs")
+        raise LoraError("say which networks the LoRA is for: its names follow those networks'")
     tensors, told = lora_tensors(lora, networks, format=format or ("native" if "" in lora.networks else "kohya"))
     matrices = {
         name for name, t in tensors.items() if t.is_floating_point() and not name.endswith(".alpha")

@@ -137,7 +137,7 @@ def stages(
     - dtype: of all components, or by component.
     - vae_rows: the image is decoded in strips of so many rows.
 
-    Raises ConfigError for sizes that are no multiples of 16.
+    Raises ConfigError for sizes that are not multiples of 16.
     """
     if width % 16 or height % 16 or min(width, height) < 16:
         raise ConfigError(f"the size must be multiples of 16, not {width} x {height}")

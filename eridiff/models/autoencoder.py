@@ -215,7 +215,7 @@ class Autoencoder(nn.Module):
         return mean, log_variance
 
     def encode(self, pictures: Tensor, noise: Tensor | None = None) -> Tensor:
-        """`[B, 3, H, W]` in [-1, 1] -> network latents `[B, Z, H / 8, W / 8]`: the mean, or a draw with `noise`."""
+        """`[B, 3, H, W]` in [-1, 1] -> network latents `[B, Z, H / 8, W / 8]`: the mean, or a sample with `noise`."""
         mean, log_variance = self.moments(pictures)
         if noise is not None:
             mean = mean + torch.exp(log_variance / 2) * noise

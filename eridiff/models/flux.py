@@ -98,7 +98,7 @@ def unpatchify(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
 def fill_condition(masked_latents: Tensor, mask: Tensor) -> Tensor:
     """What Fill appends to its noise tokens: `[B, 16, 2h, 2w]` and mask `[B, 1, 16h, 16w]` -> `[B, h * w, 64 + 256]`.
 
-    The latents are those of `picture * (1 - mask)`; the mask is 1 where Fill shall paint.
+    The latents are those of `picture * (1 - mask)`; the mask is 1 where Fill must paint.
     """
     return torch.cat([patchify(masked_latents), patchify(F.pixel_unshuffle(mask, 8))], dim=-1)
 
@@ -264,7 +264,7 @@ class Flux(nn.Module):
         hides text tokens; the published networks see all, padding too.
         """
         if ids is None and grid is None:
-            raise ConfigError("Flux.prepare needs the grid of the picture's tokens or their position ids")
+            raise ConfigError("Flux.prepare needs the grid of the image's tokens or their position ids")
         check_shape("text", text, B=None, L=None, text_width=self.config.text_width)
         check_shape("pooled", pooled, B=text.shape[0], pooled_width=self.config.pooled_width)
         if mask is not None:
@@ -286,7 +286,7 @@ class Flux(nn.Module):
 
         def table(ids: Tensor) -> Tensor:
             check_shape("ids", ids, N=None, axes=len(config.rope_axes))
-            joint = torch.cat([ids.new_zeros(text.shape[1], ids.shape[1]), ids])  # text stands at zero, unrotated
+            joint = torch.cat([ids.new_zeros(text.shape[1], ids.shape[1]), ids])  # text is at zero, unrotated
             return rope_table(joint, config.rope_axes, config.theta).to(text.device, dtype)
 
         if ids is not None:

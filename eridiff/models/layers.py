@@ -49,7 +49,7 @@ def prepare_times(times: Tensor, rows: int) -> Tensor:
 def over_rows(x: Tensor, rows: int) -> Tensor:
     """`[1, ...]` of all rows stays; of a layer that was asked for each of r rows alone, `[r, ...]` becomes `[rows, ...]`.
 
-    A LoRA may weigh the r images, and positive and negative rows of them stand in one batch.
+    A LoRA may weigh the r images, and positive and negative rows of them are in one batch.
     """
     return x if x.shape[0] in (1, rows) else x.repeat(rows // x.shape[0], *[1] * (x.ndim - 1))
 

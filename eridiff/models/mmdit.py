@@ -112,7 +112,7 @@ class PositionTable(nn.Module):
         h, w = grid
         if max(h, w) > self.side:
             raise ConfigError(
-                f"a picture of {16 * w} x {16 * h} pixels is larger than this network's table of positions: "
+                f"an image of {16 * w} x {16 * h} pixels is larger than this network's table of positions: "
                 f"at most {16 * self.side} a side"
             )
         top, left = (self.side - h) // 2, (self.side - w) // 2

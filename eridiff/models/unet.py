@@ -25,7 +25,7 @@ RESIDUAL_BLOCKS = 2  # of a stage on the way down; one more on the way up
 class UNetConfig:
     """Sizes of a UNet; the defaults are SDXL base's."""
 
-    in_channels: int = 4  # inpainting: latents, mask, latents of the image without what shall be painted
+    in_channels: int = 4  # inpainting: latents, mask, latents of the image without what must be painted
     out_channels: int = 4
     channels: int = 320
     channel_multipliers: tuple[int, ...] = (1, 2, 4)  # of each stage
@@ -41,7 +41,7 @@ class UNetConfig:
     def __post_init__(self) -> None:
         if len(self.transformer_depths) != len(self.channel_multipliers):
             raise ConfigError(
-                f"transformer_depths {self.transformer_depths} must have one entry a stage, of {self.channel_multipliers}"
+                f"transformer_depths {self.transformer_depths} must have one entry per stage, of {self.channel_multipliers}"
             )
         if [len(depths) for depths in self.depths_up] != [RESIDUAL_BLOCKS + 1] * self.levels:
             raise ConfigError(
@@ -101,7 +101,7 @@ KeysValues = tuple[tuple[Tensor, Tensor], ...]  # of each block of a transformer
 
 
 def size_vector(pooled: Tensor, numbers: Tensor) -> Tensor:
-    """What SDXL is told beside the text: pooled `[B, P]` and numbers `[B, n]` -> `[B, P + 256 n]`, of pooled's dtype.
+    """What SDXL is given beside the text: pooled `[B, P]` and numbers `[B, n]` -> `[B, P + 256 n]`, of pooled's dtype.
 
     Numbers in pixels, height before width: of the original image, of the crop's upper left corner, of the target; the
     refiner has an aesthetic score (6.0, negative 2.5) in place of the target.

@@ -1,4 +1,4 @@
-"""Numbers only: where to look (tables), how to move (samplers), how to steer (guidance)."""
+"""Numbers only: where to look (tables), how to move (samplers), guidance."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +18,7 @@ class Schedule:
 
     alphas: Tensor  # [steps + 1]
     sigmas: Tensor  # [steps + 1]
-    times: Tensor  # [steps], what the network is told
+    times: Tensor  # [steps], what the network is given
     input_scale: Tensor  # [steps], what the latents are multiplied with before they enter it
     prediction: str  # "velocity", "epsilon", "v" or "sample"
     half_log_snr: Tensor  # [steps + 1], ln(alpha / sigma): in this multistep solvers measure a step

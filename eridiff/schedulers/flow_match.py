@@ -1,4 +1,4 @@
-"""Tables of rectified flow: alpha = 1 - sigma, the network is told sigma.
+"""Tables of rectified flow: alpha = 1 - sigma, the network is given sigma.
 
 Sources: `sampling.py` of black-forest-labs/flux; `sd3_impls.py` of Stability-AI/sd3.5; Esser et al. 2024, section 5.3.2
 (the shift by resolution).

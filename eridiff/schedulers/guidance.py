@@ -1,4 +1,4 @@
-"""How to steer: functions on raw network outputs, and when they are used."""
+"""Guidance: functions on raw network outputs, and when they are used."""
 
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
@@ -28,11 +28,11 @@ class SkipLayers:
 
 @dataclass(frozen=True)
 class Guidance:
-    """How much a run is steered, and when; the defaults do not steer."""
+    """How much a run is guided, and when; the defaults do not guide."""
 
     cfg_scale: float = 1.0
-    cfg_rescale: float = 0.0  # share of the result whose deviation is put back to the positive output's
-    cfg_interval: tuple[float, float] = (0.0, 1.0)  # shares of the schedule: the first step that is steered, the end
+    cfg_rescale: float = 0.0  # share of the result whose deviation is restored to the positive output's
+    cfg_interval: tuple[float, float] = (0.0, 1.0)  # shares of the schedule: the first step that is guided, the end
     skip_layers: SkipLayers | None = None
 
 
@@ -49,7 +49,7 @@ def rescaled(guided: Tensor, positive: Tensor, share: float) -> Tensor:
 
 
 def guided(ask: Ask, run: Any, guidance: Guidance, batch: int, steps: int, first: int = 0) -> Predict:
-    """The network as a sampler asks it: one batch of positive and negative prompts where it is steered, else half of it.
+    """The network as a sampler asks it: one batch of positive and negative prompts where it is guided, else half of it.
 
     `run` holds the rows of the positive prompts, `batch` of them, then, if `guidance.cfg_scale` is not 1, the negative
     ones. The interval restricts guidance to a part of the `steps` of the schedule (Kynkäänniemi et al. 2024); a run that

@@ -134,7 +134,7 @@ def lcm(
     The boundary condition keeps a share of `x`, which matters only below timestep 1; in variance-preserving space.
     """
     clean, _ = ask(predict, x, schedule, i)
-    unit = 1000 if schedule.prediction == "velocity" else 1  # a timestep, in what the network is told
+    unit = 1000 if schedule.prediction == "velocity" else 1  # a timestep, in what the network is given
     place = (10 * unit * float(schedule.times[i])) ** 2
     clean = clean * math.sqrt(place / (place + 0.25)) + x * 0.25 / (place + 0.25)
     return (mixed(clean, draw(), schedule, i + 1) if draw and i + 1 < schedule.steps else clean), clean

@@ -11,7 +11,7 @@ from eridiff.errors import ConfigError
 
 @dataclass(frozen=True)
 class Conditioning:
-    """What a network is told of a prompt."""
+    """What a network is given of a prompt."""
 
     text: Tensor  # [B, T, D], one row per token
     pooled: Tensor  # [B, P], the whole prompt in one vector

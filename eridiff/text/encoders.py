@@ -1,6 +1,6 @@
 """CLIP and T5 from checkpoints, without a float32 detour: transformers' modules on the meta device, filled by key maps.
 
-Sources: Radford et al. 2021 (CLIP), Raffel et al. 2020 (T5); which output a family takes is said where it is taken.
+Sources: Radford et al. 2021 (CLIP), Raffel et al. 2020 (T5); which output a family takes is noted where it is taken.
 """
 
 import os
@@ -189,7 +189,7 @@ def build_encoder(
     if component.network == "t5":  # assigning made two parameters of the one that both names share
         module.encoder.embed_tokens.weight = module.shared.weight
     for owner in module.modules():
-        # in no file and so still on meta, where transformers gives wrong numbers without a word
+        # in no file and so still on meta, where transformers gives wrong numbers silently
         if isinstance(getattr(owner, "position_ids", None), Tensor):
             owner.position_ids = torch.arange(component.config["max_position_embeddings"], device=device)[None]
     left = [name for name, t in [*module.named_parameters(), *module.named_buffers()] if t.is_meta]

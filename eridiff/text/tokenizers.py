@@ -1,4 +1,4 @@
-"""Tokenizers from files and folders, checked before they are used: a damaged one gives other ids without a word.
+"""Tokenizers from files and folders, checked before they are used: a damaged one gives other ids silently.
 
 CLIP's published merges ship with the package (OpenAI, MIT); a T5 tokenizer comes from a file, a folder or the hub cache.
 """

@@ -101,7 +101,7 @@ class Case:
 
     @cached_property
     def network(self) -> nn.Module:
-        """Ours, in float64."""
+        """eridiff's, in float64."""
         return self.load(torch.float64)
 
     def load(self, dtype: torch.dtype) -> Any:
@@ -131,8 +131,8 @@ class Case:
         """Calls the network as the original was called: its `forward`; an autoencoder both ways, each for itself."""
         if self.family != "vae":
             return arguments_run(self.arguments, dtype)
-        picture, latents = (inputs_of(self.description)[name].to(dtype) for name in ("image", "latents"))
-        return lambda network: (network.encode(picture), network.decode(latents))  # type: ignore[operator]
+        image, latents = (inputs_of(self.description)[name].to(dtype) for name in ("image", "latents"))
+        return lambda network: (network.encode(image), network.decode(latents))  # type: ignore[operator]
 
     @cached_property
     def arguments(self) -> dict[str, Any]:
@@ -184,5 +184,5 @@ def open_case(folder: Path) -> Case:
     except (OSError, ValueError, KeyError) as error:
         reason = " ".join(str(error).split())
         raise TraceError(
-            f"{quoted(folder)} is no golden case: {reason}; it needs case.json and expected.safetensors"
+            f"{quoted(folder)} is not a golden case: {reason}; it needs case.json and expected.safetensors"
         ) from None

@@ -146,7 +146,7 @@ CAUSES: tuple[Cause, ...] = (
     Cause("the text's rotary positions are counted in place of 0", "Flux.rotations", tokens.text_counted),
     Cause("the rotary frequencies span the whole head in place of each axis", "rope_table", tokens.frequencies_of_the_head),
     Cause("the rotary table is computed in float32", "rope_table", tokens.table_of_float32),
-    Cause("what is joined stands in the other order: picture before text, or skip before stream", "torch", lambda _: tokens.ImageFirst()),
+    Cause("what is joined is in the other order: image before text, or skip before stream", "torch", lambda _: tokens.ImageFirst()),
     Cause("the gates are left out", "Stream.update", tokens.update(attention_gate=False, mlp_gate=False)),
     Cause("the gates of attention and MLP are exchanged", "Stream.update", tokens.update(exchanged=True)),
     Cause("the attention's gate is left out", "Stream.update", tokens.update(attention_gate=False)),

@@ -196,7 +196,7 @@ def natural(name: str) -> list[Any]:
 def read_trace(path: str | os.PathLike[str]) -> Trace:
     """A trace in any form that docs/traces.md names; tensors are read when asked for. `~` is the home.
 
-    Raises TraceError, one sentence, for what is no trace, damaged, or holds what cannot be compared.
+    Raises TraceError, one sentence, for what is not a trace, damaged, or holds what cannot be compared.
     """
     location = Path(path).expanduser()
     if location.is_dir():
@@ -234,7 +234,7 @@ def _parsed(text: str) -> Any:
 
 @dataclass(frozen=True)
 class _Mapped:
-    """Reads one tensor; mapped alone, so that the memory of a large file is given back with each tensor."""
+    """Reads one tensor; mapped alone, so that the memory of a large file is released with each tensor."""
 
     path: Path
     span: Span
@@ -271,7 +271,7 @@ def _archive(path: Path) -> Trace:
         archive = np.load(path, allow_pickle=False)
         names = list(archive.files)
     except (ValueError, OSError, zipfile.BadZipFile):
-        raise TraceError(f"{quoted(path)} is no complete .npz archive; write it again with numpy.savez") from None
+        raise TraceError(f"{quoted(path)} is not a complete .npz archive; write it again with numpy.savez") from None
     return Trace(path, {name: _Array(path, name, lambda name=name: archive[name]) for name in names}, names)
 
 

@@ -81,7 +81,7 @@ def _mistakes(argument: str, expected: Tensor, found: Tensor | None = None) -> I
         yield "times are on the scale of 1 in place of 1000, or divided by 1000 twice", lambda t: t / 1000
         yield "times are on the scale of 1000 in place of 1", lambda t: 1000 * t
         yield "times run from the image to the noise, 1 - t in place of t", lambda t: 1 - t
-        yield "times stand in the other order", lambda t: t.flip(0)
+        yield "times are in the other order", lambda t: t.flip(0)
         yield "each step has the next one's time", lambda t: torch.cat([t[1:], 0 * t[:1]])
         thousand = float(expected.max()) <= 1
         yield (
@@ -100,7 +100,7 @@ def _mistakes(argument: str, expected: Tensor, found: Tensor | None = None) -> I
             yield from _sizes(expected)
         yield from _joined(expected, argument, found)
         if len(expected) > 1:
-            yield "the prompts stand in the other order, positive and negative", lambda x: x.flip(0)
+            yield "the prompts are in the other order, positive and negative", lambda x: x.flip(0)
     if argument == "pictures":
         yield "images are in [0, 1] in place of [-1, 1]", lambda x: (x + 1) / 2
         yield "images are in [0, 255] in place of [-1, 1]", lambda x: (x + 1) * 127.5
@@ -185,11 +185,11 @@ def _joined(expected: Tensor, argument: str, found: Tensor | None) -> Iterator[M
 
     wrong = None if found is None else found.reshape(rows.shape)
     for n in _ends(rows, wrong, rows.shape[1], 1):
-        yield f"the text's parts stand in the other order, the first {n} tokens last", lambda x, n=n: x.roll(-n, 1)  # type: ignore[misc]
+        yield f"the text's parts are in the other order, the first {n} tokens last", lambda x, n=n: x.roll(-n, 1)  # type: ignore[misc]
     what = "features" if argument == "text" else "numbers"
     for n in _ends(rows[:, narrow], None if wrong is None else wrong[:, narrow], used, 2):
         yield (
-            f"the encoders' parts stand in the other order, the first {n} {what} last",
+            f"the encoders' parts are in the other order, the first {n} {what} last",
             lambda x, n=n: features_last(x, n),  # type: ignore[misc]
         )
 

@@ -15,7 +15,7 @@ svg { display: block; margin: 0.5em 0; max-width: 100% } .scroll svg { min-width
 td:last-child { white-space: normal; min-width: 20em } small { color: #666 } .scroll { overflow-x: auto } h2 { font-size: 16px }
 """
 WIDTH, HEIGHT, MAPS = 900, 220, 4
-LOWEST, HIGHEST = -17, 2  # powers of ten of the drawing
+LOWEST, HIGHEST = -17, 2  # powers of ten of the figure
 
 
 def page(report: Report, title: str = "Traces") -> str:
@@ -48,7 +48,7 @@ def _error(group: Sequence[Row]) -> str:
 
 
 def _height(value: float | None) -> float | None:
-    """Where a value stands in the drawing; None for one that does not."""
+    """Where a value is in the figure; None for one that is not."""
     if value is None or value != value:
         return None
     power = min(max(math.log10(value) if value > 0 else LOWEST, LOWEST), HIGHEST)

@@ -24,7 +24,7 @@ from eridiff.trace.watch import METHODS, leaves, refuse_compiled, watched
 from eridiff.weights.load import NETWORKS
 from eridiff.weights.locate import TEXT_ENCODERS
 
-NUMBERS = ("grid", "i")  # arguments of a network's functions that are no tensors and decide what it computes
+NUMBERS = ("grid", "i")  # arguments of a network's functions that are not tensors and decide what it computes
 Calls = Literal["last", "all"] | int | Collection[int]
 
 
@@ -39,6 +39,10 @@ class Recording(dict[str, Tensor]):
         self.unrecorded: dict[str, str] = {}
         self.probes: dict[str, list[int]] = {}
         self.device = device
+
+    def __repr__(self) -> str:
+        size = sum(tensor.nbytes for tensor in self.values())
+        return f"Recording({len(self)} tensors, {size / 2**20:.1f} MiB)"
 
     def store(self, tensor: Tensor) -> Tensor:
         return tensor.to(self.device or tensor.device, copy=True)

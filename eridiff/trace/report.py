@@ -79,5 +79,5 @@ class Report:
     def as_json(self) -> dict[str, Any]:
         plain = asdict(self)
         for row in plain["rows"]:
-            row["measures"].pop("map", None)  # a picture
+            row["measures"].pop("map", None)  # an image
         return {**plain, "equal": self.equal, "errors": [[row.name for row in group] for group in self.groups()]}

@@ -25,7 +25,7 @@ class Fitted:
 def fit(tensor: Tensor, like: Tensor) -> Fitted | None:
     """`tensor` arranged as `like`: of the arrangements that its shape allows the one that is nearest in value; None if none.
 
-    Ones are dropped and added; axes exchanged, joined and split (channels last, heads first, tokens of a picture); a table
+    Ones are dropped and added; axes exchanged, joined and split (channels last, heads first, tokens of an image); a table
     that is the same for all rows is repeated; of a rotary table that holds each value twice one is taken.
     """
     if tensor.shape == like.shape:

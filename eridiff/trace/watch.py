@@ -74,7 +74,7 @@ def _hooks(
 
 
 def _wrap(root: nn.Module, method: str, name: str, visit: Visit, counts: Counter[str]) -> Callable[[], None]:
-    """Functions of a network that are no modules."""
+    """Functions of a network that are not modules."""
     inner, own = getattr(root, method), vars(root).get(method)
     signature = inspect.signature(inner)
 

@@ -30,7 +30,7 @@ KOHYA_T5_ROWS = 77  # zeros in their place, where kohya's SD 3 has no T5
 
 
 class _Missing(Exception):
-    """Prompts that were not handed in."""
+    """Prompts that were not passed."""
 
 
 def handed_in_prompts(
@@ -72,7 +72,7 @@ def handed_in_prompts(
             missing |= dict.fromkeys(error.args)
     if missing:
         raise ConfigError(
-            f"conditioning has no embeddings of {', '.join(missing)}: hand in those of every prompt, and of negative ones"
+            f"conditioning has no embeddings of {', '.join(missing)}: pass those of every prompt, and of negative ones"
         )
     return found
 

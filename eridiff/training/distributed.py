@@ -12,7 +12,7 @@ ASKED = ("prepare", "step", "modulate", "keys_values")  # what a network and its
 
 
 def shard(network: Network, **options: Any) -> Network:
-    """FSDP2 on a network of ours: every repeated block and the rest are sharded over the ranks; returns `network`.
+    """FSDP2 on an eridiff network: every repeated block and the rest are sharded over the ranks; returns `network`.
 
     options are `fully_shard`'s (mesh, mp_policy, offload_policy). The network trains by its `forward` and is sampled as before,
     with every rank asking it equally often. Nothing stays gathered after a call, not even the root's parameters, which by

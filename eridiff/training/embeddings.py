@@ -1,6 +1,6 @@
 """Prompts encoded once and kept on the disk by content, so that text encoders need not be in memory.
 
-A file is named after all that its tensors depend on: the prompt, what it is steered away from, the family's options of text
+A file is named after all that its tensors depend on: the prompt, what it is guided away from, the family's options of text
 (length, padding, windows), and, as the folder that it lies in, the weights and the vocabulary of the encoders.
 """
 
@@ -47,7 +47,7 @@ class EmbeddingCache:
         self.folder = found[0]
 
     def encode(self, prompt: Text, negative: Text | None = None, cfg_scale: float | None = None) -> Prompt:
-        """As `inference.encode_prompt(prompt, negative, cfg_scale)`, on the CPU, to the last bit.
+        """As `inference.encode_prompt(prompt, negative, cfg_scale)`, on the CPU, bit for bit.
 
         Raises ConfigError for a prompt that is not in the folder when no encoders are loaded.
         """
@@ -158,18 +158,18 @@ class LatentCache:
             found.update(f"{name} {digest(tensor)}".encode())
         self.folder = Path(folder) / found.hexdigest()
 
-    def encode(self, picture: Tensor) -> Tensor:
+    def encode(self, image: Tensor) -> Tensor:
         """An image `[1, 3, H, W]` in [-1, 1] -> its latents `[1, C, H / 8, W / 8]` float32 on the CPU, the posterior's mean."""
-        path = self.folder / f"{digest(picture)}.safetensors"
+        path = self.folder / f"{digest(image)}.safetensors"
         if path.exists():
             try:
                 with safe_open(path, framework="pt") as file:
                     return file.get_tensor("latents")
             except (SafetensorError, OSError) as error:
                 raise CheckpointError(
-                    f"{path} is damaged ({error}); remove it and the picture is encoded again"
+                    f"{path} is damaged ({error}); remove it and the image is encoded again"
                 ) from None
-        latents = self.inference.encode_vae(picture).cpu()
+        latents = self.inference.encode_vae(image).cpu()
         write_tensors({"latents": latents.contiguous()}, path, {})
         return latents
 

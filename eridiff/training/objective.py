@@ -1,4 +1,4 @@
-"""What a network is trained on: the samplers' own sentence, `x = alpha * clean + sigma * noise`, drawn at random levels.
+"""What a network is trained on: the samplers' own sentence, `x = alpha * clean + sigma * noise`, at random levels.
 
 Sources: Esser et al. 2024 (SD 3: section 3.1, the distributions of times; 5.3.2, the shift); Ho et al. 2020 and Salimans and
 Ho 2022 (epsilon, v); Hang et al. 2023 (min-SNR); Yu et al. 2024 (debiased estimation).
@@ -25,7 +25,7 @@ class Levels:
 
     alphas: Tensor  # [B]
     sigmas: Tensor  # [B]
-    times: Tensor  # [B], what the network is told
+    times: Tensor  # [B], what the network is given
     prediction: str  # "velocity", "epsilon", "v" or "sample"
 
     def __post_init__(self) -> None:
@@ -34,7 +34,7 @@ class Levels:
 
 
 def flow_levels(sigmas: Tensor) -> Levels:
-    """Rectified flow (Flux, SD 3) at sigmas `[B]` in [0, 1]: alpha is 1 - sigma, the network is told sigma."""
+    """Rectified flow (Flux, SD 3) at sigmas `[B]` in [0, 1]: alpha is 1 - sigma, the network is given sigma."""
     sigmas = sigmas.to(**EXACT)
     return Levels(1 - sigmas, sigmas, sigmas, "velocity")
 
@@ -46,7 +46,7 @@ def discrete_levels(timesteps: Tensor, prediction: str = "epsilon", zero_termina
     return Levels(schedule.alphas[:-1], schedule.sigmas[:-1], timesteps, prediction)
 
 
-# where to train: each draws float64 `[count]` from a generator of the CPU -------------------------------------------------
+# where to train: each gives random float64 `[count]` from a generator of the CPU -------------------------------------------------
 
 
 def uniform(count: int, generator: Generator) -> Tensor:
@@ -57,7 +57,7 @@ def uniform(count: int, generator: Generator) -> Tensor:
 def logit_normal(count: int, generator: Generator, mean: float = 0.0, deviation: float = 1.0) -> Tensor:
     """Sigmas whose logit is normal (Esser et al. 2024, equation 19); a mean above 0 leans towards the noise.
 
-    diffusers' training scripts take the draw for a place in a falling table, so there a mean above 0 leans to the image.
+    diffusers' training scripts take the random number for a place in a falling table, so there a mean above 0 leans to the image.
     """
     return torch.sigmoid(mean + deviation * torch.randn(count, generator=generator, **EXACT))
 
@@ -78,7 +78,7 @@ def timesteps(count: int, generator: Generator) -> Tensor:
     return torch.randint(LEVELS, (count,), generator=generator, device="cpu").double()
 
 
-# what goes in, what shall come out ----------------------------------------------------------------------------------------
+# what goes in, what must come out -----------------------------------------------------------------------------------------
 
 
 def noised(clean: Tensor, noise: Tensor, levels: Levels) -> Tensor:
@@ -143,7 +143,7 @@ def debiased(levels: Levels) -> Tensor:
 def cosmap(levels: Levels) -> Tensor:
     """The density of times of Esser et al. 2024, equation 21, as a weight: `2 / (pi * (1 - 2 sigma + 2 sigma ** 2))`.
 
-    For rectified flow at uniform times; at times drawn another way it would count twice.
+    For rectified flow at uniform times; at times chosen another way it would count twice.
     """
     sigmas = levels.sigmas
     return 2 / (math.pi * (1 - 2 * sigmas + 2 * sigmas**2))

@@ -61,7 +61,7 @@ def read_entries(folder: str | os.PathLike[str]) -> dict[str, Entry]:
 
 
 def rows(entries: Mapping[str, Entry]) -> dict[tuple[str, ...], list[Entry]]:
-    """The images of each row, by step; rows in the order of the prompts, the plain weights before their averages."""
+    """The images of each row, by step; rows in the order of the prompts, the plain weights before their EMA weights."""
     found: dict[tuple[str, ...], list[Entry]] = {}
     order = {"base": 0, "live": 1}
     prefix = len("step-00000000-00")  # the step and the number of the prompt

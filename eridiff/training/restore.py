@@ -29,7 +29,7 @@ def undisturbed(
     """Within the block the modules are ready to sample; after it all is as before it, whatever happened inside.
 
     Ready to sample: evaluation mode, nothing requires gradients, the optimizer's averaged weights if it keeps them (schedule-free), and
-    the precision of inference: float32 as the default dtype, no autocast unless a dtype for it is given. Put back: random
+    the precision of inference: float32 as the default dtype, no autocast unless a dtype for it is given. Restored are: random
     states of Python, NumPy, torch's CPU and every CUDA device; the mode of every module; which tensors are its parameters
     and buffers, where they lie, `requires_grad` and `.grad`; gradient checkpointing; grad mode, autocast, default dtype
     and device, and the flags of torch's backends. A graph of autograd that is under construction stays valid.
@@ -213,7 +213,7 @@ def schedule_free(optimizer: Any) -> Iterator[None]:
     """The averaged weights of a schedule-free optimizer (Defazio et al. 2024), and the trained ones back bit for bit.
 
     Such an optimizer turns one into the other in place, by arithmetic that does not come back exactly. So it works on copies;
-    a shard of FSDP2, which is read where it lies, is copied away instead and put back.
+    a shard of FSDP2, which is read where it lies, is copied away instead and restored.
     """
     inner = getattr(optimizer, "optimizer", optimizer)  # accelerate's wrapper
     able = callable(getattr(inner, "eval", None)) and callable(getattr(inner, "train", None))
@@ -251,7 +251,7 @@ def _plain_name(name: str) -> str:
 
 
 def averages_of(module: nn.Module, averages: Any) -> Callable[[], Any]:
-    """A function that gives the averages as `averaged_weights` takes them, as they are when it is called.
+    """A function that gives EMA weights as `averaged_weights` takes them, as they are when it is called.
 
     An object with `shadow_params` (diffusers' EMAModel, torch_ema's and others) has no names: it was made from the
     module's parameters, or from those that are trained, in their order. Raises ConfigError where their number fits neither.
@@ -264,8 +264,8 @@ def averages_of(module: nn.Module, averages: Any) -> Callable[[], Any]:
     names = next((names for names in (list(every), trained) if len(names) == count), None)
     if names is None:
         raise ConfigError(
-            f"{type(averages).__name__} keeps {count} averages, {type(module).__name__} has {len(every)} parameters, {len(trained)} "
-            "of them trained; for those of an adapter beside it use weights= with averaged_weights(adapter, averages)"
+            f"{type(averages).__name__} keeps {count} EMA weights, {type(module).__name__} has {len(every)} parameters, {len(trained)} "
+            "of them trained; for those of an adapter beside it use weights= with averaged_weights(adapter, ema)"
         )
     return lambda: dict(zip(names, averages.shadow_params, strict=True))
 
@@ -274,7 +274,7 @@ Places = dict[str, tuple[dict[str, Any], str, Tensor]]  # name -> the module's t
 
 
 def places_of(module: nn.Module, averages: Mapping[str, Tensor] | nn.Module) -> Places:
-    """Where averages belong in a module, by name; nothing is moved.
+    """Where EMA weights belong in a module, by name; nothing is moved.
 
     Raises ConfigError for a name or a shape that the module does not have.
     """
@@ -300,10 +300,10 @@ def places_of(module: nn.Module, averages: Mapping[str, Tensor] | nn.Module) -> 
 
 @contextmanager
 def averaged_weights(module: nn.Module, averages: Mapping[str, Tensor] | nn.Module) -> Iterator[None]:
-    """Within the block the module's parameters and buffers are the averages of the same names; others stay as they are.
+    """Within the block the module's parameters and buffers are the EMA weights of the same names; others stay as they are.
 
-    Averages of the same dtype on the same device take the parameters' places in the module's tables. Others are copied into
-    the parameters' own memory, one tensor at a time, while the trained values wait on the CPU: so averages on the CPU need
+    EMA weights of the same dtype on the same device take the parameters' places in the module's tables. Others are copied into
+    the parameters' own memory, one tensor at a time, while the trained values wait on the CPU: so EMA weights on the CPU need
     no memory of the GPU. The same goes for parameters that FSDP2 shards, whose shards it gathers from their own memory.
     Raises ConfigError for a name or a shape that the module does not have.
     """

@@ -94,11 +94,11 @@ class Sampler:
         inference holds the modules in training as they are, wrapped (compiled, DDP, FSDP) or not; sample is a section's
         keys and values (prompts, sample_every, sample_start_step, skip_first_sample, sample_at_end, sample_max_seconds, and
         how to sample), or a whole file by `eridiff.run_files.load_config`, another trainer's too. optimizer is asked for its
-        averages if it is schedule-free, and is checked by `verify`. ema, a module, a mapping from the trained network's names
+        averaged weights if it is schedule-free, and is checked by `verify`. ema, a module, a mapping from the trained network's names
         to tensors, or an object with `shadow_params` in the order of its parameters (diffusers' EMAModel), is sampled beside the
         live weights; weights names further weights to sample, each a function that returns a context manager (an adapter switched
         off, for example); modules are further ones to restore. adopted is the trainer's network of other classes behind the
-        inference's (`adopt`); it is followed anew within each kind of weights, and its copies are given back after the images;
+        inference's (`adopt`); it is followed anew within each kind of weights, and its copies are released after the images;
         None is that of `from_diffusers`. conditioning are embeddings that the trainer has cached, by prompt or in the prompts'
         order, so that no text encoders are needed: a `Prompt`, a `Conditioning`, or tensors in the layouts of diffusers'
         scripts, kohya's or ai-toolkit (docs/training.md). embeddings is a folder that keeps encoded prompts. text_in_training
@@ -150,7 +150,7 @@ class Sampler:
         if ema is not None:
             if isinstance(ema, nn.Module) and unwrapped(ema) in (unwrapped(inference.network), self._trained()):
                 raise ConfigError(
-                    "ema is the network that is trained, so its images would be the live ones: give its averages"
+                    "ema is the network that is trained, so its images would be the live ones: give its EMA weights"
                 )
             averages = averages_of(self._trained(), ema)
             self.weights["ema"] = lambda: averaged_weights(self._trained(), averages())
@@ -183,7 +183,7 @@ class Sampler:
 
     @staticmethod
     def _encoded(encode: Callable[..., Prompt], requests: Sequence[Request]) -> list[Prompt]:
-        """Every prompt with what it is steered away from, alone, as `generate` would."""
+        """Every prompt with what it is guided away from, alone, as `generate` would."""
         return [on_cpu(encode(r.prompt, r.negative, r.cfg_scale)) for r in requests]
 
     @staticmethod
@@ -197,7 +197,7 @@ class Sampler:
         return self.every > 0 and step >= self.first and step % self.every == 0
 
     def maybe_sample(self, step: int) -> Samples | None:
-        """Draw if the step is due or the file on_demand was touched; None otherwise, in microseconds.
+        """Generate if the step is due or the file on_demand was touched; None otherwise, in microseconds.
 
         A step is sampled once, however often it is asked for.
         """
@@ -286,7 +286,7 @@ class Sampler:
         return drawer
 
     def _trained(self) -> nn.Module:
-        """The network whose names averages have: the trainer's own where another class is adopted."""
+        """The network whose names EMA weights have: the trainer's own where another class is adopted."""
         return self.adopted.foreign if self.adopted is not None else unwrapped(self.inference.network)
 
     def _modules(self) -> dict[str, nn.Module]:
@@ -332,7 +332,7 @@ class Sampler:
                 entered = enter()
                 if not isinstance(entered, AbstractContextManager):
                     raise ConfigError(
-                        f"weights[{name!r}] gave no context manager but {entered!r}, so nothing would be put back"
+                        f"weights[{name!r}] gave no context manager but {entered!r}, so nothing would be restored"
                     )
                 with entered:
                     if self.adopted is not None:  # each kind has tensors and adapters of its own

@@ -60,7 +60,7 @@ def mmdit_config(shape_of: ShapeOf, checkpoint: Checkpoint) -> MMDiTConfig:
     side = math.isqrt(positions)
     if side * side != positions:
         raise CheckpointError(
-            f"{quoted(checkpoint.path)}: its table of {positions} positions is no square{checkpoint.remedy('download it again')}"
+            f"{quoted(checkpoint.path)}: its table of {positions} positions is not a square{checkpoint.remedy('download it again')}"
         )
     depth = _count(shape_of, "joint_blocks.{}.image.qkv.weight", "joint_blocks.{}.text.qkv.weight")
     norm = shape_of("joint_blocks.0.text.k_norm.weight")
@@ -107,7 +107,7 @@ def unet_config(shape_of: ShapeOf, checkpoint: Checkpoint) -> UNetConfig:
     if not residuals[0] or any(len(set(depths)) > 1 for depths in down):
         raise CheckpointError(
             f"{quoted(checkpoint.path)} is a distilled SDXL of a kind that is not supported (KOALA and relatives): it has "
-            "one block a stage, or no middle; SSD-1B and Vega are"
+            "one block per stage, or no middle; SSD-1B and Vega are"
         )
     same = tuple((depths[0],) * (RESIDUAL_BLOCKS + 1) for depths in down)
     attention = next((level for level in range(levels) if down[level][0]), None)
@@ -209,7 +209,7 @@ def clip_config(shape_of: ShapeOf, checkpoint: Checkpoint) -> dict[str, Any]:
         "num_hidden_layers": _count(shape_of, "text_model.encoder.layers.{}.mlp.fc1.weight"),
         "max_position_embeddings": positions,
     }
-    # a text_config often repeats transformers' default of the projection, the whole CLIP's own stands beside it
+    # a text_config often repeats transformers' default of the projection, the whole CLIP's own is beside it
     compared = {k: v for k, v in found.items() if k != "projection_dim" or (projection and stated is not whole)}
     _agree(compared, checkpoint, stated)
     return found | {
@@ -262,7 +262,7 @@ def _needed(shape_of: ShapeOf, checkpoint: Checkpoint, family: str, name: str, d
 
 
 def _agree(found: Mapping[str, Any], checkpoint: Checkpoint, stated: Mapping[str, Any] | None = None) -> None:
-    """Raises ConfigError where a config.json says other sizes than the tensors have; null says nothing."""
+    """Raises ConfigError where a config.json says other sizes than the tensors have; null counts as absent."""
     told = checkpoint.config if stated is None else stated
     for key, value in found.items():
         if told.get(key) is not None and told[key] != value:
@@ -281,7 +281,7 @@ FIXED: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-# the same of settings that a network may be trained with here, and that images are not drawn with
+# the same of settings that a network may be trained with here, and that images are not generated with
 DRAWN: dict[str, dict[str, Any]] = {"unet": {"addition_time_embed_dim": 256}}
 
 

@@ -21,7 +21,7 @@ from eridiff.weights.header import Checkpoint
 from eridiff.weights.keymap import Layout, Shape, key_map, map_folder, without_wrappers
 
 log = logging.getLogger(__name__)
-# network -> the native names by which it is told, and what makes its configuration
+# network -> the native names by which it is recognised, and what makes its configuration
 FAMILIES: dict[str, tuple[tuple[str, ...], Callable[[ShapeOf, Checkpoint], Any]]] = {
     "flux": (("double_blocks.0.image.k_norm.weight", "image_in.weight"), configs.flux_config),
     "mmdit": (("joint_blocks.0.text.qkv.weight", "positions.table"), configs.mmdit_config),
@@ -74,7 +74,7 @@ class Component:
 
 
 def detect(checkpoint: Checkpoint, allow_unknown: bool = False) -> list[Component]:
-    """The components of a checkpoint, at most one a network.
+    """The components of a checkpoint, at most one per network.
 
     Tensors that no network needs are left out with one warning. Raises CheckpointError when there is no network, or a network
     that is unclear, incomplete or of another family; `allow_unknown` leaves out what is unclear beside a network.
@@ -266,7 +266,7 @@ def _matches(name: str, *lists: str) -> bool:
 
 
 def _is_harmless(name: str, found: Iterable[Component]) -> bool:
-    """Whether a name that stands below no network, or below one of `found`, is known to hold nothing that is needed."""
+    """Whether a name that is below no network, or below one of `found`, is known to hold nothing that is needed."""
     below = [c for c in found if name.startswith(c.prefix)]
     return _matches(name, "any") or any(_matches(name.removeprefix(c.prefix), "any", c.network) for c in below)
 
@@ -292,7 +292,7 @@ def _is_note(name: str, own: Collection[str]) -> bool:
 
 
 def _below_a_network(name: str) -> bool:
-    """Whether a name stands below a prefix that is a network's own wherever it occurs."""
+    """Whether a name is below a prefix that is a network's own wherever it occurs."""
     layouts = (layout for family in FAMILIES for layout in key_map(family).layouts.values())
     return name.startswith(tuple(prefix for layout in layouts for prefix in layout.prefixes if prefix))
 
@@ -319,11 +319,11 @@ def _refusal(left: Collection[str], checkpoint: Checkpoint, found: Collection[Co
     hint = _lacking(left) or f"the first is {quoted(ordered[0], 60)}{_misspelt(ordered)}"
     if found:
         return f"holds {len(left)} tensors of no part of a model: {hint}{checkpoint.remedy('allow_unknown leaves them out')}."
-    return f"is no model that eridiff knows: of its {len(left)} tensors {hint}."
+    return f"is not a model that eridiff knows: of its {len(left)} tensors {hint}."
 
 
 def _told_by() -> list[tuple[str, str, list[list[str]]]]:
-    """Network, prefix, and the names by which it is told: for each of them its spellings."""
+    """Network, prefix, and the names by which it is recognised: for each of them its spellings."""
     return [
         (network, prefix, [[e.foreign[0] for e in layout.spellings([native], USUAL_SIZES)] for native in signature])
         for network, (signature, _) in FAMILIES.items()
@@ -333,7 +333,7 @@ def _told_by() -> list[tuple[str, str, list[list[str]]]]:
 
 
 def _lacking(names: Collection[str]) -> str:
-    """A hint for a network that is not whole: one of the names by which it is told is there, another is not."""
+    """A hint for a network that is not whole: one of the names by which it is recognised is there, another is not."""
     for network, prefix, signature in _told_by():
         there = [next((prefix + name for name in spellings if prefix + name in names), None) for spellings in signature]
         if any(there) and not all(there):
@@ -343,7 +343,7 @@ def _lacking(names: Collection[str]) -> str:
 
 
 def _misspelt(names: list[str]) -> str:
-    """A hint for a name that is almost one by which a network is told."""
+    """A hint for a name that is almost one by which a network is recognised."""
     known = {name for _, _, signature in _told_by() for spellings in signature for name in spellings}
     close = ((name, get_close_matches(name, known - {name}, 1, 0.9)) for name in names[:200])
     return next((f" ({quoted(name, 60)} is near {quoted(near[0], 60)})" for name, near in close if near), "")

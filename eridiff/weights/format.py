@@ -20,6 +20,7 @@ from typing import Any, BinaryIO, NoReturn
 import torch
 
 from eridiff.errors import CheckpointError, quoted
+from eridiff.files import kind_by_content
 
 MAXIMUM_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
 MAXIMUM_TENSORS = 100_000  # published files stay below 3,000, the trace of a whole run of Flux has 30,000
@@ -86,8 +87,10 @@ def read_header(path: Path) -> tuple[dict[str, TensorEntry], dict[str, str]]:
     return tensors, metadata
 
 
-def refuse(path: Path, problem: str, remedy: str = "download it again") -> NoReturn:
-    raise CheckpointError(f"{quoted(path)} {problem}; {remedy}")
+def refuse(path: Path, problem: str, remedy: str | None = None) -> NoReturn:
+    """CheckpointError; without a `remedy` the file is damaged."""
+    said = f"{problem}; {remedy}" if remedy else f"is damaged: it {problem}; download it again"
+    raise CheckpointError(f"{quoted(path)} {said}")
 
 
 def status_of(path: Path) -> os.stat_result:
@@ -95,7 +98,7 @@ def status_of(path: Path) -> os.stat_result:
         return os.stat(path)
     except FileNotFoundError:
         if os.path.islink(path):
-            refuse(path, "is a link to a file that does not exist")
+            refuse(path, "is a link to a file that does not exist", "download the file again")
         refuse(path, "does not exist", "check the name")
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
         refuse(path, f"cannot be opened ({getattr(error, 'strerror', None) or error})", "check the name")
@@ -131,11 +134,13 @@ def _header_bytes(path: Path, file: BinaryIO, size: int) -> bytes:
         refuse(path, f"is too short for a header: {size} bytes")
     length = int.from_bytes(first[:8], "little")
     if length > MAXIMUM_HEADER_BYTES and length > size - 8:
-        refuse(path, f"is not a safetensors file: its first 8 bytes would mean a header of {length} bytes")
+        kind = kind_by_content(path)
+        what = f"it is {kind}" if kind else f"its first 8 bytes would mean a header of {length} bytes"
+        raise CheckpointError(f"{quoted(path)} is not a safetensors file: {what}")
     if length > MAXIMUM_HEADER_BYTES:
         refuse(path, f"has a header of {length} bytes, larger than the limit of {MAXIMUM_HEADER_BYTES}")
     if length > size - 8:
-        refuse(path, f"is an incomplete download: its header says {length} bytes and the file has {size}")
+        refuse(path, f"is an incomplete download, its header has {length} bytes and the file {size}")
     file.seek(8)
     raw = file.read(length)
     if len(raw) != length:
@@ -258,7 +263,7 @@ def _check_layout(path: Path, tensors: dict[str, TensorEntry], start: int, size:
             refuse(path, f"has an overlap of {previous} and {label}")
         position, previous = entry.end, label
     if size < position:
-        refuse(path, f"is an incomplete download: {position - size} of {position} bytes short")
+        refuse(path, f"is an incomplete download, {position - size} of {position} bytes are missing")
     if size > position:
         refuse(path, f"has {size - position} byte{'s' * (size - position > 1)} more than its header declares")
 
@@ -267,7 +272,7 @@ def read_json_file(path: Path) -> dict[str, Any]:
     """One JSON object from a file; raises CheckpointError."""
     size = file_size(path)
     if size > MAXIMUM_HEADER_BYTES:
-        refuse(path, f"has {size} bytes, too many for a JSON file")
+        refuse(path, f"has {size} bytes, too many for a JSON file", "check what it is")
     try:
         with _open(path) as file:
             return _parse_json(file.read(MAXIMUM_HEADER_BYTES))

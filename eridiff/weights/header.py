@@ -81,7 +81,9 @@ class Checkpoint:
             try:
                 self._handles[file] = torch.UntypedStorage.from_file(os.fspath(file), False, size)
             except RuntimeError as error:
-                refuse(file, f"cannot be mapped ({' '.join(str(error).split())[:200]})")
+                refuse(
+                    file, f"cannot be mapped ({' '.join(str(error).split())[:200]})", "check the disk and the memory"
+                )
         return self._handles[file]
 
 

@@ -20,7 +20,14 @@ from eridiff.weights.header import (
 )
 
 HUB_ID = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:/((?:[^/\\]+/)*[^/\\]+\.safetensors))?")
-FILES = (".safetensors", ".json", ".yaml", ".yml", ".gguf", *PICKLED_SUFFIXES)  # a name that ends so is no repository
+FILES = (
+    ".safetensors",
+    ".json",
+    ".yaml",
+    ".yml",
+    ".gguf",
+    *PICKLED_SUFFIXES,
+)  # a name that ends so is not a repository
 PIPELINES = ("Flux", "StableDiffusion3", "StableDiffusionXL")  # how the class names of readable diffusers folders begin
 SUBFOLDERS = ("transformer", "unet", "vae", "text_encoder", "text_encoder_2", "text_encoder_3")  # of a diffusers folder
 TOKENIZER_FOLDERS = {"clip": ("tokenizer", "clip_tokenizer"), "t5": ("tokenizer_3", "tokenizer_2", "t5_tokenizer")}
@@ -56,12 +63,12 @@ def resolve(name: str | os.PathLike[str], wanted: str = "model", without: Collec
     found = HUB_ID.fullmatch(text)
     if found is None or ".." in path.parts or (found[2] is None and path.suffix.lower() in FILES):
         raise CheckpointError(
-            f"{quoted(text)} does not exist and is no hub id such as black-forest-labs/FLUX.1-schnell or ORG/NAME/FILE.safetensors"
+            f"{quoted(text)} does not exist and is not a hub id such as black-forest-labs/FLUX.1-schnell or ORG/NAME/FILE.safetensors"
             + (f"; built in are {', '.join(built_in())}" if wanted == "model" else "")
         )
     if os.path.lexists(path.parts[0]):
         raise CheckpointError(
-            f"{quoted(text)} does not exist; it is no hub id, as the folder {quoted(path.parts[0])} is here"
+            f"{quoted(text)} does not exist; it is not a hub id, as the folder {quoted(path.parts[0])} is here"
         )
     repository = _Repository(found[1])
     if found[2]:
@@ -100,6 +107,7 @@ class _Repository:
 
     def __init__(self, id: str) -> None:
         from huggingface_hub import HfApi
+        from huggingface_hub.constants import HF_HUB_CACHE
 
         self.id, self.problem = id, ""
         try:
@@ -109,7 +117,7 @@ class _Repository:
             self.names = self._cached()[1]
             if not self.names:
                 raise CheckpointError(
-                    f"{quoted(id)} is no path here, {self.problem}, and the cache holds nothing of such a repository"
+                    f"{quoted(id)} is not a path here, {self.problem}, and the cache {quoted(HF_HUB_CACHE)} holds nothing of it"
                 ) from None
 
     def fetch(self, files: Iterable[str]) -> Path:

@@ -66,7 +66,7 @@ def load_network(
     - part: "transformer" (the denoising network) or "vae", of a file or a pipeline's folder that holds several.
     - family: flux, sd3 or sdxl, whose latents' statistics an autoencoder gets if nothing beside its tensors says them: those of
       Flux and SD 3 have the same names and shapes.
-    - allow_unknown: tensors that the network does not use are left out with a warning, and are no error.
+    - allow_unknown: tensors that the network does not use are left out with a warning, and are not an error.
 
     Raises CheckpointError, with the names, for anything missing, unknown or misshapen.
     """
@@ -100,7 +100,7 @@ def build(
 ) -> nn.Module:
     """The module of a flux, mmdit, unet or vae component, filled; in evaluation mode, parameters without gradients.
 
-    Tensors of the file's dtype stay memory mapped. What is no parameter (a table of positions) keeps the file's dtype and
+    Tensors of the file's dtype stay memory mapped. What is not a parameter (a table of positions) keeps the file's dtype and
     stays on the CPU.
     """
     with torch.device("meta"):
@@ -187,12 +187,12 @@ def native_reader(
 
 
 def default_dtype(component: Component, device: torch.device) -> torch.dtype:
-    """In what to compute with one component when nothing is said: `default_dtypes`."""
+    """In what to compute with one component by default: `default_dtypes`."""
     return default_dtypes({"": component}, device)[""]
 
 
 def default_dtypes(components: Mapping[str, Component], device: torch.device) -> dict[str, torch.dtype]:
-    """In what to compute when nothing is said: the files' dtypes on a GPU, float32 on a CPU with room for it.
+    """In what to compute by default: the files' dtypes on a GPU, float32 on a CPU with room for it.
 
     What has to be converted is no longer mapped. All that is may take half of the memory together; the smallest come first, as
     a text encoder in float32 costs least for what it gains. T5 overflows in float16, so such a file becomes bfloat16.
@@ -221,7 +221,7 @@ def machine_memory() -> int:
     except (AttributeError, ValueError):  # Windows has no sysconf
         sizes = [USUAL_MEMORY]
     for limit in CONTAINER_LIMITS:
-        with suppress(OSError, ValueError):  # "max" is no number
+        with suppress(OSError, ValueError):  # "max" is not a number
             sizes.append(int(Path(limit).read_text()))
     return min(sizes)
 
@@ -341,7 +341,7 @@ def _dequantised(component: Component, name: str, dtype: torch.dtype) -> Tensor:
     rows, blocks = tensor.shape[:1], scale.shape[1:2] if scale.ndim == 3 else (1,)  # a scale a block: [rows, blocks, 1]
     fits = scale.numel() == 1 or (rows and scale.numel() == rows[0] * blocks[0] and tensor[0].numel() % blocks[0] == 0)
     if not fits or not bool((torch.isfinite(scale) & (scale > 0)).all()):
-        raise CheckpointError(f"{where}: {quoted(scale_name, 60)} is no positive scale of {quoted(name, 60)}")
+        raise CheckpointError(f"{where}: {quoted(scale_name, 60)} is not a positive scale of {quoted(name, 60)}")
     if scale.numel() == 1:
         return (tensor.float() * scale.reshape(())).to(dtype)
     in_blocks = tensor.float().reshape(rows[0], blocks[0], -1)

@@ -45,7 +45,7 @@ def locate(model: ModelPath | Parts, allow_unknown: bool = False) -> Parts:
     unknown = sorted(set(model) - {"path", "tokenizers", *PART_NAMES})
     if unknown:
         raise ConfigError(
-            f"{quoted(unknown[0])} is no part of a model; there are path, {', '.join(PART_NAMES)} and tokenizers"
+            f"{quoted(unknown[0])} is not a part of a model; there are path, {', '.join(PART_NAMES)} and tokenizers"
         )
     parts = Parts()
     if "path" in model:
@@ -115,7 +115,7 @@ def _tokenizers(given: object) -> dict[str, Path]:
         return found
     unknown = sorted(set(given) - set(TOKENIZER_FOLDERS))
     if unknown:
-        raise ConfigError(f"{quoted(unknown[0])} is no tokenizer; there are {' and '.join(TOKENIZER_FOLDERS)}")
+        raise ConfigError(f"{quoted(unknown[0])} is not a tokenizer; there are {' and '.join(TOKENIZER_FOLDERS)}")
     return {name: resolve(_path(f"tokenizers: {name}", value), "tokenizers") for name, value in given.items()}
 
 

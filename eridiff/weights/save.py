@@ -50,7 +50,7 @@ def save_network(
 
     - module: a Flux, MMDiT, UNet or Autoencoder, compiled, wrapped or sharded (FSDP2: every process calls, the first writes).
       What attached LoRAs have changed in place is written as it was before; what `merge_into` merged is written merged.
-    - dtype: of the parameters; None keeps theirs. A table of positions, which is none, keeps its own.
+    - dtype: of the parameters; None keeps their own. A table of positions, which is none, keeps its own.
     - metadata: beside what the network's file said of how it is sampled, which is carried along, and in its place.
 
     The file appears whole or not at all. Raises ConfigError for another module, for an unknown layout and for a weight that

@@ -283,7 +283,7 @@ FLUX = {
     "rope rows, columns": Bug("rope_table", lambda p, r: lambda i, a, t: r(i[:, [0, 2, 1]], a, t), "rope.cos", "rows and columns"),
     "rope theta": Bug("rope_table", lambda p, r: lambda i, a, t: r(i, a, 1000), "rope.cos", "not 10000 but 1000"),
     "rope from 1": Bug("rope_table", lambda p, r: lambda i, a, t: r(i + 1, a, t), "rope.cos", "start at 1"),
-    "image first": Bug("joined_streams", lambda p, r: lambda t, i: r(i, t), "double_blocks.0.q_rope", "joined stands in the other order"),
+    "image first": Bug("joined_streams", lambda p, r: lambda t, i: r(i, t), "double_blocks.0.q_rope", "joined is in the other order"),
     "no gates": Bug("updated", without_gates(2, 5), "double_blocks.0.img_mlp:0", "gates are left out"),
     "mlp of the input": Bug("updated", mlp_of_the_input, "double_blocks.0.img_mlp:0", "reads the stream before"),
     "time scale": Bug("sinusoid", sinusoid(factor=1.0), "time.sinusoid", "scale of 1 in place of 1000"),

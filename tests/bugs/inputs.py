@@ -50,9 +50,9 @@ LATENTS: dict[str, tuple[Change, str]] = {
 FLUX = {f"latents, {name}": given("img", change, "img_in", says) for name, (change, says) in LATENTS.items()} | {
     "latents, channels last, written": given("img", LATENTS["channels last"][0], "", "packed as (row", "forward:latents"),
     "latents, no shift, written": given("img", LATENTS["no shift"][0], "", "shift, flux's, is left out", "forward:latents"),
-    "text order": given("txt", rolled(2, 1), "txt_in", "text's parts stand in the other order, the first 2 tokens"),
-    "text order, written": given("txt", rolled(2, 1), "", "text's parts stand in the other order, the first 2 tokens", "forward:text"),
-    "prompts exchanged": given("txt", lambda x: x[::-1], "txt_in", "prompts stand in the other order"),
+    "text order": given("txt", rolled(2, 1), "txt_in", "text's parts are in the other order, the first 2 tokens"),
+    "text order, written": given("txt", rolled(2, 1), "", "text's parts are in the other order, the first 2 tokens", "forward:text"),
+    "prompts exchanged": given("txt", lambda x: x[::-1], "txt_in", "prompts are in the other order"),
     "no pooled text": given("y", np.zeros_like, "vector_in.in_layer", "it is zero"),
     "times from the image": given("timesteps", lambda t: 1 - t, "time.sinusoid", "times run from the image to the noise"),
     "times from the image, written": given("timesteps", lambda t: 1 - t, "", "times run from the image to the noise", "forward:times"),

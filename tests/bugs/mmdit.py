@@ -151,7 +151,7 @@ SD35 = {  # those of Flux that this network can have, at their places here
 } | {
     "mlp of the input": Bug("updated", late_mlp, "joint_blocks.0.x_block.mlp:0", "reads the stream before"),
     "no bias": Bug("linear", of_linear(lambda x, w, b: x @ w.T, "attn.proj"), "joint_blocks.0.x_block.attn.proj", "bias is left out"),
-    "image first": Bug("joined_streams", lambda p, r: lambda t, i: r(i, t), "joint_blocks.0.attention", "joined stands in the other order"),
+    "image first": Bug("joined_streams", lambda p, r: lambda t, i: r(i, t), "joint_blocks.0.attention", "joined is in the other order"),
     "patches read": Bug("patches", patches_channel_last, "x_in", "2 x 2 patches are read as"),
     "patches written": Bug("unpatched", patches_channel_first, "output", "2 x 2 patches are written as (channel"),
     "patches read by columns": Bug(

@@ -1,8 +1,8 @@
 """`python -m tests.golden FOLDER...`: run golden cases through the ordinary loader and print a table of errors.
 
 Each case's weights are rebuilt by `hashfill`, written in the original layout, loaded by `eridiff.weights`, and run in
-float64 and float32. What is run stands in its `case.json` alone (tests/goldens/README.md). Exit code 1 when a tolerance is
-exceeded, 2 when a folder is no case.
+float64 and float32. What is run is in its `case.json` alone (tests/goldens/README.md). Exit code 1 when a tolerance is
+exceeded, 2 when a folder is not a case.
 """
 
 import json
@@ -34,7 +34,7 @@ TEXT = ("clip", "clip_g", "t5", "sd3-text", "sdxl-text")
 
 
 def run_case(folder: Path, dtypes: Sequence[torch.dtype] = (torch.float64, torch.float32)) -> list[Row]:
-    """Every comparison of a case folder; raises ValueError for a folder that is no case this runner knows."""
+    """Every comparison of a case folder; raises ValueError for a folder that is not a case this runner knows."""
     for name in ("case.json", "expected.safetensors"):
         if not (folder / name).is_file():
             raise ValueError(f"{folder} holds no {name}")

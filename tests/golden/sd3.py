@@ -94,7 +94,7 @@ def _trajectory(
     case: Mapping[str, Any], run: Mapping[str, Any], model: MMDiT, given: Mapping[str, Tensor],
     expected: Mapping[str, Tensor], dtype: torch.dtype,
 ) -> list[Row]:  # fmt: skip
-    """One run on the reference's own float32 table; `denoise` begins from a picture with as much noise."""
+    """One run on the reference's own float32 table; `denoise` begins from an image with as much noise."""
     name = run["name"]
     schedule = flow_schedule(expected[f"{name}.sigmas"])
     sampler: Sampler = SAMPLERS[run["sampler"]]

@@ -31,7 +31,7 @@ def run_sdxl_trajectories(case: Mapping[str, Any], expected: Mapping[str, Tensor
 
 
 def levels_of(run: Mapping[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
-    """The training's table `[1000]` as shares of the picture, the run's timesteps and its noise levels, `[steps]` each."""
+    """The training's table `[1000]` as shares of the image, the run's timesteps and its noise levels, `[steps]` each."""
     alphas = d.alphas_cumprod(run["zero_snr"]).clamp(min=run.get("least_alpha", 0.0))
     table, steps = run["table"], run["steps"]
     if "spacing" in table:
@@ -52,7 +52,7 @@ def trajectory(
     case: Mapping[str, Any], name: str, run: Mapping[str, Any], network: Network, given: Mapping[str, Tensor],
     expected: Mapping[str, Tensor], dtype: torch.dtype,
 ) -> list[Row]:  # fmt: skip
-    """One run from the stored start; the schedule is ours and compared with the stored one first."""
+    """One run from the stored start; the schedule is eridiff's and compared with the stored one first."""
     alphas, timesteps, sigmas = levels_of(run)
     schedule = d.discrete_schedule(timesteps, sigmas, run["prediction"])
     schedule = d.exploding(schedule) if run["exploding"] else schedule
@@ -95,7 +95,7 @@ def trajectory(
         twice, place = 2 * (schedule.steps - first) - 1, i - first  # with two evaluations a step, on the last one
         stored = after[min(2 * place + 1, twice - 1) if len(after) == twice else place]
         rows.append(row(case, dtype, f"{name}/x.{i}", x, stored, 1e-9 if wide else 5e-4))
-        if len(clean) and run["sampler"] != "lcm":  # LCM gives its clean picture behind the boundary condition
+        if len(clean) and run["sampler"] != "lcm":  # LCM gives its clean image behind the boundary condition
             stored = clean[2 * place if len(clean) == twice else place]
             rows.append(row(case, dtype, f"{name}/denoised.{i}", previous, stored, 1e-6 if wide else 5e-4))
     return rows

@@ -29,7 +29,7 @@ def residual_block(norm_last: bool = False, late_shift: bool = False) -> Callabl
 
 
 def less_its_input(right: Wrong) -> Wrong:
-    """Of a block of a picture's features: the input is not added."""
+    """Of a block of an image's features: the input is not added."""
     return lambda self, x, *rest: right(self, x, *rest) - (self.shortcut(x) if hasattr(self, "shortcut") else x)
 
 

@@ -145,7 +145,7 @@ def single(
 
 
 def single_sequence(image_first: bool) -> Callable[[Wrong], Wrong]:
-    """Of Flux: the picture stands before the text in the single blocks, or only is taken from there behind them."""
+    """Of Flux: the image is before the text in the single blocks, or only is taken from there behind them."""
 
     def make(_: Wrong) -> Wrong:
         def step(self: Any, latents: Tensor, run: Any, i: int) -> Tensor:
@@ -284,7 +284,7 @@ def resized(square: Tensor, h: int, w: int) -> Tensor:
 
 
 class ImageFirst:
-    """torch, whose `cat` joins two in the other order: tokens of text and picture, a stream and its skip."""
+    """torch, whose `cat` joins two in the other order: tokens of text and image, a stream and its skip."""
 
     def __getattr__(self, name: str) -> Any:
         return getattr(torch, name)
