@@ -24,7 +24,7 @@ BLOCK = "single_blocks.2"  # whose attention is shown
 ROWS = {  # name in the recording -> what it is
     "prepare:text": "the prompt by T5, `[B, L, text_width]`",
     "prepare:pooled": "the prompt by CLIP, one vector",
-    "conditioning_vector": "time and pooled prompt, for all steps",
+    "conditioning_vector": "time, guidance and pooled prompt, for all steps",
     "text_in": "the text in the width of the network",
     "step:latents": "the latents as tokens",
     "image_in": "the tokens in the width of the network",

@@ -48,7 +48,7 @@ def main() -> None:
         rows = torch.randint(len(latents), (16,))
         noise, t = torch.randn(16, 16, 8, 8), torch.sigmoid(torch.randn(16))
         noised = torch.lerp(latents[rows], noise, t[:, None, None, None])
-        velocity = network(patchify(noised), texts.text[rows], texts.pooled[rows], t, (4, 4))
+        velocity = network(patchify(noised), texts.text[rows], texts.pooled[rows], t, (4, 4), torch.ones(16))
         loss = ((velocity - patchify(noise - latents[rows])) ** 2).mean()
         loss.backward()
         optimizer.step()

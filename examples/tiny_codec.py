@@ -66,9 +66,9 @@ def picture_loss(found: Tensor, wanted: Tensor) -> Tensor:
     return error.abs().mean() + error.diff(dim=2).abs().mean() + error.diff(dim=3).abs().mean()
 
 
-def flux_autoencoder() -> Autoencoder:
-    """That of the built-in small Flux."""
-    return load_network(ASSETS / "tiny-flux" / "ae.safetensors", dtype=torch.float32, progress=False)
+def shipped(family: str) -> Autoencoder:
+    """The autoencoder of a built-in model."""
+    return load_network(ASSETS / f"tiny-{family}" / "ae.safetensors", dtype=torch.float32, progress=False)
 
 
 def narrowed(teacher: Autoencoder) -> Autoencoder:
@@ -124,25 +124,31 @@ def train_encoder(work: Path, minutes: float, device: str) -> None:
         trainer.step(F.mse_loss((mean - model.config.shift) * model.config.scale, code(x).to(device)))
 
 
-def train_decoder(family: str, work: Path, minutes: float, device: str) -> None:
-    """The decoder alone, from the latents of the finished encoder with a little noise."""
-    world, rng, model = World(), np.random.default_rng(5), finished(family, work).to(device)
+def train_decoder(family: str, model: Autoencoder, work: Path, minutes: float, device: str) -> None:
+    """The decoder alone, from the latents of the finished encoder with a little noise.
+
+    The squared error beside the absolute one: what is left is in a few sharp edges.
+    """
+    world, rng, model = World(), np.random.default_rng(5), model.to(device)
     drawn = pictures(world, random_scenes(2500, rng, False), rng)
     with torch.no_grad():
         latents = torch.cat([model.encode(drawn[i : i + 100].to(device)) for i in range(0, len(drawn), 100)])
-    trainer = Trainer(model.decoder.train(), is_convolution, 0.02, minutes, work / f"{family}-decoder.pt")
+    trainer = Trainer(
+        model.decoder.train().requires_grad_(), is_convolution, 0.02, minutes, work / f"{family}-decoder.pt"
+    )
     torch.manual_seed(trainer.steps)
     while trainer.spent < 1:
         pick = torch.randint(len(drawn), (8,))
         z = latents[pick] + 0.05 * torch.randn(8, *latents.shape[1:], device=device)
-        trainer.step(picture_loss(model.decode(z), drawn[pick].to(device)))
+        found, wanted = model.decode(z), drawn[pick].to(device)
+        trainer.step(picture_loss(found, wanted) + 10 * F.mse_loss(found, wanted))
 
 
 def start(family: str) -> Autoencoder:
     """The autoencoder of flux, sd35 or sdxl before any training of its own."""
     if family == "flux":
         return Autoencoder(CODECS["flux"])
-    return refolded(flux_autoencoder()) if family == "sd35" else narrowed(flux_autoencoder())
+    return refolded(shipped("flux")) if family == "sd35" else narrowed(shipped("flux"))
 
 
 def train(family: str, work: Path, minutes: float, device: str) -> None:
@@ -151,7 +157,7 @@ def train(family: str, work: Path, minutes: float, device: str) -> None:
     if family in learn:
         learn[family](work, 0.3 * minutes, device)
         minutes = 0.7 * minutes
-    train_decoder(family, work, minutes, device)
+    train_decoder(family, finished(family, work), work, minutes, device)
 
 
 def finished(family: str, work: Path) -> Autoencoder:
@@ -172,7 +178,7 @@ def finished(family: str, work: Path) -> Autoencoder:
 
 def train_narrow(work: Path, minutes: float, device: str) -> None:
     """A third of the time the lowest resolution alone, towards what the teacher's decoder has there; then all of it."""
-    world, rng, teacher = World(), np.random.default_rng(21), flux_autoencoder().to(device).eval()
+    world, rng, teacher = World(), np.random.default_rng(21), shipped("flux").to(device).eval()
     model = narrowed(teacher).to(device)
     encoder, decoder = model.encoder, model.decoder
     low = nn.ModuleList(
@@ -211,7 +217,7 @@ def train_narrow(work: Path, minutes: float, device: str) -> None:
 
 def whitened(work: Path) -> Autoencoder:
     """The trained autoencoder of SDXL, its 1 x 1 convolutions making the latents white."""
-    model = averaged(narrowed(flux_autoencoder()), work / "sdxl-code.pt")
+    model = averaged(narrowed(shipped("flux")), work / "sdxl-code.pt")
     world, rng = World(), np.random.default_rng(22)
     with torch.no_grad():
         z = torch.cat([model.encode(pictures(world, random_scenes(100, rng, False), rng)) for _ in range(8)])

@@ -2,7 +2,7 @@
 
 A noun is right when, of all nouns at that size on the pair's mean background, shifted by up to one pixel, the asked one
 is the nearest in mean squared error; a size, when of all sizes of that noun it is; a background, when its mean image
-is the nearest, the glyph's square left out.
+is the nearest, the glyph's square left out. How outlined an image is goes from 0, as plain renderings, to 1, as outlined ones.
 """
 
 from collections.abc import Sequence
@@ -14,10 +14,10 @@ from tiny_world import BACKGROUNDS, NOUNS, SIDE, SIZES, Scene, World
 
 
 class Judge:
-    """`Judge().right(images, scenes)` is `[n, 3]` bool: noun, background, size."""
+    """`Judge().right(images, scenes)` is `[n, 3]` bool: noun, background, size; `outlines` expects the style of the LoRA."""
 
-    def __init__(self) -> None:
-        self.world = World()
+    def __init__(self, outlines: bool = False) -> None:
+        self.world = World(outlines)
         self.shifted = cache(self._shifted)
         self.means = np.stack([(first + second) / 2 for first, second in self.world.backgrounds])
 
@@ -49,6 +49,27 @@ class Judge:
             told = self.noun(picture, scene), self.background(picture, scene), self.size(picture, scene)
             found.append([a == b for a, b in zip(told, (scene.noun, scene.background, scene.size), strict=True)])
         return np.array(found)
+
+
+def outline(images: Sequence[object], scenes: Sequence[Scene]) -> float:
+    """How much of the outline is there, the mean over images: 0 is none, as in plain drawings, and 1 all of it.
+
+    The share, by least squares, of the difference between the outlined drawing and the plain one, where the noun is.
+    """
+    plain, outlined = Judge(), Judge(outlines=True)
+    found = []
+    for image, s in zip(images, scenes, strict=True):
+        picture = np.asarray(image, dtype=float).reshape(-1)
+        pairs = zip(
+            plain.shifted(s.noun, s.background, s.size), outlined.shifted(s.noun, s.background, s.size), strict=True
+        )
+        best = []
+        for without, with_it in pairs:
+            ring, rest = with_it.astype(float) - without, picture - without
+            share = float(ring @ rest / (ring @ ring))
+            best.append((((rest - share * ring) ** 2).sum(), share))
+        found.append(min(best)[1])
+    return float(np.mean(found))
 
 
 def sample(count: int, seed: int = 7) -> list[Scene]:

@@ -18,7 +18,7 @@ CONFIG = MMDiTConfig(
     pooled_width=96, text_width=128, hidden=192, heads=3, depth=3, table_side=16, dual_blocks=(0, 1),
 )  # fmt: skip
 SAMPLING = {
-    "steps": 8, "cfg_scale": 3.0, "shift": 1.0, "text_shortest": T5_LENGTH, "text_length": T5_LENGTH,
+    "steps": 8, "cfg_scale": 1.75, "shift": 1.0, "text_shortest": T5_LENGTH, "text_length": T5_LENGTH,
     "skip_layers": {"blocks": [1], "scale": 0.5, "start": 0.01, "end": 0.5},
 }  # fmt: skip
 # how often in training: no caption at all; of the rest, one encoder without it

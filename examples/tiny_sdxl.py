@@ -1,23 +1,30 @@
-"""The built-in small Stable Diffusion XL: a UNet that predicts the noise, two CLIPs, sizes as conditioning."""
+"""The built-in small Stable Diffusion XL: a UNet that predicts the noise, two CLIPs, sizes as conditioning; its refiner."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from tiny_codec import finished, pictures, random_scenes
+from tiny_codec import ASSETS, finished, pictures, random_scenes, shipped
 from tiny_text import clip_encoder, clip_states, write_clip_tokenizer
 from tiny_training import Trainer
 from tiny_world import SIDE, World, scenes
 from torch import Tensor, nn
 
 from eridiff.models.unet import UNet, UNetConfig, size_vector
+from eridiff.weights.load import load_network
 
 CLIP_LENGTH = 12
 CONFIG = UNetConfig(
     channels=32, channel_multipliers=(1, 3), transformer_depths=(1, 2), middle_depth=2, head_width=32, text_width=96,
     vector_width=64 + 6 * 256,
 )  # fmt: skip
+REFINER = replace(
+    CONFIG, text_width=64, vector_width=64 + 5 * 256
+)  # reads CLIP-G alone, and a score for the target's size
+REFINED_LEVELS = 300  # of 1,000; after a hand-over at 0.8 of the run it gets the lowest 200
+SHARP_SCORES = (5.0, 7.0)  # of pictures as they are; an enlarged one has its original's share of 5
 SAMPLING = {"steps": 10, "cfg_scale": 3.0}
 NOTHING = 0.1  # share of the captions that are dropped
 SMALL_ORIGINALS = (12, 16, 24, 32, 48)  # sides from which images were enlarged, in three of ten
@@ -113,3 +120,50 @@ def train(work: Path, minutes: float, device: str) -> None:
             found = model(a.sqrt() * x + (1 - a).sqrt() * noise, text[rows] * seen[:, None, None], vector, t.float())
         error = (found.float() - noise).square().mean((1, 2, 3))
         trainer.step((error * (1 / a.flatten()).clamp(max=30)).mean())
+
+
+def refiner() -> UNet:
+    """The shipped base without what it reads of CLIP-L and of the target's size; the score begins without an effect."""
+    base = load_network(ASSETS / "tiny-sdxl" / "sdxl.safetensors", dtype=torch.float32, progress=False).state_dict()
+    for name in base:
+        if name.endswith(("cross_attention.k.weight", "cross_attention.v.weight")):
+            base[name] = base[name][:, 32:]
+    told = base["vector_in.in_layer.weight"][:, : 64 + 4 * 256]
+    base["vector_in.in_layer.weight"] = F.pad(told, (0, 256))
+    model = UNet(REFINER)
+    model.load_state_dict(base)
+    return model
+
+
+def train_refiner(work: Path, minutes: float, device: str) -> None:
+    """The low noise levels alone. What was enlarged has a low score, and the refiner is not told of its size."""
+    world, rng, everything = World(), np.random.default_rng(35), scenes()
+    found = encoders()
+    captions, files = [*(s.caption for s in everything), ""], write_clip_tokenizer(work / "clip_tokenizer", CLIP_LENGTH)
+    text, pooled = (t.to(device) for t in clip_states(found["clip_g"], files, captions, pad=0))
+    index = {s: i for i, s in enumerate(everything)}
+    chosen = random_scenes(6000, rng, True, ("small", "", "big"))
+    codec, clean, told = shipped("sdxl").to(device), [], []
+    for i in range(0, len(chosen), 200):
+        drawn, numbers = as_published(pictures(world, chosen[i : i + 200], rng), rng)
+        with torch.no_grad():
+            clean.append(codec.encode(drawn.to(device)))
+        side = numbers[:, 0]
+        scores = torch.where(side < SIDE, 5 * side / SIDE, torch.empty(len(side)).uniform_(*SHARP_SCORES))
+        numbers[:, :2] = SIDE
+        told.append(torch.cat([numbers[:, :4], scores[:, None]], 1))
+    clean, told, of = torch.cat(clean), torch.cat(told).to(device), torch.tensor([index[s] for s in chosen])
+    alphas = alphas_cumprod().to(device)
+    model = refiner().to(device)
+    trainer = Trainer(model, is_matrix, 0.01, minutes, work / "sdxl-refiner.pt")
+    torch.manual_seed(trainer.steps)
+    while trainer.spent < 1:
+        pick = torch.randint(len(clean), (64,))
+        rows = torch.where(torch.rand(64) < NOTHING, len(everything), of[pick])  # the empty caption's is the last
+        x, t = clean[pick], torch.randint(REFINED_LEVELS, (64,), device=device)
+        noise, a = torch.randn_like(x), alphas[t][:, None, None, None]
+        with torch.autocast(device, torch.bfloat16):
+            found = model(
+                a.sqrt() * x + (1 - a).sqrt() * noise, text[rows], size_vector(pooled[rows], told[pick]), t.float()
+            )
+        trainer.step(F.mse_loss(found.float(), noise))

@@ -7,6 +7,7 @@ training nor evaluation needs the font. `python examples/tiny_world.py FONT.ttf`
 import math
 import sys
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from PIL import Image, ImageDraw, ImageFont
 SIDE = 64
 SIZES = {"small": 26, "": 38, "big": 54}
 CELL = 56
+OUTLINE = 2  # pixels
 ATLAS = Path(__file__).parent / "tiny_atlas.png"
 NOUNS = {
     "swan": 0x1F9A2, "dog": 0x1F415, "fox": 0x1F98A, "lion": 0x1F981, "tiger": 0x1F405, "unicorn": 0x1F984,
@@ -119,11 +121,20 @@ def load_glyphs() -> dict[str, np.ndarray]:
     return result
 
 
-class World:
-    """Renders scenes: `World().draw(scene, variant, dx, dy)` is `[64, 64, 3]` uint8."""
+def outlined(glyphs: np.ndarray) -> np.ndarray:
+    """Premultiplied glyphs `[n, s, s, 4]` with a black outline of OUTLINE pixels around them, `[n, s + 4, s + 4, 4]`."""
+    wider = np.pad(glyphs, ((0, 0), (OUTLINE, OUTLINE), (OUTLINE, OUTLINE), (0, 0)))
+    near = [step for step in product(range(-OUTLINE, OUTLINE + 1), repeat=2) if math.hypot(*step) <= OUTLINE + 0.5]
+    around = np.max([np.roll(wider[..., 3], step, (1, 2)) for step in near], axis=0)
+    wider[..., 3] += (1 - wider[..., 3]) * around  # black adds nothing to the premultiplied colours
+    return wider
 
-    def __init__(self) -> None:
-        self.glyphs = load_glyphs()
+
+class World:
+    """Renders scenes: `World().draw(scene, variant, dx, dy)` is `[64, 64, 3]` uint8; with `outlines`, in the style of the LoRA."""
+
+    def __init__(self, outlines: bool = False) -> None:
+        self.glyphs = {size: outlined(g) if outlines else g for size, g in load_glyphs().items()}
         self.backgrounds = [[background(b, v) for v in range(2)] for b in range(len(BACKGROUNDS))]
 
     def draw(self, scene: Scene, variant: int | None = 0, dx: int = 0, dy: int = 0) -> np.ndarray:

@@ -29,7 +29,8 @@ def loss(clean: Tensor, text: Tensor, pooled: Tensor, generator: torch.Generator
     noise = torch.randn(clean.shape, generator=generator).to(clean.device)
     levels = flow_levels(logit_normal(len(clean), generator))
     times = levels.times.float().to(clean.device)
-    output = network(patchify(noised(clean, noise, levels)), text, pooled, times, (4, 4))
+    guidance = torch.ones(len(clean), device=clean.device)
+    output = network(patchify(noised(clean, noise, levels)), text, pooled, times, (4, 4), guidance)
     return squared_error(output, patchify(target(clean, noise, levels)))
 
 

@@ -22,7 +22,8 @@ def loss(rows: Tensor, generator: torch.Generator) -> Tensor:
     clean, told, whole = (item[rows].to(flux.device) for item in (latents, text, pooled))
     noise = torch.randn(clean.shape, generator=generator)
     levels = flow_levels(logit_normal(len(rows), generator))
-    output = network(patchify(noised(clean, noise, levels)), told, whole, levels.times.float(), (4, 4))
+    times, guidance = levels.times.float(), torch.ones(len(rows))
+    output = network(patchify(noised(clean, noise, levels)), told, whole, times, (4, 4), guidance)
     return squared_error(output, patchify(target(clean, noise, levels)))
 
 

@@ -31,7 +31,8 @@ class Loss(nn.Module):
     def forward(self, clean: Tensor, text: Tensor, pooled: Tensor) -> dict[str, Tensor]:
         noise = torch.randn(clean.shape, generator=self.generator).to(clean.device)
         levels = flow_levels(logit_normal(len(clean), self.generator))
-        output = self.inner(patchify(noised(clean, noise, levels)), text, pooled, levels.times.float(), (4, 4))
+        times, guidance = levels.times.float(), torch.ones(len(clean), device=clean.device)
+        output = self.inner(patchify(noised(clean, noise, levels)), text, pooled, times, (4, 4), guidance)
         return {"loss": squared_error(output, patchify(target(clean, noise, levels)))}
 
 
@@ -53,8 +54,7 @@ def measured() -> float:
 loss = Loss()
 before = measured()
 arguments = TrainingArguments("runs", max_steps=STEPS, per_device_train_batch_size=4, learning_rate=2e-3, report_to=[], save_strategy="no", disable_tqdm=True)  # fmt: skip
-Trainer(
-    loss, arguments, train_dataset=StackDataset(clean=latents, text=text, pooled=pooled), callbacks=[Pictures()]
-).train()
+data = StackDataset(clean=latents, text=text, pooled=pooled)
+Trainer(loss, arguments, train_dataset=data, callbacks=[Pictures()]).train()
 sampler.finish(STEPS)
 print(f"loss {before:.4f} -> {measured():.4f}")

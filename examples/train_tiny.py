@@ -7,6 +7,7 @@ it when it is started again. `codec` and `network` can run at the same time, but
 
 import argparse
 import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -63,6 +64,26 @@ def export(family: str, work: Path) -> None:
         write_t5_tokenizer(folder / "t5_tokenizer", own.T5_LENGTH)
 
 
+def export_refiner(work: Path) -> None:
+    """Beside the base: a network of its own, CLIP-G, and the base's autoencoder and tokenizer."""
+    base, folder = ASSETS / "tiny-sdxl", ASSETS / "tiny-sdxl-refiner"
+    folder.mkdir(exist_ok=True)
+    network = averaged(tiny_sdxl.refiner(), work / "sdxl-refiner.pt")
+    told = metadata("sdxl") | {"modelspec.title": "tiny-sdxl-refiner"}
+    save_network(network, folder / "refiner.safetensors", dtype=torch.bfloat16, metadata=told)
+    for name in ("ae.safetensors", "clip_g.safetensors"):
+        shutil.copy(base / name, folder)
+    write_clip_tokenizer(folder / "clip_tokenizer", tiny_sdxl.CLIP_LENGTH)
+
+
+def continue_decoder(family: str, work: Path, minutes: float, device: str) -> None:
+    """Train the decoder of a shipped autoencoder on, which changes no latents, and ship it."""
+    model = tiny_codec.shipped(family)
+    tiny_codec.train_decoder(family, model, work, minutes, device)
+    averaged(model.cpu().decoder, work / f"{family}-decoder.pt")
+    save_network(model, ASSETS / f"tiny-{family}" / "ae.safetensors", dtype=torch.bfloat16)
+
+
 def describe(family: str) -> None:
     """Give the network's file the metadata of today; its tensors stay as they are, bit for bit."""
     file = open_checkpoint(ASSETS / f"tiny-{family}" / f"{family}.safetensors")
@@ -71,7 +92,7 @@ def describe(family: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("stage", choices=["codec", "decoder", "network", "export", "describe"])
+    parser.add_argument("stage", choices=["codec", "decoder", "network", "refiner", "export", "describe"])
     parser.add_argument("--family", choices=FAMILIES, default="flux")
     parser.add_argument("--work", type=Path, default=Path("runs/tiny"))
     parser.add_argument("--minutes", type=float, default=40, help="in all, earlier runs of the stage included")
@@ -84,9 +105,12 @@ def main() -> None:
     if options.stage == "codec":
         tiny_codec.train(options.family, options.work, options.minutes, options.device)
     elif options.stage == "decoder":
-        tiny_codec.train_decoder(options.family, options.work, options.minutes, options.device)
+        continue_decoder(options.family, options.work, options.minutes, options.device)
     elif options.stage == "network":
         FAMILIES[options.family].train(options.work, options.minutes, options.device)
+    elif options.stage == "refiner":
+        tiny_sdxl.train_refiner(options.work, options.minutes, options.device)
+        export_refiner(options.work)
     elif options.stage == "export":
         export(options.family, options.work)
     else:

@@ -84,7 +84,7 @@ def test_the_plans_file_generates_with_its_notices(tmp_path: Path, capsys: pytes
         "without effect here: sample_every (it is for training)",
         "without effect here: use_lora (",
         "lora_scale has no effect without a LoRA",
-        "cfg_scale 7.5 has no effect",
+        "cfg_scale 7.5 is taken as guidance_scale",
     ):
         assert err.count(notice) == 1
     seeds = {}

@@ -111,7 +111,8 @@ def test_vram_beside_modules_that_are_there_is_an_error() -> None:
 def test_the_command_prints_stages_and_placements_and_answers_by_its_status(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "--vram", "1GiB"]) == 0
     said = capsys.readouterr().out.splitlines()
-    assert said[0].startswith("schnell (by its sizes): 1 of 64x64 in 8 steps") and said[-1] == "1GiB: (no option) fits"
+    assert said[0].startswith("dev (") and said[0].endswith(": 1 of 64x64 in 8 steps")
+    assert said[-1] == "1GiB: (no option) fits"
     assert main(["plan", BUILT_IN, "--json", "--size", "128x64", "--batch", "2"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert (told["width"], told["height"], told["images"]) == (128, 64, 2) and len(told["placements"]) == 6

@@ -55,8 +55,9 @@ def test_single_denoising_step(built_in: FluxInference) -> None:
     noise = built_in.noise([0], 64, 64)
     found = built_in.denoise(noise, prompt, 1)
     text, pooled = prompt.positive.text, prompt.positive.pooled
+    scale = torch.tensor([built_in.sampling.guidance_scale])
     with torch.no_grad():
-        velocity = built_in.network(patchify(noise), text, pooled, torch.tensor([[1.0]]), (4, 4))
+        velocity = built_in.network(patchify(noise), text, pooled, torch.tensor([[1.0]]), (4, 4), scale)
     assert relative_l2(found, noise - unpatchify(velocity, (4, 4))) < 1e-5
 
 
@@ -112,7 +113,8 @@ def test_memory_use_is_predicted_as_it_is_measured(built_in: FluxInference) -> N
     weights = sum(p.nbytes for p in network.parameters())
 
     def denoise() -> object:
-        run = network.prepare(torch.zeros(1, 12, c.text_width), torch.zeros(1, c.pooled_width), torch.zeros(8), (4, 4))
+        told = torch.zeros(1, 12, c.text_width), torch.zeros(1, c.pooled_width), torch.zeros(8), (4, 4), torch.ones(1)
+        run = network.prepare(*told)
         return network.step(torch.zeros(1, 16, c.in_channels), run, 0)
 
     measured = {"denoising": weights + peak_bytes(denoise)}

@@ -23,13 +23,15 @@ from eridiff.models.layers import FinalLayer, RMSNorm, Stream
 from eridiff.schedulers import discrete, guidance
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
-from tiny_judge import Judge, sample
+from tiny_judge import Judge, outline, sample
 
-JUDGE = Judge()
+JUDGE, OUTLINED = Judge(), Judge(outlines=True)
 SCENES = sample(16)
 BOUND, BROKEN = 0.9, 0.8  # share of the scenes that are right: at least, of a model as it is, and less, of a broken one
 NEAR = {"tiny-flux": 40, "tiny-sd35": 55, "tiny-sdxl": 40}  # root mean square to the nearest rendering, in 0..255
-STEPS = {"tiny-flux": 4, "tiny-sd35": 6, "tiny-sdxl": 10}
+ASKED: dict[str, dict[str, Any]] = {  # more guidance than by default shows what is wrong more clearly
+    "tiny-flux": {"steps": 4}, "tiny-sd35": {"steps": 6, "cfg_scale": 3.0}, "tiny-sdxl": {"steps": 10},
+}  # fmt: skip
 Patch = pytest.MonkeyPatch
 MODELS: dict[str, Any] = {}
 
@@ -42,14 +44,14 @@ def model_of(name: str) -> Any:
 
 def right(name: str, **how: Any) -> float:
     """The share of the scenes that a model generates as asked: noun, background and size, and near enough to a rendering."""
-    how = {"steps": STEPS[name], **how}
+    how = {**ASKED[name], **how}
     result = model_of(name).generate([s.caption for s in SCENES], seed=list(range(len(SCENES))), **how)
     pairs = [(np.asarray(image, np.float32).reshape(-1), s) for image, s in zip(result.images, SCENES, strict=True)]
     near = [JUDGE.distance(p, s.noun, s.background, s.size) < NEAR[name] ** 2 for p, s in pairs]
     return float((JUDGE.right(result.images, SCENES).all(1) & near).mean())
 
 
-@pytest.mark.parametrize("name", STEPS)
+@pytest.mark.parametrize("name", ASKED)
 def test_a_built_in_model_generates_noun_background_and_size_as_asked(name: str) -> None:
     assert right(name) >= BOUND
 
@@ -86,6 +88,42 @@ def test_sd35_generates_without_t5_and_with_skipped_layers(monkeypatch: Patch) -
     assert right("tiny-sd35", steps=8, skip_layers=True) >= BOUND
     monkeypatch.setattr(model_of("tiny-sd35"), "t5", None)
     assert right("tiny-sd35", steps=8) >= BOUND
+
+
+def test_fluxs_guidance_scale_has_a_best_value() -> None:
+    """Told 0 it generates without the prompt; more gives more contrast, and in four steps too much."""
+    model, scenes, found = model_of("tiny-flux"), SCENES[:12], {}
+    for scale in (0.0, 1.5, 8.0):
+        asked = {"seed": list(range(len(scenes))), "steps": 4, "guidance_scale": scale}
+        images = model.generate([s.caption for s in scenes], **asked).images
+        pixels = np.stack([np.asarray(image, np.float32) for image in images])
+        found[scale] = pixels.std((1, 2)).mean(), JUDGE.right(images, scenes).all(1).mean()
+    contrast, share = zip(*found.values(), strict=True)
+    assert contrast[0] < contrast[1] < contrast[2]
+    assert share[1] >= BOUND > 0.5 > max(share[0], share[2])
+
+
+@pytest.mark.parametrize("name", ASKED)
+def test_the_style_outlines_more_at_every_scale_and_keeps_the_nouns(name: str) -> None:
+    model, scenes, drawn = model_of(name), SCENES[:8], {}
+    with model.apply_lora("tiny-style", 0.0) as lora:
+        for scale in (0.0, 0.5, 1.0):
+            lora.set_scale(scale)
+            asked = {"seed": list(range(len(scenes))), **ASKED[name]}
+            drawn[scale] = model.generate([s.caption for s in scenes], **asked).images
+    none, half, all_of_it = (outline(images, scenes) for images in drawn.values())
+    assert none < 0.05 and none + 0.1 < half < all_of_it - 0.1
+    assert OUTLINED.right(drawn[1.0], scenes)[:, 0].mean() >= 0.85
+
+
+def test_the_refiner_finishes_images_as_sharp_as_its_score_says() -> None:
+    model, scenes = model_of("tiny-sdxl").with_refiner(model_of("tiny-sdxl-refiner")), SCENES[:8]
+    asked = {"seed": list(range(len(scenes))), "steps": 10, "hand_over": 0.7}
+    captions = [s.caption for s in scenes]
+    high = model.generate(captions, **asked).images
+    low = model.generate(captions, aesthetic_score=1.0, negative_aesthetic_score=1.0, **asked).images
+    assert JUDGE.right(high, scenes)[:, 0].mean() >= 0.85
+    assert sharpness(low) < 0.95 * sharpness(high)
 
 
 # each changes a pipeline in place, undone after the test -----------------------------------------------------------------
@@ -293,7 +331,6 @@ SDXL = {
     "sines before cosines": sines_first,
     "the clean image predicted in place of noise": predicts("sample"),
     "noise of the other sign": sign_flipped,
-    "no guidance": lambda p, m: p.setattr(guidance, "classifier_free", lambda positive, *rest: positive),
     "positive and negative prompt exchanged": prompts_exchanged,
     "CLIPs' rows exchanged": told(rows_exchanged),
     "the last states of the CLIPs": last_states(sdxl),

@@ -27,7 +27,8 @@ def loss(clean: Tensor, text: eridiff.Conditioning) -> Tensor:
     noise = torch.randn(clean.shape, generator=generator)
     levels: Levels = flow_levels(logit_normal(len(clean), generator))
     told = text.repeat(len(clean))
-    output = network(patchify(noised(clean, noise, levels)), told.text, told.pooled, levels.times.float(), (4, 4))
+    times, guidance = levels.times.float(), torch.ones(len(clean))
+    output = network(patchify(noised(clean, noise, levels)), told.text, told.pooled, times, (4, 4), guidance)
     return squared_error(output, patchify(target(clean, noise, levels)))
 
 

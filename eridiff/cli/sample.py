@@ -124,13 +124,17 @@ def _add_model(groups: dict[str, Any]) -> None:
         sd3.add_argument(f"--{name.replace('_', '-')}", choices=values, help=TEXT_HELP[name])
     switch(model, "--t5-mask", "Flux, SD 3: mask T5's padding, for a network that was trained with a mask")
     switch(model, "--allow-unknown", "skip tensors of the file that the network does not use")
-    sdxl.add_argument("--refiner", metavar="PATH|ID", help="a refiner, which finishes the base's images")
+    sdxl.add_argument(
+        "--refiner",
+        metavar="PATH|ID",
+        help="a refiner, which finishes the base's images; tiny-sdxl-refiner is built in",
+    )
     sdxl.add_argument(
         "--prediction", choices=PREDICTIONS, help="what the network predicts, if its file does not say it"
     )
     switch(sdxl, "--zero-terminal-snr", "the last noise level is pure noise, if the file does not say it")
     sdxl.add_argument("--empty-negative", choices=["zeros", "encoded"], help="the default of the negative prompt")
-    lora.add_argument("--lora", action="append", metavar="FILE[:SCALE]", help="a LoRA of any format, or a peft folder; repeatable")  # fmt: skip
+    lora.add_argument("--lora", action="append", metavar="FILE[:SCALE]", help="a LoRA of any format, a peft folder, or tiny-style, the built-in models' own; repeatable")  # fmt: skip
     switch(lora, "--lora-partial", "skip what of a LoRA does not fit")
     device.add_argument("--device", help="cpu, cuda, cuda:1, ...; by default a GPU if there is one")
     device.add_argument("--dtype", choices=DTYPES, help="of the computation; by default the file's on a GPU, float32 on a CPU if it fits")  # fmt: skip
@@ -176,7 +180,7 @@ def _sample(options: argparse.Namespace) -> int:
     if not config.sample.entries and (config.model is None or config.model in built_in()):
         entries = tuple({"prompt": prompt} for prompt in BUILT_IN_PROMPTS)
         config = replace(config, sample=replace(config.sample, entries=entries))
-        models = models if config.model else built_in()
+        models = models if config.model else [name for name in built_in() if not name.endswith("refiner")]
     _check(config.sample, config)
     for notice in config.notices:
         say(notice)

@@ -21,7 +21,7 @@ from eridiff.lora.names import PEFT, Names, Target, find, inner, names_of, netwo
 from eridiff.lora.peft import Scaling
 from eridiff.weights.format import read_json_file
 from eridiff.weights.header import Checkpoint, open_checkpoint
-from eridiff.weights.hub import LORA_NAMES, resolve
+from eridiff.weights.hub import FOLDERS, LORA_NAMES, resolve
 from eridiff.weights.locate import DENOISERS, TEXT_ENCODERS
 
 log = logging.getLogger(__name__)
@@ -91,7 +91,7 @@ def load_lora(
     tables = {name: names_of(name, network) for name, network in given.items()}
     states = {n: (_tensors_of(m) if isinstance(m, nn.Module) else m) for n, m in given.items()}
     try:
-        checkpoint, scaling = _open(path)
+        checkpoint, scaling = _open(path, given)
         lora = _Reader(checkpoint, scaling, tables, states, alpha_is_rank, measure).read(part, allow_partial)
     except (LoraError, CheckpointError) as error:
         text = str(error) if os.fspath(path) in str(error) else f"{os.fspath(path)}: {error}"
@@ -101,11 +101,12 @@ def load_lora(
     return lora
 
 
-def _open(path: str | os.PathLike[str]) -> tuple[Checkpoint, Scaling]:
-    """A file, and what it or a file beside it declares of its scale."""
+def _open(path: str | os.PathLike[str], kinds: Iterable[str]) -> tuple[Checkpoint, Scaling]:
+    """A file, and what it or a file beside it declares of its scale. What is built in has a file for each kind of network."""
     location = resolve(path, "lora")
     if location.is_dir():
-        location = next((location / name for name in LORA_NAMES if (location / name).is_file()), location)
+        names = (*LORA_NAMES, *(f"{kind}.safetensors" for kind in kinds if location.parent == FOLDERS["lora"]))
+        location = next((location / name for name in names if (location / name).is_file()), location)
     checkpoint = open_checkpoint(location)
     if not checkpoint.tensors:
         raise LoraError("it holds no tensors")

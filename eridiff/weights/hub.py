@@ -34,7 +34,10 @@ TOKENIZER_FOLDERS = {"clip": ("tokenizer", "clip_tokenizer"), "t5": ("tokenizer_
 TOKENIZER_FILE = re.compile(
     rf"(?:(?:{'|'.join(sum(TOKENIZER_FOLDERS.values(), ()))})/)?(?:[^/]+\.json|merges\.txt|spiece\.model)"
 )
-BUILT_IN = Path(__file__).parents[1] / "assets"  # its folders tiny-* are models, which a name alone means
+BUILT_IN = (
+    Path(__file__).parents[1] / "assets"
+)  # its folders tiny-* are models, those in loras are LoRAs, by name alone
+FOLDERS = {"model": BUILT_IN, "lora": BUILT_IN / "loras"}
 LORA_NAMES = (
     "adapter_model.safetensors",
     "pytorch_lora_weights.safetensors",
@@ -42,11 +45,11 @@ LORA_NAMES = (
 
 
 def resolve(name: str | os.PathLike[str], wanted: str = "model", without: Collection[str] = ()) -> Path:
-    """An existing path, a built-in model's folder, or where the hub's cache has what a repository `org/name`, or a file of it, is read from.
+    """An existing path, the folder of what is built in, or where the hub's cache has what a repository `org/name`, or a file of it, is read from.
 
     What lacks there is fetched by huggingface_hub, which goes on with interrupted downloads.
 
-    - name: a path, a built-in model such as `tiny-flux`, `org/name`, or `org/name/file.safetensors`. A path whose first folder exists here, or a name with the
+    - name: a path, a built-in model such as `tiny-flux` or LoRA, `tiny-style`, `org/name`, or `org/name/file.safetensors`. A path whose first folder exists here, or a name with the
       ending of a file, is never asked for at the hub.
     - wanted: "model" (a pipeline's folders, or one file), "part" (one network), "lora", or "tokenizers".
     - without: folders of a pipeline that are not fetched, as something else stands in for them.
@@ -58,13 +61,13 @@ def resolve(name: str | os.PathLike[str], wanted: str = "model", without: Collec
     path = Path(text).expanduser()
     if text and os.path.lexists(path):
         return path
-    if wanted == "model" and text in built_in():
-        return BUILT_IN / text
+    if text in built_in(wanted):
+        return FOLDERS[wanted] / text
     found = HUB_ID.fullmatch(text)
     if found is None or ".." in path.parts or (found[2] is None and path.suffix.lower() in FILES):
         raise CheckpointError(
             f"{quoted(text)} does not exist and is not a hub id such as black-forest-labs/FLUX.1-schnell or ORG/NAME/FILE.safetensors"
-            + (f"; built in are {', '.join(built_in())}" if wanted == "model" else "")
+            + (f"; built in are {', '.join(built_in(wanted))}" if wanted in FOLDERS else "")
         )
     if os.path.lexists(path.parts[0]):
         raise CheckpointError(
@@ -87,9 +90,9 @@ def resolve(name: str | os.PathLike[str], wanted: str = "model", without: Collec
     return folder / files[0] if len(files) == 1 else folder
 
 
-def built_in() -> list[str]:
-    """The names of the models that ship with the package."""
-    return sorted(path.name for path in BUILT_IN.glob("tiny-*"))
+def built_in(wanted: str = "model") -> list[str]:
+    """The names of the models, or of the LoRAs, that ship with the package."""
+    return sorted(path.name for path in FOLDERS[wanted].glob("tiny-*")) if wanted in FOLDERS else []
 
 
 def check_pipeline(where: object, index: dict[str, Any]) -> None:
