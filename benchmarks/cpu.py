@@ -91,7 +91,7 @@ def seconds(ask: Callable[[], Any], repeats: int = 1) -> float:
 
 @torch.no_grad()
 def quads(ours: Ask, theirs: Ask, canary: Ask, budget: float) -> list[tuple[float, float, float, float]]:
-    """Seconds of ours, theirs, theirs, ours; 4 to 12 quads as fit into the budget, of at most twice as many tries."""
+    """Seconds of eridiff, diffusers, diffusers, eridiff; 4 to 12 quads as fit into the budget, of at most twice as many tries."""
     seconds(ours)
     repeats = [max(1, math.ceil(SAMPLE_SECONDS / seconds(ask))) for ask in (ours, theirs)]
     each = 2 * sum(n * seconds(ask) for n, ask in zip(repeats, (ours, theirs), strict=True))

@@ -100,7 +100,7 @@ def run_case(bench: Bench, case: Case, compiled: bool) -> None:
 
 
 def graphed(ask: Callable[[], Tensor]) -> Callable[[], Tensor]:
-    """The same kernels, launched as one: what is left of a step where the host is no part of it."""
+    """The same kernels, launched as one: what is left of a step without the host."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):  # libraries make their workspaces outside of the graph

@@ -1,7 +1,7 @@
 """Kernels of one step and the memory that they write anew, on the meta device: `python -m benchmarks.kernels`.
 
-The published sizes of `benchmarks/gpu_cases.py`, ours and, where it is installed, diffusers'. No weights, no GPU: every
-operation that is no view counts as one kernel. Attention and RMS norm are counted as CUDA runs them, as one kernel each,
+The published sizes of `benchmarks/gpu_cases.py`, eridiff's and, where it is installed, diffusers'. No weights, no GPU: every
+operation that is not a view counts as one kernel. Attention and RMS norm are counted as CUDA runs them, as one kernel each,
 after a copy of what lies scattered in memory for the norm; a convolution's bias and a product's partial sums are not seen.
 """
 

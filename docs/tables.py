@@ -73,7 +73,7 @@ def doors() -> Iterator[str]:
 
 
 def on_a_gpu() -> Iterator[str]:
-    """Milliseconds a step on an H200, of the last run and of the one before: ours, diffusers' and the limit by arithmetic."""
+    """Milliseconds a step on an H200, of the last run and of the one before: eridiff's, diffusers' and the limit by arithmetic."""
     cases = {
         "G1": "FLUX.1-dev, 512 text tokens", "G3": "SD 3.5 large, guidance", "G5": "SDXL base, guidance",
         "G6a": "decoding, 16 channels",

@@ -55,7 +55,7 @@ def accuracy(model: Any, judge: Judge, **how: Any) -> list[dict[str, Any]]:
         of = [i for i, s in enumerate(everything) if s.held_out == held_out and size in (None, s.size)]
         shares = dict(zip(("noun", "background", "size"), (100 * right[of].mean(0)).round(2).tolist(), strict=True))
         form = "all" if size is None else size or "plain"
-        rows.append({"form": form, "pairs": "never trained" if held_out else "trained", "pictures": len(of), **shares})
+        rows.append({"form": form, "pairs": "never trained" if held_out else "trained", "images": len(of), **shares})
     return rows
 
 
@@ -72,7 +72,7 @@ def psnr(model: Any, world: World, count: int = 256) -> dict[str, float]:
 
 def curves(model: Any, judge: Judge, count: int) -> dict[str, list[dict[str, Any]]]:
     """Over one setting, the others as the model's file says: percent of right nouns, and how far images are from the nearest
-    drawing of what was asked, the mean over images of the root mean square in 0..255."""
+    rendering of what was asked, the mean over images of the root mean square in 0..255."""
     chosen, family = sample(count), model.family
 
     def figures(**how: Any) -> dict[str, float]:
@@ -129,7 +129,7 @@ def main() -> None:
     rows, decibels = accuracy(model, judge, **how), psnr(model, World())
     print("| form | pairs | images | noun % | background % | size % |\n|---|---|---|---|---|---|")
     for row in rows:
-        print("| {form} | {pairs} | {pictures} | {noun:.1f} | {background:.1f} | {size:.1f} |".format(**row))
+        print("| {form} | {pairs} | {images} | {noun:.1f} | {background:.1f} | {size:.1f} |".format(**row))
     print(f"\nautoencoder: {decibels['set']} dB of the set's mean error, {decibels['mean']} dB mean over images")
     found |= {"steps": model.sampling.steps, "cfg_scale": model.sampling.cfg_scale, **how, "accuracy": rows}
     found["psnr"] = decibels

@@ -25,7 +25,7 @@ LARGEST_SCALE = 8.0  # of guidance, in distillation
 
 
 def encoders() -> dict[str, nn.Module]:
-    """With the weights that are shipped: another torch may draw other random ones from the same seeds."""
+    """With the weights that are shipped: another torch may make other random ones from the same seeds."""
     found = {
         "clip": clip_encoder(1, width=64, length=CLIP_LENGTH, layers=1, act="quick_gelu", projected=False),
         "t5": t5_encoder(2, width=64),

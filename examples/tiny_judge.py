@@ -52,9 +52,9 @@ class Judge:
 
 
 def outline(images: Sequence[object], scenes: Sequence[Scene]) -> float:
-    """How much of the outline is there, the mean over images: 0 is none, as in plain drawings, and 1 all of it.
+    """How much of the outline is there, the mean over images: 0 is none, as in plain renderings, and 1 all of it.
 
-    The share, by least squares, of the difference between the outlined drawing and the plain one, where the noun is.
+    The share, by least squares, of the difference between the outlined rendering and the plain one, where the noun is.
     """
     plain, outlined = Judge(), Judge(outlines=True)
     found = []

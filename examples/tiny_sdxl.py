@@ -24,7 +24,7 @@ REFINER = replace(
     CONFIG, text_width=64, vector_width=64 + 5 * 256
 )  # reads CLIP-G alone, and a score for the target's size
 REFINED_LEVELS = 300  # of 1,000; after a hand-over at 0.8 of the run it gets the lowest 200
-SHARP_SCORES = (5.0, 7.0)  # of pictures as they are; an enlarged one has its original's share of 5
+SHARP_SCORES = (5.0, 7.0)  # of images as they are; an enlarged one has its original's share of 5
 SAMPLING = {"steps": 10, "cfg_scale": 3.0}
 NOTHING = 0.1  # share of the captions that are dropped
 SMALL_ORIGINALS = (12, 16, 24, 32, 48)  # sides from which images were enlarged, in three of ten
@@ -136,7 +136,7 @@ def refiner() -> UNet:
 
 
 def train_refiner(work: Path, minutes: float, device: str) -> None:
-    """The low noise levels alone. What was enlarged has a low score, and the refiner is not told of its size."""
+    """The low noise levels alone. What was enlarged has a low score, and the refiner does not know its size."""
     world, rng, everything = World(), np.random.default_rng(35), scenes()
     found = encoders()
     captions, files = [*(s.caption for s in everything), ""], write_clip_tokenizer(work / "clip_tokenizer", CLIP_LENGTH)

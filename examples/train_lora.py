@@ -1,6 +1,6 @@
 """Train a style LoRA on a built-in small model: `python examples/train_lora.py [--model tiny-sd35] [--out lora]`, minutes on two cores.
 
-It learns to outline what it draws, from the world's own images with outlines. Writes the LoRA as kohya's scripts and as peft
+It learns to outline what it generates, from the world's own images with outlines. Writes the LoRA as kohya's scripts and as peft
 would, and `strip.png`: prompts from top to bottom, the LoRA's scale from 0 to 1 from left to right, from the same noise.
 The `tiny-style` that ships was trained so, with `--ship`.
 """

@@ -168,7 +168,7 @@ def low_rank(down: Tensor, up: Tensor, mid: Tensor | None = None) -> Tensor:
 
 def _low_rank_demands(t: Tensors, shape: tuple[int, ...]) -> Iterator[Demand]:
     down, up, mid = t["down"], t["up"], t.get("mid")
-    yield mid is None or len(shape) == 4, "mid", "no Tucker core, as it is no convolution"
+    yield mid is None or len(shape) == 4, "mid", "no Tucker core, as it is not a convolution"
     same_rank = min(down.ndim, up.ndim) > 1 and down.shape[0] == up.shape[1]
     yield same_rank, "up", f"as many columns as the other matrix, {list(down.shape)}, has rows: the ranks disagree"
     yield up.shape[0] == shape[0] and up[0, 0].numel() == 1, "up", f"{shape[0]} rows"

@@ -1,6 +1,6 @@
 """The errors that ports make, each as a change of our own network: where it makes a difference vanish, it is the cause.
 
-A cause is a row of `CAUSES`: what is printed, and the function of ours that is exchanged for a wrong one (`wrong/`) while it
+A cause is a row of `CAUSES`: what is printed, and eridiff's function that is exchanged for a wrong one (`wrong/`) while it
 is tried. `explain.py` tries them.
 """
 
@@ -54,7 +54,7 @@ class Cause:
         else:
             owners = [m for m in modules if name in vars(m)]
         with ExitStack() as stack:
-            keeps = layers.Last.__call__  # a table that was made before, or is made now, says nothing of the other
+            keeps = layers.Last.__call__  # a table that was made before, or is made now, does not show the other
             stack.callback(setattr, layers.Last, "__call__", keeps)
             layers.Last.__call__ = _anew  # type: ignore[method-assign]
             for place in owners:

@@ -31,7 +31,7 @@ class Replayed:
 
     def bound(self, native: str, eps: float) -> float:
         """What rounding may do there."""
-        least = max(eps, 1e-14)  # long sums in float64 are no better
+        least = max(eps, 1e-14)  # long sums in float64 are not better
         return 10 * max(least, self.rounding.get(native.partition("[")[0], 0.0))
 
 
@@ -48,7 +48,7 @@ def compare(
     """Compare a trace with another.
 
     - found, expected: names to tensors, or traces; in any of the three namings, dtypes and arrangements.
-    - network: ours in float64, with the weights of `found`; errors are then found where they were made, by `replay`.
+    - network: eridiff's in float64, with the weights of `found`; errors are then found where they were made, by `replay`.
     - run: calls it, `dtype -> replay.arguments_run`; None is as the trace says that it was called.
     - layout: network and layout by whose names `found` is read (`names.parse_map`); None finds them.
     - tolerance: relative L2 that counts as equal; None is ten times what rounding to the coarser dtype does.

@@ -29,7 +29,7 @@ Mistake = tuple[str, Callable[[Tensor], Tensor]]
 def cause_of(name: str, found: Tensor, expected: Tensor, bound: float) -> tuple[str, float] | None:
     """The mistake that makes `found` of `expected`, and what is left; None if none does, or the shapes differ.
 
-    What is left is at most `bound`, or a ten-thousandth of the difference: sinusoids in float32 are no nearer to each other.
+    What is left is at most `bound`, or a ten-thousandth of the difference: sinusoids in float32 are not nearer to each other.
 
     - name: of the input, `forward:latents`, `prepare:times`; which mistakes are tried depends on the argument.
     """
@@ -220,13 +220,13 @@ def _sizes(expected: Tensor) -> Iterator[Mistake]:
     def with_numbers(change: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
         return lambda x: torch.cat([x[:, :begin], sinusoid(change(numbers), SIZES).flatten(1)], dim=1)
 
-    yield "the sizes stand in front of the pooled text", lambda x: torch.cat([x[:, begin:], x[:, :begin]], dim=1)
+    yield "the sizes come before the pooled text", lambda x: torch.cat([x[:, begin:], x[:, :begin]], dim=1)
     yield "the pooled text is zero", lambda x: torch.cat([0 * x[:, :begin], x[:, begin:]], dim=1)
     yield "the sizes are zero", with_numbers(lambda n: 0 * n)
     swapped = [i ^ 1 if i ^ 1 < count else i for i in range(count)]
     yield "the sizes are (width, height) in place of (height, width)", with_numbers(lambda n: n[:, swapped])
     if count == 6:
-        yield "the crop stands behind the target size", with_numbers(lambda n: n[:, [0, 1, 4, 5, 2, 3]])
+        yield "the crop comes after the target size", with_numbers(lambda n: n[:, [0, 1, 4, 5, 2, 3]])
     if count == 5:
         yield "the aesthetic score is 2.5", with_numbers(lambda n: torch.cat([n[:, :4], 0 * n[:, 4:] + 2.5], dim=1))
         yield "the aesthetic score is 6.0", with_numbers(lambda n: torch.cat([n[:, :4], 0 * n[:, 4:] + 6.0], dim=1))

@@ -32,7 +32,7 @@ BETWEEN = re.compile(r"^(?P<place>[^@]*?)(?P<call>@\d+)?$")
 
 @dataclass(frozen=True)
 class Source:
-    """How a tensor of ours is made from those of a trace."""
+    """How an eridiff tensor is made from those of a trace."""
 
     names: tuple[str, ...]  # in the trace
     # rows: joined on the last axis; swap_halves: of the last axis; part: of `total` on it; element: of axis 0
@@ -69,7 +69,7 @@ class Aligned:
 
 @dataclass(frozen=True)
 class Piece:
-    """A module of a layout as a part of one of ours."""
+    """A module of a layout as a part of one of eridiff's."""
 
     native: str
     kind: str = "same"
@@ -94,7 +94,7 @@ class Names:
         # modules with one argument, which others have too
         self.single = {n for n, m in module.named_modules() if len(signature(m.forward).parameters) == 1}
         natives = list(module.state_dict())
-        self.fused: dict[str, list[Piece]] = defaultdict(list)  # the layout's module -> several of ours
+        self.fused: dict[str, list[Piece]] = defaultdict(list)  # the layout's module -> several of eridiff's
         if layout == NATIVE:
             self.modules = {path: Piece(path) for path in self.paths}
         else:
@@ -108,7 +108,7 @@ class Names:
     def _foreign(self, natives: Iterable[str]) -> dict[str, Piece]:
         """Each module's name in the layout, by its parameters; and each block's, by the common name of what is in it."""
         table: dict[str, Piece] = {}
-        beneath: dict[str, list[str]] = defaultdict(list)  # of each module of ours: foreign names
+        beneath: dict[str, list[str]] = defaultdict(list)  # of each eridiff module: foreign names
         everywhere: list[str] = []
         for entry in key_map(self.network).layouts[self.layout].entries(natives, self.sizes):
             native, _, last = entry.native.rpartition(".")
@@ -138,7 +138,7 @@ class Names:
         return table
 
     def _native(self, name: str) -> tuple[str, Piece] | None:
-        """A name of the trace -> the name in ours, and how it belongs there; None if it has none."""
+        """A name of the trace -> eridiff's name, and how it belongs there; None if it has none."""
         found = BETWEEN.match(name)
         place, call = (found["place"], found["call"] or "") if found else (name, "")
         for rule in self.values:
@@ -152,7 +152,7 @@ class Names:
             and base in self.around
             and (base in self.ends or self.modules.get(base, Piece("")).native not in self.single)
         ):
-            return None  # a block's arguments are not ours, nor is what a Sequential gives to the activation before its layer
+            return None  # a block's arguments have no name here, nor has what a Sequential gives to the activation before its layer
         for path in [base] if colon else [*_above(base)][::-1]:
             part = base[len(path) :]
             if path in self.modules and self._is_output(self.modules[path].native, part):
@@ -167,7 +167,7 @@ class Names:
         )
 
     def foreign(self, native: str) -> str:
-        """A name of ours in this layout; `-` if it has none."""
+        """An eridiff name in this layout; `-` if it has none."""
         found = BETWEEN.match(native)
         place, call = (found["place"], found["call"] or "") if found else (native, "")
         base, colon, argument = place.partition(":")
@@ -260,7 +260,7 @@ def align(
     layout: str | None = None,
     network: str | None = None,
 ) -> Aligned:
-    """The names of a trace as ours, in the network and layout by which most of them are known.
+    """The names of a trace as eridiff's, in the network and layout by which most of them are known.
 
     - configs: network -> its configuration; the published sizes where it is not given, which have enough blocks of each kind.
     - network, layout: what is known of the trace.

@@ -25,7 +25,7 @@ USUAL = {
 }
 OTHERS = {" of G": "text-clip-g-tiny", " of medium": "sd35-medium-tiny", " of base": "sdxl-base-tiny"}
 EPSILONS = {"flux": "flux-eps", "mmdit": "sd3-eps"}
-# functions of a port whose errors stand in one stretch between two values of its trace, where one hides the other
+# functions of a port whose errors are in one stretch between two values of its trace, where one hides the other
 STRETCHES = (
     ("rms_norm", "heads_of", "attention", "joined_streams", "attention_inputs", "head_inputs", "single_block", "rotated", "one_sequence"),
     ("modulated", "layer_norm", "chunks_of", "updated", "final_modulated", "double_block", "image_of", "one_sequence", "single_block"),

@@ -103,7 +103,7 @@ def every_second(change: Callable[[Any, Any], Any]) -> Callable[..., Any]:
 
 
 def of_image(change: Callable[[Any], Any]) -> Callable[..., Any]:
-    """Of the rotary positions: those of the image's tokens, which stand behind the text's zeros."""
+    """Of the rotary positions: those of the image's tokens, which follow the text's zeros."""
 
     def wrong(port: Any, right: Any) -> Any:
         def rope_table(ids: Any, axes: Any, theta: Any) -> Any:

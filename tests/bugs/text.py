@@ -100,7 +100,7 @@ def q_and_k(port: Any, right: Any) -> Any:
 
 
 def padding_hidden(port: Any, right: Any) -> Any:
-    """CLIP with a mask that hides what stands behind the first end token."""
+    """CLIP with a mask that hides what follows the first end token."""
     seen: list[Any] = []
 
     def padded(ids: Any, end: int) -> Any:
