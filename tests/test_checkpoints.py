@@ -270,7 +270,7 @@ def test_the_all_in_one_sd3_files_hold_every_part(tmp_path: Path) -> None:
     del tensors["model.diffusion_model.pos_embed"]
     with pytest.raises(
         CheckpointError,
-        match="490 tensors of no part of a model: .*qkv.weight' is o.*Diffusion 3, which needs .*pos_embed' too",
+        match="490 tensors of no part of a model: .*Diffusion 3, which needs .*pos_embed' too",
     ):
         inspect(write_sparse(tmp_path / "less.safetensors", tensors))
 
@@ -382,7 +382,7 @@ def test_the_folder_of_another_pipeline_is_named(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="folder of a PixArtAlphaPipeline, not of Flux"):
         eridiff.load(tmp_path / "m")
     (tmp_path / "m" / "model_index.json").write_text("{")
-    with pytest.raises(CheckpointError, match="model_index.json' is not valid JSON"):
+    with pytest.raises(CheckpointError, match="model_index.json' is damaged: it is not valid JSON"):
         eridiff.load(tmp_path / "m")
 
 

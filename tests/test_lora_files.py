@@ -300,7 +300,7 @@ def test_a_folder_of_peft_has_alpha_in_its_configuration(tmp_path: Path) -> None
     with pytest.raises(LoraError, match="says OFT; of peft's kinds LORA, LOHA, LOKR are read"):
         load_lora(tmp_path, networks_of("lora-bad"))
     (tmp_path / "adapter_config.json").write_text("{")
-    with pytest.raises(LoraError, match="adapter_config.json' is not valid JSON"):
+    with pytest.raises(LoraError, match="adapter_config.json' is damaged: it is not valid JSON"):
         load_lora(tmp_path, networks_of("lora-bad"))
 
 

@@ -68,7 +68,7 @@ MISTAKES = {  # a command or a file's text -> what the error says
     "give the rest as vae (--vae ae.safetensors), clip (--clip clip_l.safetensors), t5 (--t5 t5xxl_fp16.safetensors)",
     "sample --lora fox.safetensors --prompt x": "it was made for Flux of width 16, and this one has 192: load that model (--model)",
     "sample --lora dev.safetensors --prompt x": "it was made for Flux of width 3072 (flux1-dev or -schnell), and this one has 192: load that model (--model)",
-    "inspect cut.safetensors": "'cut.safetensors' is damaged: it is an incomplete download, 611136 of 7611136 bytes are missing; download it again",
+    "inspect cut.safetensors": "'cut.safetensors' is damaged: it is an incomplete download, 784384 of 7784384 bytes are missing; download it again",
     "inspect bad.safetensors": "'bad.safetensors' is damaged: it has a header that is not UTF-8 at byte 2; download it again",
     "sample --prompt x --out /proc/x": "'/proc/x' cannot be written: '/proc' takes no new files",
     "inspect notes.md": "'notes.md' is not a safetensors file: it is text, which begins with '# Notes on model'",

@@ -80,7 +80,9 @@ def sentences(source: str, messages: bool) -> Iterator[tuple[int, str]]:
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_a_source_has_none_of_the_patterns(path: Path) -> None:
-    messages = not re.search("benchmark|docs/tables", str(path.relative_to(ROOT)))  # its strings name the rows of results on the disk
+    messages = not re.search(
+        "benchmark|docs/tables", str(path.relative_to(ROOT))
+    )  # its strings name the rows of results on the disk
     texts = {(line, re.sub("`[^`]*`", "", text)) for line, text in sentences(path.read_text(), messages)}
     assert [f"{line}: {found(text)}" for line, text in sorted(texts) if found(text)] == []
 

@@ -139,7 +139,7 @@ def test_an_image_generated_in_training_is_that_of_inference_from_the_checkpoint
     command = ["resample", str(second.paths[0]), "--transformer", str(checkpoint), "--out", str(tmp_path / "again.png")]
     assert main(command) == 0 and "the same image, bit for bit" in capsys.readouterr().err
     assert main(["resample", str(second.paths[0])]) == 2
-    assert "drawn in training, at step 1: give the checkpoint" in capsys.readouterr().err
+    assert "generated in training, at step 1: give the checkpoint" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("family", FAMILIES)

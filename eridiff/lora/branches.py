@@ -207,7 +207,7 @@ def row_squares(weight: Tensor, dtype: torch.dtype) -> Tensor:
     if weight.device.type != "cpu":
         return torch.linalg.vector_norm(weight, dim=1, dtype=dtype) ** 2
     # the CPU's kernel of the norm takes ten times as long as a sum of squares of what a cache holds
-    return torch.cat([rows.to(dtype).square().sum(1) for rows in weight.split(64)])
+    return torch.cat([rows.to(dtype).square().sum(1) for rows in weight.split(max(1, min(256, len(weight) // 4)))])
 
 
 def is_thin(item: Item) -> bool:

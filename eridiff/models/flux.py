@@ -132,6 +132,7 @@ def rope_table(ids: Tensor, axes: Sequence[int], theta: int) -> Tensor:
 
 def apply_rope(x: Tensor, rope: Tensor) -> Tensor:
     """Rotate neighbouring features: x `[B, H, S, D]`, rope `[2, S, D / 2]` in float32 or float64."""
+    x = x if x.stride(-1) == 1 else x.contiguous()  # neighbours side by side in memory
     pairs = x.to(rope.dtype).unflatten(-1, (-1, 2))
     if torch.compiler.is_compiling():  # which joins these products into one kernel, and complex ones it does not
         (even, odd), (cos, sin) = pairs.unbind(-1), rope

@@ -21,7 +21,7 @@ def layer_norm_epsilon(eps: float) -> Callable[[Wrong], Wrong]:
 
 
 def rms_epsilon(eps: float) -> Callable[[Wrong], Wrong]:
-    return lambda right: lambda x, shape, weight=None, **_: right(x, shape, weight, eps)
+    return lambda right: lambda x, shape, weight=None, *_, **__: right(x, shape, weight, eps)
 
 
 def normed(change: Callable[[Any, Tensor], Tensor]) -> Callable[[Wrong], Wrong]:
