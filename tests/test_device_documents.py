@@ -33,7 +33,7 @@ def test_the_code_of_a_document_runs_on_a_gpu(
     ("example", "options"),
     [
         ("train_bare_loop", ["2"]),
-        ("train_lora", ["--steps", "1", "--rank", "2"]),
+        ("train_lora", ["--steps", "1", "--rank", "2", "--images", "64"]),
         ("sample_in_training", ["--steps", "1", "--images", "4"]),
     ],
 )

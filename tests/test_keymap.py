@@ -267,8 +267,8 @@ def exchange(first: Rule, second: Rule) -> None:
     ("network", "golden", "least"),
     [
         ("flux", "flux-dev-tiny", 10),
-        ("mmdit", "sd35-medium-tiny", 10),
-        ("unet", "sdxl-base-tiny", 10),
+        pytest.param("mmdit", "sd35-medium-tiny", 10, marks=pytest.mark.slow),
+        pytest.param("unet", "sdxl-base-tiny", 10, marks=pytest.mark.slow),
         ("vae", "ae-16-tiny", 3),
         ("clip", "text-clip-l-tiny", 0),
         ("clip", "text-clip-g-tiny", 3),
