@@ -6,7 +6,7 @@ A table stands between `<!-- NAME -->` and `<!-- end -->`.
 import argparse
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from eridiff.cli import _parser
@@ -72,32 +72,38 @@ def doors() -> Iterator[str]:
         yield f"| {' | '.join(columns)} |"
 
 
+CASES = {"G1": "FLUX.1-dev", "G3": "SD 3.5 large", "G5": "SDXL base", "G6a": "decoding"}
+
+
 def on_a_gpu() -> Iterator[str]:
     """Milliseconds a step on an H200, of the last run and of the one before: eridiff's, diffusers' and the limit by arithmetic."""
-    cases = {
-        "G1": "FLUX.1-dev, 512 text tokens", "G3": "SD 3.5 large, guidance", "G5": "SDXL base, guidance",
-        "G6a": "decoding, 16 channels",
-    }  # fmt: skip
     found: dict[str, dict[str, dict[str, float]]] = {}
     for run in ("-before", "", "-sdxl-compiled"):
         for part in json.loads((RESULTS / f"gpu-nvidia-h200{run}.json").read_text())["sections"]:
-            rows = {row["name"]: row for row in part["rows"] if "ms" in row}
-            found[part["name"] + run] = rows or found.get(part["name"] + run, {})
+            found[part["name"] + run] = {row["name"]: row for row in part["rows"] if "ms" in row}
+    compiled = {name: f"{name} compiled" + ("-sdxl-compiled" if name == "G5" else "") for name in CASES}
+    step = {name: "ours" if name == "G6a" else "ours, step" for name in CASES}
 
-    def ms(section: str, row: str) -> str:
-        return f"{found[section][row]['ms']:.0f}" if row in found.get(section, {}) else ""
+    def row(what: str, section: Callable[[str], str], way: Callable[[str], str]) -> str:
+        rows = [found.get(section(name), {}).get(way(name)) for name in CASES]
+        return " | ".join([f"| {what}", *(f"{row['ms']:.0f}" if row else "" for row in rows)]) + " |"
 
-    for name, what in cases.items():
-        row = "ours" if name == "G6a" else "ours, step"
-        compiled = f"{name} compiled" + ("-sdxl-compiled" if name == "G5" else "")
-        limit = found[name][row]["ms"] * found[name][row]["of_limit"]
-        eager, theirs = found[name][row]["ms"], found[name]["diffusers"]["ms"]
-        cells = (
-            ms(f"{name}-before", row), f"**{eager:.0f}**", f"{theirs:.0f}", f"{theirs / eager:.2f}",
-            ms(name, "ours, step, as a CUDA graph"), ms(compiled, "ours compiled, step"),
-            ms(compiled, "ours compiled, step, as a CUDA graph"), ms(compiled, "diffusers compiled"), f"{limit:.0f}",
-        )  # fmt: skip
-        yield f"| {what} | {' | '.join(cells)} |"
+    def of_case(name: str) -> str:
+        return name
+
+    yield row("eridiff, before", lambda name: f"{name}-before", step.__getitem__)
+    yield row("**eridiff, eager**", of_case, step.__getitem__)
+    yield row("diffusers, eager", of_case, lambda _: "diffusers")
+    ratios = (found[name]["diffusers"]["ms"] / found[name][step[name]]["ms"] for name in CASES)
+    yield f"| diffusers / eridiff, eager | {' | '.join(f'**{ratio:.2f}**' for ratio in ratios)} |"
+    yield row("eridiff, eager, as a CUDA graph", of_case, lambda _: "ours, step, as a CUDA graph")
+    yield row("eridiff, compiled", compiled.__getitem__, lambda _: "ours compiled, step")
+    yield row("diffusers, compiled", compiled.__getitem__, lambda _: "diffusers compiled")
+    yield row(
+        "eridiff, compiled, as a CUDA graph", compiled.__getitem__, lambda _: "ours compiled, step, as a CUDA graph"
+    )
+    limits = (found[name][step[name]]["ms"] * found[name][step[name]]["of_limit"] for name in CASES)
+    yield f"| limit by arithmetic | {' | '.join(f'{limit:.0f}' for limit in limits)} |"
 
 
 TABLES = {
@@ -110,7 +116,7 @@ TABLES = {
     },
     "speed.md": {
         "gpu": (
-            "| 1024 x 1024, bfloat16, ms | before | eager | diffusers | faster | CUDA graph | compiled | both | diffusers compiled | limit |",
+            f"| ms a step | {' | '.join(CASES.values())} |",
             on_a_gpu,
         ),
     },
