@@ -20,23 +20,16 @@ from eridiff.weights.header import (
 )
 
 HUB_ID = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:/((?:[^/\\]+/)*[^/\\]+\.safetensors))?")
-FILES = (
-    ".safetensors",
-    ".json",
-    ".yaml",
-    ".yml",
-    ".gguf",
-    *PICKLED_SUFFIXES,
-)  # a name that ends so is not a repository
+# a name that ends so is not a repository
+FILES = (".safetensors", ".json", ".yaml", ".yml", ".gguf", *PICKLED_SUFFIXES)
 PIPELINES = ("Flux", "StableDiffusion3", "StableDiffusionXL")  # how the class names of readable diffusers folders begin
 SUBFOLDERS = ("transformer", "unet", "vae", "text_encoder", "text_encoder_2", "text_encoder_3")  # of a diffusers folder
 TOKENIZER_FOLDERS = {"clip": ("tokenizer", "clip_tokenizer"), "t5": ("tokenizer_3", "tokenizer_2", "t5_tokenizer")}
 TOKENIZER_FILE = re.compile(
     rf"(?:(?:{'|'.join(sum(TOKENIZER_FOLDERS.values(), ()))})/)?(?:[^/]+\.json|merges\.txt|spiece\.model)"
 )
-BUILT_IN = (
-    Path(__file__).parents[1] / "assets"
-)  # its folders tiny-* are models, those in loras are LoRAs, by name alone
+# a name alone means a model, a folder tiny-* of it, or a LoRA, a folder in its loras
+BUILT_IN = Path(__file__).parents[1] / "assets"
 FOLDERS = {"model": BUILT_IN, "lora": BUILT_IN / "loras"}
 LORA_NAMES = (
     "adapter_model.safetensors",
