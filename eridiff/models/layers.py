@@ -88,8 +88,8 @@ def frequencies(values: Tensor, count: int) -> Tensor:
     dtype = wide(values.dtype)
 
     def make() -> Tensor:
-        exponents = torch.arange(count, dtype=dtype, device="cpu") / count
-        return torch.exp(-math.log(10000) * exponents).to(values.device)
+        numbers = torch.arange(count, dtype=dtype, device="cpu")
+        return torch.exp(-math.log(10000) * numbers / count).to(values.device)  # in the originals' order of rounding
 
     if torch.compiler.is_compiling():
         return make()

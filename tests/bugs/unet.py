@@ -112,7 +112,7 @@ UNET = {
     "convolution first": Bug("conv", convolved_first("output_blocks.2.2"), "output_blocks.2.2.conv", "convolution comes before the upsampling"),
     "eight heads": Bug(
         "attended", lambda p, r: lambda weights, name, x, context, head: r(weights, name, x, context, x.shape[-1] // 8),
-        "input_blocks.4.1.transformer_blocks.0.attn1.to_out.0", "8 heads, whatever the width",
+        "input_blocks.4.1.transformer_blocks.0.attn1.to_out.0", "twice as many heads",  # of four in this case
     ),
     "silu for gelu": Bug("gelu", lambda p, r: lambda x: x / (1 + np.exp(-x)), "input_blocks.4.1.transformer_blocks.0.ff.net.2", "SiLU in place of GELU"),
     "no vector": Bug(

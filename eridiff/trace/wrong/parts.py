@@ -33,7 +33,11 @@ def rms(gain: Callable[[Tensor], Tensor | float]) -> Callable[[Wrong], Wrong]:
 
 
 def without_mean(_: Wrong) -> Wrong:
-    return lambda x, shape, *rest, **named: F.rms_norm(x, shape, eps=1e-6)
+    def layer_norm(x: Tensor, shape: Any, weight: Tensor | None = None, bias: Tensor | None = None, **_: Any) -> Tensor:
+        normed = F.rms_norm(x, shape, weight, 1e-6)
+        return normed if bias is None else normed + bias
+
+    return layer_norm
 
 
 def over_all_heads(self: Any, x: Tensor) -> Tensor:
