@@ -33,7 +33,7 @@ def rms(gain: Callable[[Tensor], Tensor | float]) -> Callable[[Wrong], Wrong]:
 
 
 def without_mean(_: Wrong) -> Wrong:
-    def layer_norm(x: Tensor, shape: Any, weight: Tensor | None = None, bias: Tensor | None = None, **_: Any) -> Tensor:
+    def layer_norm(x: Tensor, shape: Any, weight: Any = None, bias: Any = None, *_: Any, **__: Any) -> Tensor:
         normed = F.rms_norm(x, shape, weight, 1e-6)
         return normed if bias is None else normed + bias
 
