@@ -76,12 +76,15 @@ def test_one_error_is_found_where_it_is_made(family: str, name: str, dtype: str)
 )
 def test_three_errors_are_three_places_with_their_causes(family: str, names: tuple[str, ...]) -> None:
     found, report = score(family, names, np.float64, "native")
-    groups = [group for group in report.groups() if not arguments_of_millions(group, names)]
+    groups = [group for group in report.groups() if not missed(group, names)]
     assert found.first and found.unnamed == () and len(groups) == len(names)
 
 
-def arguments_of_millions(group: Any, names: tuple[str, ...]) -> bool:
-    """A guidance of thousands, times 1000: NumPy's and torch's frequencies differ in the last bit, and the sinusoid by 1e-9."""
+def missed(group: Any, names: tuple[str, ...]) -> bool:
+    """What `diff` gets wrong today: the guidance that a trace has as written is one error, and is shown as two places.
+
+    The second, without a cause, is 1.4 times as large as its values: not rounding, and why is not known.
+    """
     (row, *others) = group
     return "guidance of 1000, written" in names and row.name == "guidance_in:0" and not others and not row.cause
 
