@@ -76,17 +76,17 @@ def test_one_error_is_found_where_it_is_made(family: str, name: str, dtype: str)
 )
 def test_three_errors_are_three_places_with_their_causes(family: str, names: tuple[str, ...]) -> None:
     found, report = score(family, names, np.float64, "native")
-    groups = [group for group in report.groups() if not missed(group, names)]
+    groups = [group for group in report.groups() if not arguments_of_millions(group, names)]
     assert found.first and found.unnamed == () and len(groups) == len(names)
 
 
-def missed(group: Any, names: tuple[str, ...]) -> bool:
-    """What `diff` gets wrong today: the guidance that a trace has as written is one error, and is shown as two places.
+def arguments_of_millions(group: Any, names: tuple[str, ...]) -> bool:
+    """A place of rounding that `diff` shows as an error: the sinusoid of a guidance of 3500, whose arguments are millions.
 
-    The second, without a cause, is 1.4 times as large as its values: not rounding, and why is not known.
+    NumPy's frequencies and torch's differ in their last bit, the sinusoids by 2.6e-12 (measured), and the bound is 1e-13.
     """
     (row, *others) = group
-    return "guidance of 1000, written" in names and row.name == "guidance_in:0" and not others and not row.cause
+    return "guidance of 1000, written" in names and row.name == "guidance_in:0" and not others and row.local < 1e-11
 
 
 @pytest.mark.slow
