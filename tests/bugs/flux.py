@@ -23,7 +23,9 @@ def rms(eps: float, gain: Callable[[Any], Any] = lambda scale: scale) -> Callabl
     return lambda port, right: lambda x, scale: x / np.sqrt((x**2).mean(-1, keepdims=True) + eps) * gain(scale)
 
 
-def of_linear(change: Callable[[Any, Any, Any], Any], where: str) -> Callable[..., Any]:
+def of_layer(change: Callable[[Any, Any, Any], Any], where: str = "") -> Callable[..., Any]:
+    """Of the linear layers or norms whose name has `where` in it: `change(x, weight, bias)`."""
+
     def wrong(port: Any, right: Any) -> Any:
         def linear(weights: Any, name: str, x: Any) -> Any:
             if where not in name:
@@ -254,12 +256,12 @@ FLUX = {
     "silu for gelu": Bug("gelu", lambda p, r: lambda x: x / (1 + np.exp(-x)), HIDDEN, "SiLU in place of GELU"),
     "relu for gelu": Bug("gelu", lambda p, r: lambda x: np.maximum(x, 0), HIDDEN, "ReLU in place of GELU"),
     "square transposed": Bug(
-        "linear", of_linear(lambda x, w, b: x @ w + b, "attn.proj"), "double_blocks.0.img_attn.proj", "square matrix is transposed",
+        "linear", of_layer(lambda x, w, b: x @ w + b, "attn.proj"), "double_blocks.0.img_attn.proj", "square matrix is transposed",
     ),
     "matrix reshaped": Bug(
-        "linear", of_linear(lambda x, w, b: x @ w.reshape(w.shape[::-1]) + b, "qkv"), "double_blocks.0.img_attn.qkv", "other order",
+        "linear", of_layer(lambda x, w, b: x @ w.reshape(w.shape[::-1]) + b, "qkv"), "double_blocks.0.img_attn.qkv", "other order",
     ),
-    "no bias": Bug("linear", of_linear(lambda x, w, b: x @ w.T, "linear2"), "single_blocks.0.linear2", "bias is left out"),
+    "no bias": Bug("linear", of_layer(lambda x, w, b: x @ w.T, "linear2"), "single_blocks.0.linear2", "bias is left out"),
     "scores not scaled": Bug("attention", lambda p, r: of_attention(p, r, lambda q: 1.0), "double_blocks.0.attention", "not scaled"),
     "scores by width": Bug(
         "attention", lambda p, r: of_attention(p, r, lambda q: (q.shape[1] * q.shape[3]) ** -0.5), "double_blocks.0.attention",

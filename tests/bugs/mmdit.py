@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from tests.bugs.flux import FLUX, HIDDEN, IN, Q_NORM, left_out, of_linear, without_gates, without_silu
+from tests.bugs.flux import FLUX, HIDDEN, IN, Q_NORM, left_out, of_layer, without_gates, without_silu
 from tests.ports import Bug
 
 
@@ -150,7 +150,7 @@ SD35 = {  # those of Flux that this network can have, at their places here
     name: replace(bug, first=PLACES[bug.first]) for name, bug in FLUX.items() if bug.first in PLACES and bug.function not in ("linear", "chunks_of", "attention_inputs", "image_of")
 } | {
     "mlp of the input": Bug("updated", late_mlp, "joint_blocks.0.x_block.mlp:0", "reads the stream before"),
-    "no bias": Bug("linear", of_linear(lambda x, w, b: x @ w.T, "attn.proj"), "joint_blocks.0.x_block.attn.proj", "bias is left out"),
+    "no bias": Bug("linear", of_layer(lambda x, w, b: x @ w.T, "attn.proj"), "joint_blocks.0.x_block.attn.proj", "bias is left out"),
     "image first": Bug("joined_streams", lambda p, r: lambda t, i: r(i, t), "joint_blocks.0.attention", "joined is in the other order"),
     "patches read": Bug("patches", patches_channel_last, "x_in", "2 x 2 patches are read as"),
     "patches written": Bug("unpatched", patches_channel_first, "output", "2 x 2 patches are written as (channel"),

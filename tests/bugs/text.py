@@ -5,22 +5,9 @@ from typing import Any
 
 import numpy as np
 
+from tests.bugs.flux import of_layer
 from tests.bugs.unet import torch_gelu
 from tests.ports import Bug
-
-
-def norm_with(change: Callable[[Any, Any, Any], Any], where: str = "") -> Callable[..., Any]:
-    """Of CLIP's layer norms: `change(x, gain, offset)`."""
-
-    def wrong(port: Any, right: Any) -> Any:
-        def norm(weights: Any, name: str, x: Any) -> Any:
-            if where not in name:
-                return right(weights, name, x)
-            return port.kept(name, change(x, weights[f"{name}.weight"], weights[f"{name}.bias"]))
-
-        return norm
-
-    return wrong
 
 
 def layer_normed(x: Any, eps: float) -> Any:
@@ -131,10 +118,10 @@ LAYER = "text_model.encoder.layers.0"
 ATTENDED, ACTIVATED, NORM1 = f"{LAYER}.self_attn.attended", f"{LAYER}.mlp.activated", f"{LAYER}.layer_norm1"
 TOKENS = "text_model.embeddings.token_embedding"
 CLIP = {
-    "layer norm eps 1e-6": Bug("layer_norm", norm_with(lambda x, w, b: layer_normed(x, 1e-6) * w + b), NORM1, "layer norm's epsilon is 1e-6"),
-    "layer norm eps 1e-12": Bug("layer_norm", norm_with(lambda x, w, b: layer_normed(x, 1e-12) * w + b), NORM1, "layer norm's epsilon is 1e-12"),
-    "no gain": Bug("layer_norm", norm_with(lambda x, w, b: layer_normed(x, 1e-5)), NORM1, "layer norm's gain and offset"),
-    "no final norm": Bug("layer_norm", norm_with(lambda x, w, b: x, "final"), "text_model.final_layer_norm", "layer norm is left out"),
+    "layer norm eps 1e-6": Bug("layer_norm", of_layer(lambda x, w, b: layer_normed(x, 1e-6) * w + b), NORM1, "layer norm's epsilon is 1e-6"),
+    "layer norm eps 1e-12": Bug("layer_norm", of_layer(lambda x, w, b: layer_normed(x, 1e-12) * w + b), NORM1, "layer norm's epsilon is 1e-12"),
+    "no gain": Bug("layer_norm", of_layer(lambda x, w, b: layer_normed(x, 1e-5)), NORM1, "layer norm's gain and offset"),
+    "no final norm": Bug("layer_norm", of_layer(lambda x, w, b: x, "final"), "text_model.final_layer_norm", "layer norm is left out"),
     "erf gelu": Bug("activated", lambda p, r: lambda x, kind: r(x, "gelu"), ACTIVATED, "erf form of GELU in place of quick"),
     "tanh gelu": Bug("activated", lambda p, r: lambda x, kind: p.gelu(x), ACTIVATED, "tanh form of GELU in place of quick"),
     "silu": Bug("activated", lambda p, r: lambda x, kind: x / (1 + np.exp(-x)), ACTIVATED, "SiLU in place of quick GELU"),
