@@ -125,9 +125,8 @@ def rope_table(ids: Tensor, axes: Sequence[int], theta: int) -> Tensor:
         exponents = torch.arange(0, width, 2, dtype=torch.float64, device="cpu") / width
         angles.append(ids[:, axis, None] * theta**-exponents)
     joined = torch.cat(angles, dim=-1)
-    return torch.stack([joined.cos(), joined.sin()], dim=-1).movedim(
-        -1, 0
-    )  # side by side in memory, as complex numbers
+    # cosine and sine of an angle side by side in memory, as a complex number
+    return torch.stack([joined.cos(), joined.sin()], dim=-1).movedim(-1, 0)
 
 
 def apply_rope(x: Tensor, rope: Tensor) -> Tensor:
