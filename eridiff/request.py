@@ -18,6 +18,7 @@ from torch import Tensor
 
 from eridiff.errors import ConfigError
 from eridiff.images import read_image, transparency, upright
+from eridiff.recipe import recipe, recipes
 from eridiff.schedulers.guidance import SkipLayers
 from eridiff.schedulers.samplers import SAMPLERS
 
@@ -110,6 +111,7 @@ TEXT = Kind(_reads(str), {"metavar": "TEXT"}, "blurry")
 WHOLE = Kind(_reads(int), {"type": int, "metavar": "N"}, "64")
 NUMBER = Kind(_reads(float), {"type": float, "metavar": "X"}, "0.5")
 METHOD = Kind(_reads(str), {"choices": SAMPLERS}, "heun")
+PROGRAM = Kind(_reads(str), {"choices": recipes()}, "diffusers")
 SKIPPED = Kind(
     _skip_layers, {"action": "store_true"}, "true", lambda v: asdict(v) if isinstance(v, SkipLayers) else v or None
 )
@@ -291,6 +293,7 @@ class Request:
         None, NUMBER, "scale of the LoRAs that have none of their own (1)", low=-1000, high=1000,
         words=("network_multiplier",), effect=_weighed,
     )  # fmt: skip
+    recipe: str | None = option(None, PROGRAM, "generate as another program does, where nothing else is asked")
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> "Request":
@@ -337,6 +340,23 @@ class Request:
         value, default = getattr(self, name), FIELDS[name].default
         return value is not default and not (isinstance(value, str | int | float | tuple) and value in ("", default))
 
+    def filled(self, model: Any) -> "Request":
+        """The request with what its recipe chooses wherever nothing is asked and the choice has an effect on the model.
+
+        Raises ConfigError for a recipe that is not there or is not for the model's family.
+        """
+        if self.recipe is None:
+            return self
+        chosen = {field: choice.value for field, choice in recipe(self.recipe, model.family).of(self.sampler).items()}
+        said = {name: getattr(self, name) for name in FIELDS if self.says(name)}
+        read = {
+            name: FIELDS[name].metadata["kind"].read(name, value) for name, value in chosen.items() if value is not None
+        }
+        full = replace(self, **{name: value for name, value in merged(read, said).items() if name not in said})
+        idle = [name for name in full.without_effect(model) if name not in said]
+        usual: dict[str, Any] = {name: FIELDS[name].default for name in idle}
+        return replace(full, **usual)
+
     def without_effect(self, model: Any) -> dict[str, str]:
         """Of the fields that are set, those that would change nothing on the way that this model takes, and why."""
         found = {}
@@ -352,7 +372,7 @@ class Request:
         Prompts and seeds become lists of equal length, images are opened. `rows` is how many rows of conditioning are
         passed. Raises ConfigError for what is impossible, and for a value without effect on this model.
         """
-        asked = replace(self, **{name: plain(getattr(self, name)) for name in FIELDS})
+        asked = replace(self, **{name: plain(getattr(self, name)) for name in FIELDS}).filled(model)
         asked.check()
         for name, reason in asked.without_effect(model).items():
             raise ConfigError(f"{name} has no effect {reason}")

@@ -15,6 +15,7 @@ from eridiff.errors import EridiffError
 COMMANDS = {  # name -> what it does; its file is called the same
     "sample": "generate images",
     "resample": "generate an image again",
+    "recipe": "why two programs' images differ",
     "plan": "say what a model needs on the device",
     "inspect": "say what a file is",
     "convert": "write a model in another layout or dtype",

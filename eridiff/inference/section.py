@@ -41,14 +41,14 @@ def _request(
         if values.get("schedule") == "karras" and model.family != "unet":
             notices.append(f"Karras' noise levels have no effect: {model.variant} has its own")
             del values["schedule"]
-    request = Request.of(values)
+    request = Request.of(values).filled(model)  # what a recipe chooses decides, too, what has an effect
     request.check()
     for name, reason in request.without_effect(model).items():
         if name in explicit:
             raise ConfigError(f"{name} has no effect {reason}")
         notices.append(f"{name} has no effect {reason}")
         del values[name]
-    return Request.of(values), notices
+    return Request.of(values).filled(model), notices
 
 
 def settle_guidance(words: Mapping[str, Any], model: DiffusionInference) -> tuple[Words, list[str]]:

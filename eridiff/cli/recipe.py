@@ -1,0 +1,253 @@
+"""`eridiff recipe`: how other programs generate, and why two images of one seed differ."""
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from eridiff.errors import ConfigError
+from eridiff.inference import DiffusionInference, load
+from eridiff.inference.again import load_again, read_settings
+from eridiff.inference.choices import Difference, Move, as_published, differences, moves
+from eridiff.recipe import FAMILIES, TITLES, Choice, Recipe, families, recipe, recipes
+from eridiff.request import Request, size_of
+
+SMALL = {"flux": "tiny-flux", "mmdit": "tiny-sd35", "unet": "tiny-sdxl"}
+PROMPT = "a robot on the sea"
+EXAMPLES = """examples:
+  eridiff recipe show kohya --family sdxl
+  eridiff recipe diff kohya comfyui --family flux
+  eridiff recipe diff diffusers eridiff --family sd3 --steps 28 --size 128x128
+  eridiff recipe explain trainer.png --against mine.png
+"""
+
+
+def add_parser(commands: Any) -> None:
+    """Put the command and its four beside the others."""
+    parser = commands.add_parser(
+        "recipe", help="why two programs' images differ", epilog=EXAMPLES,
+        description="How other programs generate, and why two images of one seed differ.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    kinds = parser.add_subparsers(required=True, metavar="COMMAND")
+    listed = kinds.add_parser(
+        "list", help="say which there are", description="Say which recipes there are, for which families."
+    )
+    listed.set_defaults(run=_list)
+    show = kinds.add_parser(
+        "show", help="what a program chooses", description="What a program chooses, and where it says so."
+    )
+    show.set_defaults(run=_show)
+    show.add_argument("name", choices=recipes(), metavar="NAME")
+    diff = kinds.add_parser(
+        "diff", help="what two programs choose differently",
+        description="What two programs choose differently, and how far each choice alone moves the image of a small model.",
+    )  # fmt: skip
+    diff.set_defaults(run=_diff)
+    diff.add_argument("first", choices=recipes(), metavar="A")
+    diff.add_argument("second", choices=recipes(), metavar="B")
+    diff.add_argument("--steps", type=int, metavar="N", help="of both; otherwise each program's own number")
+    diff.add_argument("--size", metavar="WxH", help="of both, in pixels (the small model's)")
+    diff.add_argument("--sampler", help="of both, by eridiff's name; otherwise each program's own")
+    for each in (show, diff):
+        each.add_argument("--family", choices=FAMILIES, help="where a recipe is for several")
+    explain = kinds.add_parser(
+        "explain", help="why an image differs from another",
+        description="What differs between the settings in two PNGs, and how far each setting alone moves the first image.",
+    )  # fmt: skip
+    explain.set_defaults(run=_explain)
+    explain.add_argument("image", metavar="IMAGE.png")
+    explain.add_argument("--against", required=True, metavar="OTHER.png")
+    for each in (diff, explain):
+        each.add_argument("--model", metavar="PATH|ID", help="to measure with, in place of the small one of the family")
+        each.add_argument(
+            "--prompt", default=PROMPT, metavar="TEXT", help=f"of the images that are measured ({PROMPT})"
+        )
+        each.add_argument("--seed", type=int, default=42, metavar="N", help="of their noise (42)")
+
+
+def _list(_: argparse.Namespace) -> int:
+    for name in recipes():
+        known = families(name)
+        found = [recipe(name, family) for family in known]
+        print(
+            f"{name:{max(map(len, recipes()))}}  {', '.join(map(_seen, found, known))}: {found[0].program} {found[0].version}".rstrip()
+        )
+    return 0
+
+
+def _seen(found: Recipe, family: str) -> str:
+    return TITLES[family] + (" (from reading)" if found.seen == "reading" else "")
+
+
+def _family(options: argparse.Namespace, *names: str) -> str:
+    """The family that is asked for, or the only one that the recipes share."""
+    if options.family is not None:
+        return FAMILIES[options.family]
+    shared = [family for family in TITLES if all(family in families(name) for name in names)]
+    if len(shared) != 1:
+        words = [word for word, family in FAMILIES.items() if family in shared]
+        raise ConfigError(f"{' and '.join(names)} are for several families: say --family {' or '.join(words)}")
+    return shared[0]
+
+
+def _show(options: argparse.Namespace) -> int:
+    family = _family(options, options.name)
+    found = recipe(options.name, family)
+    print(f"{found.program} {found.version}, {_seen(found, family)}")
+    rows = [(field, choice) for field, choice in found.choices.items()]
+    rows += [
+        (f"{field} ({sampler})", choice) for sampler, own in found.samplers.items() for field, choice in own.items()
+    ]
+    _table([(field, _said(choice.value), choice.source) for field, choice in rows])
+    for sentence in found.apart:
+        print(f"no setting says: {sentence}")
+    return 0
+
+
+def _diff(options: argparse.Namespace) -> int:
+    family = _family(options, options.first, options.second)
+    one, other = (recipe(name, family) for name in (options.first, options.second))
+    model = load(options.model or SMALL[family], family=family, progress=False)
+    common: dict[str, Any] = {
+        "prompt": options.prompt,
+        "seed": options.seed,
+        "steps": options.steps,
+        "sampler": options.sampler,
+    }
+    asked = [Request.of({**common, "recipe": each.name}).filled(model) for each in (one, other)]
+    sizes = [(request.width, request.height) for request in asked]
+    if options.size is not None:
+        common["height"], common["width"] = size_of("--size", options.size)
+    else:
+        common |= {name: model.defaults()[name] for name in ("height", "width")}
+    asked = [as_published(replace(request, width=common["width"], height=common["height"]), model) for request in asked]
+    for each in (one, other):
+        print(
+            f"{each.name}: {each.program} {each.version}".rstrip()
+            + (", from reading" if each.seen == "reading" else "")
+        )
+    print(
+        f"{TITLES[family]}, {common['width']} x {common['height']} pixels on {options.model or 'the built-in ' + SMALL[family]}, {options.prompt!r}, seed {options.seed}"
+    )
+    if sizes[0] != sizes[1] and options.size is None:
+        print(
+            f"The usual size differs: {_pixels(sizes[0], model)} and {_pixels(sizes[1], model)}. Both are measured at one size."
+        )
+    found = differences(asked[0], asked[1], model)
+    sources = [each.of(request.sampler) for each, request in zip((one, other), asked, strict=True)]
+    _answer(asked, found, model, (one.name, other.name), sources)
+    _points(asked, model, (one.name, other.name))
+    for each in (one, other):
+        for sentence in each.apart:
+            print(f"{each.name}, which no setting says: {sentence}")
+    return 0
+
+
+def _pixels(size: tuple[int | None, int | None], model: DiffusionInference) -> str:
+    width, height = (own or model.defaults()[name] for own, name in zip(size, ("width", "height"), strict=True))
+    return f"{width} x {height}"
+
+
+def _explain(options: argparse.Namespace) -> int:
+    settings = [read_settings(path) for path in (options.image, options.against)]
+    names = (options.image, options.against)
+    for key in (
+        "prompt",
+        "seed",
+        "model",
+        "parts",
+        "variant",
+        "dtypes",
+        "sampling",
+        "loras",
+        "hashes",
+        "device",
+        "version",
+        "torch",
+    ):
+        said = [each.get(key) for each in settings]
+        if said[0] != said[1]:
+            print(f"{key}: {_said(said[0])}, and {_said(said[1])} in {options.against}")
+    asked = [replace(Request.from_json(each), lora_scale=None) for each in settings]
+    model = load(options.model, progress=False) if options.model else load_again(settings[0], progress=False)
+    asked = [replace(request, prompt=asked[0].prompt, seed=asked[0].seed) for request in asked]
+    found = differences(asked[0], asked[1], model)
+    if not found:
+        print("all settings of the image are equal")
+        return 0
+    _answer(asked, found, model, names, [{}, {}])
+    _points(asked, model, names)
+    return 0
+
+
+def _answer(
+    asked: Sequence[Request], found: Sequence[Difference], model: DiffusionInference, names: Sequence[str],
+    sources: Sequence[dict[str, Choice]],
+) -> None:  # fmt: skip
+    """The table of what differs, the choice that moves the image most first."""
+    if not found:
+        print("nothing differs that a setting says: the images are equal")
+        return
+    rows, reasons, whole = [], [], ""
+    for difference, move in moves(asked[0], asked[1], model, list(found)):
+        if difference is None:
+            whole = _how_far(move)
+        elif isinstance(move, Move):
+            rows.append(
+                (move.levels, (difference.name, _said(difference.first), _said(difference.second), _how_far(move)))
+            )
+        else:
+            reasons.append((-1.0, (difference.name, _said(difference.first), _said(difference.second), move)))
+    ordered = [row for _, row in sorted(rows + reasons, key=lambda row: -row[0])]
+    print()
+    _table([("what differs", *names, "alone it moves the image by"), *ordered, ("all of them", "", "", whole)])
+
+
+def _how_far(move: Move | str) -> str:
+    if isinstance(move, str):
+        return move
+    if move.levels == 0 and move.latents == 0:
+        return "nothing here"
+    return f"{move.levels:.3g} of 255 levels (latents {move.latents:.2g})"
+
+
+def _points(asked: Sequence[Request], model: DiffusionInference, names: Sequence[str]) -> None:
+    """Both runs step by step: the noise level, and the time that the network is given."""
+    runs = []
+    for request in asked:
+        settled: Any = request.checked(model)
+        runs.append(model.schedule(settled.steps, settled.width, settled.height, settled.schedule, settled.shift))
+    if all(torch.equal(getattr(runs[0], part), getattr(runs[1], part)) for part in ("sigmas", "times", "alphas")):
+        print("\nBoth go through the same noise levels.")
+        return
+    rows = [("step", *(f"{name}: {what}" for name in names for what in ("noise level", "time")))]
+    for i in range(max(len(run.sigmas) for run in runs)):
+        cells = []
+        for run in runs:
+            inside = i < len(run.sigmas)
+            cells.append(
+                f"{float(run.sigmas[i] / run.alphas[i] if model.family == 'unet' else run.sigmas[i]):.6g}"
+                if inside
+                else ""
+            )
+            cells.append(f"{float(run.times[i]):.6g}" if i < len(run.times) else "")
+        rows.append((str(i), *cells))
+    print()
+    _table(rows)
+
+
+def _said(value: Any) -> str:
+    if value is None:
+        return "none"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _table(rows: Sequence[Sequence[str]]) -> None:
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    for row in rows:
+        print("  ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)).rstrip())
