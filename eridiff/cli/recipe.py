@@ -3,6 +3,7 @@
 import argparse
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -153,7 +154,9 @@ def _pixels(size: tuple[int | None, int | None], model: DiffusionInference) -> s
 
 def _explain(options: argparse.Namespace) -> int:
     settings = [read_settings(path) for path in (options.image, options.against)]
-    names = (options.image, options.against)
+    names = [Path(path).name for path in (options.image, options.against)]
+    if names[0] == names[1]:
+        names = [options.image, options.against]
     for key in (
         "prompt",
         "seed",
