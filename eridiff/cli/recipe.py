@@ -2,19 +2,22 @@
 
 import argparse
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from eridiff.errors import ConfigError
+from eridiff.foreign_pngs import foreign_settings
+from eridiff.images import METADATA_KEY, read_image
 from eridiff.inference import DiffusionInference, load
 from eridiff.inference.again import load_again, read_settings
 from eridiff.inference.choices import Difference, Move, as_published, differences, moves
-from eridiff.recipe import FAMILIES, TITLES, Choice, Recipe, families, recipe, recipes
+from eridiff.recipe import FAMILIES, TITLES, Recipe, families, recipe, recipes
 from eridiff.request import Request, size_of
 
+CIRCUMSTANCES = ("model", "parts", "variant", "dtypes", "sampling", "loras", "hashes", "device", "version", "torch")
 SMALL = {"flux": "tiny-flux", "mmdit": "tiny-sd35", "unet": "tiny-sdxl"}
 PROMPT = "a robot on the sea"
 EXAMPLES = """examples:
@@ -52,8 +55,8 @@ def add_parser(commands: Any) -> None:
     diff.add_argument("--steps", type=int, metavar="N", help="of both; otherwise each program's own number")
     diff.add_argument("--size", metavar="WxH", help="of both, in pixels (the small model's)")
     diff.add_argument("--sampler", help="of both, by eridiff's name; otherwise each program's own")
-    for each in (show, diff):
-        each.add_argument("--family", choices=FAMILIES, help="where a recipe is for several")
+    diff.add_argument("--prompt", default=PROMPT, metavar="TEXT", help=f"of the images that are measured ({PROMPT})")
+    diff.add_argument("--seed", type=int, default=42, metavar="N", help="of their noise (42)")
     explain = kinds.add_parser(
         "explain", help="why an image differs from another",
         description="What differs between the settings in two PNGs, and how far each setting alone moves the first image.",
@@ -61,12 +64,10 @@ def add_parser(commands: Any) -> None:
     explain.set_defaults(run=_explain)
     explain.add_argument("image", metavar="IMAGE.png")
     explain.add_argument("--against", required=True, metavar="OTHER.png")
+    for each in (show, diff, explain):
+        each.add_argument("--family", choices=FAMILIES, help="where a recipe is for several")
     for each in (diff, explain):
         each.add_argument("--model", metavar="PATH|ID", help="to measure with, in place of the small one of the family")
-        each.add_argument(
-            "--prompt", default=PROMPT, metavar="TEXT", help=f"of the images that are measured ({PROMPT})"
-        )
-        each.add_argument("--seed", type=int, default=42, metavar="N", help="of their noise (42)")
 
 
 def _list(_: argparse.Namespace) -> int:
@@ -138,8 +139,7 @@ def _diff(options: argparse.Namespace) -> int:
             f"The usual size differs: {_pixels(sizes[0], model)} and {_pixels(sizes[1], model)}. Both are measured at one size."
         )
     found = differences(asked[0], asked[1], model)
-    sources = [each.of(request.sampler) for each, request in zip((one, other), asked, strict=True)]
-    _answer(asked, found, model, (one.name, other.name), sources)
+    _answer(asked, found, model, (one.name, other.name))
     _points(asked, model, (one.name, other.name))
     for each in (one, other):
         for sentence in each.apart:
@@ -152,45 +152,79 @@ def _pixels(size: tuple[int | None, int | None], model: DiffusionInference) -> s
     return f"{width} x {height}"
 
 
+@dataclass(frozen=True)
+class _Said:
+    """What a PNG says of how it was generated."""
+
+    request: Request
+    own: dict[str, Any]  # eridiff's settings; empty where another program wrote the file
+    rest: list[str]  # what no field holds
+
+
+def _read(path: str) -> _Said:
+    """The settings in a PNG of eridiff or of another program. Raises ConfigError for one that has none."""
+    information = read_image(path).info
+    foreign = None if METADATA_KEY in information else foreign_settings(information)
+    if foreign is None:
+        settings = read_settings(path)
+        return _Said(replace(Request.from_json(settings), lora_scale=None), settings, [])
+    values, rest = foreign
+    for name, value in list(values.items()):
+        try:
+            Request.of({name: value}).check()
+        except ConfigError:
+            del values[name]
+            rest.append(f"{name}: {value}")
+    return _Said(Request.of(values), {}, rest)
+
+
 def _explain(options: argparse.Namespace) -> int:
-    settings = [read_settings(path) for path in (options.image, options.against)]
+    said = [_read(path) for path in (options.image, options.against)]
     names = [Path(path).name for path in (options.image, options.against)]
     if names[0] == names[1]:
         names = [options.image, options.against]
-    for key in (
-        "prompt",
-        "seed",
-        "model",
-        "parts",
-        "variant",
-        "dtypes",
-        "sampling",
-        "loras",
-        "hashes",
-        "device",
-        "version",
-        "torch",
-    ):
-        said = [each.get(key) for each in settings]
-        if said[0] != said[1]:
-            print(f"{key}: {_said(said[0])}, and {_said(said[1])} in {options.against}")
-    asked = [replace(Request.from_json(each), lora_scale=None) for each in settings]
-    model = load(options.model, progress=False) if options.model else load_again(settings[0], progress=False)
-    asked = [replace(request, prompt=asked[0].prompt, seed=asked[0].seed) for request in asked]
+    for name, each in zip(names, said, strict=True):
+        if not each.own:
+            print(f"{name} was generated by another program, taken as the recipe '{each.request.recipe}' says")
+        for sentence in each.rest:
+            print(f"{name}, which no setting of eridiff says: {sentence}")
+    for key in ("prompt", "seed"):
+        values = [getattr(each.request, key) for each in said]
+        if values[0] != values[1]:
+            print(f"{key}: {_said(values[0])} in {names[0]}, {_said(values[1])} in {names[1]}; measured with the first")
+    own = [each.own for each in said]
+    for key in CIRCUMSTANCES if all(own) else ():
+        if own[0].get(key) != own[1].get(key):
+            print(
+                f"{key}: {_said(own[0].get(key))} in {names[0]}, {_said(own[1].get(key))} in {names[1]}; not measured"
+            )
+    model = _model_of(options, own)
+    asked = [replace(each.request, prompt=said[0].request.prompt, seed=said[0].request.seed) for each in said]
     found = differences(asked[0], asked[1], model)
-    if not found:
-        print("all settings of the image are equal")
-        return 0
-    _answer(asked, found, model, names, [{}, {}])
-    _points(asked, model, names)
+    _answer(asked, found, model, names)
+    if found:
+        _points(asked, model, names)
     return 0
+
+
+def _model_of(options: argparse.Namespace, own: Sequence[dict[str, Any]]) -> DiffusionInference:
+    """The model to measure with: the one asked for, that of the first image that names one, or the family's small one."""
+    if options.model is not None:
+        return load(options.model, progress=False)
+    named = next((settings for settings in own if settings), None)
+    if named is not None and (named.get("parts") or named.get("model")):
+        return load_again(named, progress=False)
+    if options.family is None and named is None:
+        raise ConfigError(f"neither image says which family it is of: say --family {' or '.join(FAMILIES)}, or --model")
+    family = named["family"] if named is not None else FAMILIES[options.family]
+    return load(SMALL[family], family=family, progress=False)
 
 
 def _answer(
     asked: Sequence[Request], found: Sequence[Difference], model: DiffusionInference, names: Sequence[str],
-    sources: Sequence[dict[str, Choice]],
 ) -> None:  # fmt: skip
     """The table of what differs, the choice that moves the image most first."""
+    model.words = None  # what is measured may name what a small model has not learned
     if not found:
         print("nothing differs that a setting says: the images are equal")
         return
