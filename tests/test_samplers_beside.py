@@ -5,12 +5,12 @@ float32: that bounds the comparison.
 """
 
 import inspect
+import json
 from dataclasses import replace
 from importlib import import_module
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -19,9 +19,10 @@ from eridiff.schedulers import Schedule
 from eridiff.schedulers import discrete as d
 from eridiff.schedulers.flow_match import flow_schedule
 from eridiff.schedulers.samplers import sampler, with_inside
-from eridiff.schedulers.step import Past
+from eridiff.schedulers.step import Past, ratio
 from eridiff.schedulers.tables import FLOW_TABLES, rounded_times
 from eridiff.trace.record import relative_l2
+from tests import k_diffusion_golden
 
 ALPHAS = d.alphas_cumprod()
 SIZE = (3, 4, 2, 2)
@@ -39,19 +40,12 @@ def noises(count: int) -> list[Tensor]:
     return [torch.randn(SIZE, generator=g, dtype=torch.float64) for _ in range(count)]
 
 
-def quad(f: Any, low: float, high: float, **_: Any) -> tuple[float]:
-    """scipy's, which need not be there, by Gauss' rule: exact for the polynomials that diffusers' LMS gives it."""
-    half, middle = (float(high) - float(low)) / 2, (float(high) + float(low)) / 2
-    rule = zip(*np.polynomial.legendre.leggauss(8), strict=True)
-    return (half * sum(w * float(f(middle + half * n)) for n, w in rule),)
-
-
 def diffusers_scheduler(module: str, kind: str, patch: pytest.MonkeyPatch, **options: Any) -> Any:
     """A scheduler of SDXL's table, whose noise is that of `noises`."""
     found = import_module(f"diffusers.schedulers.scheduling_{module}")
     given = iter(noises(100))
     if module == "lms_discrete":
-        patch.setattr(found, "integrate", SimpleNamespace(quad=quad), raising=False)
+        patch.setattr(found, "integrate", SimpleNamespace(quad=k_diffusion_golden.quad), raising=False)
     if hasattr(found, "randn_tensor"):
         patch.setattr(found, "randn_tensor", lambda *_, **__: next(given))
     table = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
@@ -184,3 +178,28 @@ def test_lcm_of_rectified_flow_is_diffusers(monkeypatch: pytest.MonkeyPatch) -> 
     reference.set_timesteps(4)
     schedule = flow_schedule(reference.sigmas.double())
     assert beside("lcm", schedule, reference, explodes=False) < BOUND
+
+
+GOLDEN = json.loads(k_diffusion_golden.FILE.read_text())
+
+
+@pytest.mark.parametrize("name", k_diffusion_golden.RUNS)
+def test_latents_after_every_step_are_k_diffusions(name: str) -> None:
+    """Its runs, stored, on the same formula with the same noise; in float64."""
+    told, options = k_diffusion_golden.RUNS[name]
+    sigmas = torch.tensor(GOLDEN["sigmas"], dtype=torch.float64)
+    schedule = d.discrete_schedule(d.timesteps_at(sigmas[:-1], ALPHAS), sigmas[:-1], "sample")
+    schedule = with_inside(told, schedule, lambda r, t: d.discrete_points(r, t, ALPHAS, "sample"), **options)
+    levels = [ratio(points, i) for points in (schedule, schedule.inside) if points for i in range(schedule.steps)]
+    draws = iter(torch.tensor(GOLDEN["noises"], dtype=torch.float64)[:, None])
+    x, past, found = torch.tensor([GOLDEN["start"]], dtype=torch.float64), list[Past](), list[Tensor]()
+    for i in range(schedule.steps):
+        x, seen = sampler(told, **options)(
+            lambda x, i: k_diffusion_golden.clean(x, levels[i]), x, schedule, i, past, lambda: next(draws)
+        )
+        past.append(seen)
+        found.append(x / float(schedule.alphas[i + 1]))
+    expected = torch.tensor(GOLDEN["runs"][name], dtype=torch.float64)[1:, None]
+    stages = zip(found, expected, strict=True) if "churn" not in name else [(found[-1], expected[-1])]
+    for latents, stored in stages:
+        assert relative_l2(latents, stored) < 1e-12
