@@ -112,10 +112,11 @@ SAID = {  # key of a section or an entry -> field of Request; words of guidance 
     **{word: word if word in GUIDANCE else name for word, name in WORDS.items() if name != "prompt"},
 }
 SAMPLER_SYNONYMS = {  # of ai-toolkit and kohya
-    "flowmatch": "euler", "euler_a": "euler_ancestral", "ddpm": "euler_ancestral", "dpmsolver++": "dpmpp_2m",
+    "flowmatch": "euler", "euler_a": "euler_ancestral", "dpmsolver++": "dpmpp_2m", "dpmsingle": "dpmpp_2s", "dpm_2": "dpm2",
+    "dpm_2_a": "dpm2_ancestral", "dpm_2_ancestral": "dpm2_ancestral", "uni_pc": "unipc", "uni_pc_bh2": "unipc",
     "custom_lcm": "lcm",
 }  # fmt: skip
-ABSENT_SAMPLERS = ("pndm", "lms", "dpm_2", "dpm_2_a", "dpmsolver", "dpmsingle", "mean_flow")
+ABSENT_SAMPLERS = ("dpmsolver", "mean_flow")
 MODEL_OPTIONS: dict[str, type] = {
     "variant": str, "t5_padding": str, "without_t5": str, "clip_windows": str, "prediction": str, "empty_negative": str,
     "vram": str, "vae_rows": int, "t5_mask": bool, "zero_terminal_snr": bool, "allow_unknown": bool,

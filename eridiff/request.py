@@ -20,7 +20,8 @@ from eridiff.errors import ConfigError
 from eridiff.images import read_image, transparency, upright
 from eridiff.recipe import recipe, recipes
 from eridiff.schedulers.guidance import SkipLayers
-from eridiff.schedulers.samplers import SAMPLERS
+from eridiff.schedulers.samplers import CHURNED, DISCRETE_ALONE, ETA, FLOW_ALONE, SAMPLERS
+from eridiff.schedulers.tables import ROUNDINGS
 
 Text = str | Mapping[str, str]  # a prompt, or one for each text encoder by name: clip, clip_g, t5
 Table = str | Sequence[float] | Tensor  # a schedule by name, or its sigmas
@@ -110,6 +111,9 @@ def _reads(kind: type) -> Callable[[str, Any], Any]:
 TEXT = Kind(_reads(str), {"metavar": "TEXT"}, "blurry")
 WHOLE = Kind(_reads(int), {"type": int, "metavar": "N"}, "64")
 NUMBER = Kind(_reads(float), {"type": float, "metavar": "X"}, "0.5")
+ROUNDED = Kind(_reads(str), {"choices": ROUNDINGS}, "down")
+FINAL = Kind(_reads(str), {"choices": ("zero", "lowest")}, "lowest")
+SCALED = Kind(_reads(str), {"choices": ("one", "sigma")}, "sigma")
 METHOD = Kind(_reads(str), {"choices": SAMPLERS}, "heun")
 PROGRAM = Kind(_reads(str), {"choices": recipes()}, "diffusers")
 SKIPPED = Kind(
@@ -157,8 +161,55 @@ def _embedded(request: "Request", model: Any) -> str | None:
     return "as this network has no guidance embedding; cfg_scale asks for classifier-free guidance"
 
 
+def _suits(request: "Request", model: Any) -> str | None:
+    if request.sampler in DISCRETE_ALONE and model.flow:
+        return f"on {model.variant}: {request.sampler} is for discrete noise levels, not for rectified flow"
+    if request.sampler in FLOW_ALONE and not model.flow:
+        return f"on {model.variant}: {request.sampler} is for rectified flow, not for discrete noise levels"
+    return None
+
+
+def _sampler_of(request: "Request", model: Any) -> str:
+    return str(request.sampler or model.sampling.sampler)
+
+
+def _offset(request: "Request", model: Any) -> str | None:
+    table = (
+        request.schedule
+        or model.table_of(_sampler_of(request, model))
+        or getattr(model.sampling, "schedule", "original")
+    )
+    if not isinstance(table, str):
+        return "on sigmas that are given"
+    return None if table in model.offsets else f"on the schedule {table}"
+
+
+def _ending(request: "Request", model: Any) -> str | None:
+    if request.schedule is not None and not isinstance(request.schedule, str):
+        return "on sigmas that are given"
+    return _taken("final_noise")(request, model)
+
+
+def _renewed(request: "Request", model: Any) -> str | None:
+    name = _sampler_of(request, model)
+    return None if name in ETA else f"on the sampler {name}, whose share of new noise is fixed"
+
+
+def _churned(request: "Request", model: Any) -> str | None:
+    name = _sampler_of(request, model)
+    if model.flow:
+        return f"on {model.variant}: Karras' churn is for discrete noise levels, not for rectified flow"
+    return None if name in CHURNED else f"on the sampler {name}; {' and '.join(CHURNED)} take it"
+
+
+def _scaled(request: "Request", model: Any) -> str | None:
+    if request.image is not None and not (model.inpaints and request.strength in (None, 1)):
+        return "on a run that begins from an image"
+    return _taken("noise_scale")(request, model)
+
+
 def _shifted(request: "Request", model: Any) -> str | None:
-    if "shift" not in model.takes:
+    if not model.shifts(request.schedule):
         return f"on the schedules of {model.variant}"
     return None if request.schedule is None or isinstance(request.schedule, str) else "on sigmas that are given"
 
@@ -230,11 +281,18 @@ class Request:
         effect=_counted,
     )
     seed: int | Sequence[int] | None = option(None, WHOLE, "seed of the noise (42)")
-    sampler: str | None = option(None, METHOD, "sampler")
+    sampler: str | None = option(None, METHOD, "sampler", effect=_suits)
     schedule: Table | None = option(
-        None, NAME, "noise levels. SD 3: original, script, diffusers, candle; SDXL: leading, karras, ..."
+        None, NAME, "noise levels. SD 3: original, script, diffusers, candle, ...; SDXL: leading, karras, ..."
     )
-    shift: float | None = option(None, NUMBER, "SD 3: shift of the schedule (3)", low=0.01, high=100, effect=_shifted)
+    shift: float | None = option(
+        None,
+        NUMBER,
+        "shift of the schedule: of SD 3 (3), of those of Flux that are not its own",
+        low=0.01,
+        high=100,
+        effect=_shifted,
+    )
     guidance_scale: float | None = option(
         None, NUMBER, "Flux: value of the guidance embedding (dev: 3.5)", low=0, high=1000, flags=("guidance",),
         effect=_embedded,
@@ -293,6 +351,29 @@ class Request:
         None, NUMBER, "scale of the LoRAs that have none of their own (1)", low=-1000, high=1000,
         words=("network_multiplier",), effect=_weighed,
     )  # fmt: skip
+    # schedules and samplers, where programs differ
+    timestep_offset: int | None = option(
+        None, WHOLE, "SDXL: added to leading timesteps (1)", low=0, high=999, effect=_offset
+    )
+    timestep_rounding: str = option("none", ROUNDED, "whole timesteps for the network, of 1000")
+    final_noise: str | None = option(
+        None, FINAL, "SDXL: where the last step ends, no noise or the training's lowest (ddim)", effect=_ending
+    )
+    clip_clean: float | None = option(
+        None, NUMBER, "the clean latents that a step sees are clipped to this size", low=0.01, high=1000
+    )
+    eta: float | None = option(
+        None, NUMBER, "share of new noise in the steps of a sampler that adds noise (1; ddim 0)", low=0, high=1,
+        effect=_renewed,
+    )  # fmt: skip
+    churn: float = option(
+        0.0, NUMBER, "SDXL, euler and heun: noise that is added over the run before the steps", low=0, high=1000,
+        effect=_churned,
+    )  # fmt: skip
+    noise_scale: str = option(
+        "one", SCALED, "SDXL: what the noise of the seed is multiplied with, one or the first point's share of noise",
+        effect=_scaled,
+    )  # fmt: skip
     recipe: str | None = option(None, PROGRAM, "generate as another program does, where nothing else is asked")
 
     @classmethod
@@ -323,6 +404,10 @@ class Request:
             pair = getattr(self, name)
             if len(pair) != 2 or not 0 <= pair[0] < pair[1] <= 1:
                 raise ConfigError(f"{name} must be two rising {what} such as 0 and 0.8, not {pair}")
+        for name in ("timestep_rounding", "final_noise", "noise_scale"):
+            value, known = getattr(self, name), FIELDS[name].metadata["kind"].flag["choices"]
+            if value is not None and value not in known:
+                raise ConfigError(f"{name} must be {' or '.join(known)}, not {value!r}")
         if self.sampler is not None and self.sampler not in SAMPLERS:
             raise ConfigError(f"'{self.sampler}' is not a sampler; there are {', '.join(SAMPLERS)}")
         if self.hand_over is not None and self.hand_over in (0, 1):

@@ -33,6 +33,7 @@ from eridiff.models.unet import guidance_sinusoid
 from eridiff.schedulers.discrete import alphas_cumprod, discrete_schedule, leading_timesteps, sigma_table, sigmas_at
 from eridiff.schedulers.flow_match import flow_schedule
 from eridiff.schedulers.samplers import SAMPLERS
+from eridiff.schedulers.step import Past
 from eridiff.trace.record import relative_l2
 from eridiff.weights.keymap import key_map
 from tests.golden.case import Float32Sinusoid, float32_sinusoid
@@ -230,9 +231,8 @@ def test_samplers_equal_diffusers_schedulers(name: str) -> None:
     theirs = x.clone()
     for t in reference.timesteps:
         theirs = reference.step(velocity(theirs, float(t) / 1000), t, theirs).prev_sample
-    previous = None
     for i in range(schedule.steps):
-        x, previous = SAMPLERS[name](lambda x, i: velocity(x, float(schedule.times[i])), x, schedule, i, previous)
+        x, _ = SAMPLERS[name](lambda x, i: velocity(x, float(schedule.times[i])), x, schedule, i, [], None)
     assert relative_l2(x, theirs) < 5e-6
 
 
@@ -262,9 +262,10 @@ def test_sdxls_samplers_equal_diffusers_schedulers(name: str, kind: Any, predict
     theirs = noise * float(reference.init_noise_sigma)
     for t in reference.timesteps:
         theirs = reference.step(network(reference.scale_model_input(theirs, t), float(t)), t, theirs).prev_sample
-    x, previous = noise, None
+    x, past = noise, list[Past]()
     for i in range(steps):
-        x, previous = SAMPLERS[name](lambda x, i: network(x, float(schedule.times[i])), x, schedule, i, previous, None)
+        x, seen = SAMPLERS[name](lambda x, i: network(x, float(schedule.times[i])), x, schedule, i, past, None)
+        past.append(seen)
     assert relative_l2(x, theirs) < 5e-5
 
 

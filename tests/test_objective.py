@@ -21,7 +21,7 @@ from eridiff.errors import ConfigError
 from eridiff.schedulers import Schedule
 from eridiff.schedulers.discrete import legacy_timesteps
 from eridiff.schedulers.flow_match import candle_sigmas, even_sigmas, flow_schedule, flux_schedule, flux_shift, shifted
-from eridiff.schedulers.samplers import clean_noise, mixed
+from eridiff.schedulers.step import clean_noise, mixed
 from eridiff.training import objective
 from eridiff.training.objective import Levels, discrete_levels, flow_levels, noised, squared_error, target
 from tests.families import FAMILIES, conditioning, inference, inputs, packed, rows

@@ -77,6 +77,7 @@ def test_names_of_settings_are_checked_in_python_with_the_nearest() -> None:
         ({"cfg_scale": "high"}, "cfg_scale must be a number, not 'high'"), ({"shift": True}, "shift must be a number, not True"),
         ({"steps": 0}, "a run needs at least one step, not 0"), ({"seed": "x"}, "the seed must be a whole number"),
         ({"strength": -0.1}, "strength must be between 0 and 1, not -0.1"), ({"hand_over": 1.0}, "hand_over must be between 0 and 1"),
+        ({"eta": 1.5}, "eta must be between 0 and 1"), ({"timestep_rounding": "up"}, "timestep_rounding must be none or down"),
         ({"crop": (1, 2, 3)}, "crop must be two whole numbers"), ({"part": (0.5, 0.5)}, "part must be two rising shares"),
     ],
 )  # fmt: skip
@@ -157,6 +158,19 @@ IDLE: list[tuple[str, str, dict[str, Any], str]] = [  # field, family, settings,
     ("references", "flux", {"references": [PICTURE]}, "Flux Kontext edits references"),
     ("image", "kontext", {"image": PICTURE}, "without a strength: what it edits are references"),
     ("lora_scale", "flux", {"lora_scale": 0.5}, "without a LoRA that has no scale of its own"),
+    ("sampler", "flux", {"sampler": "pndm"}, "on dev: pndm is for discrete noise levels, not for rectified flow"),
+    ("sampler", "unet", {"sampler": "dpmpp_2m_rf"}, "on base: dpmpp_2m_rf is for rectified flow, not for discrete"),
+    ("timestep_offset", "unet", {"timestep_offset": 0, "schedule": "karras"}, "on the schedule karras"),
+    ("timestep_offset", "unet", {"timestep_offset": 0, "sampler": "lcm"}, "on the schedule lcm"),
+    ("timestep_offset", "unet", {"timestep_offset": 0, "schedule": (9.0, 0.0)}, "on sigmas that are given"),
+    ("timestep_offset", "mmdit", {"timestep_offset": 0}, "on the schedule original"),
+    ("final_noise", "mmdit", {"final_noise": "zero"}, "on sd3"),
+    ("final_noise", "unet", {"final_noise": "lowest", "schedule": (9.0, 0.0)}, "on sigmas that are given"),
+    ("eta", "unet", {"eta": 0.5, "sampler": "euler"}, "on the sampler euler, whose share of new noise is fixed"),
+    ("churn", "unet", {"churn": 9.0, "sampler": "lms"}, "on the sampler lms; euler and heun take it"),
+    ("churn", "flux", {"churn": 9.0}, "on dev: Karras' churn is for discrete noise levels"),
+    ("noise_scale", "flux", {"noise_scale": "sigma"}, "on dev"),
+    ("noise_scale", "unet", {"noise_scale": "sigma", "image": PICTURE}, "on a run that begins from an image"),
 ]  # fmt: skip
 
 

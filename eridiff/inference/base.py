@@ -52,9 +52,11 @@ from eridiff.memory.strips import decode_in_strips, encode_in_strips
 from eridiff.precision import outside_autocast
 from eridiff.request import FIELDS, Checked, Request, Table, Text, known_names, listed
 from eridiff.schedulers import Schedule
-from eridiff.schedulers.flow_match import flow_schedule
+from eridiff.schedulers.flow_match import flow_points, flow_schedule
 from eridiff.schedulers.guidance import Guidance, guided
-from eridiff.schedulers.samplers import SAMPLERS, STOCHASTIC, Predict, mixed
+from eridiff.schedulers.samplers import noises, sampler, with_inside
+from eridiff.schedulers.step import REMEMBERED, Predict, mixed
+from eridiff.schedulers.tables import rounded_times
 from eridiff.text import Conditioning
 from eridiff.weights.locate import ModelPath, Parts, locate
 
@@ -99,6 +101,8 @@ class DiffusionInference(Family):
     multiple: int = 16  # of which width and height must be multiples
     takes: Collection[str] = ()  # fields of Request that have an effect on some networks alone
     inpaints: bool = False  # whether the network itself is given the mask and the image around it
+    flow: ClassVar[bool] = True  # whether the network learned rectified flow
+    offsets: Collection[str] = ()  # schedules that take a timestep_offset
     network: Any = of_model("network")
     autoencoder: Any = of_model("autoencoder")
     variant: str = of_model("variant")
@@ -335,12 +339,46 @@ class DiffusionInference(Family):
         return self.autoencoder.config.latent_channels
 
     def schedule(
-        self, steps: int, width: int, height: int, table: Table | None = None, shift: float | None = None
-    ) -> Schedule:
-        """The points of a run: the variant's own, another table by name, or through given sigmas (which then set steps)."""
+        self, steps: int, width: int, height: int, table: Table | None = None, shift: float | None = None, *,
+        timestep_offset: int | None = None, timestep_rounding: str = "none", final_noise: str | None = None,
+    ) -> Schedule:  # fmt: skip
+        """The points of a run: the variant's own, another table by name, or through given sigmas (which then set steps).
+
+        The rest is as in `Request`.
+        """
         if table is None or isinstance(table, str):
-            return self.named_schedule(steps, width, height, table, shift)
-        return self.schedule_through(torch.as_tensor(table, dtype=torch.float64, device="cpu"))
+            spacing = {"timestep_offset": timestep_offset, "final_noise": final_noise}
+            spacing = {name: value for name, value in spacing.items() if value is not None}
+            found = self.named_schedule(steps, width, height, table, shift, **spacing)
+        else:
+            found = self.schedule_through(torch.as_tensor(table, dtype=torch.float64, device="cpu"))
+        return rounded_times(found, timestep_rounding)
+
+    def points(self, asked: Checked) -> Schedule:
+        """The points of the run that a request of `Request.checked` asks for."""
+        return self.schedule(
+            asked.steps, asked.width, asked.height, asked.schedule, asked.shift, timestep_offset=asked.timestep_offset,
+            timestep_rounding=asked.timestep_rounding, final_noise=asked.final_noise,
+        )  # fmt: skip
+
+    def inside(self, ratios: Tensor | None, times: Tensor | None) -> Schedule:
+        """The points inside the steps of a run, for `samplers.with_inside`."""
+        assert ratios is not None
+        return flow_points(ratios)
+
+    def sampled(self, schedule: Schedule, asked: Checked) -> Schedule:
+        """The schedule as a request's sampler walks it: with the points inside the steps that it asks at, and the clipping."""
+        if asked.clip_clean is not None:
+            schedule = replace(schedule, clip=asked.clip_clean)
+
+        def make(ratios: Tensor | None, times: Tensor | None) -> Schedule:
+            return rounded_times(self.inside(ratios, times), asked.timestep_rounding)
+
+        return with_inside(asked.sampler, schedule, make, asked.eta, asked.churn)
+
+    def shifts(self, table: Table | None) -> bool:
+        """Whether a schedule, by name, takes a shift."""
+        return "shift" in self.takes
 
     def schedule_through(self, sigmas: Tensor) -> Schedule:
         """The schedule through given sigmas `[steps + 1]`."""
@@ -375,13 +413,14 @@ class DiffusionInference(Family):
         """
         rows = (latents.x if isinstance(latents, Run) else latents).shape
         height, width = (side * LATENT_SCALE for side in rows[-2:])
-        schedule = self.schedule(steps, width, height) if isinstance(steps, int) else steps
-        request = Request.of({**asked, "width": width, "height": height, "steps": schedule.steps})
+        count = steps if isinstance(steps, int) else steps.steps
+        request = Request.of({**asked, "width": width, "height": height, "steps": count})
         settled = request.checked(self, rows[0])
-        if settled.sampler in STOCHASTIC and seeds is None:
+        schedule = self.points(replace(settled, schedule=request.schedule)) if isinstance(steps, int) else steps
+        if noises(settled.sampler, settled.eta, settled.churn) and seeds is None:
             raise ConfigError(f"{settled.sampler} draws noise on the way: give seeds, one per image")
         first, last = self.ends(schedule, settled.part, 1.0 if image is None else strength)
-        run = self.begun(latents, schedule, first, image, seeds)
+        run = self.begun(latents, schedule, first, image, settled, seeds)
         self.walk(run, prompt, schedule, settled, first, last, image, mask, condition, callback)
         return finite(run.x, "denoising")
 
@@ -391,19 +430,22 @@ class DiffusionInference(Family):
         return max(first, first_step(schedule.steps, strength)), last
 
     def begun(
-        self, noise: Tensor | Run, schedule: Schedule, first: int, image: Tensor | None, seeds: Sequence[int] | None
-    ) -> Run:
+        self, noise: Tensor | Run, schedule: Schedule, first: int, image: Tensor | None, asked: Checked,
+        seeds: Sequence[int] | None,
+    ) -> Run:  # fmt: skip
         """A run before its step `first`: of an image's latents, or of noise, which may be the run of a part before or its
         latents, of which multi-step samplers remember nothing."""
         before = noise if isinstance(noise, Run) else None
         own = (noise.noise if isinstance(noise, Run) else noise).to(self.device, torch.float32)
         start = before.start if before is not None else 0 if image is None else first
         done = first - start  # the noise of the part's steps before is used up
+        done *= noises(asked.sampler, asked.eta, asked.churn)
         draw = noise_of_steps(seeds, own, done) if seeds is not None else None
         if before is not None:
-            clean = None if before.clean is None else before.clean.to(self.device)
-            return Run(before.x.to(self.device), own, draw, start, clean)
-        return Run(own if image is None else mixed(image.to(self.device), own, schedule, first), own, draw, start)
+            past = [(clean.to(self.device), noise.to(self.device)) for clean, noise in before.past]
+            return Run(before.x.to(self.device), own, draw, start, past)
+        x = own if asked.noise_scale == "one" else float(schedule.sigmas[first]) * own
+        return Run(x if image is None else mixed(image.to(self.device), own, schedule, first), own, draw, start)
 
     @torch.no_grad()
     def walk(
@@ -411,15 +453,16 @@ class DiffusionInference(Family):
         mask: Tensor | None = None, condition: Tensor | None = None, callback: Callback | None = None,
     ) -> None:  # fmt: skip
         """Take a run from step `first` to before `last`; arguments as in `denoise`, `asked` as of `Request.checked`."""
-        move = SAMPLERS[asked.sampler]
+        move, schedule = sampler(asked.sampler, asked.eta, asked.churn), self.sampled(schedule, asked)
         image, mask, condition = (None if t is None else t.to(self.device) for t in (image, mask, condition))
         with self._stage(self.network):
             predict = self.predictor(prompt, schedule, asked, condition, first)
             for i in tqdm(range(first, last), desc="denoising", unit="step", **self._bar):
-                run.x, run.clean = move(predict, run.x, schedule, i, run.clean, run.draw)
+                run.x, seen = move(predict, run.x, schedule, i, run.past, run.draw)
+                run.past = [*run.past, seen][-REMEMBERED:]
                 if mask is not None and image is not None:
                     run.x = mask * run.x + (1 - mask) * mixed(image, run.noise, schedule, i + 1)
-                if callback and callback(Step(i, schedule.steps, float(schedule.sigmas[i + 1]), run.x, run.clean)):
+                if callback and callback(Step(i, schedule.steps, float(schedule.sigmas[i + 1]), run.x, seen[0])):
                     run.stopped = True
                     break
 
@@ -437,7 +480,7 @@ class DiffusionInference(Family):
             check_dtypes(network=self.network, autoencoder=self.autoencoder)
         dtype = dtype_of(self.network)
         conditioning = Conditioning.joined([part.to(self.device, dtype) for part in rows])
-        times = schedule.times.to(self.device, torch.promote_types(dtype, torch.float32))
+        times = schedule.asked.to(self.device, torch.promote_types(dtype, torch.float32))
         run = self.prepare(conditioning, len(conditioning) - len(prompt.positive), times, asked)
 
         def ask(x: Tensor, run: Any, i: int, skip_blocks: Collection[int]) -> Tensor:
@@ -537,7 +580,7 @@ class DiffusionInference(Family):
         width, height, count = asked.width, asked.height, len(asked.prompt)
         if self._room is not None:
             self._room.check(width=width, height=height, steps=asked.steps, images=count, cfg_scale=asked.cfg_scale)
-        points = self.schedule(asked.steps, width, height, asked.schedule, asked.shift)
+        points = self.points(asked)
         image, control = (None if p is None else to_tensor(p, width, height) for p in (asked.image, asked.control))
         mask = None if asked.mask is None else to_tensor(asked.mask, width, height, mask=True)
         for name, rows in (("image", image), ("control", control), ("mask", mask)):
@@ -594,7 +637,7 @@ class DiffusionInference(Family):
     ) -> Stages[Run]:  # fmt: skip
         """As `denoise`, in stages; the run at its end."""
         first, last = self.ends(points, asked.part, 1.0 if image is None else asked.strength)
-        run = self.begun(noise, points, first, image, asked.seed)
+        run = self.begun(noise, points, first, image, asked, asked.seed)
         yield self.network
         self.walk(run, prompt, points, asked, first, last, image, mask, condition, callback)
         return run

@@ -1,5 +1,6 @@
 """Flux: CLIP-L's pooled state and T5's features, the guidance embedding, and the extra channels of Fill, Canny, Depth."""
 
+import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -18,15 +19,17 @@ from eridiff.inference.settings import Defaults, spoken
 from eridiff.memory.stages import Stages
 from eridiff.models.autoencoder import Autoencoder
 from eridiff.models.flux import Flux, FluxConfig, FluxRun, fill_condition, patchify, position_ids, unpatchify
-from eridiff.request import Checked, Text, check_side
+from eridiff.request import Checked, Table, Text, check_side
 from eridiff.schedulers import Schedule
-from eridiff.schedulers.flow_match import flux_schedule
+from eridiff.schedulers.flow_match import flow_schedule, flux_schedule
+from eridiff.schedulers.tables import FLOW_TABLES
 from eridiff.text import Conditioning
 from eridiff.text.encoders import ClipEncoder, T5Encoder
 
 # width and height that Kontext was trained with (black-forest-labs/flux, src/flux/util.py)
 WIDE = [(1568, 672), (1504, 688), (1456, 720), (1392, 752), (1328, 800), (1248, 832), (1184, 880), (1104, 944)]
 KONTEXT_SIZES = [*WIDE, (1024, 1024), *((height, width) for width, height in WIDE)]
+COMFY_SHIFT, COMFY_TIMES = math.exp(1.15), 10000  # of ComfyUI's ModelSamplingFlux, at every size
 
 
 @dataclass(frozen=True)
@@ -82,6 +85,9 @@ class FluxInference(DiffusionInference):
         follows = "canny" in self.variants_of_inputs(self.network.config)
         return ("control",) if follows else ("references",) if self.variant == "kontext" else ()
 
+    def shifts(self, table: Table | None) -> bool:
+        return isinstance(table, str) and table in FLOW_TABLES
+
     @property
     def inpaints(self) -> bool:  # type: ignore[override]
         return self.variants_of_inputs(self.network.config) == ["fill"]
@@ -130,11 +136,17 @@ class FluxInference(DiffusionInference):
         return Conditioning(finite_features(text, "T5"), finite_features(pooled, "CLIP"), mask)
 
     def named_schedule(self, steps: int, width: int, height: int, name: str | None, shift: float | None) -> Schedule:
-        """The original's points, shifted by the number of tokens for all variants but schnell."""
+        """The original's points, shifted by the number of tokens for all variants but schnell.
+
+        Others are as in `schedulers.tables.FLOW_TABLES`, with a shift that does not follow the size.
+        """
+        if name in FLOW_TABLES:
+            sigmas = FLOW_TABLES[name](steps, COMFY_SHIFT if shift is None else shift, COMFY_TIMES)
+            return flow_schedule(sigmas)
         if name not in (None, "original") or shift is not None:
             wrong = f"'{name}' is not a schedule of Flux" if name not in (None, "original") else "Flux takes no shift"
             raise ConfigError(
-                f"{wrong}: it has one, 'original', whose shift follows from the size; pass sigmas for another"
+                f"{wrong}: it has 'original', whose shift follows from the size, and {', '.join(FLOW_TABLES)}; or pass sigmas"
             )
         return flux_schedule(steps, (width // 16) * (height // 16), self.sampling.shift)
 

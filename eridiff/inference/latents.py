@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from eridiff.errors import CheckpointError, EridiffError
-from eridiff.schedulers.samplers import Draw
+from eridiff.schedulers.step import Draw
 
 LATENT_SCALE = 8  # pixels a latent's side, in every autoencoder of the three families
 

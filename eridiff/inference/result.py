@@ -8,7 +8,7 @@ from PIL import Image
 from torch import Tensor
 
 from eridiff.images import contact_sheet, described, first_text, html_of, png_bytes
-from eridiff.schedulers.samplers import Draw
+from eridiff.schedulers.step import Draw, Past
 from eridiff.text import Conditioning
 
 
@@ -42,7 +42,7 @@ class Run:
     noise: Tensor  # the same shape: what it began from
     draw: Draw | None  # of samplers that draw noise on the way, which goes on
     start: int = 0  # the step that it began with
-    clean: Tensor | None = None  # what multi-step samplers remember
+    past: Sequence[Past] = ()  # what multi-step samplers remember: (clean, noise) of the last steps
     stopped: bool = False  # by the callback
 
 

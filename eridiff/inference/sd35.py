@@ -25,10 +25,12 @@ from eridiff.request import Checked, Text
 from eridiff.schedulers import Schedule
 from eridiff.schedulers.flow_match import candle_sigmas, diffusers_sigmas, flow_schedule, sd3_sigmas
 from eridiff.schedulers.guidance import SkipLayers
+from eridiff.schedulers.tables import FLOW_TABLES
 from eridiff.text import Conditioning
 from eridiff.text.encoders import ClipEncoder, ClipFeatures, T5Encoder
 
 TABLES = {"original": sd3_sigmas, "script": sd3_sigmas, "diffusers": diffusers_sigmas, "candle": candle_sigmas}
+TRAINED = 1000  # times of the training
 OPTIONS = {  # name of a text option -> what it may be, the default first
     "t5_padding": ("original", "diffusers"),
     "without_t5": ("zeros", "none"),
@@ -170,11 +172,17 @@ class SD35Inference(DiffusionInference):
         return (None if self.without_t5 == "none" else zeros), None
 
     def named_schedule(self, steps: int, width: int, height: int, name: str | None, shift: float | None) -> Schedule:
-        """The original's table; "script" with its script's shift (1 for sd3-medium), "diffusers" and "candle" their own."""
-        if name is not None and name not in TABLES:
-            raise ConfigError(f"'{name}' is not a schedule of SD 3; there are {', '.join(TABLES)}")
+        """The original's table; "script" with its script's shift (1 for sd3-medium), "diffusers" and "candle" their own.
+
+        Others are as in `schedulers.tables.FLOW_TABLES`.
+        """
+        if name is not None and name not in {**TABLES, **FLOW_TABLES}:
+            raise ConfigError(f"'{name}' is not a schedule of SD 3; there are {', '.join({**TABLES, **FLOW_TABLES})}")
         usual = self.sampling.script_shift if name == "script" else self.sampling.shift
-        return flow_schedule(TABLES[name or "original"](steps, usual if shift is None else shift))
+        shift = usual if shift is None else shift
+        if name in FLOW_TABLES:
+            return flow_schedule(FLOW_TABLES[name](steps, shift, TRAINED))
+        return flow_schedule(TABLES[name or "original"](steps, shift))
 
     def prepare(self, conditioning: Conditioning, negatives: int, times: Tensor, asked: Checked) -> MMDiTRun:
         grid = asked.height // 16, asked.width // 16

@@ -24,7 +24,8 @@ from eridiff.memory.stages import Stages
 from eridiff.models.autoencoder import Autoencoder
 from eridiff.models.unet import UNet, UNetConfig, UNetRun, size_vector
 from eridiff.request import Checked, Request, Text
-from eridiff.schedulers import Schedule, discrete
+from eridiff.schedulers import Schedule, discrete, tables
+from eridiff.schedulers.flow_match import even_sigmas
 from eridiff.text import Conditioning
 from eridiff.text.encoders import ClipEncoder, ClipFeatures
 from eridiff.weights.detect import Component
@@ -34,9 +35,16 @@ from eridiff.weights.locate import ModelPath, Parts, locate
 TIMESTEPS = {
     "leading": discrete.leading_timesteps, "trailing": discrete.trailing_timesteps, "legacy": discrete.legacy_timesteps,
     "linspace": discrete.linspace_timesteps, "ddim": discrete.leading_timesteps, "lcm": discrete.lcm_timesteps,
-    "turbo": discrete.turbo_timesteps,
+    "turbo": discrete.turbo_timesteps, "dpm_leading": discrete.dpm_leading_timesteps,
+    "dpm_linspace": discrete.dpm_linspace_timesteps,
 }  # fmt: skip
-SIGMAS = {"karras": discrete.karras_sigmas, "exponential": discrete.exponential_sigmas}
+UNIFORM = ("normal", "sgm_uniform")  # even in timesteps, with levels between entries as k-diffusion has them
+SPREADS = {"karras": discrete.karras_sigmas, "exponential": discrete.exponential_sigmas, "beta": tables.beta_between}
+BETWEEN = {  # diffusers' karras, exponential and beta: between the ends of a spacing
+    f"{spacing}_{spread}": (spacing, spread) for spacing in ("leading", "trailing", "linspace") for spread in SPREADS
+}
+OFFSETS = ("leading", "ddim", "dpm_leading", *(f"leading_{spread}" for spread in SPREADS))
+SCHEDULES = (*TIMESTEPS, *tables.SPACINGS, *UNIFORM, *BETWEEN)
 PREDICTIONS = ("epsilon", "v", "sample")
 PREDICTION_TYPES = {"v_prediction": "v", **{name: name for name in PREDICTIONS}}  # as configurations name them
 HAND_OVER = 0.8  # the share of a run after which a refiner takes over
@@ -59,6 +67,8 @@ class SDXLInference(DiffusionInference):
     family = "unet"
     encoders = ("clip", "clip_g")
     recorded = (*DiffusionInference.recorded, "prediction", "zero_terminal_snr", "empty_negative", "clip_windows")
+    flow = False
+    offsets = OFFSETS
     variants: ClassVar[Mapping[str, SDXLDefaults]] = {
         "base": SDXLDefaults(),
         "refiner": SDXLDefaults(),
@@ -171,8 +181,15 @@ class SDXLInference(DiffusionInference):
     @property
     def takes(self) -> Collection[str]:  # type: ignore[override]
         if self.refines:
-            return ("original_size", "crop", "aesthetic_score")
-        return ("original_size", "crop", "target_size", *(["aesthetic_score"] if self.refiner else []))
+            return ("original_size", "crop", "aesthetic_score", "final_noise", "noise_scale")
+        return (
+            "original_size",
+            "crop",
+            "target_size",
+            "final_noise",
+            "noise_scale",
+            *(["aesthetic_score"] if self.refiner else []),
+        )
 
     @property
     def inpaints(self) -> bool:  # type: ignore[override]
@@ -216,12 +233,12 @@ class SDXLInference(DiffusionInference):
         refiner = self.refiner
         own = yield from refiner._encoding(asked.prompt, asked.negative, asked.cfg_scale != 1)
         cut = min(max(first, self.place(points, asked.hand_over)), last)
-        run = self.begun(noise, points, first, image, asked.seed)
+        run = self.begun(noise, points, first, image, asked, asked.seed)
         yield self.network
         self.walk(run, prompt, points, asked, first, cut, image, mask, condition, callback)
         yield refiner.network
         if not run.stopped:
-            table = refiner.schedule(points.steps, asked.width, asked.height, asked.schedule)
+            table = refiner.points(asked)
             refiner.walk(run, own, table, asked, cut, last, image, mask, None, callback)
         return run
 
@@ -276,23 +293,45 @@ class SDXLInference(DiffusionInference):
         positive = yield from self.encoding(prompts)
         return Prompt(positive, Conditioning(torch.zeros_like(positive.text), torch.zeros_like(positive.pooled)))
 
-    def named_schedule(self, steps: int, width: int, height: int, name: str | None, shift: float | None) -> Schedule:
-        """Noise levels at leading (published), trailing, linspace, legacy (sgm), ddim, lcm or turbo timesteps; or karras,
-        exponential, between the ends of the training's table."""
+    def named_schedule(
+        self, steps: int, width: int, height: int, name: str | None, shift: float | None, timestep_offset: int | None = None,
+        final_noise: str | None = None,
+    ) -> Schedule:  # fmt: skip
+        """Noise levels at leading (published), trailing, linspace, legacy (sgm), ddim, lcm or turbo timesteps, or others.
+
+        - others: dpm_leading and dpm_linspace (diffusers' DPM-Solvers); karras, exponential, simple, ... of the training's
+          levels (`schedulers.tables`); normal and sgm_uniform; leading_karras and the like, between the ends of a spacing.
+        - timestep_offset: what is added to leading timesteps, 1 by default.
+        - final_noise: "zero", or "lowest", the lowest level of the training, as of ddim.
+        """
         name = name or self.sampling.schedule
-        if shift is not None or name not in {**TIMESTEPS, **SIGMAS}:
+        if shift is not None or name not in SCHEDULES:
             what = f"'{name}' is not a schedule of SDXL" if shift is None else "SDXL's schedules have no shift"
-            raise ConfigError(f"{what}; there are {', '.join([*TIMESTEPS, *SIGMAS])}")
+            raise ConfigError(f"{what}; there are {', '.join(SCHEDULES)}")
         alphas = discrete.alphas_cumprod(self.zero_terminal_snr)
-        table = discrete.finite_sigma_table(alphas)
-        if name in SIGMAS:
-            return self.schedule_through(
-                torch.cat([SIGMAS[name](steps, float(table[-1]), float(table[0])), table.new_zeros(1)])
-            )
-        timesteps = TIMESTEPS[name](steps).clamp(max=discrete.LEVELS - 1)
-        sigmas = discrete.sigmas_at(timesteps, alphas)
-        final = float(table[0]) if name == "ddim" and sigmas[-1] > table[0] else 0.0
+        levels = discrete.finite_sigma_table(alphas)
+        spacing, spread = BETWEEN.get(name, (name, None))
+        if name in tables.SPACINGS:
+            sigmas = tables.SPACINGS[name](levels, steps)[:-1]
+        elif name in UNIFORM:
+            even_sigmas(steps)
+            count = steps + (name == "sgm_uniform")
+            places = torch.linspace(discrete.LEVELS - 1, 0, count, dtype=torch.float64, device="cpu")[:steps]
+            sigmas = discrete.levels_at(places, alphas)
+        else:
+            offset = {} if timestep_offset is None else {"offset": timestep_offset}
+            timesteps = TIMESTEPS[spacing](steps, **offset).clamp(max=discrete.LEVELS - 1)
+            sigmas = discrete.sigmas_at(timesteps, alphas)
+        if spread is not None:
+            sigmas = SPREADS[spread](steps, float(min(sigmas[0], levels[-1])), float(sigmas[-1]))
+        if spread is not None or name not in TIMESTEPS:
+            timesteps = discrete.timesteps_at(sigmas, alphas)
+        lowest = final_noise == "lowest" or (final_noise is None and name == "ddim")
+        final = float(levels[0]) if lowest and sigmas[-1] > levels[0] else 0.0
         return discrete.discrete_schedule(timesteps, sigmas, self.prediction, final)
+
+    def inside(self, ratios: Tensor | None, times: Tensor | None) -> Schedule:
+        return discrete.discrete_points(ratios, times, discrete.alphas_cumprod(self.zero_terminal_snr), self.prediction)
 
     def schedule_through(self, sigmas: Tensor) -> Schedule:
         """Sigmas as in variance-exploding space: from at most 14.6 down to 0."""

@@ -22,7 +22,7 @@ def requests_of(
     for words in settings.each():
         request, told = _request(words, model, settings.lenient, explicit)
         asked = request.checked(model)
-        model.schedule(asked.steps, asked.width, asked.height, asked.schedule, asked.shift)  # which may not be there
+        model.points(asked)  # which may not be there
         found.append(request)
         notices += told
     return found, list(dict.fromkeys(notices))

@@ -22,7 +22,14 @@ class Schedule:
     input_scale: Tensor  # [steps], what the latents are multiplied with before they enter it
     prediction: str  # "velocity", "epsilon", "v" or "sample"
     half_log_snr: Tensor  # [steps + 1], ln(alpha / sigma): in this multistep solvers measure a step
+    inside: "Schedule | None" = None  # a point inside each step, and the end; asked for as point `steps + i`
+    clip: float | None = None  # the clean image that a step sees is clipped to [-clip, clip]
 
     @property
     def steps(self) -> int:
         return len(self.times)
+
+    @property
+    def asked(self) -> Tensor:
+        """`[steps]`, or `[2 * steps]` with points inside: what the network may be given, by the number it is asked with."""
+        return self.times if self.inside is None else torch.cat([self.times, self.inside.times])

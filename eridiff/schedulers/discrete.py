@@ -62,6 +62,18 @@ def linspace_timesteps(steps: int) -> Tensor:
     return torch.linspace(LEVELS - 1, 0, steps, **EXACT)
 
 
+def dpm_leading_timesteps(steps: int, offset: int = 1) -> Tensor:
+    """diffusers' leading spacing of DPM-Solvers, UniPC and DEIS: of one step more, whose last is left out."""
+    even_sigmas(steps)
+    return torch.arange(steps, 0, -1, **EXACT) * (LEVELS // (steps + 1)) + offset
+
+
+def dpm_linspace_timesteps(steps: int) -> Tensor:
+    """diffusers' linspace of the same: evenly from 999 to 0, rounded, without the 0."""
+    even_sigmas(steps)
+    return torch.linspace(LEVELS - 1, 0, steps + 1, **EXACT)[:-1].round()
+
+
 def lcm_timesteps(steps: int) -> Tensor:
     """Of the 50 levels 19, 39, ... 999 that LCM was distilled on, `steps` from the top; ConfigError for more than 50."""
     if not 1 <= steps <= 50:
@@ -84,6 +96,13 @@ def sigmas_at(timesteps: Tensor, alphas: Tensor) -> Tensor:
     share = timesteps - low
     between = table[low] * (1 - share) + table[low + 1] * share
     return torch.where(share == 1, table[low + 1], torch.where(share == 0, table[low], between))
+
+
+def levels_at(timesteps: Tensor, alphas: Tensor) -> Tensor:
+    """Noise levels at timesteps `[steps]`; between entries linear in log sigma, as k-diffusion and ComfyUI."""
+    table = finite_sigma_table(alphas).log()
+    low = timesteps.floor().long().clamp(0, LEVELS - 2)
+    return (table[low] + (timesteps - low) * (table[low + 1] - table[low])).exp()
 
 
 def timesteps_at(sigmas: Tensor, alphas: Tensor) -> Tensor:
@@ -122,6 +141,14 @@ def discrete_schedule(
     return Schedule(alphas, amounts, timesteps, torch.ones_like(timesteps), prediction, -sigmas.log())
 
 
+def discrete_points(ratios: Tensor | None, times: Tensor | None, alphas: Tensor, prediction: str) -> Schedule:
+    """The points at noise levels, or else at timesteps, `[steps]`, of a table of alphas: for `samplers.with_inside`."""
+    if ratios is not None:
+        return discrete_schedule(timesteps_at(ratios, alphas), ratios, prediction)
+    assert times is not None
+    return discrete_schedule(times, sigmas_at(times, alphas), prediction)
+
+
 def exploding(schedule: Schedule) -> Schedule:
     """The same points in variance-exploding space, `x = clean + sigma * noise`, in which sgm and k-diffusion work."""
     sigmas = schedule.sigmas / schedule.alphas
@@ -132,4 +159,6 @@ def exploding(schedule: Schedule) -> Schedule:
         schedule.alphas[:-1],
         schedule.prediction,
         schedule.half_log_snr,
+        None if schedule.inside is None else exploding(schedule.inside),
+        schedule.clip,
     )

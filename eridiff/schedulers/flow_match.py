@@ -72,6 +72,38 @@ def candle_sigmas(steps: int, shift: float) -> Tensor:
     return shifted(even_sigmas(steps), shift)
 
 
+def trained_sigmas(shift: float, count: int = 1000) -> Tensor:
+    """`[count]` rising: the noise levels of evenly spaced times, shifted, as ComfyUI holds them (10000 of Flux)."""
+    return shifted(torch.arange(1, count + 1, **EXACT) / count, shift)
+
+
+def sgm_uniform_sigmas(steps: int, shift: float, count: int = 1000) -> Tensor:
+    """ComfyUI's `[steps + 1]`: as SD 3's original with one step more, of which the last is left out."""
+    even_sigmas(steps)
+    low = float(trained_sigmas(shift, count)[0])
+    return torch.cat([shifted(torch.linspace(1, low, steps + 1, **EXACT)[:-1], shift), torch.zeros(1, **EXACT)])
+
+
+def normal_sigmas(steps: int, shift: float, count: int = 1000) -> Tensor:
+    """ComfyUI's `[steps + 1]`: SD 3's original, of as many training times."""
+    even_sigmas(steps)
+    low = float(trained_sigmas(shift, count)[0])
+    return torch.cat([shifted(torch.linspace(1, low, steps, **EXACT), shift), torch.zeros(1, **EXACT)])
+
+
+def dpm_sigmas(steps: int, shift: float) -> Tensor:
+    """diffusers' DPM-Solvers and DEIS with flow sigmas, `[steps + 1]`: evenly from 0.999 to 0, shifted."""
+    even_sigmas(steps)
+    return shifted(torch.linspace(0.999, 0, steps + 1, **EXACT), shift)
+
+
+def unipc_sigmas(steps: int, shift: float) -> Tensor:
+    """diffusers' UniPC with flow sigmas, `[steps + 1]`: evenly from 1 towards 1 / 1000, shifted; the first is 1 - 1e-6."""
+    even_sigmas(steps)
+    sigmas = shifted(torch.linspace(1, 0.001, steps + 1, **EXACT)[:-1], shift)
+    return torch.cat([sigmas.clamp(max=1 - 1e-6), sigmas.new_zeros(1)])
+
+
 def flow_schedule(sigmas: Tensor) -> Schedule:
     """The schedule through the given sigmas `[steps + 1]`, which become float64.
 
@@ -84,4 +116,14 @@ def flow_schedule(sigmas: Tensor) -> Schedule:
     falling = bool((sigmas.diff() < 0).all())
     if sigmas.ndim != 1 or len(sigmas) < 2 or not falling or sigmas[0] > 1 or sigmas[-1] < 0:
         raise ConfigError(f"sigmas must be at least two numbers that fall, from at most 1 to 0, not {sigmas.tolist()}")
+    return _through(sigmas)
+
+
+def flow_points(ratios: Tensor) -> Schedule:
+    """The points where sigma / (1 - sigma) is `ratios` `[steps]`, infinite at pure noise: for `samplers.with_inside`."""
+    sigmas = torch.where(ratios.isinf(), 1.0, ratios / (1 + ratios))
+    return _through(torch.cat([sigmas, sigmas.new_zeros(1)]))
+
+
+def _through(sigmas: Tensor) -> Schedule:
     return Schedule(1 - sigmas, sigmas, sigmas[:-1], torch.ones_like(sigmas[:-1]), "velocity", -sigmas.log())

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from eridiff.schedulers.samplers import Predict
+from eridiff.schedulers.step import Predict
 
 Ask = Callable[[Tensor, Any, int, Collection[int]], Tensor]  # latents, run, point, blocks to skip -> raw output
 
@@ -61,14 +61,15 @@ def guided(ask: Ask, run: Any, guidance: Guidance, batch: int, steps: int, first
     positive_run = run.rows(slice(0, batch)) if steered else run
 
     def predict(x: Tensor, i: int) -> Tensor:
-        if steered and guidance.cfg_interval[0] <= i / steps < guidance.cfg_interval[1]:
+        place = i % steps  # points inside the steps follow behind those of the steps
+        if steered and guidance.cfg_interval[0] <= place / steps < guidance.cfg_interval[1]:
             positive, negative = ask(torch.cat([x, x]), run, i, ()).chunk(2)
             output = classifier_free(positive, negative, guidance.cfg_scale)
             if guidance.cfg_rescale:
                 output = rescaled(output, positive, guidance.cfg_rescale)
         else:
             output = positive = ask(x, positive_run, i, ())
-        if skip and skip.start * steps < i - first < skip.end * steps:
+        if skip and skip.start * steps < place - first < skip.end * steps:
             output = output + skip.scale * (positive - ask(x, positive_run, i, skip.blocks))
         return output
 

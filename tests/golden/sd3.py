@@ -10,7 +10,8 @@ from eridiff.inference.sd35 import joined
 from eridiff.models.mmdit import MMDiT
 from eridiff.schedulers.flow_match import flow_schedule
 from eridiff.schedulers.guidance import Guidance, SkipLayers, guided
-from eridiff.schedulers.samplers import SAMPLERS, Sampler
+from eridiff.schedulers.samplers import SAMPLERS
+from eridiff.schedulers.step import Past, Sampler
 from eridiff.text.encoders import ClipEncoder, T5Encoder
 from eridiff.trace.record import record
 from eridiff.trace.shapes import fit
@@ -103,7 +104,8 @@ def _trajectory(
     )
     text, pooled = both(given, dtype)
     x = given["noise"].to(dtype)
-    rows, previous = [], None
+    rows: list[Row] = []
+    past: list[Past] = []
     if "denoise" in run:
         sigma = float(schedule.sigmas[0])
         x = sigma * x + (1 - sigma) * given["init_latent"].to(dtype)
@@ -114,8 +116,9 @@ def _trajectory(
             prepared = prepared.rows(slice(0, len(x)))
         predict = guided(model.step, prepared, Guidance(run["cfg"], skip_layers=skip), len(x), steps=run["steps"])
         for i in range(schedule.steps):
-            x, previous = sampler(predict, x, schedule, i, previous)
-            for kind, tensor in (("x", x), ("denoised", previous)):
+            x, seen = sampler(predict, x, schedule, i, past, None)
+            past.append(seen)
+            for kind, tensor in (("x", x), ("denoised", seen[0])):
                 bound = 1e-5 if dtype == torch.float32 else 1e-8 if kind == "x" else 1e-6
                 rows.append(row(case, dtype, f"{name}.{kind}.{i}", tensor, expected[f"{name}.{kind}.{i}"], bound))
     out = x / case["scale_factor"] + case["shift_factor"]

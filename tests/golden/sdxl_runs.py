@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from eridiff.inference.sdxl import SIGMAS, TIMESTEPS
+from eridiff.inference.sdxl import SPREADS, TIMESTEPS
 from eridiff.schedulers import discrete as d
 from eridiff.schedulers.guidance import classifier_free, rescaled
-from eridiff.schedulers.samplers import SAMPLERS, mixed
+from eridiff.schedulers.samplers import SAMPLERS
+from eridiff.schedulers.step import Past, mixed
 from eridiff.trace.hashfill import parameter, uniform
 from tests.golden.case import Row, inputs_of, row
 from tests.golden.sdxl import load_unet
@@ -36,7 +37,7 @@ def levels_of(run: Mapping[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
     table, steps = run["table"], run["steps"]
     if "spacing" in table:
         rho = {"rho": table["rho"]} if "rho" in table else {}
-        sigmas = SIGMAS[table["spacing"]](steps, table["high"], table["low"], **rho)
+        sigmas = SPREADS[table["spacing"]](steps, table["high"], table["low"], **rho)
         if table["told"] == "nearest":
             return alphas, (sigmas[:, None] - d.sigma_table(alphas)).abs().argmin(dim=1).double(), sigmas
         timesteps = d.timesteps_at(sigmas, alphas)
@@ -71,12 +72,12 @@ def trajectory(
             output = rescaled(output, positive, run["rescale"]) if "rescale" in run else output
         return output * float(asked_at[i])
 
-    def step(x: Tensor, i: int, previous: Tensor | None) -> tuple[Tensor, Tensor]:
+    def step(x: Tensor, i: int, past: list[Past]) -> tuple[Tensor, Past]:
         if "stride" not in run:
-            return sampler(predict, x, schedule, i, previous, lambda: next(draws))
+            return sampler(predict, x, schedule, i, past[-3:], lambda: next(draws))
         end = d.sigma_table(alphas)[max(int(timesteps[i]) - run["stride"], 0)]  # wherever the next step then begins
         alone = d.discrete_schedule(timesteps[i : i + 1], sigmas[i : i + 1], run["prediction"], float(end))
-        return sampler(lambda x, _: predict(x, i), x, alone, 0, previous, lambda: next(draws))
+        return sampler(lambda x, _: predict(x, i), x, alone, 0, past[-3:], lambda: next(draws))
 
     told = torch.tensor(list(dict.fromkeys(run["timesteps"])), dtype=torch.float64)
     rows = [row(case, dtype, f"{name}/timesteps", timesteps[first:], told, 1e-12)]
@@ -85,10 +86,11 @@ def trajectory(
         begun = mixed(given["image_latents"], given["noise"], schedule, first)
         rows.append(row(case, dtype, f"{name}/start", begun, start, 1e-9 if wide else 5e-4))
     clean = expected.get(f"{name}/denoised", ())
-    x, previous = start.to(dtype), None
+    x, past = start.to(dtype), list[Past]()
     for i in range(first, schedule.steps):
         with torch.no_grad():
-            x, previous = step(x, i, previous)
+            x, seen = step(x, i, past)
+        past.append(seen)
         if "painted_rows" in run:
             mask = (torch.arange(x.shape[2]) < run["painted_rows"]).to(dtype)[:, None]
             x = (1 - mask) * mixed(given["image_latents"], given["noise"], schedule, i + 1) + mask * x
@@ -97,7 +99,7 @@ def trajectory(
         rows.append(row(case, dtype, f"{name}/x.{i}", x, stored, 1e-9 if wide else 5e-4))
         if len(clean) and run["sampler"] != "lcm":  # LCM gives its clean image behind the boundary condition
             stored = clean[2 * place if len(clean) == twice else place]
-            rows.append(row(case, dtype, f"{name}/denoised.{i}", previous, stored, 1e-6 if wide else 5e-4))
+            rows.append(row(case, dtype, f"{name}/denoised.{i}", seen[0], stored, 1e-6 if wide else 5e-4))
     return rows
 
 

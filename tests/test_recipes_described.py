@@ -1,0 +1,128 @@
+"""Recipes give the latents that the programs' own loops give, as their sources describe them, in float32.
+
+The loops are written anew from the lines that each names, around eridiff's networks; schedulers of diffusers are the real ones
+where a program uses them. The programs themselves are not run here: shared bounds were measured when they were (3e-6).
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from eridiff import Conditioning, Prompt
+from eridiff.inference import DiffusionInference
+from eridiff.models.flux import unpatchify
+from eridiff.models.unet import size_vector
+from eridiff.recipe import recipe
+from tests import families
+
+SIDE, STEPS, SEED = 64, 6, 7
+Told = tuple[Conditioning, Conditioning]
+
+
+def told(model: DiffusionInference) -> Told:
+    """What a prompt and its negative are encoded to."""
+    width, pooled = model.told_widths(model.network.config)
+    return tuple(
+        Conditioning(families.rows(1, 20, width, seed=i).float(), families.rows(1, pooled, seed=i + 2).float())
+        for i in (0, 1)
+    )  # type: ignore[return-value]
+
+
+def generated(model: DiffusionInference, name: str, **asked: Any) -> Tensor:
+    """The latents that a recipe gives."""
+    result = model.generate(
+        conditioning=Prompt(*told(model)), recipe=name, width=SIDE, height=SIDE, steps=STEPS, seed=SEED, keep=("latents",), **asked
+    )  # fmt: skip
+    assert result.latents is not None
+    return result.latents
+
+
+def distance(found: Tensor, described: Tensor) -> float:
+    return float((found - described).double().norm() / described.double().norm())
+
+
+def both(rows: Told) -> tuple[Tensor, Tensor]:
+    """Texts and pooled vectors, negative first, as most loops batch them."""
+    return torch.cat([rows[1].text, rows[0].text]), torch.cat([rows[1].pooled, rows[0].pooled])
+
+
+@torch.no_grad()
+def kohya_flux(model: Any) -> Tensor:
+    """library/flux_train_utils.py of kohya-ss/sd-scripts 48d368fa: noise 237, schedule 306 to 332, steps 353 to 387."""
+    side = SIDE // 16
+    x = torch.randn(1, side * side, 64, generator=torch.Generator().manual_seed(SEED))
+    shift = math.exp((1.15 - 0.5) / (4096 - 256) * (side * side - 256) + 0.5)
+    times = [shift / (shift + 1 / t - 1) if t else 0.0 for t in torch.linspace(1, 0, STEPS + 1).tolist()]
+    row, _ = told(model)
+    for now, then in zip(times[:-1], times[1:], strict=True):
+        velocity = model.network(x, row.text, row.pooled, torch.tensor([now]), (side, side), torch.tensor([3.5]))
+        x = x + (then - now) * velocity
+    return unpatchify(x, (side, side))
+
+
+@torch.no_grad()
+def kohya_sd3(model: Any) -> Tensor:
+    """library/sd3_train_utils.py of kohya-ss/sd-scripts 48d368fa: sigmas 282 to 291, noise 321, steps 339 to 368."""
+    x = torch.randn(1, 16, SIDE // 8, SIDE // 8, generator=torch.Generator().manual_seed(SEED))
+
+    def shifted(time: Tensor) -> Tensor:
+        return 3 * time / (1 + 2 * time)
+
+    ends = [1000 * float(shifted(torch.tensor(t))) for t in (1.0, 1 / 1000)]  # the table's own last and first
+    sigmas = [*(float(shifted(t / 1000)) for t in torch.linspace(*ends, STEPS)), 0.0]
+    text, pooled = both(told(model))
+    for now, then in zip(sigmas[:-1], sigmas[1:], strict=True):
+        velocity = model.network(torch.cat([x, x]), text, pooled, torch.tensor([now]))
+        negative, positive = (x - now * v for v in velocity.chunk(2))
+        clean = negative + 7.5 * (positive - negative)
+        x = x + (x - clean) / now * (then - now)
+    return x
+
+
+def of_kohya(sampler: str) -> Any:
+    """library/train_util.py of kohya-ss/sd-scripts 48d368fa, 6199 to 6247: the scheduler of a name."""
+    import diffusers as d
+
+    classes: dict[str, Any] = {
+        "ddim": d.DDIMScheduler, "pndm": d.PNDMScheduler, "lms": d.LMSDiscreteScheduler, "euler": d.EulerDiscreteScheduler,
+        "euler_ancestral": d.EulerAncestralDiscreteScheduler, "heun": d.HeunDiscreteScheduler, "dpm2": d.KDPM2DiscreteScheduler,
+        "dpm2_ancestral": d.KDPM2AncestralDiscreteScheduler, "dpmpp_2m": d.DPMSolverMultistepScheduler,
+        "dpmpp_single": d.DPMSolverSinglestepScheduler,
+    }  # fmt: skip
+    scheduler = classes[sampler](num_train_timesteps=1000, beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+    if getattr(scheduler.config, "clip_sample", None) is False:
+        scheduler.config.clip_sample = True
+    return scheduler
+
+
+@torch.no_grad()
+def with_scheduler(model: Any, scheduler: Any, scale: float, size: int = SIDE) -> Tensor:
+    """SDXL's loop around a scheduler: library/sdxl_lpw_stable_diffusion.py 691 to 698, 905 to 945 of kohya's; diffusers' too."""
+    torch.manual_seed(SEED)  # the steps' noise goes on in the same generator
+    scheduler.set_timesteps(STEPS)
+    x = torch.randn(1, 4, size // 8, size // 8) * scheduler.init_noise_sigma
+    text, pooled = both(told(model))
+    vector = size_vector(pooled, torch.tensor([[size, size, 0, 0, size, size]] * 2, dtype=torch.float32))
+    for t in scheduler.timesteps:
+        scaled = scheduler.scale_model_input(torch.cat([x, x]), t)
+        negative, positive = model.network(scaled, text, vector, t.reshape(1).float()).chunk(2)
+        x = scheduler.step(negative + scale * (positive - negative), t, x).prev_sample
+    return x
+
+
+@pytest.mark.parametrize(("family", "loop"), [("flux", kohya_flux), ("mmdit", kohya_sd3)])
+def test_kohyas_recipe_gives_the_latents_of_its_loop(family: str, loop: Callable[[Any], Tensor]) -> None:
+    model = families.inference(family)
+    assert distance(generated(model, "kohya"), loop(model)) < 3e-6
+
+
+@pytest.mark.parametrize("sampler", [None, *recipe("kohya", "unet").samplers])
+def test_kohyas_recipe_gives_the_latents_of_each_scheduler_of_its_names(sampler: str | None) -> None:
+    model = families.inference("unet")
+    torch.manual_seed(0)
+    described = with_scheduler(model, of_kohya(sampler or "ddim"), 7.5)
+    assert distance(generated(model, "kohya", sampler=sampler), described) < 3e-6
