@@ -124,8 +124,20 @@ SHARES = Kind(
     _pair(float, "two rising shares of the steps", "[0, 0.8]"), {"type": float, "nargs": 2, "metavar": ("START", "END")},
     "[0.0, 0.8]", list,
 )  # fmt: skip
+ROW = Kind(
+    _pair(int, "two numbers, the image's and the batch's", "[1, 4]"), {"type": int, "nargs": 2, "metavar": ("ROW", "ROWS")},
+    "[1, 4]", lambda v: v and list(v),
+)  # fmt: skip
 FILE = Kind(_reads(str), {"metavar": "FILE"}, "in.png", _path)
 FILES = Kind(_files, {"metavar": "FILE", "action": "append"}, "[in.png, other.png]", lambda v: None if v is None else [_path(p) for p in listed_pictures(v)])  # fmt: skip
+
+
+def one_of(*names: str) -> Kind:
+    """One of some names; the last is the example."""
+    return Kind(_reads(str), {"choices": names}, names[-1])
+
+
+ROUNDED = ("float32", "float16", "bfloat16")
 
 
 def option(
@@ -198,6 +210,10 @@ def _begun(request: "Request", model: Any) -> str | None:
 
 def _masked(request: "Request", model: Any) -> str | None:
     return "without a mask" if request.mask is None else None
+
+
+def _in_one(request: "Request", model: Any) -> str | None:
+    return None if request.noise_generator == "one" else "without noise_generator: one"
 
 
 def _weighed(request: "Request", model: Any) -> str | None:
@@ -292,6 +308,42 @@ class Request:
         words=("network_multiplier",), effect=_weighed,
     )  # fmt: skip
 
+    # where programs differ: noise, rounding, the order of a batch
+    noise_layout: str = option(
+        "latents", one_of("latents", "packed"), "Flux: the noise is made as latents, or as tokens (kohya's scripts)",
+        effect=_taken("noise_layout"),
+    )  # fmt: skip
+    noise_dtype: str = option("float32", one_of("float32", "bfloat16", "float16", "float64"), "the noise is made in this dtype; float64 is other noise")  # fmt: skip
+    noise_device: str = option("cpu", one_of("cpu", "model"), "where the noise is made; the model's device has other noise")  # fmt: skip
+    noise_generator: str = option("each", one_of("each", "one"), "each image has a generator of its own seed, or one serves all (a batch of diffusers)")  # fmt: skip
+    noise_skip: int = option(0, WHOLE, "how often the generator has made noise of one image before", low=0, high=10**6)
+    noise_row: tuple[int, int] | None = option(
+        None, ROW, "this image is such a row, from 0, of a batch whose noise one generator makes", effect=_in_one
+    )
+    start_noise: str = option(
+        "full", one_of("full", "level"), "SDXL: a run begins with noise of deviation 1, or of its first noise level",
+        effect=_taken("start_noise"),
+    )  # fmt: skip
+    latents_dtype: str = option("float32", one_of(*ROUNDED), "latents are rounded to this dtype after each step")
+    time_dtype: str = option(
+        "float32", one_of(*ROUNDED, "float16_timestep", "bfloat16_timestep"),
+        "the network is given 1000 times the time as this dtype computes it; of `_timestep` the product is rounded first (diffusers' Flux)",
+    )  # fmt: skip
+    guidance_dtype: str = option(
+        "float32", one_of(*ROUNDED), "the same for the guidance embedding: 3.5 becomes 3.504 in bfloat16",
+        effect=_taken("guidance_dtype"),
+    )  # fmt: skip
+    cfg_dtype: str = option("float32", one_of(*ROUNDED), "classifier-free guidance is computed in this dtype", effect=_guided)  # fmt: skip
+    cfg_batch: str = option(
+        "positive_first", one_of("positive_first", "negative_first", "apart"), "order of the prompts in a guided call, or two calls",
+        effect=_guided,
+    )  # fmt: skip
+    strength_rounding: str = option(
+        "up", one_of("up", "down", "float_up"), "to how many steps a strength is rounded; float_up: as floats have it, 25 x 0.56 is 15",
+        effect=_begun,
+    )  # fmt: skip
+    pixels: str = option("round", one_of("round", "truncate"), "to which of its two neighbours a level of 255 goes")
+
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> "Request":
         """Of values by field. Raises ConfigError, with the nearest name, for one that is not a field."""
@@ -320,6 +372,10 @@ class Request:
             pair = getattr(self, name)
             if len(pair) != 2 or not 0 <= pair[0] < pair[1] <= 1:
                 raise ConfigError(f"{name} must be two rising {what} such as 0 and 0.8, not {pair}")
+        for name, told in FIELDS.items():
+            names, value = told.metadata["kind"].flag.get("choices"), getattr(self, name)
+            if names and name != "sampler" and value not in names:
+                raise ConfigError(f"{name} must be {', '.join(names[:-1])} or {names[-1]}, not {value!r}")
         if self.sampler is not None and self.sampler not in SAMPLERS:
             raise ConfigError(f"'{self.sampler}' is not a sampler; there are {', '.join(SAMPLERS)}")
         if self.hand_over is not None and self.hand_over in (0, 1):
@@ -327,6 +383,11 @@ class Request:
         for seed in seeds_of(self):
             if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < SEEDS:
                 raise ConfigError(f"the seed must be a whole number from 0 to 2^63 - 1, not {seed!r}")
+        if self.noise_generator == "one" and len({*seeds_of(self)}) > 1:
+            raise ConfigError(f"noise_generator one begins with one seed, not with {len({*seeds_of(self)})}")
+        row = self.noise_row
+        if row is not None and not (len(row) == 2 and all(type(n) is int for n in row) and 0 <= row[0] < row[1]):
+            raise ConfigError(f"noise_row must be a row and the number of rows, such as 1 and 4, not {row}")
         if multiple is not None:
             for name in ("width", "height"):
                 if (side := getattr(self, name)) is not None:

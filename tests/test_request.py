@@ -78,6 +78,10 @@ def test_names_of_settings_are_checked_in_python_with_the_nearest() -> None:
         ({"steps": 0}, "a run needs at least one step, not 0"), ({"seed": "x"}, "the seed must be a whole number"),
         ({"strength": -0.1}, "strength must be between 0 and 1, not -0.1"), ({"hand_over": 1.0}, "hand_over must be between 0 and 1"),
         ({"crop": (1, 2, 3)}, "crop must be two whole numbers"), ({"part": (0.5, 0.5)}, "part must be two rising shares"),
+        ({"noise_dtype": "int8"}, "noise_dtype must be float32, bfloat16, float16 or float64, not 'int8'"),
+        ({"pixels": "floor"}, "pixels must be round or truncate, not 'floor'"), ({"noise_skip": -1}, "noise_skip must be between 0"),
+        ({"noise_row": (2, 2), "noise_generator": "one"}, "noise_row must be a row and the number of rows"),
+        ({"noise_generator": "one", "seed": [1, 2]}, "noise_generator one begins with one seed, not with 2"),
     ],
 )  # fmt: skip
 def test_an_impossible_value_is_one_sentence(settings: dict[str, Any], says: str) -> None:
@@ -157,6 +161,11 @@ IDLE: list[tuple[str, str, dict[str, Any], str]] = [  # field, family, settings,
     ("references", "flux", {"references": [PICTURE]}, "Flux Kontext edits references"),
     ("image", "kontext", {"image": PICTURE}, "without a strength: what it edits are references"),
     ("lora_scale", "flux", {"lora_scale": 0.5}, "without a LoRA that has no scale of its own"),
+    ("noise_layout", "unet", {"noise_layout": "packed"}, "on base"), ("noise_row", "flux", {"noise_row": (0, 2)}, "without noise_generator: one"),
+    ("start_noise", "mmdit", {"start_noise": "level"}, "on sd3"), ("guidance_dtype", "unet", {"guidance_dtype": "bfloat16"}, "on base"),
+    ("cfg_dtype", "flux", {"cfg_dtype": "bfloat16"}, "without classifier-free guidance"),
+    ("cfg_batch", "flux", {"cfg_batch": "apart"}, "without classifier-free guidance"),
+    ("strength_rounding", "flux", {"strength_rounding": "down"}, "without the image that it is for"),
 ]  # fmt: skip
 
 

@@ -172,7 +172,7 @@ class SDXLInference(DiffusionInference):
     def takes(self) -> Collection[str]:  # type: ignore[override]
         if self.refines:
             return ("original_size", "crop", "aesthetic_score")
-        return ("original_size", "crop", "target_size", *(["aesthetic_score"] if self.refiner else []))
+        return ("original_size", "crop", "target_size", "start_noise", *(["aesthetic_score"] if self.refiner else []))
 
     @property
     def inpaints(self) -> bool:  # type: ignore[override]
@@ -208,7 +208,7 @@ class SDXLInference(DiffusionInference):
         mask: Tensor | None, condition: Tensor | None, callback: Callback | None,
     ) -> Stages[Run]:  # fmt: skip
         """The base as far as it goes, then the refiner, which takes over latents, noise and memory of the sampler."""
-        first, last = self.ends(points, asked.part, 1.0 if image is None else asked.strength)
+        first, last = self.ends(points, asked, 1.0 if image is None else asked.strength)
         if self.refines and first == 0 and image is None:
             raise ConfigError("the refiner finishes images: give it to a base as refiner, or an image with a strength")
         if self.refiner is None:
@@ -216,7 +216,7 @@ class SDXLInference(DiffusionInference):
         refiner = self.refiner
         own = yield from refiner._encoding(asked.prompt, asked.negative, asked.cfg_scale != 1)
         cut = min(max(first, self.place(points, asked.hand_over)), last)
-        run = self.begun(noise, points, first, image, asked.seed)
+        run = self.begun(noise, points, first, image, asked, asked.seed)
         yield self.network
         self.walk(run, prompt, points, asked, first, cut, image, mask, condition, callback)
         yield refiner.network

@@ -148,4 +148,5 @@ SAMPLERS: dict[str, Sampler] = {
     "euler": euler, "euler_ancestral": euler_ancestral, "heun": heun, "ddim": euler, "dpmpp_2m": dpmpp_2m,
     "dpmpp_2m_sde": dpmpp_2m_sde, "lcm": lcm,
 }  # fmt: skip
+EXPLODING = ("euler", "euler_ancestral", "heun")  # diffusers has their latents in variance-exploding space
 STOCHASTIC = ("euler_ancestral", "dpmpp_2m_sde", "lcm")  # these draw noise on the way
