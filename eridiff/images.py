@@ -24,15 +24,15 @@ log = logging.getLogger(__name__)
 METADATA_KEY = "eridiff"  # of the PNG text chunk that holds the settings as JSON
 
 
-def to_images(images: Tensor) -> list[Image.Image]:
-    """`[B, 3, H, W]` in [-1, 1] -> 8-bit images, clamped and rounded to the nearest level.
+def to_images(images: Tensor, truncate: bool = False) -> list[Image.Image]:
+    """`[B, 3, H, W]` in [-1, 1] -> 8-bit images, clamped and rounded to the nearest level, or to the level below.
 
-    The original Flux truncates instead and so is up to one level darker. Raises EridiffError for values that are not
-    finite.
+    The original Flux truncates and so is up to one level darker. Raises EridiffError for values that are not finite.
     """
     if not bool(torch.isfinite(images).all()):
         raise EridiffError("the image has values that are not finite and is not written")
-    levels = ((images.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+    levels = (images.float().clamp(-1, 1) + 1) * 127.5
+    levels = (levels if truncate else levels.round()).to(torch.uint8)
     return [Image.fromarray(image.permute(1, 2, 0).cpu().numpy()) for image in levels]
 
 

@@ -111,9 +111,6 @@ def _reads(kind: type) -> Callable[[str, Any], Any]:
 TEXT = Kind(_reads(str), {"metavar": "TEXT"}, "blurry")
 WHOLE = Kind(_reads(int), {"type": int, "metavar": "N"}, "64")
 NUMBER = Kind(_reads(float), {"type": float, "metavar": "X"}, "0.5")
-ROUNDED = Kind(_reads(str), {"choices": ROUNDINGS}, "down")
-FINAL = Kind(_reads(str), {"choices": ("zero", "lowest")}, "lowest")
-SCALED = Kind(_reads(str), {"choices": ("one", "sigma")}, "sigma")
 METHOD = Kind(_reads(str), {"choices": SAMPLERS}, "heun")
 PROGRAM = Kind(_reads(str), {"choices": recipes()}, "diffusers")
 SKIPPED = Kind(
@@ -130,13 +127,26 @@ SHARES = Kind(
     _pair(float, "two rising shares of the steps", "[0, 0.8]"), {"type": float, "nargs": 2, "metavar": ("START", "END")},
     "[0.0, 0.8]", list,
 )  # fmt: skip
+ROW = Kind(
+    _pair(int, "two numbers, the image's and the batch's", "[1, 4]"), {"type": int, "nargs": 2, "metavar": ("ROW", "ROWS")},
+    "[1, 4]", lambda v: v and list(v),
+)  # fmt: skip
 FILE = Kind(_reads(str), {"metavar": "FILE"}, "in.png", _path)
 FILES = Kind(_files, {"metavar": "FILE", "action": "append"}, "[in.png, other.png]", lambda v: None if v is None else [_path(p) for p in listed_pictures(v)])  # fmt: skip
 
 
+def one_of(*names: str) -> Kind:
+    """One of some names; the last is the example."""
+    return Kind(_reads(str), {"choices": names}, names[-1])
+
+
+ROUNDED = ("float32", "float16", "bfloat16", "weights")  # weights: as the network's are
+TIMESTEPS = ("float16_timestep", "bfloat16_timestep", "weights_timestep")
+
+
 def option(
     default: Any, kind: Kind, help: str, *, low: float | None = None, high: float | None = None,
-    words: Sequence[str] = (), flags: Sequence[str] = (), effect: Any = None, python: bool = False,
+    words: Sequence[str] = (), flags: Sequence[str] = (), effect: Any = None, usual: Any = None, python: bool = False,
 ) -> Any:  # fmt: skip
     """A field of `Request`.
 
@@ -144,10 +154,11 @@ def option(
     - words: other tools' names for the key of a file.
     - flags: shorter names on the command line.
     - effect: a function of request and model: why the value has no effect, or None where it has one.
+    - usual: what None is for every model; None where the model, or nothing, decides.
     - python: whether only a program can give it, because it goes with tensors.
     """
     told = {"kind": kind, "help": help, "low": low, "high": high, "words": words, "flags": flags}
-    return field(default=default, metadata={**told, "effect": effect, "python": python})
+    return field(default=default, metadata={**told, "effect": effect, "usual": usual, "python": python})
 
 
 def _guided(request: "Request", model: Any) -> str | None:
@@ -253,6 +264,10 @@ def _masked(request: "Request", model: Any) -> str | None:
     return "without a mask" if request.mask is None else None
 
 
+def _in_one(request: "Request", model: Any) -> str | None:
+    return None if request.noise_generator == "one" else "without noise_generator: one"
+
+
 def _weighed(request: "Request", model: Any) -> str | None:
     return (
         None if any(handle.scale is None for handle in model.loras) else "without a LoRA that has no scale of its own"
@@ -301,9 +316,9 @@ class Request:
         None, NUMBER, "scale of classifier-free guidance; two network calls per step", low=0, high=1000,
         words=("true_cfg_scale",), flags=("cfg",),
     )  # fmt: skip
-    cfg_rescale: float = option(
-        0.0, NUMBER, "share of the standard deviation that is restored after guidance", low=0, high=1,
-        words=("guidance_rescale",), effect=_guided,
+    cfg_rescale: float | None = option(
+        None, NUMBER, "share of the standard deviation that is restored after guidance", low=0, high=1,
+        words=("guidance_rescale",), effect=_guided, usual=0.0,
     )  # fmt: skip
     cfg_interval: tuple[float, float] = option(
         (0.0, 1.0), SHARES, "first and last share of the steps with guidance", effect=_guided
@@ -351,30 +366,81 @@ class Request:
         None, NUMBER, "scale of the LoRAs that have none of their own (1)", low=-1000, high=1000,
         words=("network_multiplier",), effect=_weighed,
     )  # fmt: skip
+    recipe: str | None = option(None, PROGRAM, "generate as another program does, where nothing else is asked")
     # schedules and samplers, where programs differ
     timestep_offset: int | None = option(
         None, WHOLE, "SDXL: added to leading timesteps (1)", low=0, high=999, effect=_offset
     )
-    timestep_rounding: str = option("none", ROUNDED, "whole timesteps for the network, of 1000")
-    final_noise: str | None = option(
-        None, FINAL, "SDXL: where the last step ends, no noise or the training's lowest (ddim)", effect=_ending
+    timestep_rounding: str | None = option(
+        None, one_of(*ROUNDINGS), "whole timesteps for the network, of 1000 (none)", usual="none"
     )
+    final_noise: str | None = option(
+        None, one_of("zero", "lowest"), "SDXL: where the last step ends, no noise or the training's lowest (ddim)", effect=_ending
+    )  # fmt: skip
     clip_clean: float | None = option(
         None, NUMBER, "the clean latents that a step sees are clipped to this size", low=0.01, high=1000
     )
     eta: float | None = option(
-        None, NUMBER, "share of new noise in the steps of a sampler that adds noise (1; ddim 0)", low=0, high=1,
-        effect=_renewed,
+        None, NUMBER, "share of new noise in the steps of a sampler that adds noise (1; ddim 0)", low=0, high=1, effect=_renewed,
     )  # fmt: skip
-    churn: float = option(
-        0.0, NUMBER, "SDXL, euler and heun: noise that is added over the run before the steps", low=0, high=1000,
-        effect=_churned,
+    churn: float | None = option(
+        None, NUMBER, "SDXL, euler and heun: noise that is added over the run before the steps (0)", low=0, high=1000,
+        effect=_churned, usual=0.0,
     )  # fmt: skip
-    noise_scale: str = option(
-        "one", SCALED, "SDXL: what the noise of the seed is multiplied with, one or the first point's share of noise",
-        effect=_scaled,
+    # noise, rounding and the order of a batch, where programs differ
+    noise_scale: str | None = option(
+        None, one_of("one", "sigma"), "SDXL: the seed's noise is multiplied with one or the first point's share of noise (one)",
+        effect=_scaled, usual="one",
     )  # fmt: skip
-    recipe: str | None = option(None, PROGRAM, "generate as another program does, where nothing else is asked")
+    noise_layout: str | None = option(
+        None, one_of("latents", "packed"), "Flux: the noise is made as latents, or as tokens (latents)",
+        effect=_taken("noise_layout"), usual="latents",
+    )  # fmt: skip
+    noise_dtype: str | None = option(
+        None, one_of(*ROUNDED, "float64"), "the noise is made in this dtype (float32); float64 is other noise", usual="float32"
+    )  # fmt: skip
+    noise_device: str | None = option(
+        None, one_of("cpu", "model"), "where the noise is made (cpu); the model's device has other noise", usual="cpu"
+    )
+    noise_generator: str | None = option(
+        None, one_of("each", "one"), "each image has a generator of its own seed, or one serves a whole batch (each)", usual="each"
+    )  # fmt: skip
+    noise_skip: int | None = option(
+        None, WHOLE, "how often the generator has made noise of one image before (0)", low=0, high=10**6, usual=0
+    )
+    noise_row: tuple[int, int] | None = option(
+        None, ROW, "this image is such a row, from 0, of a batch whose noise one generator makes", effect=_in_one
+    )
+    latents_dtype: str | None = option(
+        None, one_of(*ROUNDED), "latents are rounded to this dtype after each step (float32)", usual="float32"
+    )
+    time_dtype: str | None = option(
+        None, one_of(*ROUNDED, *TIMESTEPS),
+        "the network is given 1000 times the time as this dtype computes it (float32); of `_timestep` the product is rounded first",
+        usual="float32",
+    )  # fmt: skip
+    guidance_dtype: str | None = option(
+        None, one_of(*ROUNDED), "the same for the guidance embedding (float32): 3.5 becomes 3.504 in bfloat16",
+        effect=_taken("guidance_dtype"), usual="float32",
+    )  # fmt: skip
+    cfg_dtype: str | None = option(
+        None,
+        one_of(*ROUNDED),
+        "classifier-free guidance is computed in this dtype (float32)",
+        effect=_guided,
+        usual="float32",
+    )
+    cfg_batch: str | None = option(
+        None, one_of("positive_first", "negative_first", "apart"),
+        "order of the prompts in a guided call, or two calls (positive_first)", effect=_guided, usual="positive_first",
+    )  # fmt: skip
+    strength_rounding: str | None = option(
+        None, one_of("up", "down", "float_up"),
+        "to how many steps a strength is rounded (up); float_up: as floats have it, 25 x 0.56 is 15", effect=_begun, usual="up",
+    )  # fmt: skip
+    pixels: str | None = option(
+        None, one_of("round", "truncate"), "to which of its two neighbours a level of 255 goes (round)", usual="round"
+    )
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> "Request":
@@ -404,10 +470,10 @@ class Request:
             pair = getattr(self, name)
             if len(pair) != 2 or not 0 <= pair[0] < pair[1] <= 1:
                 raise ConfigError(f"{name} must be two rising {what} such as 0 and 0.8, not {pair}")
-        for name in ("timestep_rounding", "final_noise", "noise_scale"):
-            value, known = getattr(self, name), FIELDS[name].metadata["kind"].flag["choices"]
-            if value is not None and value not in known:
-                raise ConfigError(f"{name} must be {' or '.join(known)}, not {value!r}")
+        for name, told in FIELDS.items():
+            names, value = told.metadata["kind"].flag.get("choices"), getattr(self, name)
+            if names and name not in ("sampler", "recipe") and value is not None and value not in names:
+                raise ConfigError(f"{name} must be {', '.join(names[:-1])} or {names[-1]}, not {value!r}")
         if self.sampler is not None and self.sampler not in SAMPLERS:
             raise ConfigError(f"'{self.sampler}' is not a sampler; there are {', '.join(SAMPLERS)}")
         if self.hand_over is not None and self.hand_over in (0, 1):
@@ -415,6 +481,11 @@ class Request:
         for seed in seeds_of(self):
             if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < SEEDS:
                 raise ConfigError(f"the seed must be a whole number from 0 to 2^63 - 1, not {seed!r}")
+        if self.noise_generator == "one" and len({*seeds_of(self)}) > 1:
+            raise ConfigError(f"noise_generator one begins with one seed, not with {len({*seeds_of(self)})}")
+        row = self.noise_row
+        if row is not None and not (len(row) == 2 and all(type(n) is int for n in row) and 0 <= row[0] < row[1]):
+            raise ConfigError(f"noise_row must be a row and the number of rows, such as 1 and 4, not {row}")
         if multiple is not None:
             for name in ("width", "height"):
                 if (side := getattr(self, name)) is not None:
@@ -447,7 +518,8 @@ class Request:
         found = {}
         for name, told in FIELDS.items():
             effect = told.metadata["effect"]
-            if effect is not None and self.says(name) and (reason := effect(self, model)):
+            same = told.metadata["usual"] is not None and getattr(self, name) == told.metadata["usual"]
+            if effect is not None and self.says(name) and not same and (reason := effect(self, model)):
                 found[name] = reason
         return found
 
@@ -487,8 +559,12 @@ class Request:
                 raise ConfigError(
                     f"there is no published skip-layer guidance for {model.variant}; sd3.5-medium has one"
                 )
+        usual: dict[str, Any] = {
+            name: _narrowed(told.metadata["usual"] if getattr(asked, name) is None else getattr(asked, name), model)
+            for name, told in FIELDS.items() if told.metadata["usual"] is not None
+        }  # fmt: skip
         settled = replace(
-            asked, prompt=prompts, seed=seeds, width=width, height=height, sampler=sampler, schedule=schedule,
+            asked, **usual, prompt=prompts, seed=seeds, width=width, height=height, sampler=sampler, schedule=schedule,
             steps=steps, strength=strength, skip_layers=skip, guidance_scale=model.guidance(asked.guidance_scale),
             cfg_scale=model.sampling.cfg_scale if asked.cfg_scale is None else asked.cfg_scale,
             negative=None if asked.negative is None else listed(asked.negative), **opened,
@@ -622,6 +698,14 @@ def matched(request: Request, rows: int = 1) -> tuple[list[Text], list[int]]:
     if any(n not in (1, count) for n in (len(prompts), len(seeds), rows)):
         raise ConfigError(f"{len(prompts)} prompts and {len(seeds)} seeds do not match; give as many, or one of either")
     return prompts * (count // len(prompts)), seeds * (count // len(seeds))
+
+
+def _narrowed(value: Any, model: Any) -> Any:
+    """A setting whose dtype is "weights", by the name of the network's."""
+    if not isinstance(value, str) or not value.startswith("weights"):
+        return value
+    dtype = model.weights_dtype
+    return value.replace("weights", dtype) if dtype in ("float16", "bfloat16") else "float32"
 
 
 def _opened(picture: Any) -> Any:

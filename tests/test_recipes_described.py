@@ -93,7 +93,9 @@ def of_kohya(sampler: str) -> Any:
         "dpm2_ancestral": d.KDPM2AncestralDiscreteScheduler, "dpmpp_2m": d.DPMSolverMultistepScheduler,
         "dpmpp_single": d.DPMSolverSinglestepScheduler,
     }  # fmt: skip
-    scheduler = classes[sampler](num_train_timesteps=1000, beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+    scheduler = classes[sampler](
+        num_train_timesteps=1000, beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"
+    )
     if getattr(scheduler.config, "clip_sample", None) is False:
         scheduler.config.clip_sample = True
     return scheduler

@@ -79,6 +79,10 @@ def test_names_of_settings_are_checked_in_python_with_the_nearest() -> None:
         ({"strength": -0.1}, "strength must be between 0 and 1, not -0.1"), ({"hand_over": 1.0}, "hand_over must be between 0 and 1"),
         ({"eta": 1.5}, "eta must be between 0 and 1"), ({"timestep_rounding": "up"}, "timestep_rounding must be none or down"),
         ({"crop": (1, 2, 3)}, "crop must be two whole numbers"), ({"part": (0.5, 0.5)}, "part must be two rising shares"),
+        ({"noise_dtype": "int8"}, "noise_dtype must be float32, bfloat16, float16 or float64, not 'int8'"),
+        ({"pixels": "floor"}, "pixels must be round or truncate, not 'floor'"), ({"noise_skip": -1}, "noise_skip must be between 0"),
+        ({"noise_row": (2, 2), "noise_generator": "one"}, "noise_row must be a row and the number of rows"),
+        ({"noise_generator": "one", "seed": [1, 2]}, "noise_generator one begins with one seed, not with 2"),
     ],
 )  # fmt: skip
 def test_an_impossible_value_is_one_sentence(settings: dict[str, Any], says: str) -> None:
@@ -171,6 +175,11 @@ IDLE: list[tuple[str, str, dict[str, Any], str]] = [  # field, family, settings,
     ("churn", "flux", {"churn": 9.0}, "on dev: Karras' churn is for discrete noise levels"),
     ("noise_scale", "flux", {"noise_scale": "sigma"}, "on dev"),
     ("noise_scale", "unet", {"noise_scale": "sigma", "image": PICTURE}, "on a run that begins from an image"),
+    ("noise_layout", "unet", {"noise_layout": "packed"}, "on base"), ("noise_row", "flux", {"noise_row": (0, 2)}, "without noise_generator: one"),
+    ("guidance_dtype", "unet", {"guidance_dtype": "bfloat16"}, "on base"),
+    ("cfg_dtype", "flux", {"cfg_dtype": "bfloat16"}, "without classifier-free guidance"),
+    ("cfg_batch", "flux", {"cfg_batch": "apart"}, "without classifier-free guidance"),
+    ("strength_rounding", "flux", {"strength_rounding": "down"}, "without the image that it is for"),
 ]  # fmt: skip
 
 

@@ -28,15 +28,15 @@ from eridiff.inference.from_diffusers import model_of
 from eridiff.inference.handed_in import check_dtypes
 from eridiff.inference.latents import (  # fmt: skip
     LATENT_SCALE,
+    as_told,
     device_of,
-    drawn,
     dtype_of,
     finite,
     first_step,
     latent_mask,
-    noise_of_steps,
+    noises,
+    rounded,
     same_device,
-    seeded,
 )
 from eridiff.inference.loading import read
 from eridiff.inference.lora import LoraHandle, weighed
@@ -54,13 +54,16 @@ from eridiff.request import FIELDS, Checked, Request, Table, Text, known_names, 
 from eridiff.schedulers import Schedule
 from eridiff.schedulers.flow_match import flow_points, flow_schedule
 from eridiff.schedulers.guidance import Guidance, guided
-from eridiff.schedulers.samplers import noises, sampler, with_inside
+from eridiff.schedulers.samplers import noises_of_a_step, sampler, with_inside
 from eridiff.schedulers.step import REMEMBERED, Predict, mixed
 from eridiff.schedulers.tables import rounded_times
 from eridiff.text import Conditioning
 from eridiff.weights.locate import ModelPath, Parts, locate
 
 log = logging.getLogger(__name__)
+USUAL: Checked = Request(
+    **{name: told.metadata["usual"] for name, told in FIELDS.items() if told.metadata["usual"] is not None}
+)
 KEEP = ("conditioning", "noise", "latents", "run")
 T = TypeVar("T")
 
@@ -417,17 +420,17 @@ class DiffusionInference(Family):
         request = Request.of({**asked, "width": width, "height": height, "steps": count})
         settled = request.checked(self, rows[0])
         schedule = self.points(replace(settled, schedule=request.schedule)) if isinstance(steps, int) else steps
-        if noises(settled.sampler, settled.eta, settled.churn) and seeds is None:
+        if noises_of_a_step(settled.sampler, settled.eta, settled.churn) and seeds is None:
             raise ConfigError(f"{settled.sampler} draws noise on the way: give seeds, one per image")
-        first, last = self.ends(schedule, settled.part, 1.0 if image is None else strength)
+        first, last = self.ends(schedule, settled, 1.0 if image is None else strength)
         run = self.begun(latents, schedule, first, image, settled, seeds)
         self.walk(run, prompt, schedule, settled, first, last, image, mask, condition, callback)
         return finite(run.x, "denoising")
 
-    def ends(self, schedule: Schedule, part: tuple[float, float], strength: float) -> tuple[int, int]:
+    def ends(self, schedule: Schedule, asked: Checked, strength: float) -> tuple[int, int]:
         """The first step of a run and the one behind its last."""
-        first, last = (self.place(schedule, share) for share in part)
-        return max(first, first_step(schedule.steps, strength)), last
+        first, last = (self.place(schedule, share) for share in asked.part)
+        return max(first, first_step(schedule.steps, strength, asked.strength_rounding)), last
 
     def begun(
         self, noise: Tensor | Run, schedule: Schedule, first: int, image: Tensor | None, asked: Checked,
@@ -438,9 +441,13 @@ class DiffusionInference(Family):
         before = noise if isinstance(noise, Run) else None
         own = (noise.noise if isinstance(noise, Run) else noise).to(self.device, torch.float32)
         start = before.start if before is not None else 0 if image is None else first
-        done = first - start  # the noise of the part's steps before is used up
-        done *= noises(asked.sampler, asked.eta, asked.churn)
-        draw = noise_of_steps(seeds, own, done) if seeds is not None else None
+        draw = None
+        if seeds is not None:
+            made = noises(seeds, own.shape[1:], asked, self.device)
+            steps = (first - start) * noises_of_a_step(asked.sampler, asked.eta, asked.churn)  # of the parts before
+            for _ in range(1 + steps):  # that of the start too
+                made()
+            draw = lambda: made().to(self.device)  # noqa: E731
         if before is not None:
             past = [(clean.to(self.device), noise.to(self.device)) for clean, noise in before.past]
             return Run(before.x.to(self.device), own, draw, start, past)
@@ -457,11 +464,13 @@ class DiffusionInference(Family):
         image, mask, condition = (None if t is None else t.to(self.device) for t in (image, mask, condition))
         with self._stage(self.network):
             predict = self.predictor(prompt, schedule, asked, condition, first)
+            run.x = rounded(run.x, asked.latents_dtype, schedule, first, asked.sampler)
             for i in tqdm(range(first, last), desc="denoising", unit="step", **self._bar):
                 run.x, seen = move(predict, run.x, schedule, i, run.past, run.draw)
                 run.past = [*run.past, seen][-REMEMBERED:]
                 if mask is not None and image is not None:
                     run.x = mask * run.x + (1 - mask) * mixed(image, run.noise, schedule, i + 1)
+                run.x = rounded(run.x, asked.latents_dtype, schedule, i + 1, asked.sampler)
                 if callback and callback(Step(i, schedule.steps, float(schedule.sigmas[i + 1]), run.x, seen[0])):
                     run.stopped = True
                     break
@@ -471,7 +480,10 @@ class DiffusionInference(Family):
     ) -> Predict:
         """A function from latents `[B, C, H / 8, W / 8]` and a step to the guided network's raw output of that shape."""
         rows = [prompt.positive]
-        guidance = Guidance(asked.cfg_scale, asked.cfg_rescale, asked.cfg_interval, asked.skip_layers or None)
+        guidance = Guidance(
+            asked.cfg_scale, asked.cfg_rescale, asked.cfg_interval, asked.skip_layers or None, asked.cfg_batch,
+            None if asked.cfg_dtype == "float32" else getattr(torch, asked.cfg_dtype),
+        )  # fmt: skip
         if guidance.cfg_scale != 1:
             if prompt.negative is None:
                 raise ConfigError(f"cfg_scale {guidance.cfg_scale:g} needs a negative prompt; an empty one is ''")
@@ -480,7 +492,8 @@ class DiffusionInference(Family):
             check_dtypes(network=self.network, autoencoder=self.autoencoder)
         dtype = dtype_of(self.network)
         conditioning = Conditioning.joined([part.to(self.device, dtype) for part in rows])
-        times = schedule.asked.to(self.device, torch.promote_types(dtype, torch.float32))
+        told = as_told(schedule.asked, asked.time_dtype, 1000 if schedule.prediction == "velocity" else 1)
+        times = told.to(self.device, torch.promote_types(dtype, torch.float32))
         run = self.prepare(conditioning, len(conditioning) - len(prompt.positive), times, asked)
 
         def ask(x: Tensor, run: Any, i: int, skip_blocks: Collection[int]) -> Tensor:
@@ -511,8 +524,11 @@ class DiffusionInference(Family):
 
         So an image's noise depends neither on its neighbours nor on the device.
         """
+        return self._start_noise(seeds, width, height, USUAL)
+
+    def _start_noise(self, seeds: Sequence[int], width: int, height: int, asked: Checked) -> Tensor:
         shape = (self.latent_channels, height // LATENT_SCALE, width // LATENT_SCALE)
-        return torch.stack([drawn(shape, seeded(seed)) for seed in seeds])
+        return noises(seeds, shape, asked, self.device)()
 
     def generate(
         self, prompt: Request | Text | Sequence[Text] = "", *, conditioning: Prompt | None = None,
@@ -603,7 +619,11 @@ class DiffusionInference(Family):
             decoded = mask * decoded + (1 - mask) * image
         kept: dict[str, Any] = {"conditioning": conditioning, "noise": run.noise, "latents": latents, "run": run}
         settings = records(self.model, request, asked, given, self.circumstances())
-        return Result(to_images(decoded), settings, **{name: kept[name] for name in given.keep})
+        return Result(
+            to_images(decoded, truncate=asked.pixels == "truncate"),
+            settings,
+            **{name: kept[name] for name in given.keep},
+        )
 
     def _conditioned(self, asked: Checked, given: Prompt | None) -> Stages[Prompt]:
         """The prompts of a batch, encoded; one of its rows serves all."""
@@ -629,18 +649,23 @@ class DiffusionInference(Family):
             raise ConfigError(
                 f"the noise has the shape {list(rows.shape)}, and an image of {width}x{height} needs {shape}"
             )
-        return self.noise(seeds, width, height) if given is None else given
+        return self._start_noise(seeds, width, height, asked) if given is None else given
 
     def _denoised(
         self, noise: Tensor | Run, prompt: Prompt, points: Schedule, asked: Checked, image: Tensor | None,
         mask: Tensor | None, condition: Tensor | None, callback: Callback | None,
     ) -> Stages[Run]:  # fmt: skip
         """As `denoise`, in stages; the run at its end."""
-        first, last = self.ends(points, asked.part, 1.0 if image is None else asked.strength)
+        first, last = self.ends(points, asked, 1.0 if image is None else asked.strength)
         run = self.begun(noise, points, first, image, asked, asked.seed)
         yield self.network
         self.walk(run, prompt, points, asked, first, last, image, mask, condition, callback)
         return run
+
+    @property
+    def weights_dtype(self) -> str:
+        """The dtype of the network's weights by name."""
+        return str(dtype_of(self.network)).removeprefix("torch.")
 
     @property
     def guidance_embedding(self) -> bool:

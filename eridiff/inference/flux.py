@@ -13,7 +13,7 @@ from eridiff.errors import ConfigError
 from eridiff.images import to_tensor
 from eridiff.inference.base import DiffusionInference, of_encoder
 from eridiff.inference.family import Encoder
-from eridiff.inference.latents import dtype_of, finite_features
+from eridiff.inference.latents import as_told, dtype_of, finite_features
 from eridiff.inference.options import Options
 from eridiff.inference.settings import Defaults, spoken
 from eridiff.memory.stages import Stages
@@ -83,7 +83,8 @@ class FluxInference(DiffusionInference):
     @property
     def takes(self) -> Collection[str]:  # type: ignore[override]
         follows = "canny" in self.variants_of_inputs(self.network.config)
-        return ("control",) if follows else ("references",) if self.variant == "kontext" else ()
+        own = ("noise_layout", "guidance_dtype") if self.guidance_embedding else ("noise_layout",)
+        return (*own, *(["control"] if follows else ["references"] if self.variant == "kontext" else []))
 
     def shifts(self, table: Table | None) -> bool:
         return isinstance(table, str) and table in FLOW_TABLES
@@ -152,9 +153,10 @@ class FluxInference(DiffusionInference):
 
     def prepare(self, conditioning: Conditioning, negatives: int, times: Tensor, asked: Checked) -> FluxRun:
         scale = asked.guidance_scale
-        told = (
-            None if scale is None else torch.full((len(conditioning),), scale, dtype=torch.float32, device=self.device)
-        )
+        told = None
+        if scale is not None:
+            scales = torch.full((len(conditioning),), scale, dtype=torch.float32, device=self.device)
+            told = as_told(scales, asked.guidance_dtype)
         grids = [(asked.height // 16, asked.width // 16)]
         grids += [(picture.shape[2] // 16, picture.shape[3] // 16) for picture in asked.references or ()]
         ids = torch.cat([position_ids(grid, index) for index, grid in enumerate(grids)]) if asked.references else None

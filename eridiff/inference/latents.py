@@ -2,50 +2,89 @@
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from eridiff.errors import CheckpointError, EridiffError
+from eridiff.errors import CheckpointError, ConfigError, EridiffError
+from eridiff.models.flux import unpatchify
+from eridiff.schedulers import Schedule
+from eridiff.schedulers.samplers import EXPLODING
 from eridiff.schedulers.step import Draw
 
 LATENT_SCALE = 8  # pixels a latent's side, in every autoencoder of the three families
 
 
-def first_step(steps: int, strength: float) -> int:
+def first_step(steps: int, strength: float, rounding: str = "up") -> int:
     """Where image to image begins: the share `strength` of the steps is run, at least one unless it is 0.
 
-    A share that is a whole number of steps is that number: 25 * 0.28 is 7, though the product of floats is above it. diffusers
-    rounds down where this rounds up (28 * 0.3: 8 steps there, 9 here).
+    - up: a share that is a whole number of steps is that number: 25 * 0.28 is 7, though the product of floats is above it.
+    - float_up: as diffusers computes for Flux and SD 3, in floats: 25 * 0.56 is 15.
+    - down: as diffusers computes for SDXL: 28 * 0.3 is 8, and 9 by the others. Raises ConfigError where nothing is left.
     """
+    if rounding == "float_up":
+        return int(max(steps - min(steps * strength, steps), 0))
+    if rounding == "down":
+        if strength > 0 and steps * strength < 1:
+            raise ConfigError(
+                f"strength {strength:g} of {steps} steps, rounded down, leaves none: raise it, or the steps"
+            )
+        return steps - int(steps * strength)
     return steps - max(math.ceil(round(steps * strength, 4)), int(strength > 0))
 
 
-def seeded(seed: int) -> torch.Generator:
-    """A generator of the CPU, whatever torch's default device is."""
-    return torch.Generator("cpu").manual_seed(seed)
+def noises(seeds: Sequence[int], shape: Sequence[int], asked: Any, device: torch.device) -> Draw:
+    """Noise of images `[C, H / 8, W / 8]`, each time anew: that of the start, then that of samplers' steps; float32.
 
-
-def drawn(shape: Sequence[int], generator: torch.Generator) -> Tensor:
-    """Noise of an image: float32 on the CPU whatever torch's default device and dtype are, so that a seed is an image."""
-    return torch.randn(shape, generator=generator, device="cpu", dtype=torch.float32)
-
-
-def noise_of_steps(seeds: Sequence[int], start: Tensor, done: int = 0) -> Draw:
-    """New noise like `start` at every call, each image from its own seed, going on where its start ended.
-
-    `done` is for how many steps another part of the run has used noise.
+    With the defaults it depends neither on an image's neighbours nor on the device nor on torch's defaults. `asked`, a
+    `Request`, has the other ways: one generator makes the noise of a batch by one call, which a GPU's gives other values than
+    calls for one image each. Raises ConfigError for a row of a batch where several images are asked for.
     """
-    generators = [seeded(seed) for seed in seeds]
+    one, row, packed = asked.noise_generator == "one", asked.noise_row, asked.noise_layout == "packed"
+    if row is not None and len(seeds) != 1:
+        raise ConfigError(f"noise_row is of one image, and {len(seeds)} are asked for")
+    place = device if asked.noise_device == "model" else torch.device("cpu")
+    generators = [torch.Generator(place).manual_seed(seed) for seed in (seeds[:1] if one else seeds)]
+    rows = (len(seeds) if row is None else row[1]) if one else 1
+    channels, height, width = shape
+    form = (height * width // 4, channels * 4) if packed else tuple(shape)
+
+    def made(rows: int, generator: torch.Generator) -> Tensor:
+        dtype = getattr(torch, asked.noise_dtype)
+        return torch.randn((rows, *form), generator=generator, device=place, dtype=dtype).float()
 
     def draw() -> Tensor:
-        return torch.stack([drawn(start.shape[1:], generator) for generator in generators]).to(start.device)
+        noise = torch.cat([made(rows, generator) for generator in generators])
+        noise = noise if row is None else noise[row[0] : row[0] + 1]
+        return unpatchify(noise, (height // 2, width // 2)) if packed else noise
 
-    draw()
-    for generator in generators * done:
-        torch.empty(start.shape[1:], dtype=torch.float32, device="cpu").normal_(generator=generator)
+    for generator in generators * asked.noise_skip:
+        made(1, generator)
     return draw
+
+
+def rounded(x: Tensor, dtype: str, schedule: Schedule, i: int, sampler: str) -> Tensor:
+    """Latents at point `i`, rounded to a dtype in the space in which diffusers' sampler of that name has them; else as they are."""
+    if dtype == "float32":
+        return x
+    exploding = sampler in EXPLODING and schedule.prediction != "velocity"
+    scale = (float(schedule.alphas[i]) if exploding else 1.0) or 1.0  # of zero terminal SNR's first point, 4096 there
+    return (x / scale).to(getattr(torch, dtype)).to(x.dtype) * scale
+
+
+def as_told(values: Tensor, dtype: str, unit: int = 1000) -> Tensor:
+    """Times or guidance as a program gives them to its network that computes `unit` times them in a dtype (`time_dtype`).
+
+    `bfloat16` rounds the values and then the product, as the original Flux; `bfloat16_timestep` the product, then a quotient,
+    then the product again, as diffusers'.
+    """
+    name, _, timestep = dtype.partition("_")
+    if name == "float32":
+        return values
+    narrow = (values * unit).to(getattr(torch, name)) / unit if timestep else values.to(getattr(torch, name))
+    return (narrow * unit).to(values.dtype) / unit
 
 
 def latent_mask(mask: Tensor) -> Tensor:

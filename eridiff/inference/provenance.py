@@ -47,8 +47,16 @@ def records(
             if picture is not None and name not in handed_in
         } | ({"loras": [handle.hash for handle in model.loras]} if model.loras else {}),
     }  # fmt: skip
+    shared = asked.noise_generator == "one" and len(seeds) > 1  # then its row says which noise is an image's
     rows = [
-        replace(asked, prompt=p, seed=s, negative=negatives[i % len(negatives)], **pictures)
+        replace(
+            asked,
+            prompt=p,
+            seed=s,
+            negative=negatives[i % len(negatives)],
+            **pictures,
+            noise_row=(i, len(seeds)) if shared else asked.noise_row,
+        )  # fmt: skip
         for i, (p, s) in enumerate(zip(prompts, seeds, strict=True))
     ]
     return [{**row.to_json(), **rest} for row in rows]

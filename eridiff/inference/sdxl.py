@@ -225,7 +225,7 @@ class SDXLInference(DiffusionInference):
         mask: Tensor | None, condition: Tensor | None, callback: Callback | None,
     ) -> Stages[Run]:  # fmt: skip
         """The base as far as it goes, then the refiner, which takes over latents, noise and memory of the sampler."""
-        first, last = self.ends(points, asked.part, 1.0 if image is None else asked.strength)
+        first, last = self.ends(points, asked, 1.0 if image is None else asked.strength)
         if self.refines and first == 0 and image is None:
             raise ConfigError("the refiner finishes images: give it to a base as refiner, or an image with a strength")
         if self.refiner is None:

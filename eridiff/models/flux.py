@@ -210,8 +210,8 @@ class FluxRun:
     final: Tensor  # [B, T, 2 * hidden]
     seen: Tensor | None = None  # [B, 1, 1, S] bool, the tokens that are attended to; None is all
 
-    def rows(self, rows: slice) -> "FluxRun":
-        """The run of some rows of the batch; views, nothing is copied."""
+    def rows(self, rows: slice | list[int]) -> "FluxRun":
+        """The run of some rows of the batch; of a slice views, nothing is copied."""
         double = tuple((image[rows], text[rows]) for image, text in self.double)
         single, seen = tuple(m[rows] for m in self.single), None if self.seen is None else self.seen[rows]
         return FluxRun(self.text[rows], self.rope, double, single, self.final[rows], seen)

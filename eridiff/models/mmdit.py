@@ -213,8 +213,8 @@ class MMDiTRun:
     final: Tensor  # [B, T, 2 * hidden]
     seen: Tensor | None = None  # [B, 1, 1, L + N] bool, the tokens that are attended to; None is all
 
-    def rows(self, rows: slice) -> "MMDiTRun":
-        """The run of some rows of the batch; views, nothing is copied."""
+    def rows(self, rows: slice | list[int]) -> "MMDiTRun":
+        """The run of some rows of the batch; of a slice views, nothing is copied."""
         joint = tuple((image[rows], text[rows]) for image, text in self.joint)
         seen = None if self.seen is None else self.seen[rows]
         return MMDiTRun(self.text[rows], self.positions, joint, self.final[rows], seen)

@@ -255,7 +255,7 @@ class StageRun:
     shifts: tuple[Tensor, ...]  # of each residual block, [B, T, C]
     keys_values: tuple[KeysValues, ...]  # of each transformer
 
-    def rows(self, rows: slice) -> "StageRun":
+    def rows(self, rows: slice | list[int]) -> "StageRun":
         pairs = tuple(tuple((k[rows], v[rows]) for k, v in kv) for kv in self.keys_values)
         return StageRun(tuple(shift[rows] for shift in self.shifts), pairs)
 
@@ -342,8 +342,8 @@ class UNetRun:
     middle: StageRun
     up: tuple[StageRun, ...]  # the finest first, as the stages
 
-    def rows(self, rows: slice) -> "UNetRun":
-        """The run of some rows of the batch; views, nothing is copied."""
+    def rows(self, rows: slice | list[int]) -> "UNetRun":
+        """The run of some rows of the batch; of a slice views, nothing is copied."""
         down, up = (tuple(stage.rows(rows) for stage in stages) for stages in (self.down, self.up))
         return UNetRun(down, self.middle.rows(rows), up)
 

@@ -34,6 +34,8 @@ class Guidance:
     cfg_rescale: float = 0.0  # share of the result whose deviation is restored to the positive output's
     cfg_interval: tuple[float, float] = (0.0, 1.0)  # shares of the schedule: the first step that is guided, the end
     skip_layers: SkipLayers | None = None
+    batch: str = "positive_first"  # or "negative_first", or "apart" for two calls
+    dtype: torch.dtype | None = None  # in which the outputs are mixed; None is their own
 
 
 def classifier_free(positive: Tensor, negative: Tensor, scale: float) -> Tensor:
@@ -53,24 +55,35 @@ def guided(ask: Ask, run: Any, guidance: Guidance, batch: int, steps: int, first
 
     `run` holds the rows of the positive prompts, `batch` of them, then, if `guidance.cfg_scale` is not 1, the negative
     ones. The interval restricts guidance to a part of the `steps` of the schedule (Kynkäänniemi et al. 2024); a run that
-    begins later, at `first`, counts skip-layer guidance from there.
+    begins later, at `first`, counts skip-layer guidance from there. `Guidance.batch` turns the batch round or asks twice.
     """
     steered, skip = guidance.cfg_scale != 1, guidance.skip_layers
     if not (steered or skip):
         return lambda x, i: ask(x, run, i, ())
     positive_run = run.rows(slice(0, batch)) if steered else run
+    negative_run = run.rows(slice(batch, None)) if guidance.batch == "apart" and steered else None
+    if guidance.batch == "negative_first" and steered:
+        run = run.rows([*range(batch, 2 * batch), *range(batch)])
+
+    def both(x: Tensor, i: int) -> tuple[Tensor, ...]:
+        """The outputs for the positive and the negative prompts."""
+        if negative_run is not None:
+            return ask(x, positive_run, i, ()), ask(x, negative_run, i, ())
+        first, second = ask(torch.cat([x, x]), run, i, ()).chunk(2)
+        return (second, first) if guidance.batch == "negative_first" else (first, second)
 
     def predict(x: Tensor, i: int) -> Tensor:
         place = i % steps  # points inside the steps follow behind those of the steps
         if steered and guidance.cfg_interval[0] <= place / steps < guidance.cfg_interval[1]:
-            positive, negative = ask(torch.cat([x, x]), run, i, ()).chunk(2)
+            positive, negative = (out if guidance.dtype is None else out.to(guidance.dtype) for out in both(x, i))
             output = classifier_free(positive, negative, guidance.cfg_scale)
             if guidance.cfg_rescale:
                 output = rescaled(output, positive, guidance.cfg_rescale)
         else:
             output = positive = ask(x, positive_run, i, ())
         if skip and skip.start * steps < place - first < skip.end * steps:
-            output = output + skip.scale * (positive - ask(x, positive_run, i, skip.blocks))
+            without = ask(x, positive_run, i, skip.blocks).to(positive.dtype)
+            output = output + skip.scale * (positive - without)
         return output
 
     return predict

@@ -157,6 +157,8 @@ ETA = {  # samplers that take an eta, the share of new noise, and theirs
         1.0,
     ),
 }  # fmt: skip
+EXPLODING = ("euler", "euler_ancestral", "heun", "lms", "dpm2", "dpm2_ancestral")  # diffusers has their latents in
+# variance-exploding space
 CHURNED = {"euler": midpoint.euler_churned, "heun": midpoint.heun_churned}
 DISCRETE_ALONE = ("ddpm", "deis", "plms", "pndm")  # not for rectified flow
 FLOW_ALONE = ("euler_ancestral_rf", "dpmpp_2m_rf")
@@ -169,7 +171,7 @@ def sampler(name: str, eta: float | None = None, churn: float = 0.0) -> Sampler:
     return SAMPLERS[name] if eta is None else partial(SAMPLERS[name], eta=eta)  # type: ignore[call-arg]
 
 
-def noises(name: str, eta: float | None = None, churn: float = 0.0) -> int:
+def noises_of_a_step(name: str, eta: float | None = None, churn: float = 0.0) -> int:
     """How many noises a step of a sampler draws."""
     if name in ("lcm", "ddpm") or churn:
         return 1
