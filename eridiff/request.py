@@ -268,6 +268,48 @@ def _in_one(request: "Request", model: Any) -> str | None:
     return None if request.noise_generator == "one" else "without noise_generator: one"
 
 
+def own(request: "Request", model: Any, name: str) -> Any:
+    """What a request says, else what the model is sampled with by default."""
+    value = getattr(request, name)
+    return getattr(model.sampling, name, None) if value is None else value
+
+
+def _lacks_t5(model: Any) -> bool:
+    return bool(model.model.encoders) and "t5" not in model.model.encoders
+
+
+def _hidden(request: "Request", model: Any) -> str | None:
+    if "t5" not in model.encoders:
+        return f"on {model.variant}"
+    return "without T5" if _lacks_t5(model) else None
+
+
+def _rows_of_t5(request: "Request", model: Any) -> str | None:
+    if "t5" not in model.encoders:
+        return f"on {model.variant}"
+    return "without T5 and its rows" if _lacks_t5(model) and own(request, model, "without_t5") == "none" else None
+
+
+def _padded(request: "Request", model: Any) -> str | None:
+    return _taken("t5_padding")(request, model) or _rows_of_t5(request, model)
+
+
+def _replaced(request: "Request", model: Any) -> str | None:
+    beside = None if _lacks_t5(model) or not model.model.encoders else "beside T5, which is loaded"
+    return _taken("without_t5")(request, model) or beside
+
+
+def _missing_negative(request: "Request", model: Any) -> str | None:
+    given = None if request.negative is None else "beside a negative prompt"
+    return _taken("empty_negative")(request, model) or given or _guided(request, model)
+
+
+def _emphasised(request: "Request", model: Any) -> str | None:
+    if request.prompt_weights != "kohya" or model.family == "unet":
+        return None
+    return f"on {model.variant}: kohya's scripts weigh the prompts of SDXL alone"
+
+
 def _weighed(request: "Request", model: Any) -> str | None:
     return (
         None if any(handle.scale is None for handle in model.loras) else "without a LoRA that has no scale of its own"
@@ -442,6 +484,40 @@ class Request:
         None, one_of("round", "truncate"), "to which of its two neighbours a level of 255 goes (round)", usual="round"
     )
 
+    # how prompts are encoded: the names of ENCODING
+    t5_length: int | None = option(
+        None, WHOLE, "rows of T5, of SD 3 at most (Flux 512, schnell and SD 3 256)", low=1, high=512,
+        words=("max_sequence_length", "t5xxl_max_token_length"), effect=_rows_of_t5,
+    )  # fmt: skip
+    t5_mask: bool | None = option(
+        None, SWITCH, "Flux, SD 3: mask T5's padding, for a network that was trained with a mask",
+        words=("apply_t5_attn_mask",), effect=_hidden,
+    )  # fmt: skip
+    t5_padding: str | None = option(
+        None, one_of("original", "diffusers"),
+        "SD 3: pad T5 to what the prompt needs, as the original does, or always to t5_length, as diffusers does",
+        effect=_padded,
+    )  # fmt: skip
+    without_t5: str | None = option(
+        None,
+        one_of("zeros", "none"),
+        "SD 3: if no T5 is loaded, zeros in place of its rows, or no rows",
+        effect=_replaced,
+    )
+    clip_windows: str | None = option(
+        None, one_of("first", "all"),
+        "SD 3, SDXL: of a prompt longer than CLIP's 77 tokens the first 77, or all in windows of 77",
+        effect=_taken("clip_windows"),
+    )  # fmt: skip
+    empty_negative: str | None = option(
+        None, one_of("zeros", "encoded"), "SDXL: what a missing negative prompt is (zeros)", effect=_missing_negative
+    )
+    prompt_weights: str | None = option(
+        None, one_of("none", "kohya", "a1111", "comfyui"),
+        "the program whose weights such as (swan:1.3) are read (none); without one brackets are text", effect=_emphasised,
+        usual="none",
+    )  # fmt: skip
+
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> "Request":
         """Of values by field. Raises ConfigError, with the nearest name, for one that is not a field."""
@@ -455,6 +531,12 @@ class Request:
         """
         for name, told in FIELDS.items():
             value, low, high = getattr(self, name), told.metadata["low"], told.metadata["high"]
+            kind = told.metadata["kind"]
+            words = kind.flag.get("choices")
+            if value is not None and words and kind is not METHOD and value not in words:
+                raise ConfigError(f"{name} must be {' or '.join(words)}, not {value!r}")
+            if value is not None and kind is SWITCH:
+                scalar(name, value, bool)
             if value is None or low is None:
                 continue
             if told.metadata["kind"] in (WHOLE, NUMBER):
@@ -512,6 +594,15 @@ class Request:
         idle = [name for name in full.without_effect(model) if name not in said]
         usual: dict[str, Any] = {name: FIELDS[name].default for name in idle}
         return replace(full, **usual)
+
+    def text(self) -> dict[str, Any]:
+        """How the prompts are to be encoded, as `encode_prompt` takes it: what is set of it."""
+        return {name: getattr(self, name) for name in ENCODING if self.says(name)}
+
+    def encoded(self) -> "Request":
+        """What is left to ask when the prompts are encoded."""
+        usual: dict[str, Any] = {name: FIELDS[name].default for name in ENCODING}
+        return replace(self, prompt="", negative=None, **usual)
 
     def without_effect(self, model: Any) -> dict[str, str]:
         """Of the fields that are set, those that would change nothing on the way that this model takes, and why."""
@@ -588,6 +679,7 @@ class Request:
 
 
 FIELDS = {told.name: told for told in fields(Request)}
+ENCODING = ("t5_length", "t5_mask", "t5_padding", "without_t5", "clip_windows", "empty_negative", "prompt_weights")
 WORDS = {
     word: name for name, told in FIELDS.items() for word in told.metadata["words"]
 }  # other tools' names -> eridiff's

@@ -146,7 +146,7 @@ def test_t5s_padding_is_hidden_where_the_network_was_trained_so(family: str, tmp
         value = [swan.text[:, :77, : CLIPS[family]], swan.text[:, 77:], swan.pooled, None, None, real]
         expected = torch.cat([torch.ones(1, 77, dtype=torch.bool), real.bool()], dim=1)
     assert Sampler(model, section, conditioning={"a swan": value}).prompts[0].positive.mask is None
-    model.t5_mask = True
+    section["t5_mask"] = True
     found = Sampler(model, section, conditioning={"a swan": value}).prompts[0].positive.mask
     assert found is not None and torch.equal(found, expected)
     joined = PromptEmbeds(swan.text[:, : expected.shape[1]].requires_grad_(), swan.pooled, real)

@@ -178,9 +178,7 @@ def test_outside_of_a_sampler_images_follow_too_and_nothing_is_copied_for_one(fa
 
 def test_embeddings_are_those_of_the_pipeline(family: tuple[Any, Any]) -> None:
     kind, pipe = family
-    inference = kind.from_diffusers(
-        pipe, progress=False, **({"t5_padding": "diffusers"} if kind is SD35Inference else {})
-    )
+    inference = kind.from_diffusers(pipe, progress=False)
     prompt = "a photo of a cat"
     with torch.no_grad():
         if kind is FluxInference:
@@ -189,7 +187,8 @@ def test_embeddings_are_those_of_the_pipeline(family: tuple[Any, Any]) -> None:
             text, _, pooled, _ = pipe.encode_prompt(prompt, prompt, prompt, do_classifier_free_guidance=False)
         else:
             text, _, pooled, _ = pipe.encode_prompt(prompt, do_classifier_free_guidance=False)
-    found = inference.encode_prompt(prompt).positive
+    asked = {"t5_padding": "diffusers"} if kind is SD35Inference else {}
+    found = inference.encode_prompt(prompt, **asked).positive
     assert relative_l2(found.text, text) < 1e-6 and relative_l2(found.pooled, pooled) < 1e-6
 
 
@@ -214,12 +213,14 @@ def test_what_the_configurations_say_is_followed() -> None:
     assert (flux.autoencoder.config.scale, flux.autoencoder.config.shift) == (0.5, 0.25)
     assert sd3.sampling.shift == 2.0 and sd3.variant == "sd3.5-medium"
     plain = SDXLInference.from_diffusers(sdxl_pipeline())
-    assert (plain.prediction, plain.zero_terminal_snr, plain.empty_negative) == ("epsilon", False, "zeros")
+    assert (plain.prediction, plain.zero_terminal_snr, plain.sampling.empty_negative) == ("epsilon", False, "zeros")
     pipe = sdxl_pipeline(zeros=False, prediction_type="v_prediction", rescale_betas_zero_snr=True)
     told = SDXLInference.from_diffusers(pipe)
-    assert (told.prediction, told.zero_terminal_snr, told.empty_negative) == ("v", True, "encoded")
-    given = SDXLInference.from_diffusers(pipe, prediction="epsilon", zero_terminal_snr=False, empty_negative="zeros")
-    assert (given.prediction, given.zero_terminal_snr, given.empty_negative) == ("epsilon", False, "zeros")
+    assert (told.prediction, told.zero_terminal_snr, told.sampling.empty_negative) == ("v", True, "encoded")
+    told.set_variant("lightning")  # the pipeline's word is over the defaults of any variant
+    assert (told.sampling.steps, told.sampling.empty_negative) == (4, "encoded")
+    given = SDXLInference.from_diffusers(pipe, prediction="epsilon", zero_terminal_snr=False)
+    assert (given.prediction, given.zero_terminal_snr) == ("epsilon", False)
     pipe.register_to_config(_name_or_path="stabilityai/sdxl-turbo")
     assert SDXLInference.from_diffusers(pipe).variant == "turbo"
     assert SDXLInference.from_diffusers(pipe, variant="base").variant == "base"

@@ -1,19 +1,10 @@
 """Recipes say how other programs generate, and the command why two images of one seed differ."""
 
-import json
 import re
-from pathlib import Path
-from typing import Any
 
 import pytest
-from PIL import Image, PngImagePlugin
 
-import eridiff
-from eridiff.cli import main
-from eridiff.errors import ConfigError
-from eridiff.foreign_pngs import foreign_settings
-from eridiff.inference.choices import differences, moves
-from eridiff.recipe import FAMILIES, OWN, families, recipe, recipes
+from eridiff.recipe import families, recipe, recipes
 from eridiff.request import FIELDS, Request
 from eridiff.schedulers.samplers import SAMPLERS
 from tests import tiny

@@ -91,8 +91,7 @@ KEYS = st.tuples(
 @given(KEYS, KEYS)
 def test_prompts_share_a_file_exactly_when_they_are_encoded_alike(model_once: Any, a: Any, b: Any) -> None:
     def path(key: Any) -> Path:
-        model_once.inference.t5_padding = key[3]
-        return model_once.path(*key[:3])
+        return model_once.path(*key[:3], t5_padding=key[3])
 
     def read(prompt: Any) -> Any:  # by each encoder: one without a text of its own reads the first
         return [p if isinstance(p := prompt, str | None) else p.get(n, next(iter(p.values()))) for n in ENCODERS]

@@ -77,12 +77,15 @@ def test_names_of_settings_are_checked_in_python_with_the_nearest() -> None:
         ({"cfg_scale": "high"}, "cfg_scale must be a number, not 'high'"), ({"shift": True}, "shift must be a number, not True"),
         ({"steps": 0}, "a run needs at least one step, not 0"), ({"seed": "x"}, "the seed must be a whole number"),
         ({"strength": -0.1}, "strength must be between 0 and 1, not -0.1"), ({"hand_over": 1.0}, "hand_over must be between 0 and 1"),
-        ({"eta": 1.5}, "eta must be between 0 and 1"), ({"timestep_rounding": "up"}, "timestep_rounding must be none or down"),
+        ({"eta": 1.5}, "eta must be between 0 and 1"), ({"timestep_rounding": "up"}, "timestep_rounding must be none, down or nearest"),
         ({"crop": (1, 2, 3)}, "crop must be two whole numbers"), ({"part": (0.5, 0.5)}, "part must be two rising shares"),
-        ({"noise_dtype": "int8"}, "noise_dtype must be float32, bfloat16, float16 or float64, not 'int8'"),
+        ({"noise_dtype": "int8"}, "noise_dtype must be float32, float16, bfloat16, weights or float64, not 'int8'"),
         ({"pixels": "floor"}, "pixels must be round or truncate, not 'floor'"), ({"noise_skip": -1}, "noise_skip must be between 0"),
         ({"noise_row": (2, 2), "noise_generator": "one"}, "noise_row must be a row and the number of rows"),
         ({"noise_generator": "one", "seed": [1, 2]}, "noise_generator one begins with one seed, not with 2"),
+        ({"t5_length": 513}, "t5_length must be between 1 and 512, not 513"), ({"t5_mask": "yes"}, "t5_mask must be true or false"),
+        ({"t5_padding": "max"}, "t5_padding must be original or diffusers, not 'max'"),
+        ({"prompt_weights": "webui"}, "prompt_weights must be none, kohya, a1111 or comfyui, not 'webui'"),
     ],
 )  # fmt: skip
 def test_an_impossible_value_is_one_sentence(settings: dict[str, Any], says: str) -> None:
@@ -180,6 +183,12 @@ IDLE: list[tuple[str, str, dict[str, Any], str]] = [  # field, family, settings,
     ("cfg_dtype", "flux", {"cfg_dtype": "bfloat16"}, "without classifier-free guidance"),
     ("cfg_batch", "flux", {"cfg_batch": "apart"}, "without classifier-free guidance"),
     ("strength_rounding", "flux", {"strength_rounding": "down"}, "without the image that it is for"),
+    ("t5_length", "unet", {"t5_length": 128}, "on base"), ("t5_mask", "unet", {"t5_mask": True}, "on base"),
+    ("t5_padding", "flux", {"t5_padding": "diffusers"}, "on dev"), ("without_t5", "unet", {"without_t5": "none"}, "on base"),
+    ("clip_windows", "flux", {"clip_windows": "all"}, "on dev"), ("empty_negative", "mmdit", {"empty_negative": "zeros"}, "on sd3"),
+    ("empty_negative", "unet", {"empty_negative": "encoded", "negative": "x"}, "beside a negative prompt"),
+    ("empty_negative", "unet", {"empty_negative": "encoded", "cfg_scale": 1.0}, "without classifier-free guidance"),
+    ("prompt_weights", "mmdit", {"prompt_weights": "kohya"}, "kohya's scripts weigh the prompts of SDXL alone"),
 ]  # fmt: skip
 
 

@@ -18,7 +18,7 @@ from eridiff.inference import FluxInference, Prompt, SD35Inference, Step
 from eridiff.models.mmdit import PRESETS, MMDiTConfig
 from eridiff.schedulers.guidance import SkipLayers
 from eridiff.text import Conditioning
-from eridiff.text.tokenizers import clip_tokenizer, published_clip_tokenizer, token_ids, token_windows
+from eridiff.text.tokenizers import all_windows, clip_tokenizer, published_clip_tokenizer, token_ids
 from eridiff.weights.save import save_network, write_tensors
 from tests import tiny
 from tests.test_text import TINY
@@ -230,12 +230,12 @@ def test_both_clips_stand_side_by_side_before_t5(whole: SD35Inference) -> None:
     assert whole.clip_g.tokenize(["a swan"])[0, -1] == 0 and whole.clip.tokenize(["a swan"])[0, -1] == 842
 
 
-def test_t5_takes_what_the_prompt_needs_from_77_to_256_tokens(whole: SD35Inference, folder: Path) -> None:
+def test_t5_takes_what_the_prompt_needs_from_77_to_256_tokens(whole: SD35Inference) -> None:
     lengths = [whole.encode_prompt(" ".join(["fox"] * n)).positive.text.shape[1] - 77 for n in (1, 60, 500)]
     assert lengths[0] == 77 and 77 < lengths[1] < 256 and lengths[2] == 256
     prompt = whole.encode_prompt("a swan", " ".join(["fox"] * 60))
     assert prompt.negative and prompt.positive.text.shape == prompt.negative.text.shape
-    fixed = load(folder, t5_padding="diffusers").encode_prompt("a swan").positive
+    fixed = whole.encode_prompt("a swan", t5_padding="diffusers").positive
     assert fixed.text.shape == (1, 77 + 256, 20)
 
 
@@ -251,14 +251,14 @@ def test_a_padding_token_that_is_typed_is_a_token_of_the_prompt(whole: SD35Infer
 def test_without_t5_its_rows_are_zeros_or_left_out(tmp_path: Path) -> None:
     folder = tiny.write_sd3_model(tmp_path / "m", MMDiTConfig(16, 16, 16, 4096, 128, 2, 2.0, 2, 6), t5=False)
     for options, rows in (({}, 77), ({"t5_padding": "diffusers"}, 256), ({"without_t5": "none"}, 0)):
-        model = load(folder, **options)
-        text = model.encode_prompt("a swan").positive.text
+        model = load(folder)
+        text = model.encode_prompt("a swan", **options).positive.text
         assert (
             text.shape == (1, 77 + rows, 4096)
             and bool((text[:, 77:] == 0).all())
             and bool((text[:, :77, :16] != 0).any())
         )
-        assert draw(model).images[0].size == (48, 32)
+        assert draw(model, **options).images[0].size == (48, 32)
 
 
 def test_each_encoder_may_have_its_own_prompt(whole: SD35Inference) -> None:
@@ -287,20 +287,24 @@ def test_a_long_prompt_keeps_its_first_window_of_whole_words(caplog: pytest.LogC
 
 def test_all_windows_of_a_long_prompt_are_read_by_option(folder: Path) -> None:
     case, tokenizer = TINY["windows_of_75"], clip_tokenizer(tiny.TOKENIZERS / "clip")
+
+    def windows(tokenizer: Any, prompt: str, *told: int, **options: int) -> list[int]:
+        return [token for token, _ in all_windows(tokenizer, [(prompt, 1.0)], *told, **options)]
+
     for key, pad in (("pad_eos", 842), ("pad_zero", 0)):
         expected = [token for window in case[key] for token in window]
-        assert token_windows(tokenizer, case["prompt"], 77, pad) == expected
-    assert token_windows(tokenizer, "", 77, 842) == case["empty"][0]
-    assert token_windows(tokenizer, "", 77, 842, windows=2) == case["empty"][0] * 2
+        assert windows(tokenizer, case["prompt"], 77, pad) == expected
+    assert windows(tokenizer, "", 77, 842) == case["empty"][0]
+    assert windows(tokenizer, "", 77, 842, windows=2) == case["empty"][0] * 2
 
-    model, prompt = load(folder, clip_windows="all"), case["prompt"]
+    model, prompt = load(folder), case["prompt"]
     assert model.clip and model.clip_g
     count = model.clip.windows_needed([prompt])
     ids = model.clip.tokenize([prompt], windows=count)
     together, alone = model.clip(ids), model.clip(ids[:, 77:154])
     assert torch.allclose(together.hidden[-2][:, 77:154], alone.hidden[-2], atol=1e-6)
     assert torch.allclose(together.pooled, model.clip(ids[:, :77]).pooled, atol=1e-6)
-    pair = model.encode_prompt(prompt, "a fox")
+    pair = model.encode_prompt(prompt, "a fox", clip_windows="all")
     assert pair.negative and pair.positive.text.shape == pair.negative.text.shape
     t5_rows = load(folder).encode_prompt(prompt).positive.text.shape[1] - 77
     assert count > 1 and pair.positive.text.shape[1] == 77 * count + t5_rows
@@ -330,8 +334,8 @@ def test_what_does_not_fit_together_is_named(tmp_path: Path, folder: Path) -> No
     other = tiny.write_sd3_model(tmp_path / "wide", MMDiTConfig(16, 16, 16, 24, 128, 2, 2.0, 2, 6))
     with pytest.raises(CheckpointError, match="give 20 features a token and 16 pooled, .* takes 24 and 16"):
         load({"path": other, "t5": folder / "t5.safetensors"})
-    with pytest.raises(ConfigError, match="FluxInference has no option 't5_padding'"):
-        eridiff.load(flux, t5_padding="diffusers")
+    with pytest.raises(ConfigError, match="FluxInference has no option 'prediction'"):
+        eridiff.load(flux, prediction="v")
 
 
 @pytest.mark.parametrize(
@@ -362,8 +366,8 @@ def test_prompts_of_different_length_are_refused_with_what_to_do(whole: SD35Infe
 def test_the_command_line_generates_with_sd3(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = tmp_path / "run.yaml"
     config.write_text(
-        f"model: {folder}\nt5_padding: diffusers\nsample:\n  prompts: [a swan, {{clip: a fox, t5: a fox on the sea}}]\n"
-        "  sample_steps: 2\n  guidance_scale: 3\n  sampler: flowmatch\n  skip_layers: {blocks: [1]}\n"
+        f"model: {folder}\nsample:\n  prompts: [a swan, {{clip: a fox, t5: a fox on the sea}}]\n"
+        "  t5_padding: diffusers\n  sample_steps: 2\n  guidance_scale: 3\n  sampler: flowmatch\n  skip_layers: {blocks: [1]}\n"
         f"  cfg_interval: [0, 0.5]\n  width: 32\n  height: 48\n  out: {tmp_path / 'out'}\n"
     )
     assert main(["sample", str(config), "--device", "cpu"]) == 0

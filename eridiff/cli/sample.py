@@ -14,15 +14,15 @@ from eridiff.config import MODEL_OPTIONS, RunConfig, SampleSettings, Words
 from eridiff.errors import ConfigError, EridiffError
 from eridiff.images import contact_sheet, first_text, save_png, slug
 from eridiff.inference import BUILT_IN, DiffusionInference, SDXLInference, load
-from eridiff.inference.sd35 import OPTIONS as TEXT_OPTIONS
 from eridiff.inference.sdxl import PREDICTIONS
 from eridiff.inference.section import early, requests_of
 from eridiff.inference.words import read_words
 from eridiff.lora.ledger import counted
 from eridiff.memory.stages import OFFLOAD
 from eridiff.ranks import agreed, launched, ranks, spread
-from eridiff.request import FIELDS, Request, size_of
+from eridiff.request import ENCODING, FIELDS, Request, size_of
 from eridiff.run_files import load_config
+from eridiff.text.emphasis import unweighted
 from eridiff.weights.hub import built_in
 from eridiff.weights.locate import DENOISERS, PART_NAMES, locate
 
@@ -32,13 +32,9 @@ BUILT_IN_PROMPTS = (
 PARTS = {
     "transformer": "the network", "vae": "the autoencoder", "clip": "CLIP-L", "clip_g": "CLIP-G (SD 3, SDXL)", "t5": "T5-XXL",
 }  # fmt: skip
-TEXT_HELP = {  # of SD 3's options; the first value is the default
-    "t5_padding": "pad T5 to what the prompt needs, as the original does, or always to 256 tokens, as diffusers does",
-    "without_t5": "if no T5 is loaded, put zeros in place of its tokens, or leave them out",
-    "clip_windows": "if a prompt is longer than CLIP's 77 tokens, read the first 77, or all in windows of 77",
-}
 GROUPS = {  # heading of the help -> the fields of `Request` in it; all others are in "image"
     "image to image": ("image", "strength", "mask", "mask_alpha"),
+    "encoding of the prompt": ENCODING,
     "Flux": ("guidance_scale", "control", "references"),
     "SD 3": ("shift", "skip_layers"),
     "SDXL": (
@@ -90,7 +86,7 @@ def add_parser(commands: Any) -> None:
 
 def _add_request(groups: dict[str, Any]) -> None:
     image = groups["image"]
-    image.add_argument("--prompt", action="append", metavar="TEXT", help=FIELDS["prompt"].metadata["help"])
+    image.add_argument("--prompt", action="append", metavar="ENCODING", help=FIELDS["prompt"].metadata["help"])
     image.add_argument("--prompts-file", type=Path, metavar="FILE", help="prompts in place of the configuration's, from kohya's .txt, .toml or .json")  # fmt: skip
     image.add_argument("--size", metavar="WxH", help="width and height at once")
     image.add_argument("--walk-seed", action="store_true", default=None, help="seed, seed + 1, ... over the prompts")
@@ -105,7 +101,7 @@ def _add_request(groups: dict[str, Any]) -> None:
 
 
 def _add_model(groups: dict[str, Any]) -> None:
-    model, device, sd3, sdxl, lora = (groups[t] for t in ("model", "device and memory", "SD 3", "SDXL", "LoRA"))
+    model, device, sdxl, lora = (groups[t] for t in ("model", "device and memory", "SDXL", "LoRA"))
 
     def switch(group: Any, name: str, help: str) -> None:
         group.add_argument(name, action="store_true", default=None, help=help)
@@ -120,9 +116,6 @@ def _add_model(groups: dict[str, Any]) -> None:
         model.add_argument(flag, metavar="PATH", help=f"{what}, if it is missing in the model or to replace it")
     model.add_argument("--tokenizers", metavar="FOLDER", help="holds tokenizer/ (CLIP, optional) and tokenizer_2/ (T5)")
     model.add_argument("--variant", help="whose defaults to use if several variants have these sizes: depth, sd3.5-large-turbo")  # fmt: skip
-    for name, values in TEXT_OPTIONS.items():
-        sd3.add_argument(f"--{name.replace('_', '-')}", choices=values, help=TEXT_HELP[name])
-    switch(model, "--t5-mask", "Flux, SD 3: mask T5's padding, for a network that was trained with a mask")
     switch(model, "--allow-unknown", "skip tensors of the file that the network does not use")
     sdxl.add_argument(
         "--refiner",
@@ -133,7 +126,6 @@ def _add_model(groups: dict[str, Any]) -> None:
         "--prediction", choices=PREDICTIONS, help="what the network predicts, if its file does not say it"
     )
     switch(sdxl, "--zero-terminal-snr", "the last noise level is pure noise, if the file does not say it")
-    sdxl.add_argument("--empty-negative", choices=["zeros", "encoded"], help="the default of the negative prompt")
     lora.add_argument("--lora", action="append", metavar="FILE[:SCALE]", help="a LoRA of any format, a peft folder, or tiny-style, the built-in models' own; repeatable")  # fmt: skip
     switch(lora, "--lora-partial", "skip what of a LoRA does not fit")
     device.add_argument("--device", help="cpu, cuda, cuda:1, ...; by default a GPU if there is one")
@@ -277,7 +269,7 @@ def _generate(model: DiffusionInference, requests: list[Request], out: Path) -> 
     if single and len(requests) > 1:
         raise ConfigError(f"'{out}' is one file and there are {len(requests)} prompts; give a folder")
     start = agreed(0 if single else _next_number(out))
-    model.check_words([request.prompt for request in requests])  # type: ignore[misc]  # of a section each has one
+    model.check_words([unweighted(r.prompt, r.prompt_weights) for r in requests])  # type: ignore[arg-type]  # each has one
     model.words = None  # `generate` need not say it again for each image
     rank, size = ranks()
     generated = model.generate_each(requests[rank::size])

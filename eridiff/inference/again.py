@@ -20,9 +20,7 @@ from eridiff.inference.settings import sampled_as
 from eridiff.request import FIELDS, Request
 from eridiff.weights.locate import ModelPath
 
-LOAD = (  # what a model is loaded with, of all families
-    "vae_rows", "t5_padding", "without_t5", "t5_mask", "clip_windows", "prediction", "zero_terminal_snr", "empty_negative",
-)  # fmt: skip
+LOAD = ("vae_rows", "prediction", "zero_terminal_snr")  # what a model is loaded with, of all families
 
 
 def _is_lora(value: Any) -> bool:

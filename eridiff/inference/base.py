@@ -50,7 +50,7 @@ from eridiff.lora.load import Lora
 from eridiff.memory.stages import OFFLOAD, Stages, on_device, together
 from eridiff.memory.strips import decode_in_strips, encode_in_strips
 from eridiff.precision import outside_autocast
-from eridiff.request import FIELDS, Checked, Request, Table, Text, known_names, listed
+from eridiff.request import ENCODING, FIELDS, Checked, Request, Table, Text, known_names, listed, own
 from eridiff.schedulers import Schedule
 from eridiff.schedulers.flow_match import flow_points, flow_schedule
 from eridiff.schedulers.guidance import Guidance, guided
@@ -58,6 +58,7 @@ from eridiff.schedulers.samplers import noises_of_a_step, sampler, with_inside
 from eridiff.schedulers.step import REMEMBERED, Predict, mixed
 from eridiff.schedulers.tables import rounded_times
 from eridiff.text import Conditioning
+from eridiff.text.emphasis import unweighted
 from eridiff.weights.locate import ModelPath, Parts, locate
 
 log = logging.getLogger(__name__)
@@ -65,6 +66,7 @@ USUAL: Checked = Request(
     **{name: told.metadata["usual"] for name, told in FIELDS.items() if told.metadata["usual"] is not None}
 )
 KEEP = ("conditioning", "noise", "latents", "run")
+SAMPLING_NAMES = {"t5_length": "text_length"}  # of fields of Request, where the variants' defaults have another
 T = TypeVar("T")
 
 
@@ -75,7 +77,7 @@ def check_conditioning(request: Request, given: object) -> None:
             f"conditioning must be an eridiff.Prompt, not a {type(given).__name__}: "
             "Prompt(Conditioning(text, pooled)), with the negative one behind it if there is guidance"
         )
-    for name in ("prompt", "negative"):
+    for name in ("prompt", "negative", *ENCODING):
         if request.says(name):
             raise ConfigError(f"{name} has no effect beside conditioning, which is what was encoded of it")
 
@@ -193,7 +195,7 @@ class DiffusionInference(Family):
         check_names(f"{cls.__name__}.from_diffusers", options, known)
         inference = cls(None, None, **options)
         inference.model, said = model_of(cls, pipeline, given, inference.asked_variant)
-        inference.follow(said, options)
+        inference.follow(said)
         return inference._check_device()
 
     @classmethod
@@ -201,7 +203,7 @@ class DiffusionInference(Family):
         """What the family's constructor takes beside `Options`."""
         return [name for name in inspect.signature(cls).parameters if name != "options"]
 
-    def follow(self, config: Mapping[str, Any], given: Collection[str]) -> None:  # nothing for most
+    def follow(self, config: Mapping[str, Any]) -> None:  # nothing for most
         """Take over what the configurations of diffusers' pipeline and scheduler say, but for the options that are given."""
 
     @property
@@ -211,12 +213,12 @@ class DiffusionInference(Family):
             return self.model.device
         return self.asked_device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
-    def encode(self, prompts: Sequence[Text]) -> Conditioning:
-        """One row of conditioning per prompt, on the devices of the encoders."""
-        return self._finished(self.encoding(prompts))
+    def encode(self, prompts: Sequence[Text], **asked: Any) -> Conditioning:
+        """One row of conditioning per prompt, on the devices of the encoders; `asked` as of `encode_prompt`."""
+        return self._finished(self.encoding(prompts, self._text_asked(asked)))
 
     @abstractmethod
-    def encoding(self, prompts: Sequence[Text]) -> Stages[Conditioning]:
+    def encoding(self, prompts: Sequence[Text], asked: Checked) -> Stages[Conditioning]:
         """As `encode`, in stages: yields each text encoder before it is used."""
 
     @abstractmethod
@@ -292,6 +294,7 @@ class DiffusionInference(Family):
         prompt: Text | Sequence[Text],
         negative: Text | Sequence[Text] | None = None,
         cfg_scale: float | None = None,
+        **asked: Any,
     ) -> Prompt:
         """Encode one prompt or several, and the negative ones with them, so that both have as many rows.
 
@@ -299,9 +302,24 @@ class DiffusionInference(Family):
         reads the first). `""` is encoded as it stands; a negative of None is the family's default: the empty prompt where
         it is guided with classifier-free guidance (a cfg_scale other than 1; None is the variant's), else none. Words that
         do not fit are cut, with a warning.
+
+        - asked: fields of `Request` that say how: t5_length, t5_mask, t5_padding, without_t5, clip_windows,
+          empty_negative, prompt_weights.
+
+        Raises ConfigError for another field, and for values that are impossible or would have no effect.
         """
-        steered = (self.sampling.cfg_scale if cfg_scale is None else cfg_scale) != 1
-        return self._finished(self._encoding(listed(prompt), negative, steered))
+        told = self._text_asked({**asked, "negative": negative, "cfg_scale": cfg_scale})
+        return self._finished(self._encoding(listed(prompt), negative, told))
+
+    def _text_asked(self, asked: Mapping[str, Any]) -> Checked:
+        """A request of which all is settled that the encoding of a prompt asks for."""
+        known_names(asked, ("negative", "cfg_scale", *ENCODING), "the encoding of a prompt", "is not a setting of")
+        request = Request.of(asked)
+        request.check()
+        for name, reason in request.without_effect(self).items():
+            if name in ENCODING:
+                raise ConfigError(f"{name} has no effect {reason}")
+        return replace(request, cfg_scale=own(request, self, "cfg_scale"), **self._text_told(request))
 
     def check_words(self, prompts: Sequence[Text]) -> None:
         """If the model's file lists the words it knows, warn of others in prompts for images (`Words.check`).
@@ -315,19 +333,19 @@ class DiffusionInference(Family):
             )
             self.words.check(prompts, refuse=not taught)
 
-    def default_negative(self, prompts: list[Text]) -> Stages[Prompt]:
+    def default_negative(self, prompts: list[Text], asked: Checked) -> Stages[Prompt]:
         """Prompts with what they are guided away from when no negative prompt is given: the empty one."""
-        return self._encoding(prompts, "", True)
+        return self._encoding(prompts, "", asked)
 
-    def _encoding(self, prompts: list[Text], negative: Text | Sequence[Text] | None, steered: bool) -> Stages[Prompt]:
-        if negative is None and steered:
-            return (yield from self.default_negative(prompts))
+    def _encoding(self, prompts: list[Text], negative: Text | Sequence[Text] | None, asked: Checked) -> Stages[Prompt]:
+        if negative is None and asked.cfg_scale != 1:
+            return (yield from self.default_negative(prompts, asked))
         negatives = None if negative is None else listed(negative)
         if negatives is not None and len(negatives) not in (1, len(prompts)):
             raise ConfigError(f"{len(negatives)} negative prompts for {len(prompts)} prompts: give as many, or one")
         if negatives is not None and self._weighs_rows:  # then equal texts are not encoded alike
             negatives *= len(prompts) // len(negatives)
-        both = yield from self.encoding([*prompts, *(negatives or [])])
+        both = yield from self.encoding([*prompts, *(negatives or [])], asked)
         positive, other = (both.rows(part) for part in (slice(0, len(prompts)), slice(len(prompts), None)))
         if negatives is None:
             return Prompt(positive)
@@ -593,6 +611,8 @@ class DiffusionInference(Family):
         if unknown:
             raise ConfigError(f"'{unknown[0]}' cannot be kept; there are {', '.join(KEEP)}")
         asked = request.checked(self, len(given.conditioning.positive) if given.conditioning else 1)
+        if given.conditioning is not None:
+            asked = replace(asked, **{name: FIELDS[name].default for name in ENCODING})
         width, height, count = asked.width, asked.height, len(asked.prompt)
         if self._room is not None:
             self._room.check(width=width, height=height, steps=asked.steps, images=count, cfg_scale=asked.cfg_scale)
@@ -630,11 +650,13 @@ class DiffusionInference(Family):
         prompts, count = asked.prompt, len(asked.prompt)
         found = given
         if found is None:
-            self.check_words(prompts)
-            negative, steered = asked.negative, asked.cfg_scale != 1
+            self.check_words([unweighted(prompt, asked.prompt_weights) for prompt in prompts])
+            negative = asked.negative
             same = all(p == prompts[0] for p in prompts) and (negative is None or len(negative) == 1)
             found = yield from self._encoding(
-                prompts[:1] if same and not self._weighs_rows else prompts, negative if steered else None, steered
+                prompts[:1] if same and not self._weighs_rows else prompts,
+                negative if asked.cfg_scale != 1 else None,
+                asked,
             )
         if len(found.positive) == 1:
             found = Prompt(found.positive.repeat(count), found.negative and found.negative.repeat(count))
@@ -684,7 +706,17 @@ class DiffusionInference(Family):
 
     def told(self, asked: Checked) -> dict[str, Any]:
         """Fields of a request that only this family settles."""
-        return {}
+        return self._text_told(asked)
+
+    def _text_told(self, asked: Request) -> dict[str, Any]:
+        """How a prompt is encoded where a request does not say it; None where it would have no effect."""
+        found: dict[str, Any] = {}
+        for name in ENCODING:
+            effect = FIELDS[name].metadata["effect"]
+            if getattr(asked, name) is None and effect(asked, self) is None:
+                t5 = self.model.encoders.get("t5") if name == "t5_length" else None
+                found[name] = t5.length if t5 else getattr(self.sampling, SAMPLING_NAMES.get(name, name))
+        return found
 
     @contextmanager
     def _stage(self, module: nn.Module) -> Iterator[None]:

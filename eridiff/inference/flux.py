@@ -38,6 +38,7 @@ class FluxDefaults(Defaults):
 
     guidance_scale: float | None = 3.5
     text_length: int = 512  # T5 tokens
+    t5_mask: bool = False
     shift: bool = True  # of the schedule, by the number of tokens
 
 
@@ -46,7 +47,6 @@ class FluxInference(DiffusionInference):
 
     family = "flux"
     encoders = ("clip", "t5")
-    recorded = (*DiffusionInference.recorded, "t5_mask")
     variants: ClassVar[Mapping[str, FluxDefaults]] = {
         "dev": FluxDefaults(),
         "schnell": FluxDefaults(steps=4, guidance_scale=None, text_length=256, shift=False),
@@ -65,20 +65,16 @@ class FluxInference(DiffusionInference):
         autoencoder: Autoencoder | None = None,
         clip: ClipEncoder | None = None,
         t5: T5Encoder | None = None,
-        *,
-        t5_mask: bool = False,
         **options: Unpack[Options],
     ) -> None:
         """Use these modules as they are, or leave them out and call `load_model`.
 
         - network, autoencoder: eridiff's modules, those of a training run for example.
         - clip, t5: the text encoders; not needed where conditionings are passed in.
-        - t5_mask: hide T5's padding, from T5 itself too, for networks trained that way; the published ones attend to it.
         - variant: dev, schnell, fill, canny or depth.
         - device, dtype, offload, vae_rows, progress, allow_unknown: as in `eridiff.inference.options.Options`.
         """
         super().__init__(network, autoencoder, {"clip": clip, "t5": t5}, **options)
-        self.t5_mask = t5_mask
 
     @property
     def takes(self) -> Collection[str]:  # type: ignore[override]
@@ -123,17 +119,21 @@ class FluxInference(DiffusionInference):
         clip = ClipEncoder(modules["clip"], tokenizers["clip"])
         return {"clip": clip, "t5": T5Encoder(modules["t5"], tokenizers["t5"], sampling.text_length)}
 
-    def encoding(self, prompts: Sequence[Text]) -> Stages[Conditioning]:
-        """T5's features `[B, T, text_width]` and CLIP-L's pooled state `[B, pooled_width]`; T is 512, for schnell 256."""
+    def encoding(self, prompts: Sequence[Text], asked: Checked) -> Stages[Conditioning]:
+        """T5's features `[B, t5_length, text_width]` and CLIP-L's pooled state `[B, pooled_width]`.
+
+        The published networks attend to T5's padding; `t5_mask` hides it, from T5 itself too.
+        """
         if self.clip is None or self.t5 is None:
             raise ConfigError("no text encoders are loaded: pass conditioning, or give clip and t5")
-        clip_ids = self.clip.tokenize(spoken(prompts, "clip", ("clip", "t5")))
-        ids = self.t5.tokenize(spoken(prompts, "t5", ("clip", "t5")))
-        mask = self.t5.real(ids) if self.t5_mask else None
+        program = asked.prompt_weights
+        clip_ids, _ = self.clip.weigh(spoken(prompts, "clip", ("clip", "t5")), program)
+        ids, weights = self.t5.weigh(spoken(prompts, "t5", ("clip", "t5")), program, length=asked.t5_length)
+        mask = self.t5.real(ids) if asked.t5_mask else None
         yield self.clip.module
         pooled = self.clip(clip_ids).pooled
         yield self.t5.module
-        text = self.t5(ids, mask)
+        text = self.t5(ids, mask, weights, program)
         return Conditioning(finite_features(text, "T5"), finite_features(pooled, "CLIP"), mask)
 
     def named_schedule(self, steps: int, width: int, height: int, name: str | None, shift: float | None) -> Schedule:

@@ -3,7 +3,7 @@
 import logging
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,9 @@ class Model:
     words: Words | None = None  # that it knows, if its file lists them
     adopted: tuple[Adopted, ...] = ()  # the network and the autoencoder of a trainer
     loras: list[LoraHandle] = field(default_factory=list)
+    followed: dict[str, Any] = field(
+        default_factory=dict
+    )  # of any variant's defaults, what a pipeline says in their place
     narrower: dict[Any, tuple[str, Any, str]] = field(
         default_factory=dict
     )  # what it was before control LoRAs, by configuration
@@ -80,10 +83,15 @@ class Model:
         T5 gives as many tokens as the defaults say, unless it was passed with another number.
         """
         before, t5 = getattr(self.sampling, "text_length", None), self.encoders.get("t5")
-        self.sampling = self.kind.variants[variant] if sampling is None else sampling
+        self.sampling = replace(self.kind.variants[variant], **self.followed) if sampling is None else sampling
         self.variant, self.why = variant, why
         if isinstance(t5, T5Encoder) and t5.length == before:
             t5.length = self.sampling.text_length
+
+    def follow(self, **said: Any) -> None:
+        """Take over what a pipeline says in place of the variant's defaults."""
+        self.followed |= said
+        self.sampling = replace(self.sampling, **said)
 
     def apply_lora(
         self, weights: str | os.PathLike[str] | Lora, scale: Scale | Mapping[str, Scale] | None = None, *,

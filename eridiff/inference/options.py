@@ -7,6 +7,7 @@ from typing import TypedDict
 import torch
 
 from eridiff.errors import ConfigError
+from eridiff.request import FIELDS
 
 
 class Options(TypedDict, total=False):
@@ -40,18 +41,17 @@ class Options(TypedDict, total=False):
 class LoadOptions(Options, total=False):
     """The options of all families; a family's constructor says what its own mean, and refuses the others."""
 
-    t5_mask: bool  # Flux, SD 3
-    t5_padding: str  # SD 3
-    without_t5: str
-    clip_windows: str  # SD 3, SDXL
     prediction: str | None  # SDXL
     zero_terminal_snr: bool | None
-    empty_negative: str
 
 
 def check_names(owner: str, given: Iterable[str], known: Collection[str]) -> None:
     """Raises ConfigError, with the nearest known name, unless all given options are known."""
     for name in given:
+        if name not in known and name in FIELDS:
+            raise ConfigError(
+                f"{owner} has no option '{name}': it is asked of each image, as generate(..., {name}=...)"
+            )
         if name not in known:
             near = get_close_matches(name, known, 1)
             hint = f"did you mean '{near[0]}'?" if near else f"it has {', '.join(known)}"

@@ -31,11 +31,6 @@ from eridiff.text.encoders import ClipEncoder, ClipFeatures, T5Encoder
 
 TABLES = {"original": sd3_sigmas, "script": sd3_sigmas, "diffusers": diffusers_sigmas, "candle": candle_sigmas}
 TRAINED = 1000  # times of the training
-OPTIONS = {  # name of a text option -> what it may be, the default first
-    "t5_padding": ("original", "diffusers"),
-    "without_t5": ("zeros", "none"),
-    "clip_windows": ("first", "all"),
-}
 
 
 @dataclass(frozen=True)
@@ -50,6 +45,10 @@ class SD35Defaults(Defaults):
     skip_layers: SkipLayers | None = None  # published, used when asked for
     text_shortest: int = 77  # T5 tokens of a short prompt
     text_length: int = 256  # T5 tokens at most
+    t5_mask: bool = False
+    t5_padding: str = "original"
+    without_t5: str = "zeros"
+    clip_windows: str = "first"
 
 
 class SD35Inference(DiffusionInference):
@@ -57,14 +56,13 @@ class SD35Inference(DiffusionInference):
 
     family = "mmdit"
     encoders = ("clip", "clip_g", "t5")
-    recorded = (*DiffusionInference.recorded, *OPTIONS, "t5_mask")
     variants: ClassVar[Mapping[str, SD35Defaults]] = {
         "sd3-medium": SD35Defaults(script_shift=1.0),
         "sd3.5-medium": SD35Defaults(skip_layers=SkipLayers((7, 8, 9), scale=2.5, start=0.01, end=0.2)),
         "sd3.5-large": SD35Defaults(steps=40, cfg_scale=4.5),
         "sd3.5-large-turbo": SD35Defaults(steps=4, cfg_scale=1.0, sampler="euler"),
     }
-    takes = ("shift", "skip_layers")
+    takes = ("shift", "skip_layers", "t5_padding", "without_t5", "clip_windows")
     network: MMDiT
     clip: ClipEncoder | None = of_encoder("clip")
     clip_g: ClipEncoder | None = of_encoder("clip_g")
@@ -77,31 +75,16 @@ class SD35Inference(DiffusionInference):
         clip: ClipEncoder | None = None,
         clip_g: ClipEncoder | None = None,
         t5: T5Encoder | None = None,
-        *,
-        t5_padding: str = "original",
-        without_t5: str = "zeros",
-        clip_windows: str = "first",
-        t5_mask: bool = False,
         **options: Unpack[Options],
     ) -> None:
         """Use these modules as they are, or leave them out and call `load_model`.
 
         - network, autoencoder: eridiff's modules, those of a training run for example.
         - clip, clip_g, t5: the text encoders; not needed where conditionings are passed in.
-        - t5_padding: "original" gives T5 as many tokens as the longest prompt needs, from 77 to 256, "diffusers" always 256.
-        - without_t5: what takes the place of T5's rows when no T5 is loaded: "zeros", as many rows of them, or "none".
-        - clip_windows: of a prompt longer than CLIP's 77 tokens the "first" window, as the original, or "all", 77 rows each.
-        - t5_mask: hide T5's padding, from T5 itself too, for networks trained that way; the published ones attend to it.
         - variant: sd3-medium, sd3.5-medium, sd3.5-large or sd3.5-large-turbo.
         - device, dtype, offload, vae_rows, progress, allow_unknown: as in `eridiff.inference.options.Options`.
         """
-        given = {"t5_padding": t5_padding, "without_t5": without_t5, "clip_windows": clip_windows}
-        for name, value in given.items():
-            if value not in OPTIONS[name]:
-                raise ConfigError(f"{name} must be {' or '.join(OPTIONS[name])}, not '{value}'")
         super().__init__(network, autoencoder, {"clip": clip, "clip_g": clip_g, "t5": t5}, **options)
-        self.t5_padding, self.without_t5, self.clip_windows = t5_padding, without_t5, clip_windows
-        self.t5_mask = t5_mask
 
     @staticmethod
     def variants_of_inputs(config: MMDiTConfig) -> list[str]:
@@ -123,9 +106,9 @@ class SD35Inference(DiffusionInference):
         width = configs["t5"]["d_model"] if "t5" in configs else None  # zeros of any width take its place
         return width, clip["hidden_size"] + clip_g["projection_dim"]
 
-    def follow(self, config: Mapping[str, Any], given: Collection[str]) -> None:
+    def follow(self, config: Mapping[str, Any]) -> None:
         if isinstance(shift := config.get("shift"), int | float):
-            self.sampling = replace(self.sampling, shift=float(shift))
+            self.model.follow(shift=float(shift))
 
     @staticmethod
     def text_encoders(
@@ -139,37 +122,43 @@ class SD35Inference(DiffusionInference):
             found["t5"] = T5Encoder(modules["t5"], tokenizers["t5"], sampling.text_length)
         return found
 
-    def encoding(self, prompts: Sequence[Text]) -> Stages[Conditioning]:
-        """The rows of both CLIPs, then T5's: text `[B, 77 + T, text_width]`, pooled `[B, pooled_width]`."""
+    def encoding(self, prompts: Sequence[Text], asked: Checked) -> Stages[Conditioning]:
+        """The rows of both CLIPs, then T5's: text `[B, 77 + T, text_width]`, pooled `[B, pooled_width]`.
+
+        With all `clip_windows` 77 rows each. The published networks attend to T5's padding; `t5_mask` hides it, from T5 too.
+        """
         if self.clip is None or self.clip_g is None:
             raise ConfigError("no text encoders are loaded: pass conditioning, or give clip and clip_g (and t5)")
         encoders = {"clip": self.clip, "clip_g": self.clip_g}
         names = (*encoders, "t5")
         texts = {name: spoken(prompts, name, names) for name in names}
-        count = 1
-        if self.clip_windows == "all":
-            count = max(encoder.windows_needed(texts[name]) for name, encoder in encoders.items())
+        count, program = 1, asked.prompt_weights
+        if asked.clip_windows == "all":
+            count = max(encoder.windows_needed(texts[name], program) for name, encoder in encoders.items())
         features = []
         for name, encoder in encoders.items():
-            ids = encoder.tokenize(texts[name], windows=count, whole_words=True)
+            ids, weights = encoder.weigh(texts[name], program, windows=count, whole_words=True)
             yield encoder.module
-            features.append(encoder(ids))
-        t5, mask = yield from self._t5_rows(texts["t5"])
+            features.append(encoder(ids, weights, program))
+        t5, mask = yield from self._t5_rows(texts["t5"], asked)
         told = joined(features[0], features[1], t5, self.network.config.text_width)
         if mask is None:
             return told
         return replace(told, mask=F.pad(mask, (told.text.shape[1] - mask.shape[1], 0), value=True))  # CLIP's are seen
 
-    def _t5_rows(self, texts: list[str]) -> Stages[tuple[Tensor | None, Tensor | None]]:
+    def _t5_rows(self, texts: list[str], asked: Checked) -> Stages[tuple[Tensor | None, Tensor | None]]:
         """T5's features `[B, T, text_width]` and which rows are to be seen; without T5 zeros, or None for no rows."""
-        shortest = self.sampling.text_length if self.t5_padding == "diffusers" else self.sampling.text_shortest
+        if self.t5 is None and asked.without_t5 == "none":
+            return None, None
+        length, program = asked.t5_length, asked.prompt_weights
+        shortest = length if asked.t5_padding == "diffusers" else min(self.sampling.text_shortest, length)
         if self.t5 is not None:
-            ids = self.t5.tokenize(texts, shortest)
-            mask = self.t5.real(ids) if self.t5_mask else None
+            ids, weights = self.t5.weigh(texts, program, shortest, length)
+            mask = self.t5.real(ids) if asked.t5_mask else None
             yield self.t5.module
-            return finite_features(self.t5(ids, mask), "T5"), mask
-        zeros = torch.zeros(len(texts), shortest, self.network.config.text_width, dtype=torch.float32, device="cpu")
-        return (None if self.without_t5 == "none" else zeros), None
+            return finite_features(self.t5(ids, mask, weights, program), "T5"), mask
+        width = self.network.config.text_width
+        return torch.zeros(len(texts), shortest, width, dtype=torch.float32, device="cpu"), None
 
     def named_schedule(self, steps: int, width: int, height: int, name: str | None, shift: float | None) -> Schedule:
         """The original's table; "script" with its script's shift (1 for sd3-medium), "diffusers" and "candle" their own.

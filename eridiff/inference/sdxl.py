@@ -59,6 +59,8 @@ class SDXLDefaults(Defaults):
     cfg_scale: float = 5.0
     schedule: str = "leading"
     guidance_scale: float | None = None  # of lcm-sdxl's embedding
+    clip_windows: str = "first"
+    empty_negative: str = "zeros"
 
 
 class SDXLInference(DiffusionInference):
@@ -66,7 +68,7 @@ class SDXLInference(DiffusionInference):
 
     family = "unet"
     encoders = ("clip", "clip_g")
-    recorded = (*DiffusionInference.recorded, "prediction", "zero_terminal_snr", "empty_negative", "clip_windows")
+    recorded = (*DiffusionInference.recorded, "prediction", "zero_terminal_snr")
     flow = False
     offsets = OFFSETS
     variants: ClassVar[Mapping[str, SDXLDefaults]] = {
@@ -90,8 +92,6 @@ class SDXLInference(DiffusionInference):
         *,
         prediction: str | None = None,
         zero_terminal_snr: bool | None = None,
-        empty_negative: str = "zeros",
-        clip_windows: str = "first",
         **options: Unpack[Options],
     ) -> None:
         """Use these modules as they are, or leave them out and call `load_model`.
@@ -100,22 +100,14 @@ class SDXLInference(DiffusionInference):
         - clip, clip_g: the text encoders; not needed where conditionings are passed in.
         - prediction: epsilon, v or sample; None is what the file says, else epsilon.
         - zero_terminal_snr: whether the schedule ends in pure noise; None is what the file says, else not.
-        - empty_negative: what a missing negative prompt is: "zeros", as in sgm and diffusers (the refiner always encodes the
-          empty prompt), or "encoded", as in kohya's scripts and ComfyUI.
-        - clip_windows: of a prompt longer than CLIP's 77 tokens the "first" window or "all", 77 rows each.
         - variant: base, refiner, inpaint, turbo, lightning or lcm.
         - device, dtype, offload, vae_rows, progress, allow_unknown: as in `eridiff.inference.options.Options`.
         """
-        for name, value, known in (
-            ("prediction", prediction, (None, *PREDICTIONS)), ("empty_negative", empty_negative, ("zeros", "encoded")),
-            ("clip_windows", clip_windows, ("first", "all")),
-        ):  # fmt: skip
-            if value not in known:
-                raise ConfigError(f"{name} must be {' or '.join(str(k) for k in known if k)}, not '{value}'")
+        if prediction not in (None, *PREDICTIONS):
+            raise ConfigError(f"prediction must be {' or '.join(PREDICTIONS)}, not '{prediction}'")
         super().__init__(network, autoencoder, {"clip": clip, "clip_g": clip_g}, **options)
         self.asked_prediction, self.asked_zero_snr = prediction, zero_terminal_snr
         self.prediction, self.zero_terminal_snr = prediction or "epsilon", bool(zero_terminal_snr)
-        self.empty_negative, self.clip_windows = empty_negative, clip_windows
         self.refiner: SDXLInference | None = None  # which finishes the images of this one
 
     @staticmethod
@@ -166,12 +158,12 @@ class SDXLInference(DiffusionInference):
             self.zero_terminal_snr = zero if self.asked_zero_snr is None else self.asked_zero_snr
         return super().load_model(parts)
 
-    def follow(self, config: Mapping[str, Any], given: Collection[str]) -> None:
+    def follow(self, config: Mapping[str, Any]) -> None:
         self.prediction = self.asked_prediction or PREDICTION_TYPES.get(str(config.get("prediction_type")), "epsilon")
         if self.asked_zero_snr is None:
             self.zero_terminal_snr = config.get("rescale_betas_zero_snr") is True
-        if config.get("force_zeros_for_empty_prompt") is False and "empty_negative" not in given:
-            self.empty_negative = "encoded"
+        if config.get("force_zeros_for_empty_prompt") is False:
+            self.model.follow(empty_negative="encoded")
 
     @property
     def refines(self) -> bool:
@@ -181,14 +173,17 @@ class SDXLInference(DiffusionInference):
     @property
     def takes(self) -> Collection[str]:  # type: ignore[override]
         if self.refines:
-            return ("original_size", "crop", "aesthetic_score", "final_noise", "noise_scale")
+            return ("original_size", "crop", "aesthetic_score", "final_noise", "noise_scale", "clip_windows")
+        scored = ["aesthetic_score"] if self.refiner else []
         return (
             "original_size",
             "crop",
             "target_size",
             "final_noise",
             "noise_scale",
-            *(["aesthetic_score"] if self.refiner else []),
+            "clip_windows",
+            "empty_negative",
+            *scored,
         )
 
     @property
@@ -231,7 +226,7 @@ class SDXLInference(DiffusionInference):
         if self.refiner is None:
             return (yield from super()._denoised(noise, prompt, points, asked, image, mask, condition, callback))
         refiner = self.refiner
-        own = yield from refiner._encoding(asked.prompt, asked.negative, asked.cfg_scale != 1)
+        own = yield from refiner._encoding(asked.prompt, asked.negative, asked)
         cut = min(max(first, self.place(points, asked.hand_over)), last)
         run = self.begun(noise, points, first, image, asked, asked.seed)
         yield self.network
@@ -245,7 +240,7 @@ class SDXLInference(DiffusionInference):
     def told(self, asked: Checked) -> dict[str, Any]:
         """What the network is given of an image's size, and the refiner of its beauty."""
         size = asked.height, asked.width
-        found: dict[str, Any] = {"original_size": asked.original_size or size, "crop": asked.crop or (0, 0)}
+        found = super().told(asked) | {"original_size": asked.original_size or size, "crop": asked.crop or (0, 0)}
         if not self.refines:
             found["target_size"] = asked.target_size or size
         if "aesthetic_score" in self.takes:
@@ -269,28 +264,32 @@ class SDXLInference(DiffusionInference):
             found["clip"] = ClipEncoder(modules["clip"], tokenizers["clip"])
         return found | {"clip_g": ClipEncoder(modules["clip_g"], tokenizers["clip_g"], pad=0, name="CLIP-G")}
 
-    def encoding(self, prompts: Sequence[Text]) -> Stages[Conditioning]:
-        """Both CLIPs' rows side by side (the refiner has only CLIP-G): text `[B, 77, text_width]`, pooled `[B, P]`."""
+    def encoding(self, prompts: Sequence[Text], asked: Checked) -> Stages[Conditioning]:
+        """Both CLIPs' rows side by side (the refiner has only CLIP-G): text `[B, 77, text_width]`, pooled `[B, P]`.
+
+        With all `clip_windows` 77 rows each.
+        """
         names = self.needed(self.network.config)
         encoders = {"clip": self.clip, "clip_g": self.clip_g}
         texts = {name: spoken(prompts, name, names) for name in names}
-        features = []
+        features, program = [], asked.prompt_weights
         for name in names:
             encoder = encoders[name]
             if encoder is None:
                 raise ConfigError(f"no text encoders are loaded: pass conditioning, or give {' and '.join(names)}")
             count = 1
-            if self.clip_windows == "all":
-                count = max(encoder.windows_needed(text) for text in texts.values())
-            ids = encoder.tokenize(texts[name], windows=count)
+            if asked.clip_windows == "all":
+                count = max(encoder.windows_needed(text, program) for text in texts.values())
+            ids, weights = encoder.weigh(texts[name], program, windows=count)
             yield encoder.module
-            features.append(encoder(ids))
+            features.append(encoder(ids, weights, program))
         return joined(*features)
 
-    def default_negative(self, prompts: list[Text]) -> Stages[Prompt]:
-        if self.empty_negative == "encoded" or self.refines:
-            return (yield from super().default_negative(prompts))
-        positive = yield from self.encoding(prompts)
+    def default_negative(self, prompts: list[Text], asked: Checked) -> Stages[Prompt]:
+        """Zeros, as in sgm and diffusers; the refiner encodes the empty prompt, and so do kohya's scripts and ComfyUI."""
+        if asked.empty_negative == "encoded" or self.refines:
+            return (yield from super().default_negative(prompts, asked))
+        positive = yield from self.encoding(prompts, asked)
         return Prompt(positive, Conditioning(torch.zeros_like(positive.text), torch.zeros_like(positive.pooled)))
 
     def named_schedule(

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from eridiff.blocks import unwrapped
 from eridiff.errors import CheckpointError, ConfigError, quoted
-from eridiff.text.tokenizers import token_ids, token_windows
+from eridiff.text.emphasis import emphasised, pieces
+from eridiff.text.tokenizers import Token, all_windows, one_window
 from eridiff.weights.configs import DESCRIPTIONS
 from eridiff.weights.detect import Component, detect
 from eridiff.weights.header import open_checkpoint
@@ -73,21 +74,30 @@ class ClipEncoder:
 
         `whole_words` ends a single window before a short word that does not fit.
         """
-        if windows == 1:
-            rows = [token_ids(self.tokenizer, p, self.length, self.pad, self.name, whole_words) for p in prompts]
-        else:
-            rows = [token_windows(self.tokenizer, p, self.length, self.pad, windows) for p in prompts]
-        return torch.tensor(rows)
+        return self.weigh(prompts, windows=windows, whole_words=whole_words)[0]
 
-    def windows_needed(self, prompts: Sequence[str]) -> int:
+    def weigh(
+        self, prompts: Sequence[str], program: str = "none", *, windows: int = 1, whole_words: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """As `tokenize`, and the weight of each token, float32 of the same shape, as a program reads them (`prompt_weights`)."""
+        read = [pieces(prompt, program) for prompt in prompts]
+        if windows == 1:
+            return _tensors(
+                [one_window(self.tokenizer, p, self.length, self.pad, self.name, whole_words) for p in read]
+            )
+        return _tensors([all_windows(self.tokenizer, p, self.length, self.pad, windows) for p in read])
+
+    def windows_needed(self, prompts: Sequence[str], program: str = "none") -> int:
         """How many windows the longest prompt fills."""
-        return max(len(token_windows(self.tokenizer, p, self.length, self.pad)) // self.length for p in prompts)
+        read = [pieces(prompt, program) for prompt in prompts]
+        return max(len(all_windows(self.tokenizer, p, self.length, self.pad)) // self.length for p in read)
 
     @torch.no_grad()
-    def __call__(self, ids: Tensor) -> ClipFeatures:
+    def __call__(self, ids: Tensor, weights: Tensor | None = None, program: str = "none") -> ClipFeatures:
         """ids `[B, T]`; no mask: padding is seen only through causality, as when the networks were trained.
 
-        Several windows are encoded each for itself and joined; the pooled state is the first one's.
+        Several windows are encoded each for itself and joined; the pooled state is the first one's. `hidden` has the weights
+        of `weigh`, applied as the program does.
         """
         embedding = self.module.get_input_embeddings().weight
         ids = ids.to(embedding.device)
@@ -104,7 +114,17 @@ class ClipEncoder:
         # a trainer's wrapper may give float32 of a bfloat16 module; weights of 8 bits are only stored so
         dtype = embedding.dtype if embedding.dtype.itemsize > 1 else pooled.dtype
         projected = projection(pooled.to(dtype))
+        if weights is not None and bool((weights != 1).any()):
+            none = self._of_nothing(windows.shape[:2]).hidden if program == "comfyui" else hidden
+            hidden = tuple(
+                emphasised(states, weights, program, self.length, empty)
+                for states, empty in zip(hidden, none, strict=True)
+            )
         return ClipFeatures(hidden, last, pooled, projected)
+
+    def _of_nothing(self, shape: Sequence[int]) -> ClipFeatures:
+        """Of the empty prompt, in as many rows and windows."""
+        return self(self.tokenize([""]).expand(shape[0], -1).repeat(1, shape[1]))
 
 
 class T5Encoder:
@@ -120,24 +140,49 @@ class T5Encoder:
         _check_size("T5", tokenizer, module.config.vocab_size)
         self.module, self.tokenizer, self.length = module, tokenizer, length
 
-    def tokenize(self, prompts: Sequence[str], shortest: int | None = None) -> Tensor:
+    def tokenize(self, prompts: Sequence[str], shortest: int | None = None, length: int | None = None) -> Tensor:
         """`[B, length]` int64, padded with 0; with `shortest` as many as the longest prompt needs, at least so many."""
-        ids = torch.tensor([token_ids(self.tokenizer, prompt, self.length, 0, "T5") for prompt in prompts])
-        if shortest is None:
-            return ids
-        needed = int(self.real(ids).sum(dim=1).max())
-        return ids[:, : max(shortest, needed)]
+        return self.weigh(prompts, "none", shortest, length)[0]
+
+    def weigh(
+        self, prompts: Sequence[str], program: str = "none", shortest: int | None = None, length: int | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """As `tokenize`, and the weight of each token, float32 of the same shape, as a program reads them (`prompt_weights`)."""
+        length = self.length if length is None else length
+        read = [pieces(prompt, program) for prompt in prompts]
+        ids, weights = _tensors([one_window(self.tokenizer, prompt, length, 0, "T5") for prompt in read])
+        rows = length if shortest is None else max(shortest, int(self.real(ids).sum(dim=1).max()))
+        return ids[:, :rows], weights[:, :rows]
 
     @torch.no_grad()
-    def __call__(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:
-        """ids `[B, T]` -> `[B, T, D]` after the final norm; without a mask, as published, padding is attended to too."""
+    def __call__(
+        self, ids: Tensor, mask: Tensor | None = None, weights: Tensor | None = None, program: str = "none"
+    ) -> Tensor:
+        """ids `[B, T]` -> `[B, T, D]` after the final norm; without a mask, as published, padding is attended to too.
+
+        With the weights of `weigh`, applied as the program does.
+        """
         device = self.module.get_input_embeddings().weight.device
         seen = None if mask is None else mask.to(device)
-        return self.module(input_ids=ids.to(device), attention_mask=seen).last_hidden_state
+        states = self.module(input_ids=ids.to(device), attention_mask=seen).last_hidden_state
+        if weights is None or bool((weights == 1).all()):
+            return states
+        empty = states
+        if program == "comfyui":
+            none = self.tokenize([""], length=ids.shape[1]).expand(len(ids), -1)
+            empty = self(none, None if mask is None else self.real(none))
+        return emphasised(states, weights, program, ids.shape[1], empty)
 
     def real(self, ids: Tensor) -> Tensor:
         """`[B, T]` bool: which tokens are of the prompt, its end included; "<pad>" may be written in it."""
         return (ids != 0).flip(1).cumsum(1).flip(1) > 0
+
+
+def _tensors(rows: list[list[Token]]) -> tuple[Tensor, Tensor]:
+    """The ids and the weights of prompts."""
+    return torch.tensor([[token for token, _ in row] for row in rows]), torch.tensor(
+        [[w for _, w in row] for row in rows]
+    )
 
 
 def load_encoder(

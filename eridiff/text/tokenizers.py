@@ -14,8 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from eridiff.errors import CheckpointError, quoted
+from eridiff.text.emphasis import Pieces
 
 log = logging.getLogger(__name__)
+Token = tuple[int, float]  # its id and its weight in the prompt
 ASSETS = Path(__file__).parents[1] / "assets"
 SAMPLE = "a photo of a cat"
 CLIP_TOKENS, CLIP_SAMPLE = 49408, [49406, 320, 1125, 539, 320, 2368, 49407]
@@ -189,44 +191,66 @@ def _cached_t5() -> Path | None:
     return None
 
 
-def token_ids(tokenizer: Any, prompt: str, length: int, pad: int, name: str, whole_words: bool = False) -> list[int]:
-    """Exactly `length` ids; a longer prompt keeps its first tokens and the end, and a warning names the words cut.
+def tokens_of(tokenizer: Any, prompt: Pieces) -> tuple[list[Token], list[Token], Token]:
+    """What begins a prompt, its own tokens, each piece of text read for itself, and what ends it."""
+    *begin, end = [(token, 1.0) for token in tokenizer("")["input_ids"]]
+    own = [(token, weight) for text, weight in prompt for token in _ids(tokenizer, text)]
+    return begin, own, end
+
+
+def one_window(
+    tokenizer: Any, prompt: Pieces, length: int, pad: int, name: str, whole_words: bool = False
+) -> list[Token]:
+    """Exactly `length` tokens; a longer prompt keeps its first tokens and the end, and a warning names the words cut.
 
     `name` is the encoder's, for the warning. `whole_words` keeps a word of fewer than 8 tokens whole or leaves it out, as
     the original of SD 3 does.
     """
-    ids: list[int] = list(tokenizer(prompt, truncation=False, padding=False, verbose=False)["input_ids"])
-    if len(ids) > length:
-        begin = len(ids) - len(tokenizer(prompt, add_special_tokens=False, verbose=False)["input_ids"]) - 1
-        words = _words(tokenizer, prompt)
-        kept = length - 1
-        cut = words[min(max(kept - begin, 0), len(words) - 1)]  # the word in which the cut falls
-        if whole_words and words.count(cut) < 8 and words.index(cut) > 0:
-            kept = begin + words.index(cut)
+    begin, own, end = tokens_of(tokenizer, prompt)
+    room = length - len(begin) - 1
+    if len(own) > room:
+        text, words = "".join(text for text, _ in prompt), _words(tokenizer, prompt)
+        cut = words[min(max(room, 0), len(words) - 1)]  # the word in which the cut falls
         log.warning(
-            "%s takes %d tokens, the prompt has %d: cut from %r on", name, length, len(ids), prompt[cut:].strip()
-        )
-        ids = [*ids[:kept], ids[-1]]
-    return ids + [pad] * (length - len(ids))
+            "%s takes %d tokens, the prompt has %d: cut from %r on", name, length, len(begin) + len(own) + 1,
+            text[cut:].strip(),
+        )  # fmt: skip
+        if whole_words and words.count(cut) < 8 and words.index(cut) > 0:
+            room = words.index(cut)
+        own = own[: max(room, 0)]
+    found = [*begin, *own, end]
+    return found + [(pad, 1.0)] * (length - len(found))
 
 
-def _words(tokenizer: Any, prompt: str) -> list[int]:
+def token_ids(tokenizer: Any, prompt: str, length: int, pad: int, name: str, whole_words: bool = False) -> list[int]:
+    """The ids of `one_window` of a plain text."""
+    return [token for token, _ in one_window(tokenizer, [(prompt, 1.0)], length, pad, name, whole_words)]
+
+
+def _ids(tokenizer: Any, text: str) -> list[int]:
+    """Of a text without begin and end."""
+    return list(tokenizer(text, add_special_tokens=False, truncation=False, padding=False, verbose=False)["input_ids"])
+
+
+def _words(tokenizer: Any, prompt: Pieces) -> list[int]:
     """For each token of a prompt where its word begins. Words are read one by one: slow tokenizers tell no offsets."""
-    found = [(word.start(), word.group()) for word in re.finditer(r"\S+", prompt)]
-    return [
-        begin for begin, word in found for _ in tokenizer(word, add_special_tokens=False, verbose=False)["input_ids"]
-    ] or [0]
+    found, start = [], 0
+    for text, _ in prompt:
+        words = [(start + word.start(), word.group()) for word in re.finditer(r"\S+", text)]
+        found += [begin for begin, word in words for _ in _ids(tokenizer, word)]
+        start += len(text)
+    return found or [0]
 
 
-def token_windows(tokenizer: Any, prompt: str, length: int, pad: int, windows: int = 1) -> list[int]:
-    """The whole prompt in windows of `length` ids, one after the other: begin, a piece, end, padding.
+def all_windows(tokenizer: Any, prompt: Pieces, length: int, pad: int, windows: int = 1) -> list[Token]:
+    """The whole prompt in windows of `length` tokens, one after the other: begin, a part of it, end, padding.
 
     At least as many as asked for; the last ones are then empty.
     """
-    first, *inner, last = tokenizer(prompt, truncation=False, padding=False, verbose=False)["input_ids"]
-    size = length - 2
-    pieces = [inner[i : i + size] for i in range(0, max(len(inner), windows * size, 1), size)]
-    rows = [[first, *piece, last] + [pad] * (size - len(piece)) for piece in pieces]
+    begin, own, end = tokens_of(tokenizer, prompt)
+    size = length - len(begin) - 1
+    parts = [own[i : i + size] for i in range(0, max(len(own), windows * size, 1), size)]
+    rows = [[*begin, *part, end] + [(pad, 1.0)] * (size - len(part)) for part in parts]
     return [token for row in rows for token in row]
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from eridiff.errors import ConfigError, quoted
 from eridiff.inference import DiffusionInference, Prompt
 from eridiff.memory.stages import Stages
-from eridiff.request import Request
+from eridiff.request import Request, own
 from eridiff.text import Conditioning
 
 # what a list of so many tensors holds: diffusers' `encode_prompt` and its scripts, kohya's `encode_tokens`
@@ -26,6 +26,7 @@ LISTS: dict[str, dict[int, tuple[str, ...]]] = {
     "unet": {2: PAIR, 3: ("hidden_state1", "hidden_state2", "pool2"), 4: FOUR},
 }  # fmt: skip
 AI_TOOLKIT = ("text_embeds", "pooled_embeds", "attention_mask")  # attributes of its PromptEmbeds
+FOLLOWED = ("t5_mask", "empty_negative")  # of the fields of a request that say how a prompt is encoded
 KOHYA_T5_ROWS = 77  # zeros in their place, where kohya's SD 3 has no T5
 
 
@@ -46,9 +47,11 @@ def handed_in_prompts(
                 f"conditioning must be a mapping from prompts to embeddings, or a list of as many as there are prompts ({len(requests)})"
             )
         given = {str(request.prompt): value for request, value in zip(requests, given, strict=True)}
-    table = {text: prompt_of(inference, text, value) for text, value in given.items()}
+    masks = [bool(own(request, inference, "t5_mask")) for request in requests]
+    tables = {hidden: {text: prompt_of(inference, text, value, hidden) for text, value in given.items()} for hidden in {*masks}}  # fmt: skip
+    table: dict[str, Prompt] = {}
 
-    def encoding(texts: Sequence[Any]) -> Stages[Conditioning]:
+    def encoding(texts: Sequence[Any], asked: Request) -> Stages[Conditioning]:
         lacking = [text for text in texts if not isinstance(text, str) or text not in table]
         if lacking:
             raise _Missing(*map(repr, lacking))
@@ -59,15 +62,17 @@ def handed_in_prompts(
     reader.encoding = encoding  # type: ignore[method-assign, assignment]
     found: list[Prompt] = []
     missing: dict[str, None] = {}
-    for request in requests:
-        own = table.get(request.prompt) if isinstance(request.prompt, str) else None
-        if own is not None and own.negative is not None and request.negative not in table:
-            if (inference.sampling.cfg_scale if request.cfg_scale is None else request.cfg_scale) != 1:
-                _joined([str(request.prompt)], [own.positive, own.negative])
-            found.append(own)
+    for request, hidden in zip(requests, masks, strict=True):
+        table = tables[hidden]
+        held = table.get(request.prompt) if isinstance(request.prompt, str) else None
+        if held is not None and held.negative is not None and request.negative not in table:
+            if own(request, inference, "cfg_scale") != 1:
+                _joined([str(request.prompt)], [held.positive, held.negative])
+            found.append(held)
             continue
+        followed = {name: value for name, value in request.text().items() if name in FOLLOWED}
         try:
-            found.append(reader.encode_prompt(request.prompt, request.negative, request.cfg_scale))
+            found.append(reader.encode_prompt(request.prompt, request.negative, request.cfg_scale, **followed))
         except _Missing as error:
             missing |= dict.fromkeys(error.args)
     if missing:
@@ -77,12 +82,15 @@ def handed_in_prompts(
     return found
 
 
-def prompt_of(inference: DiffusionInference, text: str, value: Any) -> Prompt:
-    """One prompt's embeddings, whichever layout they are in; with the negative ones where the layout holds them."""
+def prompt_of(inference: DiffusionInference, text: str, value: Any, hidden: bool = False) -> Prompt:
+    """One prompt's embeddings, whichever layout they are in; with the negative ones where the layout holds them.
+
+    `hidden` hides T5's padding by the mask that is with them.
+    """
     if isinstance(value, Prompt):
-        return _both(inference, text, value.positive, value.negative)
+        return _both(inference, text, value.positive, value.negative, hidden)
     if isinstance(value, Mapping) and "conditional" in value:  # ai-toolkit's cache of sample prompts
-        return _both(inference, text, value["conditional"], value.get("unconditional"))
+        return _both(inference, text, value["conditional"], value.get("unconditional"), hidden)
     if isinstance(value, Conditioning):
         told = _checked(inference, text, vars(value))
         if not {"text", "pooled"} <= told.keys():
@@ -93,7 +101,7 @@ def prompt_of(inference: DiffusionInference, text: str, value: Any) -> Prompt:
     names = LISTS[inference.family].get(len(value)) if isinstance(value, list | tuple) else None
     if names is not None:
         try:
-            return prompt_of(inference, text, dict(zip(names, value, strict=True)))
+            return prompt_of(inference, text, dict(zip(names, value, strict=True)), hidden)
         except ConfigError as error:
             raise ConfigError(f"{error}; a list of {len(names)} holds {', '.join(names)} in this order") from None
     if all(hasattr(value, name) for name in AI_TOOLKIT):
@@ -102,13 +110,13 @@ def prompt_of(inference: DiffusionInference, text: str, value: Any) -> Prompt:
         raise _unreadable(text, value)
     named = _checked(inference, text, {name: value[name] for name in value.keys()})  # noqa: SIM118
     negative = {name.removeprefix("negative_"): t for name, t in named.items() if name.startswith("negative_")}
-    positive = _conditioning(inference, text, named, value)
-    return Prompt(positive, _conditioning(inference, text, negative, value) if negative else None)
+    positive = _conditioning(inference, text, named, value, hidden)
+    return Prompt(positive, _conditioning(inference, text, negative, value, hidden) if negative else None)
 
 
-def _both(inference: DiffusionInference, text: str, positive: Any, negative: Any) -> Prompt:
-    other = None if negative is None else prompt_of(inference, text, negative).positive
-    return Prompt(prompt_of(inference, text, positive).positive, other)
+def _both(inference: DiffusionInference, text: str, positive: Any, negative: Any, hidden: bool) -> Prompt:
+    other = None if negative is None else prompt_of(inference, text, negative, hidden).positive
+    return Prompt(prompt_of(inference, text, positive, hidden).positive, other)
 
 
 def _checked(inference: DiffusionInference, text: str, given: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -150,7 +158,9 @@ def _checked(inference: DiffusionInference, text: str, given: Mapping[str, Any])
     return found
 
 
-def _conditioning(inference: DiffusionInference, text: str, named: Mapping[str, Tensor], given: Any) -> Conditioning:
+def _conditioning(
+    inference: DiffusionInference, text: str, named: Mapping[str, Tensor], given: Any, hidden: bool
+) -> Conditioning:
     mask, t5 = named.get("t5_attn_mask", named.get("attention_mask")), None
     pair = next((pair for pair in (PAIR, AI_TOOLKIT[:2], ("t5_out", "l_pooled")) if {*pair} <= named.keys()), None)
     if pair is not None:
@@ -169,9 +179,8 @@ def _conditioning(inference: DiffusionInference, text: str, named: Mapping[str, 
         raise _unreadable(text, given)
     if mask is not None and (t5 is not None or mask.shape[1] > rows.shape[1]):
         _check_rows(text, "the mask of T5's padding", mask, "T5's text", rows if t5 is None else t5)
-    hidden = getattr(inference, "t5_mask", False)
     if hidden and mask is None:
-        raise ConfigError(f"the embeddings of {quoted(text)} have no mask of T5's padding, which t5_mask=True hides")
+        raise ConfigError(f"the embeddings of {quoted(text)} have no mask of T5's padding, which t5_mask hides")
     if not hidden or mask is None:
         return Conditioning(rows, pooled)
     return Conditioning(

@@ -18,13 +18,11 @@ from torch import Tensor, nn
 from eridiff.errors import CheckpointError, ConfigError
 from eridiff.inference import DiffusionInference, Prompt
 from eridiff.inference.settings import spoken
-from eridiff.request import Text
+from eridiff.request import ENCODING, Request, Text, own
 from eridiff.text import Conditioning
 from eridiff.training.fingerprint import digest
 from eridiff.weights.locate import TEXT_ENCODERS
 from eridiff.weights.save import write_tensors
-
-OPTIONS = ("t5_padding", "without_t5", "t5_mask", "clip_windows", "empty_negative")  # attributes of inferences
 
 
 class EmbeddingCache:
@@ -46,31 +44,44 @@ class EmbeddingCache:
             raise ConfigError(f"no text encoders are loaded and '{folder}' holds {held}: load the encoders once")
         self.folder = found[0]
 
-    def encode(self, prompt: Text, negative: Text | None = None, cfg_scale: float | None = None) -> Prompt:
-        """As `inference.encode_prompt(prompt, negative, cfg_scale)`, on the CPU, bit for bit.
+    def encode(
+        self, prompt: Text, negative: Text | None = None, cfg_scale: float | None = None, **asked: Any
+    ) -> Prompt:
+        """As `inference.encode_prompt(prompt, negative, cfg_scale, **asked)`, on the CPU, bit for bit.
 
         Raises ConfigError for a prompt that is not in the folder when no encoders are loaded.
         """
-        path = self.path(prompt, negative, cfg_scale)
+        path = self.path(prompt, negative, cfg_scale, **asked)
         if path.exists():
             return read_prompt(path)
         if not self.encoders:
             raise ConfigError(f"the prompt {prompt!r} is not among those kept in '{self.folder}', and no text encoders are loaded")  # fmt: skip
-        encoded = on_cpu(self.inference.encode_prompt(prompt, negative, cfg_scale))
-        write_prompt(path, encoded, {"prompt": json.dumps(prompt), "negative": json.dumps(negative)})
+        encoded = on_cpu(self.inference.encode_prompt(prompt, negative, cfg_scale, **asked))
+        told = {"prompt": prompt, "negative": negative, "encoding": self._encoding(asked)}
+        write_prompt(path, encoded, {name: json.dumps(value) for name, value in told.items()})
         return encoded
 
-    def path(self, prompt: Text, negative: Text | None, cfg_scale: float | None) -> Path:
+    def _encoding(self, asked: Mapping[str, Any]) -> dict[str, Any]:
+        """How a prompt is encoded: what is asked, else the model's own."""
+        request = Request.of(asked)
+        found = {name: own(request, self.inference, name) for name in ENCODING}
+        if request.t5_length is None:
+            found["t5_length"] = getattr(self.inference.sampling, "text_length", None)
+        return found
+
+    def path(self, prompt: Text, negative: Text | None, cfg_scale: float | None, **asked: Any) -> Path:
         """The file of a prompt."""
         inference = self.inference
         steered = (inference.sampling.cfg_scale if cfg_scale is None else cfg_scale) != 1
         text_width, _ = inference.told_widths(inference.network.config)
         read = [None if text is None else read_by(inference, text) for text in (prompt, negative)]
+        how = self._encoding(asked)
+        how["length"] = how.pop("t5_length")  # the keys of files that were kept before there were weights
+        if how["prompt_weights"] == "none":
+            del how["prompt_weights"]
         key = {
             "prompt": read[0], "negative": read[1], "loras": loras_digest(self.encoders), "steered": steered, "family": inference.family, "width": text_width,
-            "length": getattr(inference.sampling, "text_length", None),
-            "refiner": inference.variant == "refiner",
-            **{name: getattr(inference, name, None) for name in OPTIONS},
+            "refiner": inference.variant == "refiner", **how,
         }  # fmt: skip
         text = json.dumps(key, sort_keys=True, ensure_ascii=False)
         return self.folder / f"{hashlib.blake2b(text.encode(), digest_size=16).hexdigest()}.safetensors"

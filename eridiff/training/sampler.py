@@ -24,8 +24,9 @@ from eridiff.inference import DiffusionInference, Prompt, Result, Step
 from eridiff.inference.handed_in import bare, check_dtypes, check_sharding
 from eridiff.inference.section import requests_of
 from eridiff.ranks import agreed, collected, everyones, ranks
-from eridiff.request import Request, plain
-from eridiff.training.cached import handed_in_prompts
+from eridiff.request import ENCODING, Request, plain
+from eridiff.text.emphasis import unweighted
+from eridiff.training.cached import FOLLOWED, handed_in_prompts
 from eridiff.training.distributed import sharded
 from eridiff.training.embeddings import EmbeddingCache, on_cpu
 from eridiff.training.fingerprint import changed, fingerprint
@@ -168,10 +169,13 @@ class Sampler:
         for notice in dict.fromkeys((*config.notices_in_training, *notices)):
             log.warning("%s", notice)
         every = [*self.requests, *first]
-        inference.check_words([request.prompt for request in every])  # type: ignore[misc]  # each has one
+        inference.check_words([unweighted(r.prompt, r.prompt_weights) for r in every])  # type: ignore[arg-type]  # each has one
         self._handed_in = conditioning is not None
         prompts: list[Prompt] = []
         if conditioning is not None:
+            idle = [n for n in ENCODING if n not in FOLLOWED and any(request.says(n) for request in every)]
+            if idle:
+                log.warning("%s: without effect on embeddings that are passed", ", ".join(idle))
             prompts = [on_cpu(p) for p in handed_in_prompts(drawer, conditioning, every)]
         elif not text_in_training:
             with undisturbed(self._modules(), device=inference.device):
@@ -184,7 +188,7 @@ class Sampler:
     @staticmethod
     def _encoded(encode: Callable[..., Prompt], requests: Sequence[Request]) -> list[Prompt]:
         """Every prompt with what it is guided away from, alone, as `generate` would."""
-        return [on_cpu(encode(r.prompt, r.negative, r.cfg_scale)) for r in requests]
+        return [on_cpu(encode(r.prompt, r.negative, r.cfg_scale, **r.text())) for r in requests]
 
     @staticmethod
     def first_step(every: int, start: int, skip_first: bool) -> int:
@@ -339,7 +343,7 @@ class Sampler:
                         self.adopted.refresh()
                     prompts = self._encoded(drawer.encode_prompt, requests) if self.text_in_training else encoded
                     told = [
-                        {"prompt": replace(requests[i], prompt="", negative=None), "conditioning": prompts[i], "callback": in_time}
+                        {"prompt": requests[i].encoded(), "conditioning": prompts[i], "callback": in_time}
                         for i in own
                     ]  # fmt: skip
                     for i, result in zip(own, drawer.generate_each(told), strict=True):
@@ -390,7 +394,7 @@ class Sampler:
             training["conditioning"] = "the trainer's"
         # the conditioning is the prompt's own, so the prompt is all that is needed to generate it again
         handed_in = [thing for thing in drawn["handed_in"] if thing != "conditioning"]
-        asked = {"prompt": request.prompt, "negative": request.negative}
+        asked = {"prompt": request.prompt, "negative": request.negative, **request.text()}
         settings = {**drawn, **asked, "handed_in": handed_in, "training": training}
         training["drift"] = drift_of(image, Entry(name, settings), entries, self.out)
         path = save_png(image, self.out / name, settings)
