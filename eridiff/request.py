@@ -269,9 +269,9 @@ def _in_one(request: "Request", model: Any) -> str | None:
 
 
 def own(request: "Request", model: Any, name: str) -> Any:
-    """What a request says, else what the model is sampled with by default."""
-    value = getattr(request, name)
-    return getattr(model.sampling, name, None) if value is None else value
+    """What a request says, else what the model is sampled with by default, else what all are."""
+    told = getattr(request, name), getattr(model.sampling, name, None), FIELDS[name].metadata["usual"]
+    return next((value for value in told if value is not None), None)
 
 
 def _lacks_t5(model: Any) -> bool:
@@ -588,7 +588,7 @@ class Request:
         chosen = {field: choice.value for field, choice in recipe(self.recipe, model.family).of(self.sampler).items()}
         said = {name: getattr(self, name) for name in FIELDS if self.says(name)}
         read = {
-            name: FIELDS[name].metadata["kind"].read(name, value) for name, value in chosen.items() if value is not None
+            name: FIELDS[name].metadata["kind"].read(name, value) for name, value in chosen.items() if value not in (None, "")
         }
         full = replace(self, **{name: value for name, value in merged(read, said).items() if name not in said})
         idle = [name for name in full.without_effect(model) if name not in said]

@@ -86,7 +86,7 @@ def add_parser(commands: Any) -> None:
 
 def _add_request(groups: dict[str, Any]) -> None:
     image = groups["image"]
-    image.add_argument("--prompt", action="append", metavar="ENCODING", help=FIELDS["prompt"].metadata["help"])
+    image.add_argument("--prompt", action="append", metavar="TEXT", help=FIELDS["prompt"].metadata["help"])
     image.add_argument("--prompts-file", type=Path, metavar="FILE", help="prompts in place of the configuration's, from kohya's .txt, .toml or .json")  # fmt: skip
     image.add_argument("--size", metavar="WxH", help="width and height at once")
     image.add_argument("--walk-seed", action="store_true", default=None, help="seed, seed + 1, ... over the prompts")

@@ -715,7 +715,8 @@ class DiffusionInference(Family):
             effect = FIELDS[name].metadata["effect"]
             if getattr(asked, name) is None and effect(asked, self) is None:
                 t5 = self.model.encoders.get("t5") if name == "t5_length" else None
-                found[name] = t5.length if t5 else getattr(self.sampling, SAMPLING_NAMES.get(name, name))
+                usual = FIELDS[name].metadata["usual"]
+                found[name] = t5.length if t5 else usual or getattr(self.sampling, SAMPLING_NAMES.get(name, name))
         return found
 
     @contextmanager

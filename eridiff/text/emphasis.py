@@ -40,8 +40,9 @@ def pieces(text: str, program: str) -> Pieces:
     return _interpolated(text) if program == "comfyui" else _multiplied(text, NUMBERS[program])
 
 
-def unweighted(prompt: Text, program: str) -> Text:
-    """A prompt without the brackets that are weights."""
+def unweighted(prompt: Text, program: str | None) -> Text:
+    """A prompt without the brackets that are weights; None is no program's."""
+    program = program or "none"
     if isinstance(prompt, str):
         return "".join(text for text, _ in pieces(prompt, program))
     return {name: "".join(text for text, _ in pieces(each, program)) for name, each in prompt.items()}
