@@ -27,6 +27,7 @@ class SampleSettings:
     lora: tuple[tuple[str, float | None], ...] = ()  # files, each with its scale; None is each image's `lora_scale`
     use_lora: bool | None = None  # false generates without them
     lora_partial: bool = False  # what does not fit is left out, not an error
+    euler_elsewhere: bool = False  # the file's sampler is SDXL's: its program samples other families by Euler
     out: str = "samples"
 
     def each(self) -> list[Words]:
@@ -85,7 +86,7 @@ class RunConfig:
     @property
     def notices_in_training(self) -> tuple[str, ...]:
         """What the `Sampler` says of it: keys for training are the trainer's own."""
-        kept = {key: reason for key, reason in self.unused.items() if reason != FOR_TRAINING}
+        kept = {key: reason for key, reason in self.unused.items() if not reason.startswith(FOR_TRAINING)}
         return (*_listed(kept), *self.told)
 
 
