@@ -98,6 +98,7 @@ SCHEDULE_KEYS = {  # key of the section -> field of TrainingSchedule
     "sample_at_end": "at_end", "sample_max_seconds": "max_seconds",
 }  # fmt: skip
 FOR_TRAINING = "it is for training"
+MOST = 20  # keys of a training in a notice: a file that its program writes has hundreds
 NO_EFFECT = {  # known words of training configurations
     **dict.fromkeys(SCHEDULE_KEYS, FOR_TRAINING),
     "format": "images are PNG",
@@ -161,10 +162,13 @@ def parse_config(document: Any, without_effect: Mapping[str, str] | None = None)
 
 
 def _listed(unused: Mapping[str, str]) -> list[str]:
-    """One notice of all keys that have no effect, by reason."""
+    """One notice of all keys that have no effect, by reason; the keys of a training come last, and the first of them do."""
     groups: dict[str, list[str]] = {}
     for key, reason in unused.items():
         groups.setdefault(reason, []).append(key)
+    if (training := groups.pop(FOR_TRAINING, None)) is not None:
+        more = len(training) - MOST
+        groups[FOR_TRAINING] = [*training[:MOST], f"and {more} more"] if more > 0 else training
     told = "; ".join(f"{', '.join(keys)} ({reason})" for reason, keys in groups.items())
     return [f"without effect here: {told}"] if told else []
 

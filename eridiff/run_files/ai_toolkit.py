@@ -27,7 +27,9 @@ from eridiff.run_files.common import (
     with_random_seeds,
 )
 
-ARCHITECTURES = {"flux": "flux", "flex1": "flux", "sd3": "mmdit", "sdxl": "unet"}  # `arch`, without its tag -> family
+ARCHITECTURES = {  # `arch`, without its tag -> family
+    "flux": "flux", "flex1": "flux", "sd3": "mmdit", "sdxl": "unet", "flux_kontext": "flux",
+}  # fmt: skip
 FLAGGED = {"is_flux": "flux", "is_v3": "mmdit", "is_xl": "unet", "is_sdxl": "unet"}  # a key that is true -> family
 SECOND = {"flux": ("clip", "t5"), "mmdit": ("clip", "clip_g", "t5"), "unet": ("clip", "clip_g")}  # encoders, by family
 PROCESS_KEYS = ("model", "sample", "first_sample", "train", "trigger_word", "training_folder")  # of a training
@@ -78,7 +80,7 @@ def with_environment(text: str) -> str:
 
 def read(document: Mapping[str, Any], folder: Path = Path()) -> RunConfig:
     """What a configuration means for sampling; raises ConfigError. folder is the one of the file, for those that it names."""
-    unused = {key: FOR_TRAINING for key in document if key != "config"}
+    unused = {key: FOR_TRAINING for key in document if key != "config" and (key, document[key]) != ("job", "generate")}
     config = document["config"]
     processes = config.get("process") if isinstance(config, dict) else None
     if not isinstance(processes, list) or not all(isinstance(process, dict) for process in processes):

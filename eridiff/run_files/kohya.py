@@ -90,10 +90,7 @@ def read_training(document: Mapping[str, Any], folder: Path) -> RunConfig:
 
     defaults = dict(DEFAULTS[family or "unet"])
     if (sampler := value_of(section, "sample_sampler", str)) is not None:
-        if family in ("flux", "mmdit"):
-            unused["sample_sampler"] = "kohya samples Flux and SD 3 by Euler"
-        else:
-            defaults["sampler"] = sampler
+        defaults["sampler"] = sampler
     masked: bool | None = flag(section, "apply_t5_attn_mask") or None
     if masked and family != "flux":
         unused["apply_t5_attn_mask"], masked = "kohya puts zeros in place of T5's padding, which is not done here", None
@@ -110,7 +107,7 @@ def read_training(document: Mapping[str, Any], folder: Path) -> RunConfig:
             entries = [_filled(e, defaults) for e in read_prompt_file(read_text(path), path.suffix.lower(), unused)]
     own["sample"] = with_random_seeds(shared | ({"samples": entries} if entries else {}))
     read = parse_config(own, unused)
-    sample = replace(read.sample, euler_elsewhere=family is None)
+    sample = replace(read.sample, euler_elsewhere=True)
     return replace(read, family=family, sample=sample, training=_schedule(section, read.unused))
 
 

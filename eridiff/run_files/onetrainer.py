@@ -108,9 +108,9 @@ def read_training(document: Mapping[str, Any], folder: Path) -> RunConfig:
         raise ConfigError(f"model_type: {kind} is not one of the supported models: {', '.join(MODEL_TYPES)}")
     result = value_of(document, "output_model_destination", str) or "in output_model_destination"
     method = value_of(document, "training_method", str)
-    reasons = UNUSED_TRAINING_KEYS | {
-        "output_model_destination": trained(result, "--lora" if method == "LORA" else "--model")
-    }
+    made = trained(result, "--lora" if method == "LORA" else "--model")
+    made = f"{FOR_TRAINING}; embeddings of new words are not loaded" if method == "EMBEDDING" else made
+    reasons = UNUSED_TRAINING_KEYS | {"output_model_destination": made}
     known = [key for key in TRAINING_KEYS if key not in reasons]
     unused = unread(document, known, "OneTrainer's configuration of a training", "", reasons)
 

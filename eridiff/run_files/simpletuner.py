@@ -82,7 +82,7 @@ UNUSED_KEYS = {
         FOR_TRAINING,
     ),
     "base_model_precision": "weights are used as they are stored",
-    **dict.fromkeys(["controlnet", "control"], "the trainer's images are guided by another, and these are not"),
+    **dict.fromkeys(["controlnet", "control"], "the trainer's images are guided by a ControlNet, and these are not"),
     **dict.fromkeys(["validation_adapter_path", "validation_adapter_config"], "--lora takes it"),
     **dict.fromkeys(
         ["sdxl_validation_pipeline_mode", "sdxl_validation_stage1_model", "sdxl_validation_stage2_model"],
