@@ -27,6 +27,7 @@ class SampleSettings:
     lora: tuple[tuple[str, float | None], ...] = ()  # files, each with its scale; None is each image's `lora_scale`
     use_lora: bool | None = None  # false generates without them
     lora_partial: bool = False  # what does not fit is left out, not an error
+    euler_elsewhere: bool = False  # the file's sampler is SDXL's: its program samples other families by Euler
     out: str = "samples"
 
     def each(self) -> list[Words]:
@@ -85,7 +86,7 @@ class RunConfig:
     @property
     def notices_in_training(self) -> tuple[str, ...]:
         """What the `Sampler` says of it: keys for training are the trainer's own."""
-        kept = {key: reason for key, reason in self.unused.items() if reason != FOR_TRAINING}
+        kept = {key: reason for key, reason in self.unused.items() if not reason.startswith(FOR_TRAINING)}
         return (*_listed(kept), *self.told)
 
 
@@ -97,6 +98,7 @@ SCHEDULE_KEYS = {  # key of the section -> field of TrainingSchedule
     "sample_at_end": "at_end", "sample_max_seconds": "max_seconds",
 }  # fmt: skip
 FOR_TRAINING = "it is for training"
+MOST = 20  # keys of a training in a notice: a file that its program writes has hundreds
 NO_EFFECT = {  # known words of training configurations
     **dict.fromkeys(SCHEDULE_KEYS, FOR_TRAINING),
     "format": "images are PNG",
@@ -160,10 +162,13 @@ def parse_config(document: Any, without_effect: Mapping[str, str] | None = None)
 
 
 def _listed(unused: Mapping[str, str]) -> list[str]:
-    """One notice of all keys that have no effect, by reason."""
+    """One notice of all keys that have no effect, by reason; the keys of a training come last, and the first of them do."""
     groups: dict[str, list[str]] = {}
     for key, reason in unused.items():
         groups.setdefault(reason, []).append(key)
+    if (training := groups.pop(FOR_TRAINING, None)) is not None:
+        more = len(training) - MOST
+        groups[FOR_TRAINING] = [*training[:MOST], f"and {more} more"] if more > 0 else training
     told = "; ".join(f"{', '.join(keys)} ({reason})" for reason, keys in groups.items())
     return [f"without effect here: {told}"] if told else []
 

@@ -88,17 +88,17 @@ def _hint(name: str) -> str:
     return f" (text goes on with a blank after '--'); there are {', '.join(f'--{flag}' for flag in FLAGS)}"
 
 
-def read_prompt_file(text: str, ending: str, unused: dict[str, str]) -> list[Entry]:
-    """The entries of kohya's prompt file; `ending` is .txt, .toml or .json. Raises ConfigError, naming line or entry.
+def read_prompts(given: object, unused: dict[str, str]) -> list[Entry]:
+    """The entries of kohya's prompt file, given as text, TOML's tables or JSON's list. Raises ConfigError, naming line or entry.
 
-    In .txt every line is an image; blank ones and those that begin with # are not. In .toml `[prompt]` holds what the
-    entries `[[prompt.subset]]` do not say. .json is a list of entries, or of lines as in .txt.
+    In a text every line is an image; blank ones and those that begin with # are not. In TOML `[prompt]` holds what the
+    entries `[[prompt.subset]]` do not say. JSON is a list of entries, or of lines as in a text.
     """
-    if ending == ".txt":
-        lines = [(n, line) for n, line in enumerate(text.split("\n"), 1) if line.strip() and not line.startswith("#")]
+    if isinstance(given, str):
+        lines = [(n, line) for n, line in enumerate(given.split("\n"), 1) if line.strip() and not line.startswith("#")]
         entries = [_kohya(split_flags(line, f"line {n}", unused), unused) for n, line in lines]
     else:
-        given = _toml(text) if ending == ".toml" else read_json(text)
+        given = _subsets(given) if isinstance(given, dict) and "prompt" in given else given
         if not isinstance(given, list):
             raise ConfigError("a list of prompts is expected")
         entries = [_entry(each, f"entry {n}", unused) for n, each in enumerate(given, 1)]
@@ -121,18 +121,22 @@ def _kohya(entry: Mapping[str, Any], unused: dict[str, str]) -> Entry:
     return {KOHYA_KEYS.get(key, key): value for key, value in entry.items() if key not in UNUSED_KOHYA_KEYS}
 
 
-def _toml(text: str) -> list[object]:
-    try:
-        document = tomllib.loads(text)
-    except ValueError as error:  # Python's limit of digits too
-        raise ConfigError(f"is not TOML: {error}") from None
-    except RecursionError:
-        raise ConfigError("lists or mappings are nested too deep") from None
-    section = document.get("prompt")
+def _subsets(document: Mapping[str, Any]) -> list[object]:
+    section = document["prompt"]
     if not isinstance(section, dict) or not isinstance(section.get("subset"), list) or len(document) > 1:
         raise ConfigError("a table [prompt] with entries [[prompt.subset]] is expected")
     usual = {key: value for key, value in section.items() if key != "subset"}
     return [usual | entry if isinstance(entry, dict) else entry for entry in section["subset"]]
+
+
+def read_toml(text: str) -> dict[str, Any]:
+    """TOML; raises ConfigError for a mistake."""
+    try:
+        return tomllib.loads(text)
+    except ValueError as error:  # Python's limit of digits too
+        raise ConfigError(f"is not TOML: {error}") from None
+    except RecursionError:
+        raise ConfigError("lists or mappings are nested too deep") from None
 
 
 def read_json(text: str) -> Any:

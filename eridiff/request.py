@@ -48,7 +48,10 @@ class Kind:
 def scalar(name: str, value: Any, kind: type) -> Any:
     """A value of the type wanted; whole numbers serve as floats. Raises ConfigError."""
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+        try:
+            return float(value)
+        except OverflowError:
+            raise ConfigError(f"{name} is too large a number") from None
     if type(value) is kind:
         return value
     digits = isinstance(value, str) and re.fullmatch(r"[\d_, ]+", value)

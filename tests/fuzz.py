@@ -119,6 +119,37 @@ PROMPTS = {
     ".json": '[{"prompt": "a fox", "width": 512, "seed": 1}, {"prompt": "b", "sample_steps": 3}]',
 }
 
+PROGRAMS: dict[str, Any] = {  # name -> a configuration of another program, as JSON or TOML
+    "kohya.toml": (
+        '[a]\npretrained_model_name_or_path = "m.safetensors"\nsample_prompts = "prompts.txt"\nsample_sampler = "euler_a"\n'
+        'sample_every_n_steps = 250\noutput_dir = "runs"\n[b]\nnetwork_module = "networks.lora_flux"\nclip_skip = 2\n'
+        'mixed_precision = "bf16"\napply_t5_attn_mask = true\nlearning_rate = 1e-4\n'
+    ),
+    "samples.json": [
+        {"__version": 0, "enabled": True, "prompt": "a fox", "negative_prompt": "", "seed": 42, "random_seed": False, "width": 512,
+         "height": 512, "diffusion_steps": 20, "cfg_scale": 7.0, "noise_scheduler": "EULER_A", "frames": 1, "length": 10.0,
+         "text_encoder_1_layer_skip": 0, "transformer_attention_mask": False},
+    ],
+    "onetrainer.json": {
+        "__version": 11, "base_model_name": "m", "model_type": "FLUX_DEV_1", "workspace_dir": "w", "sample_after": 10,
+        "sample_after_unit": "STEP", "train_dtype": "BFLOAT_16", "transformer": {"model_name": "", "attention_mask": False},
+        "samples": [{"prompt": "a fox", "diffusion_steps": 20}], "learning_rate": 1e-4,
+    },
+    "simpletuner.json": {
+        "--model_family": "sd3", "--validation_prompt": "a fox", "--validation_resolution": "1024x1024,512", "--validation_guidance": "3.0",
+        "--validation_num_inference_steps": 20, "--validation_guidance_skip_layers": [7, 8], "--validation_seed": 42,
+        "--validation_noise_scheduler": "euler", "--flow_schedule_shift": 3, "--output_dir": "out", "--user_prompt_library": "library.json",
+    },
+    "library.json": {"fox": "a fox", "swan": {"prompt": "a swan", "adapter_strength": 0.5, "bbox_entities": []}},
+    "generate.json": {
+        "job": "generate",
+        "config": {"name": "x", "process": [{
+            "type": "to_folder", "output_folder": "out", "model": {"name_or_path": "m", "arch": "flux:tag"},
+            "generate": {"prompts": ["a fox --w 512", "[name]"], "seed": -1, "sample_steps": 20, "num_repeats": 2, "prompt_2": "b"},
+        }]},
+    },
+}  # fmt: skip
+
 
 def value(r: random.Random) -> Any:
     return r.choice(
@@ -358,6 +389,22 @@ def cases(samples: Samples) -> Cases:
         path.write_bytes(data)
         return lambda: load_config(path)
 
+    def program(r: random.Random, folder: Path) -> Callable[[], Any]:
+        (folder / "prompts.txt").write_text(PROMPTS[".txt"])
+        (folder / "library.json").write_bytes(dumped(changed(r, PROGRAMS["library.json"])))
+        name = r.choice(list(PROGRAMS))
+        told = PROGRAMS[name]
+        if isinstance(told, str):
+            lines = told.splitlines()
+            at = r.randrange(len(lines))
+            lines[at] = f"{lines[at].partition('=')[0]}= {json.dumps(value(r), ensure_ascii=r.random() < 0.5)}"
+            data = "\n".join(lines).encode("utf-8", "surrogatepass")
+        else:
+            data = dumped(changed(r, told))
+        path = folder / name
+        path.write_bytes(data if r.random() < 0.8 else bent(r, data))
+        return lambda: load_config(path)
+
     def picture(r: random.Random, folder: Path) -> Callable[[], Any]:
         path = folder / "p.png"
         if r.random() < 0.4:
@@ -387,7 +434,7 @@ def cases(samples: Samples) -> Cases:
 
     return {
         "model file": model_file, "whole model": whole_model, "lora": lora_file, "folder": folders, "yaml": yaml_file,
-        "prompt file": prompt_file, "picture": picture, "tokenizer": tokenizer,
+        "prompt file": prompt_file, "program": program, "picture": picture, "tokenizer": tokenizer,
     }  # fmt: skip
 
 

@@ -84,6 +84,7 @@ BAD = {
     "empty": ("# nothing\n", "the file is empty"),
     "a list": ("- a\n", "a mapping with a section 'sample' is expected, not list"),
     "a section that is text": ("sample: x\n", "sample must be a mapping"),
+    "a number beyond all": (f"sample:\n  guidance_scale: 1{'0' * 400}\n", "sample: guidance_scale is too large a number"),
     "text for a number": ("sample:\n  sample_steps: many\n", "sample: sample_steps must be a whole number, not 'many'"),
     "thousands": ("sample:\n  seed: 1_000\n", "must be a whole number, not '1_000'; write 1000"),
     "a float for steps": ("sample:\n  sample_steps: 4.5\n", "must be a whole number, not 4.5"),

@@ -11,6 +11,7 @@ import pytest
 from docs import tables
 from eridiff.config import (
     ABSENT_SAMPLERS,
+    FOR_TRAINING,
     NO_EFFECT,
     SAMPLER_SYNONYMS,
     TOP,
@@ -22,7 +23,8 @@ from eridiff.config import (
 from eridiff.errors import ConfigError
 from eridiff.prompt_files import FLAGS, KOHYA_KEYS, UNUSED_FLAGS, UNUSED_KOHYA_KEYS
 from eridiff.request import FIELDS, WORDS
-from eridiff.run_files import MODEL_KEYS, PROCESS_KEYS, UNUSED_KEYS, load_config
+from eridiff.run_files import ai_toolkit, kohya, load_config, onetrainer, simpletuner
+from eridiff.run_files.ai_toolkit import MODEL_KEYS, PROCESS_KEYS, UNUSED_KEYS
 from eridiff.schedulers.samplers import SAMPLERS
 from eridiff.yaml_reader import read_yaml
 
@@ -198,6 +200,90 @@ def test_a_key_of_kohyas_files_becomes_what_the_document_says(row: Row, tmp_path
     fulfils(loaded(tmp_path, usual + subset, "prompts.toml"), key, row[2])
 
 
+GENERATE = {
+    "name": "run",
+    "process": [{"model": {"name_or_path": "M", "arch": "flux"}, "generate": {"prompts": ["a fox"]}}],
+}
+PROGRAMS: dict[str, tuple[str, str, str, dict[str, Any]]] = {  # section, first heading, file's name, a document to add a key to
+    "kohya": ("6. kohya's configuration", "key", "run.toml", {"pretrained_model_name_or_path": "M", "sample_prompts": "prompts.txt"}),
+    "OneTrainer": (
+        "7. OneTrainer", "key of a training", "run.json",
+        {"base_model_name": "M", "sample_definition_file_name": "samples.json", "sample_after": 100, "sample_after_unit": "STEP"},
+    ),
+    "SimpleTuner": (
+        "8. SimpleTuner", "key", "run.json",
+        {
+            "model_family": "flux", "pretrained_model_name_or_path": "M", "validation_prompt": "a fox",
+            "validation_disable_unconditional": True, "validation_num_inference_steps": 8,
+        },
+    ),
+}  # fmt: skip
+PROGRAM_ROWS = [(name, row) for name, (section, first, *_) in PROGRAMS.items() for row in table(section, first)]
+
+
+def toml(document: dict[str, Any]) -> str:
+    return "".join(f"{key} = {json.dumps(value)}\n" for key, value in document.items())
+
+
+@pytest.mark.parametrize(
+    ("program", "row"), PROGRAM_ROWS, ids=lambda given: given if isinstance(given, str) else given[0]
+)
+def test_a_key_of_a_programs_training_becomes_what_the_document_says(program: str, row: Row, tmp_path: Path) -> None:
+    key, document = row[0].strip("`"), PROGRAMS[program][3] | {row[0].strip("`"): read(row[1])}
+    (tmp_path / "prompts.txt").write_text("a fox\n")
+    (tmp_path / "samples.json").write_text(json.dumps([{"prompt": "a fox", "diffusion_steps": 12}]))
+    (tmp_path / "library.json").write_text(json.dumps({"swan": "a swan", "strong": {"prompt": "b"}}))
+    written = toml(document) if program == "kohya" else document
+    agrees(loaded(tmp_path, written, PROGRAMS[program][2]), key, row[2])
+
+
+@pytest.mark.parametrize("row", table("6. kohya's configuration", "family"), ids=lambda row: row[0])
+def test_kohyas_numbers_are_those_of_the_document(row: Row, tmp_path: Path) -> None:
+    module = {"SDXL": "networks.lora", "SD 3": "networks.lora_sd3", "Flux": "networks.lora_flux"}[row[0]]
+    (tmp_path / "prompts.txt").write_text("a fox\n")
+    found = image(
+        loaded(tmp_path, toml({"network_module": module, "sample_prompts": "prompts.txt"}), "run.toml").sample.each()[0]
+    )
+    guidance = {key: value for cell in re.findall("`([^`]+)`", row[2]) for key, value in read_yaml(cell).items()}
+    sampler = row[3].split("`")[1]
+    assert found == {
+        "prompt": "a fox", "seed": 42, "width": 512, "height": 512, "negative": "", "steps": int(row[1]), "sampler": sampler,
+    } | guidance  # fmt: skip
+
+
+@pytest.mark.parametrize("row", table("7. OneTrainer", "key of a sample"), ids=lambda row: row[0])
+def test_a_key_of_onetrainers_samples_becomes_what_the_document_says(row: Row, tmp_path: Path) -> None:
+    key = row[0].strip("`")
+    sample = {"__version": 0, "prompt": "a fox", key: read(row[1])}
+    fulfils(loaded(tmp_path, [sample], "samples.json"), key, row[2])
+    rest = loaded(tmp_path, [sample, {"prompt": "a dog"}], "samples.json").sample.each()[1]
+    assert rest == {"prompt": "a dog", "seed": 42}
+
+
+@pytest.mark.parametrize("row", table("7. OneTrainer", "noise_scheduler"), ids=lambda row: row[0])
+def test_onetrainers_samplers_become_what_the_document_says(row: Row, tmp_path: Path) -> None:
+    for name in re.findall("`([^`]+)`", row[0]):
+        config = loaded(tmp_path, [{"prompt": "a fox", "noise_scheduler": name}], "samples.json")
+        found = {key: value for key, value in config.sample.each()[0].items() if key not in ("prompt", "seed")}
+        own = row[1].startswith("the model's own")
+        assert found == ({} if own else wanted(row[1])) and any(name in notice for notice in config.notices) == own
+
+
+@pytest.mark.parametrize("row", table(TRAINERS, "key of `to_folder`"), ids=lambda row: row[0])
+def test_a_key_of_a_generating_process_becomes_what_the_document_says(row: Row, tmp_path: Path) -> None:
+    (process,) = GENERATE["process"]
+    document = {"config": GENERATE | {"process": [process | {row[0].strip("`"): read(row[1])}]}}
+    agrees(loaded(tmp_path, document), row[0].strip("`"), row[2])
+
+
+@pytest.mark.parametrize("row", table(TRAINERS, "key of `generate`"), ids=lambda row: row[0])
+def test_a_key_of_the_section_generate_becomes_what_the_document_says(row: Row, tmp_path: Path) -> None:
+    (process,) = GENERATE["process"]
+    section = process["generate"] | {row[0].strip("`"): read(row[1])}  # type: ignore[operator,index]
+    document = {"config": GENERATE | {"process": [process | {"generate": section}]}}
+    agrees(loaded(tmp_path, document), row[0].strip("`"), row[2])
+
+
 def test_the_documents_example_is_read(tmp_path: Path) -> None:
     examples = re.findall(r"```yaml\n(.*?)```", DOCUMENT, re.DOTALL)
     assert [len(loaded(tmp_path, text, "run.yaml").sample.each()) for text in examples] == [2]
@@ -224,3 +310,25 @@ def test_every_key_that_the_parser_knows_is_in_the_document_and_no_other() -> No
     assert set(UNUSED_KEYS) <= {*process, *model}
     assert sorted(names(FLAG_ROWS)) == sorted(f"--{flag}" for flag in [*FLAGS, *UNUSED_FLAGS])
     assert {*KOHYA_KEYS, *UNUSED_KOHYA_KEYS} - {"prompt_2"} <= set(names(KOHYA))
+    assert set(names(table(TRAINERS, "key of `to_folder`"))) <= set(ai_toolkit.GENERATE_PROCESS_KEYS)
+    generate = {*ai_toolkit.GENERATE_KEYS, *ai_toolkit.UNUSED_GENERATE_KEYS}
+    assert set(names(table(TRAINERS, "key of `generate`"))) == generate
+
+
+@pytest.mark.parametrize(
+    ("program", "known", "unused"),
+    [
+        ("kohya", kohya.TRAINING_KEYS, kohya.UNUSED_TRAINING_KEYS),
+        ("OneTrainer", onetrainer.TRAINING_KEYS, onetrainer.UNUSED_TRAINING_KEYS),
+        ("SimpleTuner", simpletuner.KNOWN_KEYS, simpletuner.UNUSED_KEYS),
+    ],
+)
+def test_every_key_of_a_program_is_in_the_document_and_no_other(
+    program: str, known: tuple[str, ...], unused: dict[str, str]
+) -> None:
+    """But those that a training has like all others, which are listed because a key that is read is near to them."""
+    listed = {row[0].strip("`") for name, row in PROGRAM_ROWS if name == program}
+    assert listed == {*known, *(key for key, reason in unused.items() if reason != FOR_TRAINING)}
+    assert not set(known) & set(unused)
+    samples = {*onetrainer.OWN_SAMPLE_KEYS, *onetrainer.UNUSED_SAMPLE_KEYS}
+    assert set(names(table("7. OneTrainer", "key of a sample"))) == samples

@@ -14,7 +14,8 @@ from eridiff.cli import main
 from eridiff.config import RunConfig, TrainingSchedule, parse_config
 from eridiff.errors import ConfigError
 from eridiff.prompt_files import FLAGS, UNUSED_FLAGS, split_flags
-from eridiff.run_files import MODEL_KEYS, load_config, parse_trainer
+from eridiff.run_files import ai_toolkit, load_config
+from eridiff.run_files.ai_toolkit import MODEL_KEYS
 from eridiff.yaml_reader import read_yaml
 from tests import tiny
 
@@ -654,7 +655,7 @@ def test_whatever_is_in_a_trainers_file_is_read_or_refused_in_a_sentence(
         if isinstance(target, dict):
             target[key] = value
     try:
-        config = parse_trainer({"config": {"process": [process]}})
+        config = ai_toolkit.read({"config": {"process": [process]}})
         assert all(entry["seed"] is not None for entry in config.sample.each())
     except ConfigError as error:
         assert str(error)

@@ -87,7 +87,7 @@ def add_parser(commands: Any) -> None:
 def _add_request(groups: dict[str, Any]) -> None:
     image = groups["image"]
     image.add_argument("--prompt", action="append", metavar="TEXT", help=FIELDS["prompt"].metadata["help"])
-    image.add_argument("--prompts-file", type=Path, metavar="FILE", help="prompts in place of the configuration's, from kohya's .txt, .toml or .json")  # fmt: skip
+    image.add_argument("--prompts-file", type=Path, metavar="FILE", help="prompts in place of the configuration's, from kohya's .txt, .toml or .json, OneTrainer's or SimpleTuner's .json")  # fmt: skip
     image.add_argument("--size", metavar="WxH", help="width and height at once")
     image.add_argument("--walk-seed", action="store_true", default=None, help="seed, seed + 1, ... over the prompts")
     for name, field in FIELDS.items():
@@ -298,7 +298,7 @@ def _merged(config: RunConfig, options: argparse.Namespace, asked: Words) -> Run
         if options.prompt:
             raise ConfigError("--prompt and --prompts-file both say what to generate; keep one")
         read = load_config(options.prompts_file)
-        sample = replace(sample, entries=read.sample.entries, lenient=True)
+        sample = replace(sample, entries=read.sample.entries, lenient=True, euler_elsewhere=read.sample.euler_elsewhere)
         config = replace(config, unused=config.unused | read.unused, told=(*config.told, *read.told))
     if options.prompt:
         sample = replace(sample, entries=tuple({"prompt": prompt} for prompt in options.prompt))

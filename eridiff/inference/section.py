@@ -20,7 +20,7 @@ def requests_of(
     """
     found, notices = [], []
     for words in settings.each():
-        request, told = _request(words, model, settings.lenient, explicit)
+        request, told = _request(words, model, settings, explicit)
         asked = request.checked(model)
         model.points(asked)  # which may not be there
         found.append(request)
@@ -29,10 +29,14 @@ def requests_of(
 
 
 def _request(
-    words: Words, model: DiffusionInference, lenient: bool, explicit: Collection[str]
+    words: Words, model: DiffusionInference, settings: SampleSettings, explicit: Collection[str]
 ) -> tuple[Request, list[str]]:
     values, notices = settle_guidance(words, model)
-    if lenient:
+    if settings.euler_elsewhere and model.family != "unet" and "sampler" not in explicit:
+        if (said := values.get("sampler")) not in (None, "euler"):
+            notices.append(f"the sampler {said} has no effect: the file's program samples {model.variant} by euler")
+        values["sampler"] = "euler"
+    if settings.lenient:
         for name in ("width", "height"):
             side = values.get(name)
             if side is not None and (fitting := max(64, side // model.multiple * model.multiple)) != side:
