@@ -192,6 +192,44 @@ def test_embeddings_are_those_of_the_pipeline(family: tuple[Any, Any]) -> None:
     assert relative_l2(found.text, text) < 1e-6 and relative_l2(found.pooled, pooled) < 1e-6
 
 
+@pytest.mark.parametrize("length", [1, 64, 300, 512])
+@pytest.mark.parametrize("name", ["flux", "sd3"])
+def test_t5_has_as_many_rows_as_a_pipeline_is_asked_for(name: str, length: int) -> None:
+    """diffusers' max_sequence_length, cut and padded, with T5 and, in SD 3, with the zeros in its place."""
+    kind, make = PIPELINES[name]
+    pipe, prompt = make(), "a photo of a cat on a mat, " * 20
+    asked = {"t5_length": length, **({"t5_padding": "diffusers"} if name == "sd3" else {})}
+    texts = (prompt,) * (2 if name == "flux" else 3)
+    for t5 in (True, False) if name == "sd3" else (True,):
+        if not t5:
+            pipe.register_modules(text_encoder_3=None, tokenizer_3=None)
+        with torch.no_grad():
+            text, *_ = pipe.encode_prompt(*texts, max_sequence_length=length)
+        found = kind.from_diffusers(pipe, progress=False).encode_prompt(prompt, **asked).positive.text
+        rows = slice(77 if name == "sd3" else 0, None)  # CLIP's rows of SD 3 are cut at a whole word here
+        assert found.shape == text.shape and relative_l2(found[:, rows] + 1, text[:, rows] + 1) < 1e-6
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["flux", "sd3"])
+def test_a_masked_t5_is_that_of_transformers_with_its_attention_mask(name: str) -> None:
+    """As kohya's apply_t5_attn_mask: the mask of the tokenizer goes into T5 (library/strategy_flux.py, line 75) and the network."""
+    kind, make = PIPELINES[name]
+    pipe, prompt = make(), "a photo of a cat"
+    tokenizer, t5 = (
+        (pipe.tokenizer_2, pipe.text_encoder_2) if name == "flux" else (pipe.tokenizer_3, pipe.text_encoder_3)
+    )
+    told = tokenizer(prompt, max_length=40, padding="max_length", truncation=True, return_tensors="pt")
+    expected = t5(told.input_ids, attention_mask=told.attention_mask).last_hidden_state
+    asked = {"t5_padding": "diffusers"} if name == "sd3" else {}
+    model = kind.from_diffusers(pipe, progress=False)
+    found = model.encode_prompt(prompt, t5_length=40, t5_mask=True, **asked).positive
+    assert relative_l2(found.text[:, -40:], expected) < 1e-6
+    assert found.mask is not None and torch.equal(found.mask[:, -40:], told.attention_mask.bool())
+    assert found.mask[:, :-40].all()
+    assert relative_l2(model.encode_prompt(prompt, t5_length=40, **asked).positive.text[:, -40:], expected) > 1e-3
+
+
 def test_single_objects_give_what_the_pipeline_gives(family: tuple[Any, Any]) -> None:
     kind, pipe = family
     names = [

@@ -17,6 +17,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from safetensors import safe_open
 
 import eridiff
 from eridiff.errors import CheckpointError, ConfigError, EridiffError
@@ -67,6 +68,16 @@ def test_a_kept_prompt_is_the_encoded_one_bit_for_bit_and_needs_no_encoders(mode
         later.encode("a dog")
 
 
+def test_a_kept_prompt_says_how_it_was_encoded(model: Any, tmp_path: Path) -> None:
+    cache = EmbeddingCache(model, tmp_path)
+    asked = {"prompt_weights": "comfyui", "t5_length": 90, "t5_mask": True}
+    assert equal(cache.encode("a (swan:1.5)", **asked), model.encode_prompt("a (swan:1.5)", **asked))
+    with safe_open(cache.path("a (swan:1.5)", None, None, **asked), framework="pt") as file:
+        told = json.loads(file.metadata()["encoding"])
+    own = {"t5_padding": "original", "without_t5": "zeros", "clip_windows": "first", "empty_negative": None}
+    assert told == own | asked
+
+
 def test_other_encoders_keep_their_prompts_apart(model: Any, tmp_path: Path) -> None:
     first = EmbeddingCache(model, tmp_path).encode("a swan")
     model.t5.module.encoder.block[0].layer[0].SelfAttention.q.weight.data[0, 0] += 1
@@ -85,19 +96,21 @@ KEYS = st.tuples(
     st.none() | st.text(max_size=3),
     st.sampled_from([None, 1.0, 5.0]),
     st.sampled_from(["original", "diffusers"]),
+    st.sampled_from(["none", "a1111", "comfyui"]),
+    st.sampled_from([None, 64, 256]),
 )
 
 
 @given(KEYS, KEYS)
 def test_prompts_share_a_file_exactly_when_they_are_encoded_alike(model_once: Any, a: Any, b: Any) -> None:
     def path(key: Any) -> Path:
-        return model_once.path(*key[:3], t5_padding=key[3])
+        return model_once.path(*key[:3], t5_padding=key[3], prompt_weights=key[4], t5_length=key[5])
 
     def read(prompt: Any) -> Any:  # by each encoder: one without a text of its own reads the first
         return [p if isinstance(p := prompt, str | None) else p.get(n, next(iter(p.values()))) for n in ENCODERS]
 
     def meaning(key: Any) -> Any:
-        return read(key[0]), key[1], key[2] != 1, key[3]  # the variant's own scale guides
+        return read(key[0]), key[1], key[2] != 1, key[3], key[4], key[5] or 256  # the variant's own scale guides
 
     assert (path(a) == path(b)) == (meaning(a) == meaning(b))
 

@@ -15,7 +15,9 @@ import eridiff
 from eridiff.cli import main
 from eridiff.errors import CheckpointError, ConfigError
 from eridiff.inference import FluxInference, Prompt, SD35Inference, Step
+from eridiff.inference.again import generate_again
 from eridiff.models.mmdit import PRESETS, MMDiTConfig
+from eridiff.request import ENCODING
 from eridiff.schedulers.guidance import SkipLayers
 from eridiff.text import Conditioning
 from eridiff.text.tokenizers import all_windows, clip_tokenizer, published_clip_tokenizer, token_ids
@@ -308,6 +310,16 @@ def test_all_windows_of_a_long_prompt_are_read_by_option(folder: Path) -> None:
     assert pair.negative and pair.positive.text.shape == pair.negative.text.shape
     t5_rows = load(folder).encode_prompt(prompt).positive.text.shape[1] - 77
     assert count > 1 and pair.positive.text.shape[1] == 77 * count + t5_rows
+
+
+def test_a_record_of_before_encodes_its_prompt_as_then(whole: SD35Inference) -> None:
+    """When the choices of the text were options of loading, all of them were written down, whether they had an effect or not."""
+    prompt = TINY["windows_of_75"]["prompt"]
+    result = draw(whole, prompt, t5_padding="diffusers", clip_windows="all")
+    old = {name: value for name, value in result.settings[0].items() if name not in ENCODING}
+    told = {"t5_padding": "diffusers", "without_t5": "zeros", "clip_windows": "all", "t5_mask": False}
+    assert generate_again(whole, old | told).images[0].tobytes() == result.images[0].tobytes()
+    assert generate_again(whole, old).images[0].tobytes() != result.images[0].tobytes()
 
 
 # refused --------------------------------------------------------------------------------------------------------------
