@@ -591,7 +591,9 @@ class Request:
         chosen = {field: choice.value for field, choice in recipe(self.recipe, model.family).of(self.sampler).items()}
         said = {name: getattr(self, name) for name in FIELDS if self.says(name)}
         read = {
-            name: FIELDS[name].metadata["kind"].read(name, value) for name, value in chosen.items() if value not in (None, "")
+            name: FIELDS[name].metadata["kind"].read(name, value)
+            for name, value in chosen.items()
+            if value not in (None, "")
         }
         full = replace(self, **{name: value for name, value in merged(read, said).items() if name not in said})
         idle = [name for name in full.without_effect(model) if name not in said]
