@@ -15,6 +15,7 @@ A recipe is a file of `eridiff/recipes`. It says for each family what the progra
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -73,7 +74,9 @@ def families(name: str) -> list[str]:
 def recipe(name: str, family: str) -> Recipe:
     """How a program generates with a family: flux, mmdit or unet. Raises ConfigError for a program that does not."""
     if name not in recipes():
-        raise ConfigError(f"'{name}' is not a recipe; there are {', '.join(recipes())}")
+        near = get_close_matches(name.lower(), recipes(), 1, 0.5)
+        hint = f"did you mean '{near[0]}'?" if near else f"there are {', '.join(recipes())}"
+        raise ConfigError(f"'{name}' is not a recipe; {hint}")
     if name == OWN:
         return Recipe(OWN, "eridiff, as the published variants are sampled", "", "run", {}, {}, ())
     if family not in families(name):

@@ -656,7 +656,7 @@ class Request:
                     f"there is no published skip-layer guidance for {model.variant}; sd3.5-medium has one"
                 )
         usual: dict[str, Any] = {
-            name: _narrowed(told.metadata["usual"] if getattr(asked, name) is None else getattr(asked, name), model)
+            name: told.metadata["usual"] if getattr(asked, name) is None else narrowed(getattr(asked, name), model.weights_dtype)
             for name, told in FIELDS.items() if told.metadata["usual"] is not None
         }  # fmt: skip
         settled = replace(
@@ -797,11 +797,10 @@ def matched(request: Request, rows: int = 1) -> tuple[list[Text], list[int]]:
     return prompts * (count // len(prompts)), seeds * (count // len(seeds))
 
 
-def _narrowed(value: Any, model: Any) -> Any:
-    """A setting whose dtype is "weights", by the name of the network's."""
-    if not isinstance(value, str) or not value.startswith("weights"):
+def narrowed(value: Any, dtype: str) -> Any:
+    """A setting, where it is the dtype of the weights by that dtype's name."""
+    if not isinstance(value, str) or value not in ("weights", "weights_timestep"):
         return value
-    dtype = model.weights_dtype
     return value.replace("weights", dtype) if dtype in ("float16", "bfloat16") else "float32"
 
 

@@ -6,30 +6,36 @@ where a program uses them. The programs themselves are not run here: shared boun
 
 import math
 from collections.abc import Callable
+from functools import cache
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from eridiff import Conditioning, Prompt
+from eridiff import Conditioning, Prompt, load
 from eridiff.inference import DiffusionInference
 from eridiff.models.flux import unpatchify
 from eridiff.models.unet import size_vector
 from eridiff.recipe import recipe
-from tests import families
+from tests import k_diffusion_golden
 
 SIDE, STEPS, SEED = 64, 6, 7
 Told = tuple[Conditioning, Conditioning]
 
 
+@cache
+def trained(name: str) -> Any:
+    """A built-in model: a trained network takes noise away, and so rounding does not grow from step to step."""
+    return load(name, progress=False)
+
+
 def told(model: DiffusionInference) -> Told:
     """What a prompt and its negative are encoded to."""
-    width, pooled = model.told_widths(model.network.config)
-    return tuple(
-        Conditioning(families.rows(1, 20, width, seed=i).float(), families.rows(1, pooled, seed=i + 2).float())
-        for i in (0, 1)
-    )  # type: ignore[return-value]
+    both = model.encode_prompt("a robot on the sea", "a small pizza", cfg_scale=2.0)
+    assert both.negative is not None
+    return both.positive, both.negative
 
 
 def generated(model: DiffusionInference, name: str, **asked: Any) -> Tensor:
@@ -86,12 +92,13 @@ def kohya_sd3(model: Any) -> Tensor:
 def of_kohya(sampler: str) -> Any:
     """library/train_util.py of kohya-ss/sd-scripts 48d368fa, 6199 to 6247: the scheduler of a name."""
     import diffusers as d
+    from diffusers.schedulers.scheduling_lms_discrete import LMSDiscreteScheduler
 
     classes: dict[str, Any] = {
-        "ddim": d.DDIMScheduler, "pndm": d.PNDMScheduler, "lms": d.LMSDiscreteScheduler, "euler": d.EulerDiscreteScheduler,
+        "ddim": d.DDIMScheduler, "pndm": d.PNDMScheduler, "lms": LMSDiscreteScheduler, "euler": d.EulerDiscreteScheduler,
         "euler_ancestral": d.EulerAncestralDiscreteScheduler, "heun": d.HeunDiscreteScheduler, "dpm2": d.KDPM2DiscreteScheduler,
         "dpm2_ancestral": d.KDPM2AncestralDiscreteScheduler, "dpmpp_2m": d.DPMSolverMultistepScheduler,
-        "dpmpp_single": d.DPMSolverSinglestepScheduler,
+        "dpmpp_2s": d.DPMSolverSinglestepScheduler,
     }  # fmt: skip
     scheduler = classes[sampler](
         num_train_timesteps=1000, beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"
@@ -116,15 +123,20 @@ def with_scheduler(model: Any, scheduler: Any, scale: float, size: int = SIDE) -
     return x
 
 
-@pytest.mark.parametrize(("family", "loop"), [("flux", kohya_flux), ("mmdit", kohya_sd3)])
-def test_kohyas_recipe_gives_the_latents_of_its_loop(family: str, loop: Callable[[Any], Tensor]) -> None:
-    model = families.inference(family)
+@pytest.mark.parametrize(("name", "loop"), [("tiny-flux", kohya_flux), ("tiny-sd35", kohya_sd3)])
+def test_kohyas_recipe_gives_the_latents_of_its_loop(name: str, loop: Callable[[Any], Tensor]) -> None:
+    model = trained(name)
     assert distance(generated(model, "kohya"), loop(model)) < 3e-6
 
 
 @pytest.mark.parametrize("sampler", [None, *recipe("kohya", "unet").samplers])
-def test_kohyas_recipe_gives_the_latents_of_each_scheduler_of_its_names(sampler: str | None) -> None:
-    model = families.inference("unet")
-    torch.manual_seed(0)
+def test_kohyas_recipe_gives_the_latents_of_each_scheduler_of_its_names(
+    sampler: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    integrate = SimpleNamespace(quad=k_diffusion_golden.quad)  # scipy's, which need not be there
+    monkeypatch.setattr("diffusers.schedulers.scheduling_lms_discrete.integrate", integrate, raising=False)
+    model = trained("tiny-sdxl")
+    # a clipped or a finely divided step multiplies the rounding of the one before
+    bound = 1e-5 if sampler in (None, "ddim", "pndm", "dpm2", "dpm2_ancestral") else 3e-6
     described = with_scheduler(model, of_kohya(sampler or "ddim"), 7.5)
-    assert distance(generated(model, "kohya", sampler=sampler), described) < 3e-6
+    assert distance(generated(model, "kohya", sampler=sampler), described) < bound

@@ -13,7 +13,8 @@ from eridiff.foreign_pngs import foreign_settings
 from eridiff.images import METADATA_KEY, read_image
 from eridiff.inference import DiffusionInference, load
 from eridiff.inference.again import load_again, read_settings
-from eridiff.inference.choices import Difference, Move, as_published, differences, moves
+from eridiff.inference.choices import Difference, Move, as_published, differences, moves, of_weights
+from eridiff.inference.latents import as_told
 from eridiff.recipe import FAMILIES, TITLES, Recipe, families, recipe, recipes
 from eridiff.request import Request, size_of
 
@@ -55,6 +56,10 @@ def add_parser(commands: Any) -> None:
     diff.add_argument("--steps", type=int, metavar="N", help="of both; otherwise each program's own number")
     diff.add_argument("--size", metavar="WxH", help="of both, in pixels (the small model's)")
     diff.add_argument("--sampler", help="of both, by eridiff's name; otherwise each program's own")
+    diff.add_argument(
+        "--weights", choices=("bfloat16", "float16", "float32"), default="bfloat16",
+        help="dtype to which those round that round to the dtype of their weights (bfloat16)",
+    )  # fmt: skip
     diff.add_argument("--prompt", default=PROMPT, metavar="TEXT", help=f"of the images that are measured ({PROMPT})")
     diff.add_argument("--seed", type=int, default=42, metavar="N", help="of their noise (42)")
     explain = kinds.add_parser(
@@ -125,14 +130,19 @@ def _diff(options: argparse.Namespace) -> int:
         common["height"], common["width"] = size_of("--size", options.size)
     else:
         common |= {name: model.defaults()[name] for name in ("height", "width")}
-    asked = [as_published(replace(request, width=common["width"], height=common["height"]), model) for request in asked]
+    asked = [
+        of_weights(
+            as_published(replace(request, width=common["width"], height=common["height"]), model), options.weights
+        )
+        for request in asked
+    ]
     for each in (one, other):
         print(
             f"{each.name}: {each.program} {each.version}".rstrip()
             + (", from reading" if each.seen == "reading" else "")
         )
     print(
-        f"{TITLES[family]}, {common['width']} x {common['height']} pixels on {options.model or 'the built-in ' + SMALL[family]}, {options.prompt!r}, seed {options.seed}"
+        f"{TITLES[family]}, {common['width']} x {common['height']} pixels on {options.model or 'the built-in ' + SMALL[family]}, {options.prompt!r}, seed {options.seed}, weights as in {options.weights}"
     )
     if sizes[0] != sizes[1] and options.size is None:
         print(
@@ -141,9 +151,10 @@ def _diff(options: argparse.Namespace) -> int:
     found = differences(asked[0], asked[1], model)
     _answer(asked, found, model, (one.name, other.name))
     _points(asked, model, (one.name, other.name))
+    print("\nWhat else differs from eridiff and no setting says:")
     for each in (one, other):
         for sentence in each.apart:
-            print(f"{each.name}, which no setting says: {sentence}")
+            print(f"- {each.name}: {sentence}")
     return 0
 
 
@@ -228,49 +239,48 @@ def _answer(
     if not found:
         print("nothing differs that a setting says: the images are equal")
         return
-    rows, reasons, whole = [], [], ""
+    rows, quiet, whole = [], [], ""
     for difference, move in moves(asked[0], asked[1], model, list(found)):
         if difference is None:
             whole = _how_far(move)
-        elif isinstance(move, Move):
-            rows.append(
-                (move.levels, (difference.name, _said(difference.first), _said(difference.second), _how_far(move)))
-            )
+            continue
+        both = _said(difference.first), _said(difference.second)
+        if isinstance(move, Move) and move.levels == 0 and move.latents == 0:
+            quiet.append(f"{difference.name} ({both[0]}, {both[1]})")
         else:
-            reasons.append((-1.0, (difference.name, _said(difference.first), _said(difference.second), move)))
-    ordered = [row for _, row in sorted(rows + reasons, key=lambda row: -row[0])]
+            size = move.levels if isinstance(move, Move) else -1.0
+            rows.append((size, (difference.name, *both, _how_far(move))))
+    ordered = [row for _, row in sorted(rows, key=lambda row: -row[0])]
     print()
     _table([("what differs", *names, "alone it moves the image by"), *ordered, ("all of them", "", "", whole)])
+    if quiet:
+        print(f"\nDifferent without a trace in this image: {', '.join(quiet)}.")
+    if any(difference.name == "noise_device" for difference in found):
+        print("On a GPU noise_device alone makes another image: its generator gives other noise for the same seed.")
 
 
 def _how_far(move: Move | str) -> str:
     if isinstance(move, str):
         return move
-    if move.levels == 0 and move.latents == 0:
-        return "nothing here"
     return f"{move.levels:.3g} of 255 levels (latents {move.latents:.2g})"
 
 
 def _points(asked: Sequence[Request], model: DiffusionInference, names: Sequence[str]) -> None:
-    """Both runs step by step: the noise level, and the time that the network is given."""
-    runs = []
+    """Both runs step by step: the noise level, and the time that the network is given, rounded as it is told."""
+    runs, told = [], []
     for request in asked:
         settled: Any = request.checked(model)
-        runs.append(model.schedule(settled.steps, settled.width, settled.height, settled.schedule, settled.shift))
-    if all(torch.equal(getattr(runs[0], part), getattr(runs[1], part)) for part in ("sigmas", "times", "alphas")):
+        runs.append(model.points(settled))
+        told.append(as_told(runs[-1].times, settled.time_dtype, 1000 if runs[-1].prediction == "velocity" else 1))
+    if torch.equal(runs[0].sigmas, runs[1].sigmas) and torch.equal(*told):
         print("\nBoth go through the same noise levels.")
         return
     rows = [("step", *(f"{name}: {what}" for name in names for what in ("noise level", "time")))]
     for i in range(max(len(run.sigmas) for run in runs)):
         cells = []
-        for run in runs:
-            inside = i < len(run.sigmas)
-            cells.append(
-                f"{float(run.sigmas[i] / run.alphas[i] if model.family == 'unet' else run.sigmas[i]):.6g}"
-                if inside
-                else ""
-            )
-            cells.append(f"{float(run.times[i]):.6g}" if i < len(run.times) else "")
+        for run, times in zip(runs, told, strict=True):
+            levels = run.sigmas / run.alphas if model.family == "unet" else run.sigmas
+            cells += [f"{float(values[i]):.6g}" if i < len(values) else "" for values in (levels, times)]
         rows.append((str(i), *cells))
     print()
     _table(rows)

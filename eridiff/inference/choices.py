@@ -11,9 +11,9 @@ from torch import Tensor
 from eridiff.errors import ConfigError
 from eridiff.inference.base import DiffusionInference
 from eridiff.inference.result import Result
-from eridiff.request import FIELDS, Checked, Request
+from eridiff.request import FIELDS, Checked, Request, narrowed
 
-NUMBERS = ("steps", "cfg_scale", "guidance_scale", "sampler", "shift")
+NUMBERS = ("steps", "cfg_scale", "guidance_scale", "sampler")
 NOT_OF_AN_IMAGE = ("prompt", "seed", "recipe", "part", "lora_scale")  # equal on both sides, or names of what follows
 
 
@@ -62,19 +62,28 @@ def moves(
 
     All but the size, which both sides take from `first`: images of different sizes have nothing in common.
     """
-    own = _with(first.filled(model), {difference.name: difference.first for difference in found})
+    own = _with(first.filled(model), {difference.name: difference.first for difference in found}, model)
     base = _generated(own, model)
     for difference in found:
-        yield difference, _moved(base, _with(own, {difference.name: difference.second}), model)
+        yield difference, _moved(base, _with(own, {difference.name: difference.second}, model), model)
     every = {difference.name: difference.second for difference in found if difference.name not in ("width", "height")}
-    yield None, _moved(base, _with(own, every), model)
+    yield None, _moved(base, _with(own, every, model), model)
 
 
-def _with(request: Request, values: dict[str, Any]) -> Request:
-    """A request with other values and no recipe, which would fill in what these take away."""
+def _with(request: Request, values: dict[str, Any], model: DiffusionInference) -> Request:
+    """A request with other values, without what has no effect beside them, and no recipe, which would fill it in again."""
     if "schedule" in values and not isinstance(values["schedule"], str | None):
         values = {**values, "steps": None}
-    return replace(request, **{**values, "recipe": None})
+    asked = replace(request, **{**values, "recipe": None})
+    idle: dict[str, Any] = {name: FIELDS[name].default for name in asked.without_effect(model) if name not in values}
+    return replace(asked, **idle)
+
+
+def of_weights(request: Request, dtype: str) -> Request:
+    """A request whose roundings to the dtype of the weights are those to `dtype`, whatever the model's is."""
+    said = {name: getattr(request, name) for name in FIELDS}
+    found = {name: narrowed(value, dtype) for name, value in said.items() if narrowed(value, dtype) != value}
+    return replace(request, **found)
 
 
 def _generated(request: Request, model: DiffusionInference) -> Result:

@@ -29,6 +29,11 @@ from eridiff.text.encoders import ClipEncoder, T5Encoder
 # width and height that Kontext was trained with (black-forest-labs/flux, src/flux/util.py)
 WIDE = [(1568, 672), (1504, 688), (1456, 720), (1392, 752), (1328, 800), (1248, 832), (1184, 880), (1104, 944)]
 KONTEXT_SIZES = [*WIDE, (1024, 1024), *((height, width) for width, height in WIDE)]
+SHIFTED = {
+    "original": None,
+    "dev": True,
+    "schnell": False,
+}  # whether the size shifts a schedule; None: as the variant's
 COMFY_SHIFT, COMFY_TIMES = math.exp(1.15), 10000  # of ComfyUI's ModelSamplingFlux, at every size
 
 
@@ -137,19 +142,20 @@ class FluxInference(DiffusionInference):
         return Conditioning(finite_features(text, "T5"), finite_features(pooled, "CLIP"), mask)
 
     def named_schedule(self, steps: int, width: int, height: int, name: str | None, shift: float | None) -> Schedule:
-        """The original's points, shifted by the number of tokens for all variants but schnell.
+        """The original's points, shifted by the number of tokens for all variants but schnell; "dev" and "schnell" for any.
 
         Others are as in `schedulers.tables.FLOW_TABLES`, with a shift that does not follow the size.
         """
         if name in FLOW_TABLES:
             sigmas = FLOW_TABLES[name](steps, COMFY_SHIFT if shift is None else shift, COMFY_TIMES)
             return flow_schedule(sigmas)
-        if name not in (None, "original") or shift is not None:
-            wrong = f"'{name}' is not a schedule of Flux" if name not in (None, "original") else "Flux takes no shift"
+        if name not in (None, *SHIFTED) or shift is not None:
+            wrong = f"'{name}' is not a schedule of Flux" if name not in (None, *SHIFTED) else "Flux takes no shift"
             raise ConfigError(
-                f"{wrong}: it has 'original', whose shift follows from the size, and {', '.join(FLOW_TABLES)}; or pass sigmas"
+                f"{wrong}: it has {', '.join(SHIFTED)}, whose shift follows from the size, and {', '.join(FLOW_TABLES)}; or pass sigmas"
             )
-        return flux_schedule(steps, (width // 16) * (height // 16), self.sampling.shift)
+        by_size = SHIFTED[name or "original"]
+        return flux_schedule(steps, (width // 16) * (height // 16), self.sampling.shift if by_size is None else by_size)
 
     def prepare(self, conditioning: Conditioning, negatives: int, times: Tensor, asked: Checked) -> FluxRun:
         scale = asked.guidance_scale
