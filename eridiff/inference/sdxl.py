@@ -327,7 +327,7 @@ class SDXLInference(DiffusionInference):
         if spread is not None or name not in TIMESTEPS:
             timesteps = discrete.timesteps_at(sigmas, alphas)
         lowest = final_noise == "lowest" or (final_noise is None and name == "ddim")
-        final = float(levels[0]) if lowest and sigmas[-1] > levels[0] else 0.0
+        final = float(levels[0]) if lowest and sigmas[-1] >= levels[0] else 0.0
         return discrete.discrete_schedule(timesteps, sigmas, self.prediction, final)
 
     def inside(self, ratios: Tensor | None, times: Tensor | None) -> Schedule:
