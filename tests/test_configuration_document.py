@@ -20,10 +20,13 @@ from eridiff.config import (
     Words,
 )
 from eridiff.errors import ConfigError
+from eridiff.inference.sd35 import TABLES
+from eridiff.inference.sdxl import SCHEDULES
 from eridiff.prompt_files import FLAGS, KOHYA_KEYS, UNUSED_FLAGS, UNUSED_KOHYA_KEYS
 from eridiff.request import FIELDS, WORDS
 from eridiff.run_files import MODEL_KEYS, PROCESS_KEYS, UNUSED_KEYS, load_config
 from eridiff.schedulers.samplers import SAMPLERS
+from eridiff.schedulers.tables import FLOW_TABLES
 from eridiff.yaml_reader import read_yaml
 
 DOCUMENT = (Path(__file__).parent.parent / "docs" / "configuration.md").read_text()
@@ -216,6 +219,12 @@ def test_every_key_that_the_parser_knows_is_in_the_document_and_no_other() -> No
         *SAMPLERS,
         *SAMPLER_SYNONYMS,
         *ABSENT_SAMPLERS,
+    }
+    assert {name for row in table("Schedules", "name") for name in re.findall(r"`([^`]+)`", row[0])} == {
+        *SCHEDULES,
+        "original",
+        *TABLES,
+        *FLOW_TABLES,
     }
     assert sorted(names(TOP_LEVEL)) == sorted(TOP)
     process = names(table(TRAINERS, "key of `process`"))

@@ -123,7 +123,7 @@ def dpmpp_sde(
     """The stochastic DPM-Solver++ of k-diffusion: an ancestral step to the middle, and one with the clean image seen there.
 
     Both noises are of one Brownian motion over sigma: the step's goes on where the middle's ended. k-diffusion and diffusers
-    take its values from torchsde's tree, so that theirs are others.
+    take the same motion from torchsde's tree, which gives other values for a seed.
     """
     seen = ask(predict, x, schedule, i)
     start, end, mean = pair(schedule, i), pair(schedule, i + 1), seen[0]
