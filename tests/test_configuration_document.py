@@ -21,11 +21,14 @@ from eridiff.config import (
     Words,
 )
 from eridiff.errors import ConfigError
+from eridiff.inference.sd35 import TABLES
+from eridiff.inference.sdxl import SCHEDULES
 from eridiff.prompt_files import FLAGS, KOHYA_KEYS, UNUSED_FLAGS, UNUSED_KOHYA_KEYS
 from eridiff.request import FIELDS, WORDS
 from eridiff.run_files import ai_toolkit, kohya, load_config, onetrainer, simpletuner
 from eridiff.run_files.ai_toolkit import MODEL_KEYS, PROCESS_KEYS, UNUSED_KEYS
 from eridiff.schedulers.samplers import SAMPLERS
+from eridiff.schedulers.tables import FLOW_TABLES
 from eridiff.yaml_reader import read_yaml
 
 DOCUMENT = (Path(__file__).parent.parent / "docs" / "configuration.md").read_text()
@@ -302,6 +305,12 @@ def test_every_key_that_the_parser_knows_is_in_the_document_and_no_other() -> No
         *SAMPLERS,
         *SAMPLER_SYNONYMS,
         *ABSENT_SAMPLERS,
+    }
+    assert {name for row in table("Schedules", "name") for name in re.findall(r"`([^`]+)`", row[0])} == {
+        *SCHEDULES,
+        "original",
+        *TABLES,
+        *FLOW_TABLES,
     }
     assert sorted(names(TOP_LEVEL)) == sorted(TOP)
     process = names(table(TRAINERS, "key of `process`"))

@@ -20,7 +20,7 @@ from eridiff.schedulers.discrete import (
 )
 from eridiff.schedulers.flow_match import candle_sigmas, flow_points, flow_schedule, sd3_sigmas, shifted
 from eridiff.schedulers.guidance import Guidance, SkipLayers, classifier_free, guided, rescaled
-from eridiff.schedulers.samplers import DISCRETE_ALONE, FLOW_ALONE, SAMPLERS, noises, sampler, with_inside
+from eridiff.schedulers.samplers import DISCRETE_ALONE, FLOW_ALONE, SAMPLERS, noises_of_a_step, sampler, with_inside
 from eridiff.schedulers.step import Draw, Past, Predict, clean_noise
 
 DEVIATION = 0.5  # of the images: Gaussian, so that the best network is known
@@ -80,7 +80,7 @@ def error(name: str, steps: int) -> float:
         noise = sigma / (alpha**2 * DEVIATION**2 + sigma**2) * (x - alpha * 0.3)
         return velocity(x, sigma) if points.prediction == "velocity" else noise
 
-    eta = 0.0 if noises(name) else None
+    eta = 0.0 if noises_of_a_step(name) else None
     return float((walk(name, predict, schedule, at(0), eta=eta)[-1][0] - at(steps)).abs().max())
 
 
@@ -131,7 +131,7 @@ def test_a_single_image_is_reached_exactly_whatever_the_sampler(name: str, steps
     run = walk(name, predict, schedule, noise, lambda: torch.randn(4, generator=g).double())
     for i, (x, seen) in enumerate(run):
         line = (1 - schedule.sigmas[i + 1]) * picture + schedule.sigmas[i + 1] * noise
-        assert noises(name) or torch.allclose(x, line, atol=1e-9)
+        assert noises_of_a_step(name) or torch.allclose(x, line, atol=1e-9)
         assert torch.allclose(seen[0], picture, atol=1e-9)
     assert torch.allclose(run[-1][0], picture, atol=1e-6)
 
@@ -205,6 +205,51 @@ def test_zero_terminal_snr_is_a_point_like_any_other() -> None:
     assert alphas[-1] == 0 and schedule.alphas[0] == 0 and schedule.sigmas[0] == 1
     x, (clean, _) = SAMPLERS["euler"](lambda x, i: torch.full_like(x, -0.5), torch.ones(2), schedule, 0, [], None)
     assert torch.equal(clean, torch.full((2,), 0.5)) and bool(torch.isfinite(x).all())  # v is -clean where all is noise
+
+
+@pytest.mark.parametrize(
+    ("name", "inside", "from_noise"),
+    [("euler_ancestral_rf", None, None), ("dpm2_ancestral", 0.4, 0.4), ("dpmpp_2s_ancestral", 0.5, 0.9999)],
+)
+def test_ancestral_steps_of_rectified_flow_are_comfyuis(
+    name: str, inside: float | None, from_noise: float | None
+) -> None:
+    """By hand from its code, from sigma 0.8 to 0.4: down to 0.2, and noise of (0.16 - (0.2 * 0.6 / 0.8)^2)^0.5 for the rest."""
+    schedule = with_inside(name, flow_schedule(torch.tensor([0.8, 0.4, 0.0])), inside_flow)
+    assert inside is None or math.isclose(float(schedule.asked[2]), inside, rel_tol=1e-6)
+    (x, _), *_ = walk(
+        name, lambda x, i: (x - 0.5) / float(schedule.asked[i]), schedule, torch.ones(1), lambda: torch.ones(1)
+    )
+    expected = 0.75 * (0.25 * 1 + 0.75 * 0.5) + (0.16 - 0.15**2) ** 0.5
+    assert math.isclose(float(x), expected, rel_tol=1e-6)
+    whole = with_inside(name, flow_schedule(torch.tensor([1.0, 0.4, 0.0])), inside_flow)
+    assert from_noise is None or math.isclose(float(whole.asked[2]), from_noise, rel_tol=1e-6)
+
+
+@pytest.mark.parametrize("name", sorted(SAMPLERS.keys() - {"lcm", *FLOW_ALONE}))
+@pytest.mark.parametrize("end", ["from an infinite sigma", "at the level of the last step"])
+def test_a_single_image_is_reached_from_and_to_the_ends_of_the_table(name: str, end: str) -> None:
+    """Zero terminal SNR begins where all is noise; a last step to its own noise level leaves the latents."""
+    g = torch.Generator().manual_seed(4)
+    image, noise = torch.randn(2, 4, generator=g, dtype=torch.float64)
+    alphas = alphas_cumprod(zero_terminal_snr=end.startswith("from"))
+    times = torch.tensor([999.0, 800, 600, 400, 200, 0], dtype=torch.float64)
+    sigmas = sigmas_at(times, alphas)
+    final = 0.0 if end.startswith("from") else float(sigmas[-1])
+    points = discrete_schedule(times, sigmas, "v", final)
+    schedule = with_inside(name, points, lambda r, t: discrete_points(r, t, alphas, "v"))
+
+    def predict(x: Tensor, i: int) -> Tensor:
+        points, k = (schedule.inside, i - 6) if i >= 6 and schedule.inside else (schedule, i)
+        alpha, sigma = float(points.alphas[k]), float(points.sigmas[k])
+        return alpha * (x - alpha * image) / sigma - sigma * image
+
+    run = walk(name, predict, schedule, noise, lambda: torch.randn(4, generator=g, dtype=torch.float64))
+    assert all(torch.allclose(seen[0], image, atol=1e-6) for _, seen in run)
+    if not final:
+        assert torch.allclose(run[-1][0], image, atol=1e-6)
+    else:
+        assert torch.allclose(run[-1][0], run[-2][0])
 
 
 @given(st.floats(0.0292, 14.6))

@@ -123,35 +123,31 @@ def dpmpp_sde(
     """The stochastic DPM-Solver++ of k-diffusion: an ancestral step to the middle, and one with the clean image seen there.
 
     Both noises are of one Brownian motion over sigma: the step's goes on where the middle's ended. k-diffusion and diffusers
-    take its values from torchsde's tree, so that theirs are others.
+    take the same motion from torchsde's tree, which gives other values for a seed.
     """
     seen = ask(predict, x, schedule, i)
-    start, mean = pair(schedule, i), seen[0]
-    noisy = bool(draw and eta and schedule.sigmas[i + 1])
-    noise = None
-    if schedule.sigmas[i + 1] and (is_flow(schedule) or start[0]):
+    start, end, mean = pair(schedule, i), pair(schedule, i + 1), seen[0]
+    own, following = place(schedule, i), place(schedule, i + 1)
+    draw = draw if eta and end[1] and own != following else None
+    if end[1] and (is_flow(schedule) or start[0]):
         inside = inner(schedule)
-        alpha, sigma = pair(inside, i)
-        down = alpha * _lower_known(schedule, ratio(schedule, i), ratio(inside, i), eta)
-        middle = toward(x, mean, start, (alpha, down))
-        first = draw() if noisy and draw else None
-        if first is not None:
-            middle = middle + math.sqrt(max(0.0, sigma**2 - down**2)) * first
-        mean, _ = ask_inside(predict, middle, schedule, i)
-        if first is not None and draw:
-            share = (place(schedule, i) - place(inside, i)) / (place(schedule, i) - place(schedule, i + 1))
+        middle = pair(inside, i)
+        first = draw() if draw else None
+        mean, _ = ask_inside(predict, _noisier(x, mean, start, middle, eta, first), schedule, i)
+        if draw and first is not None:
+            share = (own - place(inside, i)) / (own - following)
             noise = math.sqrt(share) * first + math.sqrt(1 - share) * draw()
-    elif noisy and draw:
-        noise = draw()
-    alpha, sigma = pair(schedule, i + 1)
-    down = alpha * _lower_known(schedule, ratio(schedule, i), ratio(schedule, i + 1), eta)
+            return _noisier(x, mean, start, end, eta, noise), seen
+    return _noisier(x, mean, start, end, eta, draw() if draw else None), seen
+
+
+def _noisier(x: Tensor, mean: Tensor, start: Pair, end: Pair, eta: float, noise: Tensor | None) -> Tensor:
+    """An ancestral step by the rule of sigma / alpha, which this sampler has in rectified flow too."""
+    alpha, sigma = end
+    kept = sigma / alpha * start[0] / start[1]
+    down = sigma * math.sqrt(max(0.0, 1 - eta**2 * (1 - kept**2))) if eta else sigma
     moved = toward(x, mean, start, (alpha, down))
-    return (moved if noise is None else moved + math.sqrt(max(0.0, sigma**2 - down**2)) * noise), seen
-
-
-def _lower_known(schedule: Schedule, start: float, end: float, eta: float) -> float:
-    """Of the rule in sigma / alpha, which this sampler has in rectified flow too."""
-    return end * math.sqrt(max(0.0, 1 - eta**2 * (1 - (end / start) ** 2))) if eta else end
+    return moved if noise is None else moved + math.sqrt(max(0.0, sigma**2 - down**2)) * noise
 
 
 def euler_churned(

@@ -76,7 +76,7 @@ def dpmpp_3m_sde(
     length = _length(schedule, i)
     whole = (1 + eta) * length
     mean = clean
-    if past and math.isfinite(whole):
+    if past and 0 < whole < math.inf:
         reach = -math.expm1(-whole)
         second = 1 - reach / whole
         slope = (clean - past[-1][0]) * (length / _length(schedule, i - 1))
@@ -156,9 +156,9 @@ def lms(
     seen = ask(predict, x, schedule, i)
     recent = [(p, place(schedule, i - back)) for back, p in enumerate([seen, *past[: -1 - REMEMBERED : -1]])]
     finite = [(p, where) for p, where in recent if math.isfinite(where)]
-    if not math.isfinite(recent[0][1]):
-        return _first(x, seen, schedule, i), seen
     far = place(schedule, i + 1) - recent[0][1]
+    if not far or math.isinf(far):
+        return _first(x, seen, schedule, i), seen
     powers = torch.arange(len(finite), **EXACT)
     places = torch.tensor([(where - recent[0][1]) / far for _, where in finite], **EXACT)  # the step is from 0 to 1
     weights = torch.linalg.solve(places[None] ** powers[:, None], 1 / (powers + 1))

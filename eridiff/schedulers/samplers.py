@@ -147,7 +147,7 @@ SAMPLERS: dict[str, Sampler] = {
     "dpm2_ancestral": midpoint.dpm2_ancestral, "unipc": multistep.unipc, "deis": multistep.deis, "lms": multistep.lms,
     "plms": multistep.plms, "pndm": multistep.pndm, "lcm": lcm,
 }  # fmt: skip
-ETA = {  # samplers that take an eta, the share of new noise, and theirs
+ETA = {  # the share of new noise by default, of samplers that take one
     "ddim": 0.0,
     **dict.fromkeys(
         (
@@ -172,10 +172,11 @@ def sampler(name: str, eta: float | None = None, churn: float = 0.0) -> Sampler:
 
 
 def noises_of_a_step(name: str, eta: float | None = None, churn: float = 0.0) -> int:
-    """How many noises a step of a sampler draws."""
-    if name in ("lcm", "ddpm") or churn:
-        return 1
-    return 0 if not (ETA.get(name, 0.0) if eta is None else eta) else 2 if name == "dpmpp_sde" else 1
+    """How often a step of a sampler asks for new noise."""
+    share = ETA.get(name, 0.0) if eta is None else eta
+    if name == "dpmpp_sde" and share:
+        return 2
+    return int(bool(share or churn) or name in ("lcm", "ddpm"))
 
 
 def with_inside(
