@@ -615,7 +615,8 @@ class DiffusionInference(Family):
             asked = replace(asked, **{name: FIELDS[name].default for name in ENCODING})
         width, height, count = asked.width, asked.height, len(asked.prompt)
         if self._room is not None:
-            self._room.check(width=width, height=height, steps=asked.steps, images=count, cfg_scale=asked.cfg_scale)
+            size = {"width": width, "height": height, "steps": asked.steps, "images": count}
+            self._room.check(**size, cfg_scale=asked.cfg_scale, t5_length=asked.t5_length)
         points = self.points(asked)
         image, control = (None if p is None else to_tensor(p, width, height) for p in (asked.image, asked.control))
         mask = None if asked.mask is None else to_tensor(asked.mask, width, height, mask=True)

@@ -50,7 +50,7 @@ def check_names(owner: str, given: Iterable[str], known: Collection[str]) -> Non
     for name in given:
         if name not in known and name in FIELDS:
             raise ConfigError(
-                f"{owner} has no option '{name}': it is asked of each image, as generate(..., {name}=...)"
+                f"{owner} has no option '{name}': it is asked of each image, by generate(..., {name}=...) or the key of a section"
             )
         if name not in known:
             near = get_close_matches(name, known, 1)

@@ -99,7 +99,7 @@ class Room:
 
 def plan_parts(
     kind: type[Family], parts: Parts, *, width: int | None = None, height: int | None = None, steps: int | None = None,
-    images: int = 1, cfg_scale: float | None = None, variant: str | None = None,
+    images: int = 1, cfg_scale: float | None = None, t5_length: int | None = None, variant: str | None = None,
     dtype: torch.dtype | Mapping[str, torch.dtype] | None = None, device: torch.device | None = None,
 ) -> Plan:  # fmt: skip
     """The plan of a model whose headers were read; what is None is the variant's.
@@ -119,7 +119,7 @@ def plan_parts(
         "steps": sampling.steps if steps is None else steps, "images": images,
         "guided": (sampling.cfg_scale if cfg_scale is None else cfg_scale) != 1,
     }  # fmt: skip
-    told = {**size, "dtype": dtypes, "text_length": getattr(sampling, "text_length", 77)}
+    told = {**size, "dtype": dtypes, "text_length": t5_length or getattr(sampling, "text_length", 77)}
     components = used(kind, parts.components)
     (strip,) = stages({"vae": components["vae"]}, **told, vae_rows=STRIPS)
     return Plan(chosen, why, **size, dtypes=dtypes, stages=tuple(stages(components, **told)), in_strips=strip)
