@@ -98,7 +98,7 @@ def read_prompts(given: object, unused: dict[str, str]) -> list[Entry]:
         lines = [(n, line) for n, line in enumerate(given.split("\n"), 1) if line.strip() and not line.startswith("#")]
         entries = [_kohya(split_flags(line, f"line {n}", unused), unused) for n, line in lines]
     else:
-        given = _subsets(given) if isinstance(given, dict) and "prompt" in given else given
+        given = _subsets(given) if isinstance(given, dict) else given
         if not isinstance(given, list):
             raise ConfigError("a list of prompts is expected")
         entries = [_entry(each, f"entry {n}", unused) for n, each in enumerate(given, 1)]
@@ -122,9 +122,9 @@ def _kohya(entry: Mapping[str, Any], unused: dict[str, str]) -> Entry:
 
 
 def _subsets(document: Mapping[str, Any]) -> list[object]:
-    section = document["prompt"]
+    section = document.get("prompt")
     if not isinstance(section, dict) or not isinstance(section.get("subset"), list) or len(document) > 1:
-        raise ConfigError("a table [prompt] with entries [[prompt.subset]] is expected")
+        raise ConfigError("a list of prompts or, in TOML, a table [prompt] with entries [[prompt.subset]] is expected")
     usual = {key: value for key, value in section.items() if key != "subset"}
     return [usual | entry if isinstance(entry, dict) else entry for entry in section["subset"]]
 

@@ -1,6 +1,7 @@
 """Files of kohya's scripts, OneTrainer, SimpleTuner and ai-toolkit's generating job, as these write them, generate what they say."""
 
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -358,6 +359,8 @@ KOHYA_TRAINS = 'sample_sampler = "euler"\n'
 BAD = {
     "a misspelt key of kohya": ("a.toml", KOHYA_TRAINS + 'sample_prompt = "p.txt"\n', "'sample_prompt' is not a key of kohya's configuration of a training; did you mean 'sample_prompts'"),
     "no file of prompts": ("a.toml", 'sample_prompts = "none.txt"\n', "none.txt: is not a file"),
+    "a pipe of prompts": ("a.toml", 'sample_prompts = "pipe.txt"\n', "pipe.txt: is not a file"),
+    "a file of prompts that is not one": ("a.toml", 'sample_prompts = "a.json"\n', "a.json: a list of prompts or, in TOML, a table"),
     "a number for a file": ("a.toml", "sample_prompts = 3\n", "sample_prompts must be text, not 3"),
     "a text for a flag": ("a.toml", 'v_parameterization = "yes"\n', "v_parameterization must be true or false, not 'yes'"),
     "an unknown sampler": ("a.toml", 'sample_sampler = "eulr"\n', "'eulr' is not a sampler; did you mean 'euler'"),
@@ -398,6 +401,8 @@ BAD = {
 def test_a_mistake_in_a_programs_file_is_one_sentence(case: str, here: Path) -> None:
     name, document, says = BAD[case]
     (here / "a.txt").write_text("a fox")
+    (here / "a.json").write_text('{"prompts": ["a fox"]}')
+    os.mkfifo(here / "pipe.txt")
     with pytest.raises(ConfigError, match=says) as caught:
         read(here, name, document)
     assert "\n" not in str(caught.value) and name in str(caught.value)

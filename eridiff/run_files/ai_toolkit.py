@@ -102,15 +102,17 @@ def read(document: Mapping[str, Any], folder: Path = Path()) -> RunConfig:
 
 def _training(process: Mapping[str, Any], name: object, unused: dict[str, str]) -> RunConfig:
     place = value_of(process, "training_folder", str, "config: ")
-    root = f"{place}/{name}" if place and isinstance(name, str) and name else None
-    lora = trained(f"{root}/{name}.safetensors") if root else f"{FOR_TRAINING}; --lora takes what it trains"
+    root = Path(place, name) if place and isinstance(name, str) and name else None
+    lora = trained(str(root / f"{name}.safetensors")) if root else f"{FOR_TRAINING}; --lora takes what it trains"
     unused |= unread(process, PROCESS_KEYS, "config: process", "", UNUSED_KEYS | {"network": lora})
     own, family = _model(mapping(process, "model"), unused)
     train = mapping(process, "train")
     unused |= {"train": FOR_TRAINING} if train else {}
     skip, never = (flag(train, key, "train: ") for key in TRAIN_KEYS)
     notices: list[str] = []
-    own["sample"] |= _sample(process, "sample", family, unused, notices) | ({"out": f"{root}/samples"} if root else {})
+    own["sample"] |= _sample(process, "sample", family, unused, notices) | (
+        {"out": str(root / "samples")} if root else {}
+    )
     if process.get("first_sample") is not None:
         own["first_sample"] = _sample(process, "first_sample", family, {}, [])
     read = parse_config(own, unused)

@@ -49,11 +49,17 @@ def read_text(path: Path) -> str:
 
 
 def named_file(name: str, folder: Path) -> Path:
-    """A file that a configuration names: as seen from here, as its program does, else as seen from the configuration."""
+    """A file that a configuration names: as seen from here, as its program does, else as seen from the configuration.
+
+    Raises ConfigError where it is in neither place.
+    """
     try:
-        return next((p for p in (Path(name), folder / name) if p.is_file()), Path(name))
-    except (OSError, ValueError):
-        return Path(name)
+        found = next((path for path in (Path(name), folder / name) if path.is_file()), None)
+    except (OSError, ValueError):  # a name that no file can have
+        found = None
+    if found is None:
+        raise ConfigError(f"{name}: is not a file")
+    return found
 
 
 def mapping(section: Mapping[str, Any], name: str) -> dict[str, Any]:

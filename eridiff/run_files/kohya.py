@@ -82,7 +82,8 @@ def read_training(document: Mapping[str, Any], folder: Path) -> RunConfig:
     section = _flat(document)
     family = _family(section)
     out = value_of(section, "output_dir", str)
-    place = f"{out}/{value_of(section, 'output_name', str) or 'last'}.safetensors" if out else "in output_dir"
+    made = f"{value_of(section, 'output_name', str) or 'last'}.safetensors"
+    place = str(Path(out, made)) if out else made
     option = "--lora" if "network_module" in section else "--model"
     reasons = UNUSED_TRAINING_KEYS | {key: trained(place, option) for key in ("network_module", "output_name")}
     known = [key for key in TRAINING_KEYS if key not in reasons]
@@ -99,7 +100,7 @@ def read_training(document: Mapping[str, Any], folder: Path) -> RunConfig:
         "dtype": dtype_named(section, "mixed_precision", none=("no",)),
         "prediction": "v" if flag(section, "v_parameterization") else None, "t5_mask": masked,
     })  # fmt: skip
-    shared = {**own["sample"], **defaults, "lenient": True} | ({"out": f"{out}/sample"} if out else {})
+    shared = {**own["sample"], **defaults, "lenient": True} | ({"out": str(Path(out, "sample"))} if out else {})
     entries: list[Entry] = []
     if name := value_of(section, "sample_prompts", str):
         path = named_file(name, folder)

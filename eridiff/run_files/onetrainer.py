@@ -43,7 +43,7 @@ UNUSED_SAMPLE_KEYS = {
         [f"text_encoder_{n}_layer_skip" for n in (1, 2, 3, 4)], "the text encoders are read at the layer of the published models"
     ),
     **dict.fromkeys(
-        [f"text_encoder_{n}_sequence_length" for n in (1, 2)], "T5 reads as many tokens as the model was published with"
+        [f"text_encoder_{n}_sequence_length" for n in (1, 2)], "the text encoders read as many tokens as the model was published with"
     ),
     "transformer_attention_mask": "--t5-mask says it of all images",
     "force_last_timestep": "the noise levels are the schedule's",
@@ -122,7 +122,7 @@ def read_training(document: Mapping[str, Any], folder: Path) -> RunConfig:
         "t5_mask": flag(mapping(document, "transformer"), "attention_mask", "transformer: ") or None,
     })  # fmt: skip
     if place := value_of(document, "workspace_dir", str):
-        own["sample"]["out"] = f"{place}/samples"
+        own["sample"]["out"] = str(Path(place, "samples"))
     samples = document.get("samples")
     if samples is None and (name := value_of(document, "sample_definition_file_name", str)):
         path = named_file(name, folder)

@@ -61,39 +61,29 @@ KNOWN_KEYS = (
 UNUSED_KEYS = {
     "validation_prompt_library": "SimpleTuner's own prompts are not here",
     "num_validation_images": "one image per prompt is generated",
-    "validation_guidance_rescale": "SimpleTuner rescales no guidance without skipped layers",
+    "validation_guidance_rescale": "SimpleTuner does not pass it to its pipelines",
     "tokenizer_max_length": "T5 reads as many tokens as the model was published with",
     "rescale_betas_zero_snr": "--zero-terminal-snr changes the last noise level",
-    **dict.fromkeys(["validation_using_datasets", "validation_input"], "--image begins from an image"),
-    "pretrained_t5_model_name_or_path": "--t5 takes it",
     "validation_seed_source": "noise is drawn on the CPU",
-    **dict.fromkeys(  # names that are near to one that is read
-        [
-            "flow_schedule_auto_shift",
-            "eval_epoch_interval",
-            "pretrained_evaluation_model_name_or_path",
-            "validate_after_epoch",
-            "validation_method",
-            "validation_preview_steps",
-            "audio_flow_schedule_shift",
-            "pretrained_gemma_model_name_or_path",
-            "pretrained_grounding_model_name_or_path",
-        ],
-        FOR_TRAINING,
-    ),
     "base_model_precision": "weights are used as they are stored",
+    "pretrained_t5_model_name_or_path": "--t5 takes it",
+    **dict.fromkeys(["validation_using_datasets", "validation_input"], "--image begins from an image"),
     **dict.fromkeys(["controlnet", "control"], "the trainer's images are guided by a ControlNet, and these are not"),
     **dict.fromkeys(["validation_adapter_path", "validation_adapter_config"], "--lora takes it"),
     **dict.fromkeys(
         ["sdxl_validation_pipeline_mode", "sdxl_validation_stage1_model", "sdxl_validation_stage2_model"],
         "--refiner finishes the images",
     ),
-}
-SAME = {
-    "base_model_precision": "no_change",
-    "num_validation_images": 1,
-    "sdxl_validation_pipeline_mode": "trained-stage",
-}
+    **dict.fromkeys([  # names that are near to one that is read
+        "flow_schedule_auto_shift", "audio_flow_schedule_shift", "eval_epoch_interval", "validate_after_epoch", "validation_method",
+        "validation_preview_steps", *(f"pretrained_{name}_model_name_or_path" for name in ("evaluation", "gemma", "grounding")),
+    ], FOR_TRAINING),
+}  # fmt: skip
+SAME = {  # values of these with which nothing changes
+    "base_model_precision": "no_change", "num_validation_images": 1, "sdxl_validation_pipeline_mode": "trained-stage",
+    "validation_seed_source": "cpu",
+}  # fmt: skip
+TEXTS = ("validation_prompt", "validation_negative_prompt", "validation_resolution")  # never numbers
 LIBRARY_KEYS = ("prompt", "caption", "tags")  # the first that an entry of a library has is its prompt
 
 
@@ -131,10 +121,10 @@ def read_training(document: Mapping[str, Any], folder: Path) -> RunConfig:
     out = value_of(section, "output_dir", str)
     reasons = dict(UNUSED_KEYS)
     if value_of(section, "model_type", str) == "lora":
-        reasons["model_type"] = trained(f"{out}/pytorch_lora_weights.safetensors" if out else "in output_dir")
+        reasons["model_type"] = trained(str(Path(out, "pytorch_lora_weights.safetensors")) if out else "in output_dir")
     known = [key for key in KNOWN_KEYS if key not in reasons]
-    said = {key: value for key, value in section.items() if key not in SAME or value != SAME[key]}
-    unused = unread(said, known, "SimpleTuner's configuration", "", reasons)
+    changing = {key: value for key, value in section.items() if key not in SAME or value != SAME[key]}
+    unused = unread(changing, known, "SimpleTuner's configuration", "", reasons)
 
     shared = _images(section, family, unused)
     prompts: list[dict[str, Any]] = []
@@ -149,16 +139,15 @@ def read_training(document: Mapping[str, Any], folder: Path) -> RunConfig:
             prompts += _library(library, unused)
     if (prompt := value_of(section, "validation_prompt", str)) is not None:
         prompts.append({"prompt": prompt})
-    sizes = [
-        size("validation_resolution", text) for text in str(section.get("validation_resolution") or "256").split(",")
-    ]
+    said = str(section.get("validation_resolution") or "256")
+    sizes = [size("validation_resolution", text) for text in said.split(",")]
     entries = [{"width": width, "height": height} | each for each in prompts for width, height in sizes]
     own = settings({
         "model": _model(section, family), "dtype": dtype_named(section, "mixed_precision", none=("no",)),
         "prediction": _prediction(section), "t5_mask": flag(section, "flux_attention_masked_training") or None,
     })  # fmt: skip
     own["sample"] |= shared | {"lenient": True} | ({"samples": entries} if entries else {})
-    own["sample"] |= {"out": f"{out}/validation_images"} if out else {}
+    own["sample"] |= {"out": str(Path(out, "validation_images"))} if out else {}
     own["sample"] = with_random_seeds(own["sample"])
     read = parse_config(own, unused)
     return replace(read, family=family, training=_schedule(section, read.unused))
@@ -166,21 +155,16 @@ def read_training(document: Mapping[str, Any], folder: Path) -> RunConfig:
 
 def _plain(key: str, value: Any) -> Any:
     """A value as it is read from the command line, where all are text."""
-    if not isinstance(value, str) or key in (
-        "validation_prompt",
-        "validation_negative_prompt",
-        "validation_resolution",
-    ):
+    if not isinstance(value, str) or key in TEXTS:
         return None if value == "None" else value
-    text = value.strip()
+    text = value.strip().lower()
     words = {"true": True, "false": False, "none": None, "": None}
-    if text.lower() in words:
-        return words[text.lower()]
+    if text in words:
+        return words[text]
     if re.fullmatch(r"[-+]?\d{1,20}", text):
         return int(text)
-    return (
-        float(text) if re.fullmatch(r"[-+]?(\d{1,20}\.?\d{0,20}|\.\d{1,20})(e[-+]?\d{1,3})?", text.lower()) else value
-    )
+    number = r"[-+]?(\d{1,20}\.?\d{0,20}|\.\d{1,20})(e[-+]?\d{1,3})?"
+    return float(text) if re.fullmatch(number, text) else value
 
 
 def _images(section: Mapping[str, Any], family: str | None, unused: dict[str, str]) -> dict[str, Any]:
