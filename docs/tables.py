@@ -12,6 +12,7 @@ from pathlib import Path
 from eridiff.cli import _parser
 from eridiff.config import KEYS, NO_EFFECT, SAID
 from eridiff.prompt_files import FLAGS, KOHYA_KEYS
+from eridiff.recipe import OWN, TITLES, families, recipe, recipes
 from eridiff.request import FIELDS, WORDS
 
 FOLDER = Path(__file__).parent
@@ -106,7 +107,24 @@ def on_a_gpu() -> Iterator[str]:
     yield f"| limit by arithmetic | {' | '.join(f'{limit:.0f}' for limit in limits)} |"
 
 
+def choices(family: str) -> tuple[str, Callable[[], Iterator[str]]]:
+    """Head and rows of what every program chooses for a family; a dagger is from reading alone."""
+    names = [name for name in recipes() if name != OWN and family in families(name)]
+    found = {name: recipe(name, family) for name in names}
+    head = " | ".join(f"{name}{'' if found[name].seen == 'run' else ' †'}" for name in names)
+
+    def rows() -> Iterator[str]:
+        for field in FIELDS:
+            told = [found[name].of().get(field) for name in names]
+            if any(choice is not None for choice in told):
+                cells = ["" if c is None or c.value in (None, "") else f"{c.value}" for c in told]
+                yield f"| `{field}` | {' | '.join(cells)} |"
+
+    return f"| | {head} |", rows
+
+
 TABLES = {
+    "same-image.md": {family: choices(family) for family in TITLES},
     "configuration.md": {
         "request": (
             "| Python, PNG, resample | section, ai-toolkit's too | command line | ai-toolkit's prompts | kohya's prompts | what |",

@@ -536,8 +536,8 @@ class Request:
             value, low, high = getattr(self, name), told.metadata["low"], told.metadata["high"]
             kind = told.metadata["kind"]
             words = kind.flag.get("choices")
-            if value is not None and words and kind is not METHOD and value not in words:
-                raise ConfigError(f"{name} must be {' or '.join(words)}, not {value!r}")
+            if value is not None and words and kind not in (METHOD, PROGRAM) and value not in words:
+                raise ConfigError(f"{name} must be {', '.join(words[:-1])} or {words[-1]}, not {value!r}")
             if value is not None and kind is SWITCH:
                 scalar(name, value, bool)
             if value is None or low is None:
@@ -555,10 +555,6 @@ class Request:
             pair = getattr(self, name)
             if len(pair) != 2 or not 0 <= pair[0] < pair[1] <= 1:
                 raise ConfigError(f"{name} must be two rising {what} such as 0 and 0.8, not {pair}")
-        for name, told in FIELDS.items():
-            names, value = told.metadata["kind"].flag.get("choices"), getattr(self, name)
-            if names and name not in ("sampler", "recipe") and value is not None and value not in names:
-                raise ConfigError(f"{name} must be {', '.join(names[:-1])} or {names[-1]}, not {value!r}")
         if self.sampler is not None and self.sampler not in SAMPLERS:
             raise ConfigError(f"'{self.sampler}' is not a sampler; there are {', '.join(SAMPLERS)}")
         if self.hand_over is not None and self.hand_over in (0, 1):
@@ -595,7 +591,9 @@ class Request:
             for name, value in chosen.items()
             if value not in (None, "")
         }
-        full = replace(self, **{name: value for name, value in merged(read, said).items() if name not in said})
+        if not isinstance(self.schedule, str | None):
+            read.pop("steps", None)  # the sigmas say it
+        full = replace(self, **{name: value for name, value in read.items() if name not in said})
         idle = [name for name in full.without_effect(model) if name not in said]
         usual: dict[str, Any] = {name: FIELDS[name].default for name in idle}
         return replace(full, **usual)

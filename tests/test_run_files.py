@@ -324,7 +324,9 @@ def test_ai_toolkits_flux_run_generates(
     ):
         assert f" {key}" in told
     assert "the width 103 becomes 96, a multiple of 16" in out
-    assert pictures[1][1] == again(FluxInference, models["flux"], pictures[1][0], guidance_scale=3.5)
+    assert pictures[1][1] == again(
+        FluxInference, models["flux"], pictures[1][0], recipe="ai-toolkit", guidance_scale=3.5
+    )
 
 
 def test_ai_toolkits_sd35_run_generates(
@@ -338,7 +340,7 @@ def test_ai_toolkits_sd35_run_generates(
     ]
     out = capsys.readouterr().err
     assert "prompt 3 has no seed and takes the section's; ai-toolkit would go on with 5" in out
-    assert pictures[1][1] == again(SD35Inference, models["sd3"], pictures[1][0])
+    assert pictures[1][1] == again(SD35Inference, models["sd3"], pictures[1][0], recipe="ai-toolkit")
 
 
 def test_ai_toolkits_sdxl_run_generates(models: dict[str, Path], tmp_path: Path) -> None:
@@ -347,7 +349,7 @@ def test_ai_toolkits_sdxl_run_generates(models: dict[str, Path], tmp_path: Path)
         ("portrait of an old sailor, ch4rcoal style", 42, 64, 64, 3, 6.5, "photo, colour"),
         ("harbour at night, ch4rcoal style", 42, 96, 64, 3, 5.0, "photo, colour, text"),
     ]
-    assert pictures[1][1] == again(SDXLInference, models["sdxl"], pictures[1][0])
+    assert pictures[1][1] == again(SDXLInference, models["sdxl"], pictures[1][0], recipe="ai-toolkit")
 
 
 def test_eridiffusions_run_generates(
@@ -359,7 +361,7 @@ def test_eridiffusions_run_generates(
         ("m0ss on a stone lantern, rain", 43, 3, 7.0, "ugly", "ddim"),
     ]
     assert capsys.readouterr().err.count("without effect here") == 1
-    assert pictures[0][1] == again(SDXLInference, models["sdxl"], pictures[0][0])
+    assert pictures[0][1] == again(SDXLInference, models["sdxl"], pictures[0][0], recipe="ai-toolkit")
 
 
 def test_a_run_in_json_with_comments_generates(models: dict[str, Path], tmp_path: Path) -> None:
@@ -620,7 +622,7 @@ def test_a_guidance_of_its_own_replaces_the_sections_under_every_name() -> None:
 
 
 def test_a_negative_prompt_of_false_is_none(tmp_path: Path) -> None:
-    assert read(tmp_path, toolkit("{prompts: [a], neg: false}")).sample.shared == {}
+    assert read(tmp_path, toolkit("{prompts: [a], neg: false}")).sample.shared == {"recipe": "ai-toolkit"}
 
 
 def test_the_first_process_with_images_generates(tmp_path: Path) -> None:

@@ -5,10 +5,11 @@ them. docs/configuration.md lists every key.
 """
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from eridiff.config import RunConfig, parse_config
+from eridiff.config import RunConfig, SampleSettings, parse_config
 from eridiff.errors import ConfigError
 from eridiff.prompt_files import read_json, read_prompts, read_toml
 from eridiff.run_files import ai_toolkit, kohya, onetrainer, simpletuner
@@ -41,18 +42,35 @@ def _parsed(text: str, ending: str, folder: Path) -> RunConfig:
     json = ending in (".json", ".jsonc")
     document = read_json(text) if json else read_yaml(text)
     if json and isinstance(document, list):
-        return onetrainer.of_samples(document, {}) if onetrainer.is_samples(document) else _prompts(document)
+        return (
+            _as("onetrainer", onetrainer.of_samples(document, {}))
+            if onetrainer.is_samples(document)
+            else _prompts(document)
+        )
     if not isinstance(document, dict):
         return parse_config(document)
     if "config" in document:
-        return ai_toolkit.read(document, folder)
+        return _as("ai-toolkit", ai_toolkit.read(document, folder))
     if json and simpletuner.is_training(document):
-        return simpletuner.read_training(document, folder)
+        return _as("simpletuner", simpletuner.read_training(document, folder))
     if json and onetrainer.is_training(document):
-        return onetrainer.read_training(document, folder)
+        return _as("onetrainer", onetrainer.read_training(document, folder))
     if json and simpletuner.is_library(document):
         return simpletuner.of_library(document, {})
     return parse_config(document)
+
+
+def _as(program: str, read: RunConfig) -> RunConfig:
+    """A trainer's configuration, whose images are generated as the trainer would, unless it names another recipe."""
+    if "recipe" in read.sample.shared:
+        return read
+    told = f"generated as {program} generates: recipe {program}; recipe eridiff takes the published numbers"
+
+    def chosen(sample: SampleSettings) -> SampleSettings:
+        return replace(sample, shared={"recipe": program, **sample.shared})
+
+    first = None if read.first_sample is None else chosen(read.first_sample)
+    return replace(read, sample=chosen(read.sample), first_sample=first, told=(*read.told, told))
 
 
 def _prompts(given: object) -> RunConfig:
@@ -64,9 +82,9 @@ def _toml(document: dict[str, Any], folder: Path) -> RunConfig:
     if "prompt" in document:
         return _prompts(document)
     if simpletuner.is_training(document):
-        return simpletuner.read_training(document, folder)
+        return _as("simpletuner", simpletuner.read_training(document, folder))
     if kohya.is_training(document):
-        return kohya.read_training(document, folder)
+        return _as("kohya", kohya.read_training(document, folder))
     if "datasets" in document:
         raise ConfigError("is kohya's configuration of datasets; the one of the training names prompts and model")
     raise ConfigError(
