@@ -268,7 +268,7 @@ def _masked(request: "Request", model: Any) -> str | None:
 
 
 def _in_one(request: "Request", model: Any) -> str | None:
-    return None if request.noise_generator == "one" else "without noise_generator: one"
+    return None if request.noise_generator in ("one", "run") else "without noise_generator: one"
 
 
 def own(request: "Request", model: Any, name: str) -> Any:
@@ -448,7 +448,9 @@ class Request:
         None, one_of("cpu", "model"), "where the noise is made (cpu); the model's device has other noise", usual="cpu"
     )
     noise_generator: str | None = option(
-        None, one_of("each", "one"), "each image has a generator of its own seed, or one serves a whole batch (each)", usual="each"
+        None, one_of("each", "one", "run"),
+        "each image has a generator of its own seed, or one serves a batch, or goes on over the images of a section (each)",
+        usual="each",
     )  # fmt: skip
     noise_skip: int | None = option(
         None, WHOLE, "how often the generator has made noise of one image before (0)", low=0, high=10**6, usual=0
@@ -562,8 +564,10 @@ class Request:
         for seed in seeds_of(self):
             if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < SEEDS:
                 raise ConfigError(f"the seed must be a whole number from 0 to 2^63 - 1, not {seed!r}")
-        if self.noise_generator == "one" and len({*seeds_of(self)}) > 1:
-            raise ConfigError(f"noise_generator one begins with one seed, not with {len({*seeds_of(self)})}")
+        if self.noise_generator in ("one", "run") and len({*seeds_of(self)}) > 1:
+            raise ConfigError(
+                f"noise_generator {self.noise_generator} begins with one seed, not with {len({*seeds_of(self)})}"
+            )
         row = self.noise_row
         if row is not None and not (len(row) == 2 and all(type(n) is int for n in row) and 0 <= row[0] < row[1]):
             raise ConfigError(f"noise_row must be a row and the number of rows, such as 1 and 4, not {row}")

@@ -7,13 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image, PngImagePlugin
 
 from eridiff import Prompt
 from eridiff.cli import main
+from eridiff.config import parse_config
 from eridiff.errors import ConfigError
 from eridiff.foreign_pngs import foreign_settings
 from eridiff.inference.choices import Move, differences, moves
+from eridiff.inference.section import requests_of
 from eridiff.recipe import FAMILIES, families, recipe, recipes
 from eridiff.request import FIELDS, Request
 from eridiff.schedulers.samplers import SAMPLERS
@@ -93,6 +96,31 @@ def test_a_png_of_a_recipe_gives_the_same_image_when_the_recipe_has_changed(monk
     monkeypatch.setattr("eridiff.request.recipe", lambda name, family: recipe("comfyui", family))
     second = model.generate(replace(again, seed=1), conditioning=given)
     assert second.images[0].tobytes() == first.images[0].tobytes()
+
+
+def test_one_generator_goes_on_over_the_images_of_a_section() -> None:
+    """log_validation of diffusers' trainers: one generator for all calls of the pipeline, ancestral steps included."""
+    model = inference("unet")
+    section = {
+        "samples": [{"prompt": "a"}] * 3,
+        "steps": 2,
+        "width": 64,
+        "height": 64,
+        "seed": 5,
+        "recipe": "diffusers-log-validation",
+    }
+    for sampler, each in (("euler", 1), ("euler_ancestral", 3)):
+        requests, _ = requests_of(parse_config({"sample": {**section, "sampler": sampler}}).sample, model)
+        assert [request.noise_skip for request in requests] == [0, each, 2 * each]
+    generator = torch.Generator().manual_seed(5)
+    noise = [torch.randn((1, 4, 8, 8), generator=generator) for _ in range(3)]
+    given = Prompt(conditioning(model), conditioning(model, seed=5))
+    plain, _ = requests_of(parse_config({"sample": section}).sample, model)
+    found = [model.generate(request.encoded(), conditioning=given, keep=("noise",)).noise for request in plain]
+    assert all(torch.equal(a, b) for a, b in zip(found, noise, strict=True))
+    other = parse_config({"sample": {**section, "samples": [{"prompt": "a"}, {"prompt": "a", "width": 96}]}}).sample
+    with pytest.raises(ConfigError, match="must be of one size"):
+        requests_of(other, model)
 
 
 # how far a choice moves the image ---------------------------------------------------------------------------------------

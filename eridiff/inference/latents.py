@@ -42,7 +42,7 @@ def noises(seeds: Sequence[int], shape: Sequence[int], asked: Any, device: torch
     `Request`, has the other ways: one generator makes the noise of a batch by one call, which a GPU's gives other values than
     calls for one image each. Raises ConfigError for a row of a batch where several images are asked for.
     """
-    one, row, packed = asked.noise_generator == "one", asked.noise_row, asked.noise_layout == "packed"
+    one, row, packed = asked.noise_generator != "each", asked.noise_row, asked.noise_layout == "packed"
     if row is not None and len(seeds) != 1:
         raise ConfigError(f"noise_row is of one image, and {len(seeds)} are asked for")
     place = device if asked.noise_device == "model" else torch.device("cpu")

@@ -47,7 +47,7 @@ def records(
             if picture is not None and name not in handed_in
         } | ({"loras": [handle.hash for handle in model.loras]} if model.loras else {}),
     }  # fmt: skip
-    shared = asked.noise_generator == "one" and len(seeds) > 1  # then its row says which noise is an image's
+    shared = asked.noise_generator != "each" and len(seeds) > 1  # then its row says which noise is an image's
     rows = [
         replace(
             asked,

@@ -1,12 +1,14 @@
 """What a file says of its images becomes the requests that a model can fulfil, with a notice of all that is not as it says."""
 
 from collections.abc import Collection, Mapping
+from dataclasses import replace
 from typing import Any
 
 from eridiff.config import SampleSettings, Words
 from eridiff.errors import ConfigError
 from eridiff.inference.base import DiffusionInference
 from eridiff.request import GUIDANCE, Request
+from eridiff.schedulers.samplers import noises_of_a_step
 
 
 def requests_of(
@@ -18,11 +20,19 @@ def requests_of(
 
     Raises ConfigError for what is impossible, and for an explicit field without effect.
     """
-    found, notices = [], []
+    found: list[Request] = []
+    notices: list[str] = []
+    sizes, used = set(), 0  # of the images before, and how often their generator has made noise
     for words in settings.each():
         request, told = _request(words, model, settings, explicit)
+        if request.noise_generator == "run" and request.noise_skip is None:
+            request = replace(request, noise_skip=used)
         asked = request.checked(model)
-        model.points(asked)  # which may not be there
+        schedule = model.points(asked)  # which may not be there
+        used += 1 + schedule.steps * noises_of_a_step(asked.sampler, asked.eta, asked.churn)
+        sizes.add((asked.width, asked.height))
+        if asked.noise_generator == "run" and len(sizes) > 1:
+            raise ConfigError("images whose noise one generator makes (noise_generator run) must be of one size")
         found.append(request)
         notices += told
     return found, list(dict.fromkeys(notices))
