@@ -187,6 +187,20 @@ def test_the_command_answers_with_the_choice_that_moves_the_image_most_first(
     assert "step" in text and "noise level" in text or "the same noise levels" in text
 
 
+def test_the_page_shows_what_the_command_says(capsys: pytest.CaptureFixture[str]) -> None:
+    page = (Path(__file__).parent.parent / "docs" / "same-image.md").read_text(encoding="utf-8")
+    command, shown = re.search(r"\$ eridiff (recipe diff [^\n]*)\n(.*?)```", page, re.DOTALL).groups()  # type: ignore[union-attr]
+    assert main(command.split()) == 0
+    text = capsys.readouterr().out
+    row = re.compile(r"^(\w+)  +(.*?)  +([\d.e-]+) of 255 levels", re.MULTILINE)
+    told, printed = (row.findall(each) for each in (shown, text))
+    assert len(told) > 3 and [each[:2] for each in told] == [each[:2] for each in printed]
+    assert [float(each[2]) for each in told] == pytest.approx([float(each[2]) for each in printed], rel=0.05)
+    assert all(
+        line in text for line in shown.splitlines() if not row.match(line) and not line.startswith("all of them")
+    )
+
+
 def test_the_command_needs_a_family_where_recipes_are_for_several(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["recipe", "diff", "kohya", "diffusers"]) == 2
     assert "say --family flux or sd3 or sdxl" in capsys.readouterr().err
