@@ -62,7 +62,7 @@ MISTAKES = {  # a command or a file's text -> what the error says
     "sample --model pic.png --prompt x": "'pic.png' is not a safetensors file: it is a PNG image",
     "sample --lora foxes.safetensors --prompt x": "'foxes.safetensors' does not exist; did you mean 'fox.safetensors'?",
     "sample --model org/name --prompt x": "the hub is not asked (HF_HUB_OFFLINE is set), and the cache '",
-    "sample --prompt x --schedule kaaras": "'kaaras' is not a schedule of Flux: it has original, dev, schnell",
+    "sample --prompt x --schedule kaaras": "'kaaras' is not a schedule of Flux: it has original, dev, schnell, diffusers",
     "sample --prompt x --out new/pic.jpg": "'new/pic.jpg' cannot be written: images are PNG; pass a name ending in .png, or a folder",
     "sample --transformer flux.safetensors --prompt x": "an autoencoder, a CLIP text encoder and a T5 text encoder are missing: the model holds a Flux; "
     "give the rest as vae (--vae ae.safetensors), clip (--clip clip_l.safetensors), t5 (--t5 t5xxl_fp16.safetensors)",

@@ -6,6 +6,7 @@ where a program uses them. The programs themselves are not run here: shared boun
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from types import SimpleNamespace
 from typing import Any
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from eridiff import Conditioning, Prompt, load
 from eridiff.inference import DiffusionInference
-from eridiff.models.flux import unpatchify
+from eridiff.models.flux import patchify, unpatchify
 from eridiff.models.unet import size_vector
 from eridiff.recipe import recipe
 from tests import k_diffusion_golden
@@ -140,3 +141,30 @@ def test_kohyas_recipe_gives_the_latents_of_each_scheduler_of_its_names(
     bound = 1e-5 if sampler in (None, "ddim", "pndm", "dpm2", "dpm2_ancestral") else 3e-6
     described = with_scheduler(model, of_kohya(sampler or "ddim"), 7.5)
     assert distance(generated(model, "kohya", sampler=sampler), described) < bound
+
+
+@torch.no_grad()
+def onetrainer_flux(model: Any) -> Tensor:
+    """modules/modelSampler/FluxSampler.py of Nerogar/OneTrainer: diffusers' scheduler with the size's mu, from its number of steps."""
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    side = SIDE // 16
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True)
+    scheduler.set_timesteps(STEPS, mu=(1.15 - 0.5) / (4096 - 256) * (side * side - 256) + 0.5)
+    x = patchify(torch.randn(1, 16, SIDE // 8, SIDE // 8, generator=torch.Generator().manual_seed(SEED)))
+    row, _ = told(model)
+    for t in scheduler.timesteps:
+        velocity = model.network(x, row.text, row.pooled, t.reshape(1) / 1000, (side, side), torch.tensor([3.5]))
+        x = scheduler.step(velocity, t, x).prev_sample
+    return unpatchify(x, (side, side))
+
+
+def test_onetrainers_recipe_gives_the_latents_of_its_loop() -> None:
+    model = trained("tiny-flux")
+    before, model.model.sampling = (
+        model.sampling,
+        replace(model.sampling, shift=True),
+    )  # as dev has it, the small model has not
+    found = generated(model, "onetrainer")
+    model.model.sampling = before
+    assert distance(found, onetrainer_flux(model)) < 3e-6

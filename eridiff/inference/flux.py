@@ -21,7 +21,7 @@ from eridiff.models.autoencoder import Autoencoder
 from eridiff.models.flux import Flux, FluxConfig, FluxRun, fill_condition, patchify, position_ids, unpatchify
 from eridiff.request import Checked, Table, Text, check_side
 from eridiff.schedulers import Schedule
-from eridiff.schedulers.flow_match import flow_schedule, flux_schedule
+from eridiff.schedulers.flow_match import flow_schedule, flux_schedule, flux_scheduler_schedule
 from eridiff.schedulers.tables import FLOW_TABLES
 from eridiff.text import Conditioning
 from eridiff.text.encoders import ClipEncoder, T5Encoder
@@ -29,11 +29,9 @@ from eridiff.text.encoders import ClipEncoder, T5Encoder
 # width and height that Kontext was trained with (black-forest-labs/flux, src/flux/util.py)
 WIDE = [(1568, 672), (1504, 688), (1456, 720), (1392, 752), (1328, 800), (1248, 832), (1184, 880), (1104, 944)]
 KONTEXT_SIZES = [*WIDE, (1024, 1024), *((height, width) for width, height in WIDE)]
-SHIFTED = {
-    "original": None,
-    "dev": True,
-    "schnell": False,
-}  # whether the size shifts a schedule; None: as the variant's
+SHIFTED = {  # schedules, and whether the size shifts them; None is as for the variant
+    "original": None, "dev": True, "schnell": False, "diffusers": None,
+}  # fmt: skip
 COMFY_SHIFT, COMFY_TIMES = math.exp(1.15), 10000  # of ComfyUI's ModelSamplingFlux, at every size
 
 
@@ -144,6 +142,8 @@ class FluxInference(DiffusionInference):
     def named_schedule(self, steps: int, width: int, height: int, name: str | None, shift: float | None) -> Schedule:
         """The original's points, shifted by the number of tokens for all variants but schnell; "dev" and "schnell" for any.
 
+        "diffusers" are the points that diffusers' scheduler makes of a number of steps by itself, as OneTrainer asks it.
+
         Others are as in `schedulers.tables.FLOW_TABLES`, with a shift that does not follow the size.
         """
         if name in FLOW_TABLES:
@@ -155,7 +155,8 @@ class FluxInference(DiffusionInference):
                 f"{wrong}: it has {', '.join(SHIFTED)}, whose shift follows from the size, and {', '.join(FLOW_TABLES)}; or pass sigmas"
             )
         by_size = SHIFTED[name or "original"]
-        return flux_schedule(steps, (width // 16) * (height // 16), self.sampling.shift if by_size is None else by_size)
+        points = flux_scheduler_schedule if name == "diffusers" else flux_schedule
+        return points(steps, (width // 16) * (height // 16), self.sampling.shift if by_size is None else by_size)
 
     def prepare(self, conditioning: Conditioning, negatives: int, times: Tensor, asked: Checked) -> FluxRun:
         scale = asked.guidance_scale

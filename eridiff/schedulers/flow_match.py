@@ -44,6 +44,17 @@ def flux_schedule(steps: int, tokens: int, shift: bool = True) -> Schedule:
     return flow_schedule(shifted(sigmas, flux_shift(tokens)) if shift else sigmas)
 
 
+def flux_scheduler_schedule(steps: int, tokens: int, shift: bool = True) -> Schedule:
+    """The points of diffusers' scheduler when it is asked for a number of steps: from 1 to 1 / 1000 evenly, shifted, then 0.
+
+    diffusers' own pipeline gives the scheduler the original's points; programs that call it themselves may not. Raises
+    ConfigError for fewer than one step.
+    """
+    even_sigmas(steps)
+    sigmas = torch.cat([torch.linspace(1, 1 / 1000, steps, **EXACT), torch.zeros(1, **EXACT)])
+    return flow_schedule(shifted(sigmas, flux_shift(tokens)) if shift else sigmas)
+
+
 def sd3_sigmas(steps: int, shift: float) -> Tensor:
     """The original's table of SD 3 `[steps + 1]`, in float64 (there float32, off by 1.3e-7).
 
