@@ -23,7 +23,7 @@ import eridiff
 from eridiff.images import to_images
 from eridiff.inference.sd35 import TABLES
 from eridiff.inference.sdxl import SIGMAS, TIMESTEPS
-from eridiff.schedulers.samplers import SAMPLERS
+from eridiff.schedulers.samplers import DISCRETE_ALONE, FLOW_ALONE, SAMPLERS
 
 STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0)  # of a LoRA
 SCALES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 9.0, 14.0)
@@ -82,9 +82,10 @@ def curves(model: Any, judge: Judge, count: int) -> dict[str, list[dict[str, Any
         noun = 100 * float(judge.right(images, chosen)[:, 0].mean())
         return {"noun": round(noun, 1), "distance": round(float(np.mean(near)), 1)}
 
+    samplers = [name for name in SAMPLERS if name not in (DISCRETE_ALONE if model.flow else FLOW_ALONE)]
     ways: dict[str, list[dict[str, Any]]] = {
         "steps": [{"steps": steps} for steps in STEPS],
-        "samplers": [{"sampler": name, "steps": 4 if name == "lcm" else 20} for name in SAMPLERS],
+        "samplers": [{"sampler": name, "steps": 4 if name == "lcm" else 20} for name in samplers],
         "schedules": [{"schedule": name, "steps": 20} for name in SCHEDULES[family]],
         "guidance": [{"guidance_scale" if family == "flux" else "cfg_scale": scale} for scale in SCALES],
     }
