@@ -429,14 +429,14 @@ ANYTHING = st.sampled_from([
     ["a"], [3], [{}], {"x": 3}, {"prompt": "a"}, [{"prompt": "a", "seed": -1}], [{"prompt": None}], {"model_name": 3}, "\x00", "../.",
 ])  # fmt: skip
 READERS: dict[str, tuple[Any, Any, list[str]]] = {
-    "kohya": (kohya.read_training, {}, [*kohya.TRAINING_KEYS, *kohya.UNUSED_TRAINING_KEYS, "x"]),
-    "OneTrainer": (onetrainer.read_training, {"samples": [SAMPLE]}, [*onetrainer.TRAINING_KEYS, *onetrainer.UNUSED_TRAINING_KEYS, "x"]),
+    "kohya": (kohya.read_training, {}, [*kohya.TRAINING_KEYS, "clip_skip", "x"]),
+    "OneTrainer": (onetrainer.read_training, {"samples": [SAMPLE]}, [*onetrainer.TRAINING_KEYS, "lora_model_name", "x"]),
     "a sample of OneTrainer": (lambda d, _: onetrainer.of_samples([d], {}), SAMPLE, [*SAMPLE, "x"]),
-    "SimpleTuner": (simpletuner.read_training, {"model_family": "sd3"}, [*simpletuner.KNOWN_KEYS, *simpletuner.UNUSED_KEYS, "x"]),
+    "SimpleTuner": (simpletuner.read_training, {"model_family": "sd3"}, [*simpletuner.KNOWN_KEYS, "control", "x"]),
     "a prompt of a library": (lambda d, _: simpletuner.of_library({"a": d}, {}), {"prompt": "a"}, ["prompt", "caption", "adapter_strength", "lyrics", "x"]),
     "ai-toolkit's generate": (
         lambda d, folder: ai_toolkit.read({"config": {"process": [{"generate": d}]}}, folder), {"prompts": ["a"]},
-        [*ai_toolkit.GENERATE_KEYS, *ai_toolkit.UNUSED_GENERATE_KEYS, "x"],
+        [*ai_toolkit.GENERATE_KEYS, "ext", "x"],
     ),
 }  # fmt: skip
 
