@@ -349,6 +349,20 @@ def test_a_sampler_writes_into_the_trainers_folder_of_samples(models: dict[str, 
     assert sampler.out == tmp_path / "runs" / "heron" / "samples"
 
 
+@pytest.mark.parametrize(
+    ("name", "document"),
+    [
+        ("p.txt", "a heron --m 0.6\n"),
+        ("run.json", {"config": {"process": [{"sample": {"prompts": ["a heron"], "network_multiplier": 0.6}}]}}),
+        ("library.json", {"heron": {"prompt": "a heron", "adapter_strength": 0.6}}),
+    ],
+)
+def test_the_strength_of_a_lora_is_reported_where_there_is_none(name: str, document: Any, tmp_path: Path) -> None:
+    (request,), told = requests_of(read(tmp_path, name, document).sample, families.inference("flux"))
+    assert request.lora_scale is None
+    assert "lora_scale has no effect without a LoRA that has no scale of its own" in told
+
+
 def test_a_notice_has_the_first_keys_of_a_training_and_the_number_of_the_others(tmp_path: Path) -> None:
     config = trained(tmp_path, **{f"unknown_{n:02}": 1 for n in range(30)}, network={"type": "lora"})
     (told,) = config.notices
