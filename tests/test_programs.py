@@ -349,6 +349,20 @@ def test_a_sampler_writes_into_the_trainers_folder_of_samples(models: dict[str, 
     assert sampler.out == tmp_path / "runs" / "heron" / "samples"
 
 
+@pytest.mark.parametrize(
+    ("name", "document"),
+    [
+        ("p.txt", "a heron --m 0.6\n"),
+        ("run.json", {"config": {"process": [{"sample": {"prompts": ["a heron"], "network_multiplier": 0.6}}]}}),
+        ("library.json", {"heron": {"prompt": "a heron", "adapter_strength": 0.6}}),
+    ],
+)
+def test_the_strength_of_a_lora_is_reported_where_there_is_none(name: str, document: Any, tmp_path: Path) -> None:
+    (request,), told = requests_of(read(tmp_path, name, document).sample, families.inference("flux"))
+    assert request.lora_scale is None
+    assert "lora_scale has no effect without a LoRA that has no scale of its own" in told
+
+
 def test_a_notice_has_the_first_keys_of_a_training_and_the_number_of_the_others(tmp_path: Path) -> None:
     config = trained(tmp_path, **{f"unknown_{n:02}": 1 for n in range(30)}, network={"type": "lora"})
     (told,) = config.notices
@@ -429,14 +443,14 @@ ANYTHING = st.sampled_from([
     ["a"], [3], [{}], {"x": 3}, {"prompt": "a"}, [{"prompt": "a", "seed": -1}], [{"prompt": None}], {"model_name": 3}, "\x00", "../.",
 ])  # fmt: skip
 READERS: dict[str, tuple[Any, Any, list[str]]] = {
-    "kohya": (kohya.read_training, {}, [*kohya.TRAINING_KEYS, *kohya.UNUSED_TRAINING_KEYS, "x"]),
-    "OneTrainer": (onetrainer.read_training, {"samples": [SAMPLE]}, [*onetrainer.TRAINING_KEYS, *onetrainer.UNUSED_TRAINING_KEYS, "x"]),
+    "kohya": (kohya.read_training, {}, [*kohya.TRAINING_KEYS, "clip_skip", "x"]),
+    "OneTrainer": (onetrainer.read_training, {"samples": [SAMPLE]}, [*onetrainer.TRAINING_KEYS, "lora_model_name", "x"]),
     "a sample of OneTrainer": (lambda d, _: onetrainer.of_samples([d], {}), SAMPLE, [*SAMPLE, "x"]),
-    "SimpleTuner": (simpletuner.read_training, {"model_family": "sd3"}, [*simpletuner.KNOWN_KEYS, *simpletuner.UNUSED_KEYS, "x"]),
+    "SimpleTuner": (simpletuner.read_training, {"model_family": "sd3"}, [*simpletuner.KNOWN_KEYS, "control", "x"]),
     "a prompt of a library": (lambda d, _: simpletuner.of_library({"a": d}, {}), {"prompt": "a"}, ["prompt", "caption", "adapter_strength", "lyrics", "x"]),
     "ai-toolkit's generate": (
         lambda d, folder: ai_toolkit.read({"config": {"process": [{"generate": d}]}}, folder), {"prompts": ["a"]},
-        [*ai_toolkit.GENERATE_KEYS, *ai_toolkit.UNUSED_GENERATE_KEYS, "x"],
+        [*ai_toolkit.GENERATE_KEYS, "ext", "x"],
     ),
 }  # fmt: skip
 

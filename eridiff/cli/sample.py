@@ -68,7 +68,7 @@ def add_parser(commands: Any) -> None:
         nargs="?",
         type=Path,
         metavar="FILE",
-        help="what to load and to generate: a YAML or JSON configuration, also of a trainer, or a prompt file",
+        help="what to load and to generate: a configuration in YAML, JSON or TOML, also of a trainer, or a prompt file",
     )
     _add_request(groups)
     _add_model(groups)
