@@ -597,6 +597,8 @@ class Request:
         }
         if not isinstance(self.schedule, str | None):
             read.pop("steps", None)  # the sigmas say it
+        if any(getattr(self, name) is not None for name in ("image", "control", "references")):
+            read = {name: value for name, value in read.items() if name not in ("width", "height")}  # they have a size
         full = replace(self, **{name: value for name, value in read.items() if name not in said})
         idle = [name for name in full.without_effect(model) if name not in said]
         usual: dict[str, Any] = {name: FIELDS[name].default for name in idle}

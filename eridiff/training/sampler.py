@@ -180,7 +180,7 @@ class Sampler:
         elif not text_in_training:
             with undisturbed(self._modules(), device=inference.device):
                 cache = None if embeddings is None else EmbeddingCache(self._drawer(), embeddings)
-                prompts = self._encoded(inference.encode_prompt if cache is None else cache.encode, every)
+                prompts = self._encoded(drawer.encode_prompt if cache is None else cache.encode, every)
         self.prompts = prompts[: len(self.requests)]
         if first:
             self._first = first, prompts[len(self.requests) :]
