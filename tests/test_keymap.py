@@ -17,11 +17,10 @@ from eridiff.models.autoencoder import Autoencoder, AutoencoderConfig
 from eridiff.models.flux import Flux, FluxConfig
 from eridiff.models.mmdit import MMDiT, MMDiTConfig
 from eridiff.models.unet import UNet, UNetConfig
-from eridiff.text.encoders import empty_encoder
+from eridiff.text.encoders import empty
 from eridiff.weights.detect import Component
 from eridiff.weights.header import Checkpoint
 from eridiff.weights.keymap import KeyMap, Layout, Rule, key_map
-from eridiff.weights.load import NETWORKS
 from tests.golden import run_case
 from tests.manifest import read_manifest
 
@@ -77,8 +76,7 @@ def component(network: str, preset: str) -> Component:
 
 def native_of(network: str, preset: str) -> tuple[Shapes, dict[str, Any]]:
     found = component(network, preset)
-    with torch.device("meta"):
-        module = NETWORKS.get(network, lambda _: empty_encoder(found))(found.config)
+    module = empty(found)
     shapes = {n: tuple(t.shape) for n, t in module.state_dict().items() if n != "encoder.embed_tokens.weight"}
     return shapes, found.sizes
 
@@ -246,7 +244,7 @@ def test_the_text_encoders_keep_every_bit(layers: int, width: int, dtype: torch.
     t5 = {**T5_XXL, "vocab_size": 20, "d_model": width, "d_kv": 2, "d_ff": 6, "num_layers": layers, "num_heads": 2}
     for network, config in (("clip", clip), ("t5", t5)):
         for layout in KeyMap(network).layouts.values():
-            module = empty_encoder(Component(network, layout, "", Checkpoint("", {}, {}, {}), config))  # type: ignore[arg-type]
+            module = empty(Component(network, layout, "", Checkpoint("", {}, {}, {}), config))  # type: ignore[arg-type]
             names = {n: tuple(t.shape) for n, t in module.state_dict().items() if n != "encoder.embed_tokens.weight"}
             round_trip(layout, random_bits(names, dtype, seed), config)
 

@@ -159,8 +159,11 @@ class _Reader:
                 row, item = self._module(source, left)
                 rows.append(row)
                 items += [item] if item else []
-            rows += [self._left(name, "unmatched", UNKNOWN_ENDING) for name in self.unknown]
-            rows += [self._left(name, "embedding", self._word(name)) for name in self.embeddings]
+            rows += [Row(name, status="unmatched", note=UNKNOWN_ENDING) for name in self.unknown]
+            for name in self.embeddings:
+                word = name.removeprefix("bundle_emb.").rpartition(".")[0]
+                left_out = f"the embedding of the word '{word}' is left out: eridiff has no embeddings of words"
+                rows.append(Row(name, kind="embedding", status="embedding", note=left_out))
             check_overlaps(items)
         except LoraError as error:
             unclear = isinstance(error, Incomplete) and self.unknown
@@ -223,20 +226,11 @@ class _Reader:
             f"; {others} more are unknown" if others else ""
         )
 
-    def _word(self, name: str) -> str:
-        word = name.removeprefix("bundle_emb.").rpartition(".")[0]
-        return f"the embedding of the word '{word}' is left out: eridiff has no embeddings of words"
-
     def _row(self, source: Source, status: str, target: Target | None = None, note: str = "") -> Row:
         down = source.names.get("down")
         rank = self.checkpoint.tensors[down].shape[:1] if down else ()
         kind = kind_of(source.names.keys()) or "?"
-        return Row(source.key, str(target or ""), kind, rank[0] if rank else None, None, None, None, status, note)
-
-    @staticmethod
-    def _left(name: str, status: str, note: str) -> Row:
-        """The row of a tensor that belongs to no module."""
-        return Row(name, "", "embedding" if status == "embedding" else "?", None, None, None, None, status, note)
+        return Row(source.key, str(target or ""), kind, rank[0] if rank else None, status=status, note=note)
 
     def _applied(self, item: Item) -> Row:
         """The row of an item."""
@@ -264,22 +258,12 @@ class _Reader:
                 notes.append(
                     f"both factors are whole, so alpha {item.alpha:g} has no effect; the metadata say dim {dimension}"
                 )
-        dead = item.dead
-        if dead:
+        if item.dead:
             notes.append("all zero: changes nothing")
         kind = item.kind + "+dora" * item.dora + "+bias" * (item.changes_bias and item.kind != "norm")
-        status = "dead" if dead else APPLIED[item.target.rows is not None]
-        return Row(
-            item.key,
-            str(item.target),
-            kind,
-            item.rank,
-            item.alpha,
-            item.ratio,
-            self._change(item),
-            status,
-            "; ".join(notes),
-        )
+        status = "dead" if item.dead else APPLIED[item.target.rows is not None]
+        numbers = item.rank, item.alpha, item.ratio, self._change(item)
+        return Row(item.key, str(item.target), kind, *numbers, status, "; ".join(notes))
 
     def _change(self, item: Item) -> float | None:
         if not (self.measure and item.changes_weight):

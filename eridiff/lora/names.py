@@ -95,11 +95,9 @@ class Names:
         native = entry.native.removeprefix(self.lacks)
         module, parameter = _split(native)
         if entry.operation == "rows":
-            start = 0
-            for name, shape in zip(entry.foreign, entry.foreign_shapes(self.shapes[native]), strict=True):
+            for name, rows in entry.rows_of(self.shapes[native]).items():
                 if name:
-                    self._add(self.targets, name, Target(self.network, module, parameter, (start, start + shape[0])))
-                start += shape[0]
+                    self._add(self.targets, name, Target(self.network, module, parameter, rows))
         elif entry.operation != "transpose":  # no LoRA file has such a name
             for name in entry.foreign:
                 target = Target(self.network, module, parameter, swapped=entry.operation == "swap_halves")
@@ -107,8 +105,7 @@ class Names:
 
     def _add(self, table: dict[str, Target], foreign: str, target: Target) -> None:
         """A tensor is known by its own name, and a weight, or a norm's scale, by its module's too."""
-        owner, last = _split(foreign)
-        for name in (foreign, owner) if last in ("weight", "scale") else (foreign,):
+        for name in (foreign, module_of(foreign)):
             known = table.setdefault(name, target)
             if known != target:
                 raise LoraError(f"the name '{name}' means both {known} and {target}; the key map must tell them apart")
@@ -121,6 +118,12 @@ class Names:
 def _split(name: str) -> tuple[str, str]:
     module, _, last = name.rpartition(".")
     return module, last
+
+
+def module_of(name: str) -> str:
+    """The module of a weight or of a norm's scale; another tensor is known by its own name."""
+    module, last = _split(name)
+    return module if last in ("weight", "scale") else name
 
 
 def names_of(network: str, module: nn.Module | Mapping[str, Tensor]) -> Names:

@@ -8,7 +8,7 @@ native is this package's names.
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from eridiff.errors import LoraError
 from eridiff.lora.attach import LoraSet
 from eridiff.lora.deltas import Item
 from eridiff.lora.load import Lora, Network
-from eridiff.lora.names import Target, names_of, network_of, root_that_lacks, rooted
+from eridiff.lora.names import Target, module_of, names_of, network_of, root_that_lacks, rooted
 from eridiff.lora.rows import part_of
 from eridiff.weights.detect import sizes_of
 from eridiff.weights.keymap import key_map
@@ -42,14 +42,6 @@ DIFFUSERS_ENCODERS = {  # denoiser -> the text encoders in the order in which di
 ARCHITECTURES = {"flux": "flux-1-dev", "mmdit": "stable-diffusion-3", "unet": "stable-diffusion-xl-v1-base"}
 
 
-@dataclass(frozen=True)
-class Part:
-    """A module of a layout: its name there, and which rows of our weight it is."""
-
-    name: str
-    target: Target
-
-
 def save_lora(
     lora: Lora | LoraSet, path: str | os.PathLike[str], networks: nn.Module | Mapping[str, Network] | None = None, *,
     format: str | None = None, dtype: torch.dtype | None = None, metadata: Mapping[str, str] | None = None,
@@ -68,13 +60,12 @@ def save_lora(
     if networks is None:
         raise LoraError("say which networks the LoRA is for: its names follow those networks'")
     tensors, told = lora_tensors(lora, networks, format=format or ("native" if "" in lora.networks else "kohya"))
-    matrices = {
-        name for name, t in tensors.items() if t.is_floating_point() and not name.endswith(".alpha")
-    }  # a number stays
-    kept = {n: t.detach().cpu().to(dtype if dtype and n in matrices else t.dtype).contiguous().clone() for n, t in tensors.items()}  # fmt: skip
-    return write_tensors(
-        kept, path, {"format": "pt", "software": f"eridiff {eridiff.__version__}", **told, **(metadata or {})}
-    )
+    kept = {}
+    for name, tensor in tensors.items():
+        matrix = tensor.is_floating_point() and not name.endswith(".alpha")  # a number stays
+        kept[name] = tensor.detach().cpu().to(dtype if dtype and matrix else tensor.dtype).contiguous().clone()
+    software = {"format": "pt", "software": f"eridiff {eridiff.__version__}"}
+    return write_tensors(kept, path, {**software, **told, **(metadata or {})})
 
 
 def lora_tensors(
@@ -87,9 +78,7 @@ def lora_tensors(
     lacking = [name for name in lora.networks if name not in given]
     if lacking:
         raise LoraError(f"the LoRA changes {lacking[0]}, which is not given")
-    denoiser = next(
-        (name for name in lora.networks if name in DENOISERS), next((n for n in given if n in DENOISERS), "")
-    )
+    denoiser = next((name for name in (*lora.networks, *given) if name in DENOISERS), "")
     items = [
         (prefix_of(format, network, denoiser), item)
         for network in lora.networks
@@ -118,38 +107,31 @@ def regrouped(lora: Lora, network: Network, format: str) -> list[Item]:
     by_tensor: dict[str, list[Item]] = {}
     for item in lora.items:
         by_tensor.setdefault(item.target.name, []).append(item)
-    shapes = names_of(lora.networks[0], network).shapes
+    kind = lora.networks[0]
+    shapes = names_of(kind, network).shapes
     result = []
-    for name, items in by_tensor.items():
-        rows = shapes[name][0]
-        for part in _parts(lora.networks[0], network, name, shapes, format):
-            found = part_of(items, part.target, rows)
+    for native, items in by_tensor.items():
+        for key, target in _modules(kind, network, native, shapes, format).items():
+            found = part_of(items, target, shapes[native][0])
             if found is not None:
-                result.append(
-                    Item(part.name, part.target, found.kind, found.tensors, found.ratio, found.alpha, found.rank)
-                )
+                result.append(replace(found, key=key, target=target))
     return result
 
 
-def _parts(network: str, given: Network, name: str, shapes: Mapping[str, tuple[int, ...]], format: str) -> list[Part]:
-    """The modules that hold a native tensor in a format's layout."""
+def _modules(
+    network: str, given: Network, name: str, shapes: Mapping[str, tuple[int, ...]], format: str
+) -> dict[str, Target]:
+    """The modules that hold a native tensor in a format's layout, and which rows of it each is."""
     module, _, parameter = name.rpartition(".")
     whole = Target(network, module, parameter)
     if format == "native" or not network:
-        return [Part(module if parameter in ("weight", "scale") else name, whole)]
+        return {module_of(name): whole}
     layout = key_map(network).layouts[LAYOUTS[format] if network in DENOISERS else "huggingface"]
-    config = getattr(given, "config", None)
-    native = rooted(name, root_that_lacks(network, shapes))
-    entry = layout.entry(native, sizes_of(config))
-    parts, start = [], 0
-    for foreign, shape in zip(entry.foreign, entry.foreign_shapes(shapes[name]), strict=True):
-        owner, _, last = foreign.rpartition(".")
-        target = Target(network, module, parameter, swapped=entry.operation == "swap_halves")
-        if entry.operation == "rows":
-            target = Target(network, module, parameter, (start, start + shape[0]))
-            start += shape[0]
-        parts.append(Part(owner if last in ("weight", "scale") else foreign, target))
-    return parts
+    entry = layout.entry(rooted(name, root_that_lacks(network, shapes)), sizes_of(getattr(given, "config", None)))
+    if entry.operation != "rows":
+        whole = replace(whole, swapped=entry.operation == "swap_halves")
+        return {module_of(foreign): whole for foreign in entry.foreign}
+    return {module_of(n): replace(whole, rows=rows) for n, rows in entry.rows_of(shapes[name]).items()}
 
 
 def _kohya(item: Item) -> dict[str, Tensor]:
@@ -157,10 +139,8 @@ def _kohya(item: Item) -> dict[str, Tensor]:
     names = {"down": ".lora_down.weight", "up": ".lora_up.weight", "mid": ".lora_mid.weight", "multiplier": ".weight"}
     result: dict[str, Tensor] = {}
     for role, tensor in item.tensors.items():
-        if role == "up_bias":
-            result[".diff_b"] = result.get(".diff_b", torch.zeros(())) + item.ratio * tensor
-        elif role == "diff_b":
-            result[".diff_b"] = result.get(".diff_b", torch.zeros(())) + tensor
+        if role in ("up_bias", "diff_b"):
+            result[".diff_b"] = item.bias_delta(torch.zeros_like(tensor))
         elif role == "magnitude":
             result[".dora_scale"] = tensor.reshape(-1, *[1] * (item.tensors["down"].ndim - 1))
         else:

@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +84,11 @@ class Entry:
         if self.operation == "squeeze" and len(shape) == 4:
             return [shape[:2]]
         return [shape[::-1] if self.operation == "transpose" else shape] * len(self.foreign)
+
+    def rows_of(self, shape: Shape) -> dict[str, tuple[int, int]]:
+        """Which rows of a native tensor of `shape` each foreign one of `rows` is."""
+        ends = list(accumulate((size for size, *_ in self.foreign_shapes(shape)), initial=0))
+        return dict(zip(self.foreign, pairwise(ends), strict=True))
 
     def equal_sizes(self, rows: int) -> tuple[int, ...]:
         return (rows // len(self.foreign),) * len(self.foreign)

@@ -104,11 +104,8 @@ def marked(names: str) -> list[Stored]:
 
 def copies(component: Component, prefix: str) -> list[Stored]:
     """What a file holds beside the tensors that a network uses and that a file of the same layout keeps, as it is."""
-    held = (
-        (component.prefix + name, prefix + name) for name in sorted(component.keys.intersection(component.layout.carry))
-    )
-    entries = ((old, new, component.checkpoint.tensors[old]) for old, new in held)
-    return [Stored(new, e.dtype, e.shape, partial(component.checkpoint.read, old)) for old, new, e in entries]
+    held = {name: component.entry(name) for name in sorted(component.keys.intersection(component.layout.carry))}
+    return [Stored(prefix + n, e.dtype, e.shape, partial(component.read, n)) for n, e in held.items()]
 
 
 def changes_of(network: nn.Module) -> list[tuple[str, Any]]:
