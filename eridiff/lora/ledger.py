@@ -17,7 +17,8 @@ class Row:
     kind: str = "?"  # lora, loha, lokr, full, norm, ia3, set; with "+dora", "+bias"
     rank: int | None = None
     alpha: float | None = None  # as stored
-    scale: float | None = None  # alpha / rank, or what the format has in its place, at strength 1; None if nothing is applied
+    # alpha / rank, or what the format has in its place, at strength 1; None if nothing is applied
+    scale: float | None = None
     change: float | None = None  # |dW| / |W| at strength 1, Frobenius; None where not asked for
     # applied, applied to a slice, dead, left out, embedding, unmatched, no text encoder here, shape mismatch
     status: str = APPLIED[0]

@@ -195,7 +195,8 @@ class _Reader:
         problems = [note for status, note in noted if status in ("unmatched", "no text encoder here")]
         misshapen = [note for status, note in noted if status == "shape mismatch"]
         given = set(DENOISERS) & self.tables.keys()
-        strangers = hints.strangers([row.key for row in ledger if row.status == "unmatched"], self.tables)
+        # names that mean one of the given denoisers, and that it does not have
+        strangers = [r.key for r in ledger if r.status == "unmatched" and given & set(inner(r.key)[1])]
         known = [item.target.network for item in items] + [network for network, _, _ in self.widths]
         other = len(strangers) > len([network for network in known if network in given]) and not allow_partial
         if other or not (items or misshapen):
@@ -235,7 +236,7 @@ class _Reader:
     def _applied(self, item: Item) -> Row:
         """The row of an item."""
         notes = []
-        if item.kind in ("lora", "loha", "lokr") and item.alpha is None:
+        if item.kind in FACTORED and item.alpha is None:
             notes.append("no alpha: scale 1")
         lacking = self.parts[item.kind] - _parts(item.tensors)
         if self._bias(item.target) is None:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from eridiff.errors import LoraError, quoted
 from eridiff.lora import inplace
-from eridiff.lora.deltas import Item, check_dora_rule, widened
+from eridiff.lora.deltas import Item, check_dora_rule
 from eridiff.lora.inplace import Part, parts_of
 from eridiff.lora.load import Lora
 from eridiff.weights.detect import Component, sizes_of
@@ -54,12 +54,12 @@ def merge_lora(
     LoRA changes nothing of the state dict, or has parts for several networks of these names.
     """
     check_dora_rule(dora)
-    weights = [scale] if isinstance(lora, Lora) else [scale, *(weight for _, weight in lora)]
-    _check_scales(weights)
+    loras = [(lora, 1.0)] if isinstance(lora, Lora) else lora
+    _check_scales([scale, *(weight for _, weight in loras)])
     if dtype not in (torch.float32, torch.float64):
         raise LoraError(f"a merge is computed in float32 or float64, not in {dtype}")
     items: list[tuple[Item, float]] = []
-    for one, weight in [(lora, 1.0)] if isinstance(lora, Lora) else lora:
+    for one, weight in loras:
         own = [item for item in one.items if any(name in state_dict for name, _ in inplace.tensors_of(item))]
         networks = sorted({item.target.network for item in own})
         if len(networks) > 1:
@@ -173,12 +173,11 @@ def _file(
         items = [(item, weight) for lora, weight in loras for item in lora.items if item.target.network == network]
         parts = parts_of(items, "peft")
         config = component.config
-        for name in parts:
-            for part in parts[name]:
-                wider = widened(torch.empty(shapes[name], device="meta"), part.item)
-                if not part.bias and tuple(wider.shape) != shapes[name]:  # a control LoRA's first layer
-                    shapes[name], config = tuple(wider.shape), replace(config, in_channels=wider.shape[1])
-                    count.widened = name
+        for name, changes in parts.items():
+            wider = inplace.enlarged(torch.empty(shapes[name], device="meta"), changes)
+            if wider.shape != shapes[name]:
+                shapes[name], config = tuple(wider.shape), replace(config, in_channels=wider.shape[1])
+                count.widened = name
         merged = partial(count.made, read, parts, dtypes)
         own = stored(component.layout, shapes, sizes_of(config), dtypes, merged, prefix=component.prefix)
         tensors += [tensor for tensor in own if tensor.name.removeprefix(component.prefix) in component.keys]
@@ -217,9 +216,7 @@ class _Count:
 
     def merged(self, name: str, old: Tensor, parts: Sequence[Part], within: torch.dtype, dtype: torch.dtype) -> Tensor:
         """A tensor with changes in it, computed `within` a dtype and rounded once to its own."""
-        base = old.to(within)
-        for part in parts:
-            base = base if part.bias else widened(base, part.item)
+        base = inplace.enlarged(old.to(within), parts)
         exact = inplace.changed_tensor(base, parts)
         new, differ = exact.to(dtype), exact != base
         self.tensors[name] = None
@@ -238,8 +235,7 @@ class MergedModule:
 
     def restore(self) -> None:
         """The module's own tensors again, bit for bit, or with what other LoRAs do to them; a second call does nothing."""
-        for name in self.originals:
-            inplace.restore(self.module, name, self)
+        inplace.restore(self.module, self)
 
     @property
     def originals(self) -> dict[str, Tensor]:

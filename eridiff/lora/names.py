@@ -5,7 +5,7 @@ No second table of names: what a published layout calls a tensor, a LoRA file ca
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -93,14 +93,8 @@ class Names:
 
     def _add_entry(self, entry: Entry) -> None:
         native = entry.native.removeprefix(self.lacks)
-        module, parameter = _split(native)
-        if entry.operation == "rows":
-            for name, rows in entry.rows_of(self.shapes[native]).items():
-                if name:
-                    self._add(self.targets, name, Target(self.network, module, parameter, rows))
-        elif entry.operation != "transpose":  # no LoRA file has such a name
-            for name in entry.foreign:
-                target = Target(self.network, module, parameter, swapped=entry.operation == "swap_halves")
+        for name, target in targets_of(entry, Target(self.network, *_split(native)), self.shapes[native]).items():
+            if name and entry.operation != "transpose":  # of which no LoRA file has a name
                 self._add(self.targets, name, target)
 
     def _add(self, table: dict[str, Target], foreign: str, target: Target) -> None:
@@ -118,6 +112,13 @@ class Names:
 def _split(name: str) -> tuple[str, str]:
     module, _, last = name.rpartition(".")
     return module, last
+
+
+def targets_of(entry: Entry, target: Target, shape: Shape) -> dict[str, Target]:
+    """What each foreign tensor of an entry is of a native one of this shape."""
+    if entry.operation == "rows":
+        return {name: replace(target, rows=rows) for name, rows in entry.rows_of(shape).items()}
+    return dict.fromkeys(entry.foreign, replace(target, swapped=entry.operation == "swap_halves"))
 
 
 def module_of(name: str) -> str:

@@ -20,7 +20,7 @@ from eridiff.errors import LoraError
 from eridiff.lora.attach import LoraSet
 from eridiff.lora.deltas import Item
 from eridiff.lora.load import Lora, Network
-from eridiff.lora.names import Target, module_of, names_of, network_of, root_that_lacks, rooted
+from eridiff.lora.names import Target, module_of, names_of, network_of, root_that_lacks, rooted, targets_of
 from eridiff.lora.rows import part_of
 from eridiff.weights.detect import sizes_of
 from eridiff.weights.keymap import key_map
@@ -128,10 +128,7 @@ def _modules(
         return {module_of(name): whole}
     layout = key_map(network).layouts[LAYOUTS[format] if network in DENOISERS else "huggingface"]
     entry = layout.entry(rooted(name, root_that_lacks(network, shapes)), sizes_of(getattr(given, "config", None)))
-    if entry.operation != "rows":
-        whole = replace(whole, swapped=entry.operation == "swap_halves")
-        return {module_of(foreign): whole for foreign in entry.foreign}
-    return {module_of(n): replace(whole, rows=rows) for n, rows in entry.rows_of(shapes[name]).items()}
+    return {module_of(foreign): target for foreign, target in targets_of(entry, whole, shapes[name]).items()}
 
 
 def _kohya(item: Item) -> dict[str, Tensor]:
@@ -204,12 +201,11 @@ def _metadata(items: list[tuple[str, Item]], format: str, denoiser: str) -> dict
         keys = {item.key.removeprefix("text_model."): item for item in own}
         anchor = {key: "" if item.key.startswith("text_model.") else "^" for key, item in keys.items()}
         names = {f"{anchor[key]}{key.replace('.', r'[.]')}": item for key, item in keys.items()}
+        alphas_of = {name: item.ratio * (item.rank or 0) for name, item in names.items()}
         said = {
             "r": rank, "lora_alpha": rank, "target_modules": sorted(keys),
             "rank_pattern": {name: item.rank for name, item in names.items() if item.rank != rank},
-            "alpha_pattern": {
-                name: _whole(item.ratio * (item.rank or 0)) for name, item in names.items() if item.ratio * (item.rank or 0) != rank
-            },
+            "alpha_pattern": {name: _whole(alpha) for name, alpha in alphas_of.items() if alpha != rank},
             "use_dora": any(item.dora for item in own), "use_rslora": False, "fan_in_fan_out": False, "bias": "none",
             "lora_bias": any("up_bias" in item.tensors or "diff_b" in item.tensors for item in own),
         }  # fmt: skip

@@ -78,10 +78,8 @@ def flux_config(shapes: Shapes) -> FluxConfig:
     axes = checkpoint.config.get("axes_dims_rope") or usual
     sizes = axes if isinstance(axes, list | tuple) and all(type(n) is int and n >= 0 for n in axes) else ()
     if axes is not usual and (len(sizes) != 3 or sum(sizes) != head or any(size % 2 for size in sizes)):
-        raise ConfigError(
-            f"{quoted(checkpoint.path)}: {checkpoint.config_name} says axes_dims_rope {quoted(axes)}, three even sizes are "
-            f"needed that add up to the {head} features of a head"
-        )
+        needed = f"three even sizes are needed that add up to the {head} features of a head"
+        _misstated(checkpoint, f"axes_dims_rope {quoted(axes)}, {needed}")
     found = FluxConfig(
         in_channels=in_channels,
         **_transformer_sizes(shapes, hidden, head, "double_blocks.0.image.mlp.0.weight"),
@@ -177,17 +175,12 @@ def _head_width(checkpoint: Checkpoint, widths: list[int], depths: list[int]) ->
     stated = checkpoint.config.get("num_attention_heads") or checkpoint.config.get("attention_head_dim") or []
     heads = [stated] * len(widths) if type(stated) is int else stated
     if not isinstance(heads, list) or not all(type(count) is int and count > 0 for count in heads):
-        raise ConfigError(
-            f"{quoted(checkpoint.path)}: {checkpoint.config_name} says the heads {quoted(stated)}, not their numbers"
-        )
+        _misstated(checkpoint, f"the heads {quoted(stated)}, not their numbers")
     pairs = list(zip(widths, heads, strict=False))
     used = [pair for pair, depth in zip(pairs, depths, strict=False) if depth] or pairs[-1:]
     found = {width // count if width % count == 0 else 0 for width, count in used} or {64}
     if len(found) > 1 or 0 in found:
-        raise ConfigError(
-            f"{quoted(checkpoint.path)}: {checkpoint.config_name} says {quoted(stated)} heads for the widths {widths}; a UNet here has "
-            "heads of one width"
-        )
+        _misstated(checkpoint, f"{quoted(stated)} heads for the widths {widths}; a UNet here has heads of one width")
     return found.pop()
 
 
@@ -219,9 +212,7 @@ def autoencoder_config(shapes: Shapes) -> AutoencoderConfig:
     for key, usual in (("scaling_factor", published.scale), ("shift_factor", published.shift)):
         value = checkpoint.config.get(key)
         if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
-            raise ConfigError(
-                f"{quoted(checkpoint.path)}: {checkpoint.config_name} says {key} {quoted(value)}, not a number"
-            )
+            _misstated(checkpoint, f"{key} {quoted(value)}, not a number")
         statistics[key] = usual if value is None else float(value)
     found = AutoencoderConfig(
         channels=channels,
@@ -323,11 +314,13 @@ def check_fixed(
 
 
 def _contradiction(checkpoint: Checkpoint, key: str, stated: Any, found: Any) -> None:
-    raise ConfigError(
-        f"{quoted(checkpoint.path)}: {checkpoint.config_name} says {key} "
-        f"{stated if isinstance(stated, int | float) else quoted(stated, 60)}, the tensors say {found}"
-        f"{checkpoint.remedy('they are of two models')}"
-    )
+    told = stated if isinstance(stated, int | float) else quoted(stated, 60)
+    remedy = checkpoint.remedy("they are of two models")
+    _misstated(checkpoint, f"{key} {told}, the tensors say {found}{remedy}")
+
+
+def _misstated(checkpoint: Checkpoint, what: str) -> NoReturn:
+    raise ConfigError(f"{quoted(checkpoint.path)}: {checkpoint.config_name} says {what}")
 
 
 # the sizes as a config.json of diffusers says them: compared when a file is read, written when one is made -------------------

@@ -4,8 +4,8 @@ import json
 import logging
 import re
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass, field, fields, is_dataclass, replace
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, is_dataclass, replace
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from functools import cache
@@ -47,11 +47,8 @@ def sizes_of(config: Any) -> dict[str, Any]:
     """What the expressions of a key map may name: the fields and properties of a network's configuration, nothing of transformers'."""
     if not is_dataclass(config):
         return dict(config) if isinstance(config, Mapping) else {}
-    names = [
-        *(f.name for f in fields(config)),
-        *(n for n, v in vars(type(config)).items() if isinstance(v, property)),
-    ]
-    return {name: getattr(config, name) for name in names}
+    computed = [name for name, value in vars(type(config)).items() if isinstance(value, property)]
+    return vars(config) | {name: getattr(config, name) for name in computed}
 
 
 @dataclass(frozen=True)
@@ -102,10 +99,8 @@ def detect(checkpoint: Checkpoint, allow_unknown: bool = False) -> list[Componen
     if not found:
         raise CheckpointError(f"{quoted(checkpoint.path)} {_refusal(names, checkpoint, found)}")
     markers = frozenset(names.intersection(_leftovers()["markers"]))
-    components = [
-        replace(c, keys=_keys_of(c, found, names) - markers, markers=markers, allow_unknown=allow_unknown)
-        for c in found
-    ]
+    found = [replace(c, markers=markers, allow_unknown=allow_unknown) for c in found]
+    components = [replace(c, keys=_keys_of(c, found, names) - markers) for c in found]
     left = sorted(names - markers - {c.prefix + name for c in components for name in c.keys})
     other = [name for name in left if not _is_harmless(name, found)]
     if not allow_unknown and (any(map(_below_a_network, other)) or _said_of(other, "refused")):
@@ -119,15 +114,18 @@ def detect(checkpoint: Checkpoint, allow_unknown: bool = False) -> list[Componen
 
 def component_of(checkpoint: Checkpoint, *networks: str, allow_unknown: bool = False) -> Component:
     """The one component of a kind (or of the first kind that is there); CheckpointError says what is there instead."""
-    found = detect(checkpoint, allow_unknown)
-    for component in found:
+    held = detect(checkpoint, allow_unknown)
+    return chosen(held, networks, checkpoint.path, checkpoint.remedy("give it under its own option"))
+
+
+def chosen(held: Collection[Component], networks: Sequence[str], path: object, remedy: str = "") -> Component:
+    """The first component of some kinds; CheckpointError says what `path` holds instead."""
+    for component in held:
         if component.network in networks:
             return component
-    held = ", ".join(DESCRIPTIONS[component.network] for component in found)
+    there = ", ".join(DESCRIPTIONS[component.network] for component in held) or "no network"
     wanted = " or ".join(DESCRIPTIONS[network] for network in networks)
-    raise CheckpointError(
-        f"{quoted(checkpoint.path)} holds {held}, not {wanted}{checkpoint.remedy('give it under its own option')}"
-    )
+    raise CheckpointError(f"{quoted(path)} holds {there}, not {wanted}{remedy}")
 
 
 def listing(names: Collection[str]) -> str:
@@ -204,9 +202,8 @@ def _declared(network: str, config: Any, checkpoint: Checkpoint) -> Any:
             f"{quoted(checkpoint.path)}: the metadata eridiff.config is not a configuration of {network}: {error}"
         ) from None
     if network == "flux" and config.rope_axes[0] == 0 and "rope_axes" not in given:
-        where = (
-            "axes_dims_rope in its configuration" if checkpoint.module else "rope_axes in the metadata eridiff.config"
-        )
+        where = "rope_axes in the metadata eridiff.config"
+        where = "axes_dims_rope in its configuration" if checkpoint.module else where
         raise ConfigError(
             f"{quoted(checkpoint.path)}: heads of {sum(config.rope_axes)} features are in no published Flux; give {where}"
         )
@@ -221,11 +218,9 @@ def _declared(network: str, config: Any, checkpoint: Checkpoint) -> Any:
 def _alike(value: Any, usual: Any, name: str) -> bool:
     """Whether a setting has the type of the one that the shapes give, None standing for tuples too, and a size that can be built."""
     if isinstance(usual, tuple) or usual is None:
-        return (
-            value is None
-            or isinstance(value, tuple)
-            and all(_alike(v, () if isinstance(v, tuple) else 0, name) for v in value)
-        )
+        if not isinstance(value, tuple):
+            return value is None
+        return all(_alike(v, () if isinstance(v, tuple) else 0, name) for v in value)
     if isinstance(usual, float):
         return isinstance(value, int | float) and not isinstance(value, bool)
     if type(usual) is int:

@@ -162,13 +162,13 @@ def read_state(
 ) -> dict[str, Tensor]:
     """The tensors of `wanted` (native names and shapes), mapped and converted one by one.
 
-    `dtype` None is the file's, and for a file with fp8 weights `default_dtype`, throughout. Those named in `stay` are neither
+    `dtype` None is the file's, and for a file with fp8 weights `default_dtypes`', throughout. Those named in `stay` are neither
     converted nor moved.
     """
     state = {}
     entries = plan(component, wanted)
     if dtype is None and _is_quantised(component):
-        dtype = default_dtype(component, torch.device(device))
+        dtype = default_dtypes({"": component}, torch.device(device))[""]
     bar = {"disable": None if progress else True, "leave": False}
     for entry in tqdm(entries, desc=f"loading {component.network}", unit="tensor", **bar):
         tensor = _read(component, entry, wanted[entry.native], dtype)
@@ -196,11 +196,6 @@ def native_reader(
         return _read(component, found[native], shapes[native], torch.float32)
 
     return read, {native: shapes[native] for native in found}, dtypes
-
-
-def default_dtype(component: Component, device: torch.device) -> torch.dtype:
-    """In what to compute with one component by default: `default_dtypes`."""
-    return default_dtypes({"": component}, device)[""]
 
 
 def default_dtypes(components: Mapping[str, Component], device: torch.device) -> dict[str, torch.dtype]:
@@ -333,9 +328,8 @@ def _dequantised(component: Component, name: str, dtype: torch.dtype) -> Tensor:
             raise CheckpointError(f"{where}: the fp8 weight {quoted(name, 60)} has no scale, others have one")
         return tensor.to(dtype)
     # one scale, one a row, or one a block of a row: [rows, blocks, 1]
-    rows, blocks = (
-        (1, 1) if scale.numel() == 1 else (tensor.shape[:1].numel(), scale.shape[1] if scale.ndim == 3 else 1)
-    )
+    rows = 1 if scale.numel() == 1 else tensor.shape[:1].numel()
+    blocks = scale.shape[1] if scale.ndim == 3 else 1
     fits = scale.numel() == rows * blocks > 0 and tensor.numel() % scale.numel() == 0
     if not fits or not bool((torch.isfinite(scale) & (scale > 0)).all()):
         raise CheckpointError(f"{where}: {quoted(scale_name, 60)} is not a positive scale of {quoted(name, 60)}")

@@ -83,10 +83,8 @@ def save_network(
     dtypes = {n: dtype if dtype and n in parameters else t.dtype for n, t in state.items()}
     if not first:
         return Path(path).expanduser()
-    tensors = stored(
-        key_map(network).layouts[layout], {n: tuple(t.shape) for n, t in state.items()}, sizes_of(config), dtypes,
-        lambda native: state[native].detach().cpu(),
-    )  # fmt: skip
+    shapes = {n: tuple(t.shape) for n, t in state.items()}
+    tensors = stored(layouts[layout], shapes, sizes_of(config), dtypes, lambda native: state[native].detach().cpu())
     text = json.dumps({network: asdict(config)}, sort_keys=True)
     markers = marked(texts.pop(MARKERS, "")) if layout == "original" else []
     return write_file([*tensors, *markers], path, {**texts, "eridiff.config": text})
@@ -205,11 +203,8 @@ def write_file(tensors: Sequence[Stored], path: str | os.PathLike[str], metadata
     end = 0
     for tensor in ordered:
         begin, end = end, end + tensor.bytes
-        header[tensor.name] = {
-            "dtype": DTYPE_NAMES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [begin, end],
-        }
+        dtype, shape = DTYPE_NAMES[tensor.dtype], list(tensor.shape)
+        header[tensor.name] = {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-(8 + len(text)) % ALIGNED)
     with replacing(target) as temporary, open(temporary, "wb") as file:
