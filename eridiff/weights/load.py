@@ -169,9 +169,10 @@ def read_state(
     entries = plan(component, wanted)
     if dtype is None and _is_quantised(component):
         dtype = default_dtypes({"": component}, torch.device(device))[""]
+    read_as = dtype or _main_dtype(component)
     bar = {"disable": None if progress else True, "leave": False}
     for entry in tqdm(entries, desc=f"loading {component.network}", unit="tensor", **bar):
-        tensor = _read(component, entry, wanted[entry.native], dtype)
+        tensor = _read(component, entry, wanted[entry.native], read_as)
         state[entry.native] = tensor if entry.native in stay else tensor.to(device=device, dtype=dtype or tensor.dtype)
     return state
 
@@ -282,12 +283,12 @@ def _check_shapes(component: Component, entry: Entry, shape: tuple[int, ...]) ->
             raise CheckpointError(f"{where} has the shape {list(found.shape)}, the network needs {list(expected)}")
 
 
-def _read(component: Component, entry: Entry, shape: tuple[int, ...], dtype: torch.dtype | None) -> Tensor:
+def _read(component: Component, entry: Entry, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """The native tensor; fp8 ones among the file's become `dtype`."""
     present = [name for name in entry.foreign if name in component.keys]
     if entry.operation == "default" and not present:
-        return torch.eye(shape[0], shape[1], dtype=dtype or _main_dtype(component))
-    tensors = [_dequantised(component, name, dtype or _main_dtype(component)) for name in present]
+        return torch.eye(shape[0], shape[1], dtype=dtype)
+    tensors = [_dequantised(component, name, dtype) for name in present]
     if entry.operation == "alias" and not all(torch.equal(tensors[0], other) for other in tensors[1:]):
         both = " and ".join(quoted(name, 60) for name in present)
         raise CheckpointError(f"{quoted(component.checkpoint.path)}: {both} must be equal and differ")
