@@ -27,6 +27,10 @@ from eridiff.weights.load import NETWORKS, WORDS, native_reader, said_by_file
 from eridiff.weights.locate import DENOISERS
 from eridiff.weights.save import Stored, copies, stored, write_file, write_shards
 
+# networks and text encoders of a file or a folder, by kind, each with its module, which may be on the meta device
+Held = Mapping[str, tuple[Component, nn.Module]]
+Loras = Sequence[tuple[Lora, float]]  # with their scales
+
 
 @dataclass(frozen=True)
 class Merged:
@@ -44,8 +48,8 @@ class Merged:
 
 @torch.no_grad()
 def merge_lora(
-    state_dict: Mapping[str, Tensor], lora: Lora | Sequence[tuple[Lora, float]], scale: float = 1.0, *,
-    dtype: torch.dtype = torch.float32, dora: str = "peft",
+    state_dict: Mapping[str, Tensor], lora: Lora | Loras, scale: float = 1.0, *, dtype: torch.dtype = torch.float32,
+    dora: str = "peft",
 ) -> Merged:  # fmt: skip
     """A state dict of native names, whole or a part, with a LoRA in it, or several with their scales; nothing given changes.
 
@@ -75,17 +79,13 @@ def merge_lora(
 
 @torch.no_grad()
 def merge_file(
-    held: Mapping[str, tuple[Component, nn.Module]], loras: Sequence[tuple[Lora, float]], path: str | os.PathLike[str], *,
-    dtype: torch.dtype | None = None,
-) -> tuple[Path, Merged]:  # fmt: skip
+    held: Held, loras: Loras, path: str | os.PathLike[str], *, dtype: torch.dtype | None = None
+) -> tuple[Path, Merged]:
     """Write a checkpoint's file anew with LoRAs in its weights, a tensor in memory at a time.
 
-    - held: the networks and text encoders of one file, by kind, each with its module, which may be on the meta device.
-    - loras: with their scales.
-    - dtype: of the parameters; None keeps the file's.
-
-    Layout, metadata and marker tensors stay. Returns the file, and what was changed, without the tensors. Raises LoraError when a
-    LoRA changes what the file does not hold, or nothing.
+    `held` are the networks and text encoders of one file, `dtype` is of the parameters; None keeps the file's. Layout,
+    metadata and marker tensors stay. Returns the file, and what was changed, without the tensors. Raises LoraError when a LoRA
+    changes what the file does not hold, or nothing.
     """
     _check(held, loras, "file; choose its part for the network, give the file of that, or a folder to be written")
     count = _Count()
@@ -95,9 +95,8 @@ def merge_file(
 
 @torch.no_grad()
 def merge_folder(
-    folder: Path, held: Mapping[str, tuple[Component, nn.Module]], loras: Sequence[tuple[Lora, float]], out: Path, *,
-    dtype: torch.dtype | None = None,
-) -> tuple[list[Path], Merged]:  # fmt: skip
+    folder: Path, held: Held, loras: Loras, out: Path, *, dtype: torch.dtype | None = None
+) -> tuple[list[Path], Merged]:
     """Write a model's folder anew with LoRAs in its weights: the parts that change as by `merge_file`, copies of the rest.
 
     - folder: a diffusers folder, or one of whole files side by side; `held` are its networks and text encoders.
@@ -110,7 +109,7 @@ def merge_folder(
     if out.resolve().is_relative_to(folder.resolve()) or folder.resolve().is_relative_to(out.resolve()):
         raise LoraError(f"{quoted(out)} and {quoted(folder)} are one in the other; give another folder")
     changed = {network for lora, _ in loras for network in lora.networks}
-    by_place: dict[Path, dict[str, tuple[Component, nn.Module]]] = {}
+    by_place: dict[Path, dict[str, Any]] = {}
     for name, (component, module) in held.items():
         by_place.setdefault(component.checkpoint.path, {})[name] = (component, module)
     new = {place: group for place, group in by_place.items() if changed & group.keys()}
@@ -141,11 +140,11 @@ def merge_folder(
     return written, count.told({})
 
 
-def _files(group: Mapping[str, tuple[Component, nn.Module]]) -> set[Path]:
+def _files(group: Held) -> set[Path]:
     return {entry.file for component, _ in group.values() for entry in component.checkpoint.tensors.values()}
 
 
-def _check(held: Collection[str], loras: Sequence[tuple[Lora, float]], where: str) -> None:
+def _check(held: Collection[str], loras: Loras, where: str) -> None:
     """Raises LoraError for a scale that is not a number, and for a LoRA of a network that is not held."""
     _check_scales([weight for _, weight in loras])
     lacking = next((network for lora, _ in loras for network in lora.networks if network not in held), None)
@@ -159,9 +158,7 @@ def _check_scales(scales: Sequence[float]) -> None:
         raise LoraError(f"a scale is a finite number, not {wrong}")
 
 
-def _file(
-    held: Mapping[str, tuple[Component, nn.Module]], loras: Sequence[tuple[Lora, float]], dtype: torch.dtype | None, count: "_Count"
-) -> tuple[list[Stored], dict[str, str]]:  # fmt: skip
+def _file(held: Held, loras: Loras, dtype: torch.dtype | None, count: "_Count") -> tuple[list[Stored], dict[str, str]]:
     """The tensors and the metadata of a checkpoint's file with LoRAs in it."""
     tensors: list[Stored] = []
     metadata: dict[str, str] = {}

@@ -4,7 +4,7 @@ No second table of names: what a published layout calls a tensor, a LoRA file ca
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -72,23 +72,20 @@ class Names:
 
     def __init__(self, network: str, shapes: Mapping[str, Shape], config: Any = None) -> None:
         """`shapes` are those of the network's tensors, by native name."""
-        self.network = network
-        self.shapes = shapes
+        self.network, self.shapes, self.sizes = network, shapes, sizes_of(config)
         self.targets: dict[str, Target] = {}  # by published names; by its own for another module
         self.own: dict[str, Target] = {}  # by eridiff's names, which are in files without a prefix alone
         for native in shapes:
             self._add(self.own if network in DENOISERS else self.targets, native, Target(network, *_split(native)))
-        self.lacks = root_that_lacks(network, shapes)
+        # what stands before the names of a CLIP in the key map, and not in a module of transformers 5.6 and later
+        flat = network in ("clip", "clip_g") and not any(name.startswith("text_model.") for name in shapes)
+        self.lacks = "text_model." if flat else ""
         if network:
-            sizes = sizes_of(config)
-            natives = {rooted(name, self.lacks): shape for name, shape in shapes.items()}
-            for layout in layouts_of(network):
-                for entry in layout.spellings(natives, sizes):
-                    self._add_entry(entry)
-            for native in shapes:
-                for rule in key_map(network).lora_rules:
-                    if found_entry := rule.entry(native, sizes):
-                        self._add_entry(found_entry)
+            natives, rules = [rooted(name, self.lacks) for name in shapes], key_map(network).lora_rules
+            entries = [e for layout in layouts_of(network) for e in layout.spellings(natives, self.sizes)]
+            entries += [e for native in shapes for rule in rules if (e := rule.entry(native, self.sizes))]
+            for entry in entries:
+                self._add_entry(entry)
         self.underscored = {name.replace(".", "_"): target for name, target in self.targets.items()}
 
     def _add_entry(self, entry: Entry) -> None:
@@ -137,12 +134,6 @@ def names_of(network: str, module: nn.Module | Mapping[str, Tensor]) -> Names:
         return Names(network, shapes, getattr(module, "config", None))
     except CheckpointError as error:
         raise LoraError(f"what is given as '{network}' has other names than this package's modules: {error}") from None
-
-
-def root_that_lacks(network: str, shapes: Iterable[str]) -> str:
-    """What stands before the names of a CLIP in the key map, and not in a module of transformers 5.6 and later."""
-    flat = network in ("clip", "clip_g") and not any(name.startswith("text_model.") for name in shapes)
-    return "text_model." if flat else ""
 
 
 def rooted(name: str, root: str) -> str:

@@ -20,9 +20,8 @@ from eridiff.errors import LoraError
 from eridiff.lora.attach import LoraSet
 from eridiff.lora.deltas import Item
 from eridiff.lora.load import Lora, Network
-from eridiff.lora.names import Target, module_of, names_of, network_of, root_that_lacks, rooted, targets_of
+from eridiff.lora.names import Names, Target, module_of, names_of, network_of, rooted, targets_of
 from eridiff.lora.rows import part_of
-from eridiff.weights.detect import sizes_of
 from eridiff.weights.keymap import key_map
 from eridiff.weights.locate import DENOISERS
 from eridiff.weights.save import write_tensors
@@ -107,28 +106,25 @@ def regrouped(lora: Lora, network: Network, format: str) -> list[Item]:
     by_tensor: dict[str, list[Item]] = {}
     for item in lora.items:
         by_tensor.setdefault(item.target.name, []).append(item)
-    kind = lora.networks[0]
-    shapes = names_of(kind, network).shapes
+    names = names_of(lora.networks[0], network)
     result = []
     for native, items in by_tensor.items():
-        for key, target in _modules(kind, network, native, shapes, format).items():
-            found = part_of(items, target, shapes[native][0])
+        for key, target in _modules(names, native, format).items():
+            found = part_of(items, target, names.shapes[native][0])
             if found is not None:
                 result.append(replace(found, key=key, target=target))
     return result
 
 
-def _modules(
-    network: str, given: Network, name: str, shapes: Mapping[str, tuple[int, ...]], format: str
-) -> dict[str, Target]:
+def _modules(names: Names, native: str, format: str) -> dict[str, Target]:
     """The modules that hold a native tensor in a format's layout, and which rows of it each is."""
-    module, _, parameter = name.rpartition(".")
-    whole = Target(network, module, parameter)
-    if format == "native" or not network:
-        return {module_of(name): whole}
-    layout = key_map(network).layouts[LAYOUTS[format] if network in DENOISERS else "huggingface"]
-    entry = layout.entry(rooted(name, root_that_lacks(network, shapes)), sizes_of(getattr(given, "config", None)))
-    return {module_of(foreign): target for foreign, target in targets_of(entry, whole, shapes[name]).items()}
+    module, _, parameter = native.rpartition(".")
+    whole = Target(names.network, module, parameter)
+    if format == "native" or not names.network:
+        return {module_of(native): whole}
+    layout = key_map(names.network).layouts[LAYOUTS[format] if names.network in DENOISERS else "huggingface"]
+    targets = targets_of(layout.entry(rooted(native, names.lacks), names.sizes), whole, names.shapes[native])
+    return {module_of(foreign): target for foreign, target in targets.items()}
 
 
 def _kohya(item: Item) -> dict[str, Tensor]:
