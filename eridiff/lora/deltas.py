@@ -7,6 +7,7 @@ Sources: Hu et al. 2021 (LoRA); Hyeon-Woo et al. 2021 (LoHa) and Edalati et al. 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -215,6 +216,10 @@ def _product(kind: str, t: Tensors) -> tuple[int, int]:
         return 0, 0
 
 
+def _product_demands(kind: str, t: Tensors, shape: tuple[int, ...]) -> Iterator[Demand]:
+    yield _product(kind, t) == (shape[0], math.prod(shape[1:])), "", ""
+
+
 def _scaled(t: Tensors, base: Tensor) -> Tensor:
     """(IA)3: W with its columns, or its rows, multiplied."""
     shape = [-1 if d == int(t["on_input"].item()) else 1 for d in range(base.ndim)]
@@ -227,20 +232,19 @@ def _scaled_demands(t: Tensors, shape: tuple[int, ...]) -> Iterator[Demand]:
     yield t["multiplier"].numel() == count, "multiplier", f"{count} values"
 
 
+SHARED = ("alpha", "dora_scale", "diff_b")
 KINDS = {
     "lora": Kind(
-        (("down",), ("up",)), ("mid", "up_bias", "magnitude"), ("alpha", "dora_scale", "diff_b"),
+        (("down",), ("up",)), ("mid", "up_bias", "magnitude"), SHARED,
         lambda t, base: low_rank(t["down"], t["up"], t.get("mid")), _low_rank_demands,
     ),
     "loha": Kind(
-        (("hada_w1_a",), ("hada_w1_b",), ("hada_w2_a",), ("hada_w2_b",)), ("hada_t1", "hada_t2"),
-        ("alpha", "dora_scale", "diff_b"), _hadamard,
-        lambda t, shape: [(_product("loha", t) == (shape[0], math.prod(shape[1:])), "", "")],
+        (("hada_w1_a",), ("hada_w1_b",), ("hada_w2_a",), ("hada_w2_b",)), ("hada_t1", "hada_t2"), SHARED,
+        _hadamard, partial(_product_demands, "loha"),
     ),
     "lokr": Kind(
         (("lokr_w1", "lokr_w1_a"), ("lokr_w1", "lokr_w1_b"), ("lokr_w2", "lokr_w2_a"), ("lokr_w2", "lokr_w2_b")), ("lokr_t2",),
-        ("alpha", "dora_scale", "diff_b"), _kronecker,
-        lambda t, shape: [(_product("lokr", t) == (shape[0], math.prod(shape[1:])), "", "")],
+        SHARED, _kronecker, partial(_product_demands, "lokr"),
     ),
     "ia3": Kind((("multiplier",), ("on_input",)), delta=_scaled, demands=_scaled_demands),
     "norm": Kind((("w_norm", "b_norm"),), delta=lambda t, base: t["w_norm"]),

@@ -8,6 +8,7 @@ import math
 import os
 import shutil
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -224,7 +225,7 @@ class _Count:
         return Merged(state, tuple(self.tensors), self.changed, self.lost)
 
 
-class MergedModule:
+class MergedModule(AbstractContextManager["MergedModule"]):
     """A module with a LoRA in its weights, and its own weights kept beside it; `restore()`, or the end of a `with`, brings them back."""
 
     def __init__(self, module: nn.Module, merged: Merged) -> None:
@@ -238,9 +239,6 @@ class MergedModule:
     def originals(self) -> dict[str, Tensor]:
         """The module's own tensors, until `restore`."""
         return inplace.originals(self.module, self)
-
-    def __enter__(self) -> "MergedModule":
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.restore()

@@ -39,6 +39,7 @@ class Shapes:
         return entry.native_shape(list(shapes.values())) if all(shapes.values()) else None
 
     def need(self, native: str, dimensions: int = 2) -> Shape:
+        """The shape of a tensor that every network of the family has; raises CheckpointError where the file lacks it."""
         found = self.find(native)
         if found is None or len(found) != dimensions:
             raise CheckpointError(
@@ -61,6 +62,7 @@ class Shapes:
         return highest
 
     def heads(self, width: int, head: int) -> int:
+        """How many heads of `head` features a width has; raises CheckpointError where it cannot be divided."""
         if width % head:
             self.refuse(f"a width of {width} is not a multiple of the {head} features of a head")
         return width // head
