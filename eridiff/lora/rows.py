@@ -24,25 +24,18 @@ def part_of(items: Sequence[Item], part: Target, rows: int) -> Item | None:
     Raises LoraError where that is not an item of a known kind.
     """
     start, stop = part.rows or (0, rows)
-    native = [in_native_order(item) for item in items]
-    touching = []
-    for item in native:
-        first, last = item.target.rows or (0, rows)
-        if first < stop and start < last:
-            touching.append((first, last, item))
+    pieces = [(*(item.target.rows or (0, rows)), in_native_order(item)) for item in items]
+    touching = sorted((p for p in pieces if p[0] < stop and start < p[1]), key=lambda piece: piece[0])
     if not touching:
         return None
-    if len(touching) == 1 and touching[0][0] <= start and stop <= touching[0][1]:
-        first, last, item = touching[0]
+    first, last, item = touching[0]
+    if len(touching) == 1 and first <= start and stop <= last:
         found = item if (first, last) == (start, stop) else cut(item, start - first, stop - first)
-    elif all(start <= first and last <= stop for first, last, _ in touching):
-        found = stacked(sorted(touching, key=lambda piece: piece[0]), start, stop)
+    elif all(start <= begin and end <= stop for begin, end, _ in touching):
+        found = stacked(touching, start, stop)
     else:
         raise LoraError(f"{items[0].target.module}: the rows of its LoRA cross those of {part}")
-    if found is None:
-        return None
-    found = replace(found, target=replace(part, swapped=False))
-    return replace(in_native_order(replace(found, target=part)), target=part) if part.swapped else found
+    return None if found is None else replace(in_native_order(replace(found, target=part)), target=part)
 
 
 def along_rows(item: Item, name: str) -> bool:
