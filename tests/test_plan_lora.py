@@ -69,6 +69,7 @@ def test_lora_application(model: Any, folder: Path, format: str) -> None:
         assert all(torch.equal(t, before[kind][name]) for name, t in module.state_dict().items())
     assert {target.network for one in handle.sets for target in one.targets()} == set(before)
     merged = tiny.draw(model, "a swan") if handle.merge() else None
+    assert not any(one.attached for one in handle.sets), "what is merged takes no time per step"
     assert merged.settings[0]["loras"] == attached.settings[0]["loras"]
     assert relative_l2(attached.latents, merged.latents) < 1e-4 and not torch.equal(attached.latents, merged.latents)
     with pytest.raises(LoraError, match="merged at one scale: detach it"):

@@ -328,7 +328,7 @@ def _dequantised(component: Component, name: str, dtype: torch.dtype) -> Tensor:
         if any(key.endswith(SCALES) for key in component.keys):
             raise CheckpointError(f"{where}: the fp8 weight {quoted(name, 60)} has no scale, others have one")
         return tensor.to(dtype)
-    # one scale, one a row, or one a block of a row: [rows, blocks, 1]
+    # one scale in all, one per row, or one per block of a row: [rows, blocks, 1]
     rows = 1 if scale.numel() == 1 else tensor.shape[:1].numel()
     blocks = scale.shape[1] if scale.ndim == 3 else 1
     fits = scale.numel() == rows * blocks > 0 and tensor.numel() % scale.numel() == 0
