@@ -11,14 +11,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from benchmarks import gpu_cases
 from benchmarks.gpu_cases import Case, on_meta
+from eridiff.memory.plan import Fused
 
 META = torch.device("meta")
 SYNCHRONISING = ("aten._local_scalar_dense.default", "aten.nonzero.default")  # which wait for the device
@@ -60,29 +59,25 @@ class _Operations(TorchDispatchMode):
         return found
 
 
-class _Fused(TorchFunctionMode):
+class _Fused(Fused):
     """Attention and RMS norm as CUDA runs them."""
 
     def __init__(self, count: Count) -> None:
         super().__init__()
         self.count = count
 
-    def __torch_function__(self, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        if function is F.scaled_dot_product_attention:
-            q, v = (args[i] if len(args) > i else kwargs[name] for i, name in ((0, "query"), (2, "value")))
-            b, h, length, _ = q.shape
-            with torch._C.DisableTorchFunction():
-                made = torch.empty(b, length, h, v.shape[-1], dtype=q.dtype, device=META)
-            self.count.add("attention", made)
-            return made.transpose(1, 2)
-        if function is F.rms_norm:
-            with torch._C.DisableTorchFunction():
-                made = torch.empty(args[0].shape, dtype=args[0].dtype, device=META)
-            if not args[0].is_contiguous():
-                self.count.add("copy before an RMS norm", made)
-            self.count.add("RMS norm", made)
-            return made
-        return function(*args, **(kwargs or {}))
+    def attention(self, query: Tensor, key: Tensor, value: Tensor, *_: object, **__: object) -> Tensor:
+        b, h, length, _width = query.shape
+        made = torch.empty(b, length, h, value.shape[-1], dtype=query.dtype, device=META)
+        self.count.add("attention", made)
+        return made.transpose(1, 2)
+
+    def norm(self, x: Tensor) -> Tensor:
+        made = super().norm(x)
+        if not x.is_contiguous():
+            self.count.add("copy before an RMS norm", made)
+        self.count.add("RMS norm", made)
+        return made
 
 
 @torch.no_grad()

@@ -376,6 +376,52 @@ def test_a_config_json_that_contradicts_the_tensors_is_refused(
         load_network(tmp_path)
 
 
+SIZED = {  # network -> how it is made, and published names of tensors whose sizes others are computed from
+    "flux": (tiny.flux, ("img_in.weight", "double_blocks.0.img_attn.norm.key_norm.scale", "double_blocks.0.img_mlp.0.weight")),
+    "mmdit": (tiny.mmdit, ("x_embedder.proj.weight", "pos_embed", "joint_blocks.0.context_block.attn.ln_k.weight")),
+    "unet": (tiny.unet, ("input_blocks.0.0.weight", "input_blocks.1.0.in_layers.2.weight", "label_emb.0.0.weight")),
+    "vae": (tiny.autoencoder, ("encoder.conv_in.weight", "decoder.conv_in.weight")),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("network", "name"), [(kind, name) for kind, (_, names) in SIZED.items() for name in names])
+def test_a_tensor_of_size_0_is_an_error_that_names_it(network: str, name: str, tmp_path: Path) -> None:
+    state = load_file(save_network(SIZED[network][0](), tmp_path / "m.safetensors"))
+    for axis in range(state[name].ndim):
+        path = write_tensors(
+            {**state, name: state[name].narrow(axis, 0, 0).clone()}, tmp_path / "empty.safetensors", {}
+        )
+        with pytest.raises(CheckpointError, match=rf"empty.safetensors': '{name}' of the shape \[.*\] is empty"):
+            load_network(path)
+
+
+@pytest.mark.parametrize(
+    ("network", "name", "says"),
+    [
+        ("flux", "img_in.weight", "a width of 33 is not a multiple of the 16 features of a head"),
+        ("flux", "double_blocks.0.img_attn.norm.key_norm.scale", "a width of 32 is not a multiple of the 17 features"),
+        ("mmdit", "x_embedder.proj.weight", "a width of 129 is not a multiple of the 64 features of a head"),
+        ("unet", "input_blocks.0.0.weight", r"no unet has this configuration: num_channels \(65\) must be divisible"),
+        ("vae", "encoder.conv_in.weight", r"no vae has this configuration: num_channels \(33\) must be divisible"),
+    ],
+)
+def test_a_width_that_cannot_be_divided_is_an_error(network: str, name: str, says: str, tmp_path: Path) -> None:
+    state = load_file(save_network(SIZED[network][0](), tmp_path / "m.safetensors"))
+    path = write_tensors({**state, name: torch.cat([state[name], state[name][:1]])}, tmp_path / "wide.safetensors", {})
+    with pytest.raises((CheckpointError, ConfigError), match=f"wide.safetensors.*: {says}"):
+        load_network(path)
+
+
+def test_the_heads_of_a_narrow_clip_have_to_be_stated(tmp_path: Path) -> None:
+    path = write_tensors(tiny.clip_module().state_dict(), tmp_path / "model.safetensors", {})
+    with pytest.raises(
+        ConfigError, match="a width of 8 is not a multiple of the 64 features.*give num_attention_heads"
+    ):
+        eridiff.load_encoder(path)
+    (tmp_path / "config.json").write_text('{"num_attention_heads": 2, "hidden_act": "gelu"}')
+    assert eridiff.load_encoder(path).config.num_attention_heads == 2
+
+
 def test_the_folder_of_another_pipeline_is_named(tmp_path: Path) -> None:
     tiny.write_model(tmp_path / "m")
     (tmp_path / "m" / "model_index.json").write_text('{"_class_name": "PixArtAlphaPipeline"}')

@@ -9,7 +9,7 @@ import torch
 from eridiff.weights import load
 from eridiff.weights.detect import Component, detect
 from eridiff.weights.header import open_checkpoint
-from eridiff.weights.load import default_dtype, default_dtypes
+from eridiff.weights.load import default_dtypes
 from tests.manifest import read_manifest
 from tests.sparse import write_sparse
 
@@ -64,7 +64,7 @@ def test_one_part_alone_asks_for_itself(
     network = models["sd3.5-medium"]["mmdit"]
     for memory, dtype in ((16, torch.float16), (24, torch.float32)):
         monkeypatch.setattr(load, "machine_memory", lambda memory=memory: memory * GIB)
-        assert default_dtype(network, CPU) == dtype
+        assert default_dtypes({"mmdit": network}, CPU) == {"mmdit": dtype}
 
 
 def test_a_containers_limit_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ import eridiff
 from eridiff import load_network
 from eridiff.errors import CheckpointError
 from eridiff.weights.header import open_checkpoint
-from eridiff.weights.load import default_dtype
+from eridiff.weights.load import default_dtypes
 from eridiff.weights.locate import locate
 from eridiff.weights.save import save_network
 from tests import tiny
@@ -103,7 +103,8 @@ def test_a_file_with_fp8_weights_gives_one_dtype_the_one_that_load_computes_in(
     assert len({p.dtype for p in network.parameters()}) == 1
     assert {p.dtype for p in network.parameters()} == {p.dtype for p in drawn.parameters()}
     assert all(torch.equal(a, b) for a, b in zip(network.parameters(), drawn.parameters(), strict=True))
-    assert default_dtype(locate(path).components["flux"], torch.device("cuda")) in (torch.bfloat16, torch.float32)
+    (dtype,) = default_dtypes(locate(path).components, torch.device("cuda")).values()
+    assert dtype in (torch.bfloat16, torch.float32)
 
 
 def test_notes_of_a_quantisation_are_read_and_not_needed(write: Callable[..., Path]) -> None:

@@ -17,11 +17,10 @@ from eridiff.models.autoencoder import Autoencoder, AutoencoderConfig
 from eridiff.models.flux import Flux, FluxConfig
 from eridiff.models.mmdit import MMDiT, MMDiTConfig
 from eridiff.models.unet import UNet, UNetConfig
-from eridiff.text.encoders import empty_encoder
+from eridiff.text.encoders import empty
 from eridiff.weights.detect import Component
 from eridiff.weights.header import Checkpoint
 from eridiff.weights.keymap import KeyMap, Layout, Rule, key_map
-from eridiff.weights.load import NETWORKS
 from tests.golden import run_case
 from tests.manifest import read_manifest
 
@@ -77,8 +76,7 @@ def component(network: str, preset: str) -> Component:
 
 def native_of(network: str, preset: str) -> tuple[Shapes, dict[str, Any]]:
     found = component(network, preset)
-    with torch.device("meta"):
-        module = NETWORKS.get(network, lambda _: empty_encoder(found))(found.config)
+    module = empty(found)
     shapes = {n: tuple(t.shape) for n, t in module.state_dict().items() if n != "encoder.embed_tokens.weight"}
     return shapes, found.sizes
 
@@ -117,33 +115,34 @@ def test_names_and_shapes_are_the_published_ones(network: str, preset: str, layo
     assert foreign_of(chosen, native, sizes) == published(manifest, chosen, preset)
 
 
-@pytest.mark.parametrize(("network", "preset", "layout", "manifest"), CASES[5:])
-def test_a_mutated_map_fails(network: str, preset: str, layout: str, manifest: str) -> None:
-    """Each rule dropped, doubled, and given each neighbour's right side."""
+@pytest.mark.parametrize(("network", "preset", "layout"), [case[:3] for case in CASES[5:]])
+def test_a_mutated_map_fails(network: str, preset: str, layout: str) -> None:
+    """Each rule dropped, doubled, and given each neighbour's right side; seen at a few names that the two match."""
     native, sizes = native_of(network, preset)
     whole = KeyMap(network).layouts[layout]
-    expected = published(manifest, whole, preset)
     rules = list(whole.rules)
-    used = [any(rule.entry(name, sizes) for name in native) for rule in rules]
+    matched = [[name for name in native if rule.entry(name, sizes)][:4] for rule in rules]
     mutants = []
     for i, rule in enumerate(rules):
-        if used[i]:
+        if matched[i]:
             other = copy.copy(rule)
             neighbour = rules[i - 1] if len(rules) > 1 else rule
             other.foreign, other.operation, other.sizes = neighbour.foreign, neighbour.operation, neighbour.sizes
-            mutants.append(("dropped", rule.native, rules[:i] + rules[i + 1 :]))
-            mutants.append(("doubled", rule.native, [*rules, rule]))
-            if neighbour.foreign != rule.foreign and used[i - 1]:
-                mutants.append(("retargeted", rule.native, [*rules[:i], other, *rules[i + 1 :]]))
+            mutants.append(("dropped", i, rules[:i] + rules[i + 1 :]))
+            mutants.append(("doubled", i, [*rules, rule]))
+            if neighbour.foreign != rule.foreign and matched[i - 1]:
+                mutants.append(("retargeted", i, [*rules[:i], other, *rules[i + 1 :]]))
     assert len(mutants) >= 6 or network == "t5"
-    for what, name, changed in mutants:
+    for what, i, changed in mutants:
         mutant = copy.copy(whole)
         mutant.rules = changed
+        names = {name: native[name] for name in (*matched[i], *matched[i - 1])}
+        right = foreign_of(whole, names, sizes)
         try:
-            survived = foreign_of(mutant, native, sizes) == expected
+            survived = foreign_of(mutant, names, sizes) == right
         except (CheckpointError, AssertionError, KeyError, TypeError, ValueError):
             survived = False
-        assert not survived, f"the rule for {name}, {what}, goes unseen"
+        assert not survived, f"the rule for {rules[i].native}, {what}, goes unseen"
 
 
 def round_trip(layout: Layout, state: dict[str, Tensor], sizes: dict[str, Any]) -> None:
@@ -246,7 +245,7 @@ def test_the_text_encoders_keep_every_bit(layers: int, width: int, dtype: torch.
     t5 = {**T5_XXL, "vocab_size": 20, "d_model": width, "d_kv": 2, "d_ff": 6, "num_layers": layers, "num_heads": 2}
     for network, config in (("clip", clip), ("t5", t5)):
         for layout in KeyMap(network).layouts.values():
-            module = empty_encoder(Component(network, layout, "", Checkpoint("", {}, {}, {}), config))  # type: ignore[arg-type]
+            module = empty(Component(network, layout, "", Checkpoint("", {}, {}, {}), config))  # type: ignore[arg-type]
             names = {n: tuple(t.shape) for n, t in module.state_dict().items() if n != "encoder.embed_tokens.weight"}
             round_trip(layout, random_bits(names, dtype, seed), config)
 

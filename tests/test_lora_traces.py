@@ -2,6 +2,7 @@
 
 import copy
 import io
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -84,16 +85,22 @@ def test_while_attached_names_classes_and_the_tree_are_the_networks_own(family: 
 def test_merges_and_attached_loras_come_off_in_any_order(order: tuple[int, ...]) -> None:
     network = tiny.flux()
     before = bits(network)
+    first, second = (some_lora(network, seed) for seed in (1, 2))
     norm = Lora((item(network, "double_blocks.0.image.q_norm", {"w_norm": (16,)}, "norm"),))
-    changes: list[Any] = [merge_into(network, some_lora(network, 1)), attach_lora(network, norm, 0.5),
-                          merge_into(network, some_lora(network, 2)), merge_into(network, norm)]  # fmt: skip
-    both = merge_lora(tiny.flux().state_dict(), [(some_lora(network, 1), 1.0), (some_lora(network, 2), 1.0)]).state
+    kinds: list[Callable[[Any], Any]] = [
+        lambda n: merge_into(n, first), lambda n: attach_lora(n, norm, 0.5), lambda n: merge_into(n, second), lambda n: merge_into(n, norm),
+    ]  # fmt: skip
+    changes = [change(network) for change in kinds]
+    both = merge_lora(tiny.flux().state_dict(), [(first, 1.0), (second, 1.0)]).state
     name = "double_blocks.0.image.qkv.weight"
     assert torch.equal(network.get_parameter(name), both[name]), "each computed on the network's own weights"
-    for place in order:
-        assert not unchanged(network, before)
+    for count, place in enumerate(order, 1):
         one = changes[place]
         one.restore() if isinstance(one, MergedModule) else one.detach()
+        other = tiny.flux()
+        for left in sorted(order[count:]):
+            kinds[left](other)
+        assert unchanged(network, bits(other)), "what is left is as if it had been alone"
     assert unchanged(network, before)
     changes[0].restore()
     assert unchanged(network, before)

@@ -69,6 +69,7 @@ def test_lora_application(model: Any, folder: Path, format: str) -> None:
         assert all(torch.equal(t, before[kind][name]) for name, t in module.state_dict().items())
     assert {target.network for one in handle.sets for target in one.targets()} == set(before)
     merged = tiny.draw(model, "a swan") if handle.merge() else None
+    assert not any(one.attached for one in handle.sets), "what is merged takes no time per step"
     assert merged.settings[0]["loras"] == attached.settings[0]["loras"]
     assert relative_l2(attached.latents, merged.latents) < 1e-4 and not torch.equal(attached.latents, merged.latents)
     with pytest.raises(LoraError, match="merged at one scale: detach it"):
@@ -228,12 +229,15 @@ def test_a_control_lora_makes_a_flux_follow_an_image_and_leaves_it_as_it_was(tmp
     controls = [torch.full((1, 3, 32, 32), value) for value in (-0.5, 0.5)]
     with pytest.raises(ConfigError, match="control has no effect on dev"):
         tiny.draw(model, "a swan", control=controls[0])
-    with model.apply_lora(file, 0.85):
+    with model.apply_lora(file, 0.85) as handle:
         assert model.variant == "depth" and model.network.config.in_channels == 128
         with pytest.raises(ConfigError, match="needs a control image"):
             tiny.draw(model, "a swan")
         first, second = (tiny.draw(model, "a swan", control=control).latents for control in controls)
         assert relative_l2(first, second) > 1e-3
+        with pytest.raises(LoraError, match="enlarges image_in.weight"):
+            handle.merge()
+        assert torch.equal(tiny.draw(model, "a swan", control=controls[1]).latents, second), "attached as before"
     assert model.variant == "dev" and model.network.config.in_channels == 64
     assert all(torch.equal(t, state[name]) for name, t in model.network.state_dict().items())
     assert torch.equal(tiny.draw(model, "a swan").latents, plain.latents)

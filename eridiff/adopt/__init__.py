@@ -22,7 +22,7 @@ from eridiff.weights.detect import component_of
 from eridiff.weights.format import TensorEntry
 from eridiff.weights.header import Checkpoint
 from eridiff.weights.keymap import Entry, without_wrappers
-from eridiff.weights.load import NETWORKS, plan
+from eridiff.weights.load import NETWORKS, empty_network, plan
 
 STATISTICS = {"scaling": "scale", "shift": "shift"}  # of latents: diffusers' settings, the original's attributes
 COPIED = ("rows", "swap_halves", "transpose")  # the other operations of a key map rename, or view
@@ -133,8 +133,7 @@ def adopt(module: nn.Module, *, allow_copies: bool = False) -> Adopted:
     component = component_of(Checkpoint(Path(what), entries, {}, settings, module=True), *NETWORKS)
     if component.prefix:
         raise ConfigError(f"the network is inside this {what}, and not all of it: adopt its '{component.prefix[:-1]}'")
-    with torch.device("meta"):
-        network = NETWORKS[component.network](component.config).eval()
+    network = empty_network(component).eval()
     planned = plan(component, {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()})
     return Adopted(foreign, network, planned, allow_copies)
 

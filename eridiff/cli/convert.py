@@ -17,7 +17,7 @@ from eridiff.errors import ConfigError, quoted
 from eridiff.inference import FAMILIES
 from eridiff.inference.loading import model_name
 from eridiff.lora.save import DIFFUSERS_ENCODERS
-from eridiff.text.encoders import empty, empty_encoder
+from eridiff.text.encoders import empty
 from eridiff.text.tokenizers import clip_tokenizer, t5_tokenizer
 from eridiff.weights.configs import config_json
 from eridiff.weights.detect import Component
@@ -232,7 +232,7 @@ def _write_folders(
 
 
 def _transformers_config(component: Component, tensors: list[Stored]) -> dict[str, Any]:
-    config: dict[str, Any] = empty_encoder(component).config.to_dict()
+    config: dict[str, Any] = empty(component).config.to_dict()
     projected = any(tensor.name == "text_projection.weight" for tensor in tensors)
     if component.network == "t5":
         return config | {"architectures": ["T5EncoderModel"]}

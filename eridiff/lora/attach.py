@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from eridiff.errors import LoraError
 from eridiff.lora.branches import Branch, branch_place, has_slot, install_slots, packed
-from eridiff.lora.deltas import Item, check_dora_rule, widened
-from eridiff.lora.inplace import change_in_place, original, originals, parts_of, restore
+from eridiff.lora.deltas import Item, check_dora_rule
+from eridiff.lora.inplace import Part, change_in_place, original, originals, parts_of, restore
 from eridiff.lora.load import Lora
 from eridiff.lora.names import Target, network_of
 
@@ -110,6 +110,10 @@ class LoraSet(nn.Module):
     def all_branches(self) -> list[Branch]:
         return [branch for branch in self.branches.values() if isinstance(branch, Branch)]
 
+    def _places(self) -> list[tuple[Branch, Any]]:
+        """The branches, each with its module of the network."""
+        return [(branch, branch_place(self.network, branch.target)) for branch in self.all_branches()]
+
     def attach(self) -> "LoraSet":
         """Put the branches beside the network again; does nothing when they are.
 
@@ -117,7 +121,7 @@ class LoraSet(nn.Module):
         """
         if self.attached:
             return self
-        places = [(branch, branch_place(self.network, branch.target)) for branch in self.all_branches()]
+        places = self._places()
         if not all(has_slot(place) for _, place in places):
             install_slots(self.network)
             if "torch._dynamo" in sys.modules:
@@ -133,9 +137,8 @@ class LoraSet(nn.Module):
     def detach(self) -> "LoraSet":
         """Take the branches away: the network gives, bit for bit, what it gave before."""
         if self.attached:
-            self._unpatch()
-            for branch in self.all_branches():
-                place = branch_place(self.network, branch.target)
+            restore(self.network, self)
+            for branch, place in self._places():
                 place.lora_branches[:] = [other for other in place.lora_branches if other is not branch]
             self.attached = False
         return self
@@ -143,17 +146,17 @@ class LoraSet(nn.Module):
     @contextmanager
     def detached(self) -> Iterator[None]:
         """Within the block the network is without this LoRA; afterwards it is back in its place among others."""
-        places = [(branch_place(self.network, b.target).lora_branches, b) for b in self.all_branches() if self.attached]
-        indices = [branches.index(branch) for branches, branch in places]
         if not self.attached:
             yield
             return
+        places = [(branch, place.lora_branches) for branch, place in self._places()]
+        indices = [branches.index(branch) for branch, branches in places]
         self.detach()
         try:
             yield
         finally:
             self._patch()
-            for (branches, branch), index in zip(places, indices, strict=True):
+            for (branch, branches), index in zip(places, indices, strict=True):
                 branches.insert(index, branch)
             self.attached = True
 
@@ -165,31 +168,26 @@ class LoraSet(nn.Module):
         where there is only one: inside DoRA's norm and for what is changed in place.
         """
         patterns = dict(scale) if isinstance(scale, Mapping) else {"*": scale}
-        values = {
-            pattern: torch.as_tensor(value, dtype=torch.float64, device="cpu") for pattern, value in patterns.items()
-        }
+        values = {pattern: torch.as_tensor(v, dtype=torch.float64, device="cpu") for pattern, v in patterns.items()}
+        targets = self.targets()
         for pattern, value in values.items():
-            if not any(matches(target, pattern) for target in self.targets()):
-                names = list(dict.fromkeys(target.module for target in self.targets()))
+            if not any(matches(target, pattern) for target in targets):
+                names = list(dict.fromkeys(target.module for target in targets))
                 others = f" and {len(names) - 3} more" if len(names) > 3 else ""
                 raise LoraError(f"no module of the LoRA matches '{pattern}'; there are {', '.join(names[:3])}{others}")
             if value.ndim > 1 or not bool(torch.isfinite(value).all()):
                 raise LoraError(f"a scale is a finite number, or one for each row of the batch, not {value.tolist()}")
-
-        def chosen(target: Target) -> Tensor | None:
-            return next((value for pattern, value in values.items() if matches(target, pattern)), None)
-
-        weights = [(branch, chosen(branch.target)) for branch in self.all_branches()]
-        patches = [(item, old, chosen(item.target)) for item, old in self.patches]
-        if any(branch.scales_rows_inside and given is not None and given.ndim for branch, given in weights):
+        # of several patterns the first counts
+        given = {t: value for pattern, value in reversed(values.items()) for t in targets if matches(t, pattern)}
+        if any(b.scales_rows_inside and b.target in given and given[b.target].ndim for b in self.all_branches()):
             raise LoraError('DoRA has one scale for all rows inside its norm; attach it with dora="interpolate"')
-        for item, _, given in patches:
-            if given is not None and given.ndim:
+        for item, _ in self.patches:
+            if item.target in given and given[item.target].ndim:
                 raise LoraError(f"{item.target} is changed in place, for all rows alike; give one scale")
-        for branch, given in weights:
-            if given is not None:
-                branch.weigh(given)
-        new = [(item, old if given is None else float(given)) for item, old, given in patches]
+        for branch in self.all_branches():
+            if branch.target in given:
+                branch.weigh(given[branch.target])
+        new = [(item, float(given.get(item.target, old))) for item, old in self.patches]
         changed, self.patches = new != self.patches, new
         if self.attached and changed:
             self._patch()
@@ -209,21 +207,14 @@ class LoraSet(nn.Module):
     @torch.no_grad()
     def _patch(self) -> None:
         parts = parts_of(self.patches, self.dora)
-        enlarging = {}
-        for branch in self.all_branches():  # the first layer of a control LoRA takes twice as many channels
-            name, place = branch.target.name, branch_place(self.network, branch.target)
-            if packed(place):  # reads as many features as it says
+        for branch, place in self._places():  # the first layer of a control LoRA takes twice as many channels
+            name = branch.target.name
+            if packed(place) or not isinstance(place, nn.Linear):  # the former reads as many features as it says
                 continue
-            weight = original(self.network, name)
-            if branch.columns and branch.columns > weight.shape[1] and widened(weight, branch.item) is not weight:
-                enlarging[name] = branch.item
-        for name in {**parts, **enlarging}:
-            change_in_place(self.network, name, self, parts.get(name, []), enlarging=enlarging.get(name))
-
-    @torch.no_grad()
-    def _unpatch(self) -> None:
-        for name in self.originals:
-            restore(self.network, name, self)
+            if branch.columns and branch.columns > original(self.network, name).shape[1]:
+                parts.setdefault(name, []).append(Part(branch.item, None, False, self.dora))
+        for name, own in parts.items():
+            change_in_place(self.network, name, self, own)
 
 
 def matches(target: Target, pattern: str) -> bool:

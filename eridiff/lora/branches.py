@@ -17,8 +17,6 @@ from eridiff.errors import LoraError
 from eridiff.lora.deltas import Item, columns, kronecker_factors
 from eridiff.lora.names import Target
 
-INTEGERS = ("on_input",)
-
 
 class Branches(list["Branch"]):
     """The branches beside a module. A copy of the module has none: nobody could take them away from it."""
@@ -67,7 +65,7 @@ class Branch(nn.Module):
         self.columns = columns(item)
         self.changes_weight, self.changes_bias, self.has_lengths = item.changes_weight, item.changes_bias, item.dora
         for name in self.names:
-            if name in INTEGERS:
+            if name == "on_input":  # a whole number
                 self.register_buffer(name, item.tensors[name].to(device))
             else:
                 copy = item.tensors[name].detach().to(device, dtype, copy=True)
@@ -184,9 +182,8 @@ class Branch(nn.Module):
         square = square + ratio**2 * ((up @ (down @ down.T)) * up).sum(1)
         share = lengths.flatten() / square.clamp_min(0).sqrt()
         own = self.target.take(plain.movedim(-1, 0)).movedim(0, -1)
-        further = (share - 1).to(
-            own.dtype
-        )  # share is near 1, and of bfloat16's digits none would be left of share - 1 there
+        # share is near 1, and of bfloat16's digits none would be left of share - 1 there
+        further = (share - 1).to(own.dtype)
         bias = own.new_zeros(()) if base.bias is None else ((1 - share) * self.target.take(base.bias)).to(own.dtype)
         change = self._product(base, x)
         return torch.addcmul(torch.addcmul(bias, further, own), (share * ratio).to(change.dtype), change)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from eridiff.errors import LoraError
-from eridiff.lora.deltas import Item
+from eridiff.lora.deltas import FACTORED, Item
 from eridiff.lora.load import Lora
 from eridiff.lora.names import Target, network_of
 from eridiff.precision import full_float32
@@ -146,20 +146,26 @@ def resize_lora(
             raise LoraError(
                 f"{item.target} is a DoRA, whose lengths fit its own matrices alone; merge and extract instead"
             )
-        new, entry = item, None
+        new, share, total = item, 1.0, 0.0
         if item.kind == "lora" and "mid" not in item.tensors:
-            entry = Kept(str(item.target), item.rank, 1.0, _length(item))
+            left, small, right = _gram(item)
+            total = float(small.square().sum())
             if (item.rank or 0) > rank:
-                new, entry = _resized(item, rank, *_thin(item, rank))
-        elif item.kind in ("lora", "loha", "lokr"):
+                down, up, share = nearest(small, rank)
+                down = (down @ right).reshape(-1, *item.tensors["down"].shape[1:])
+                up = (left @ up).reshape(-1, down.shape[0], *item.tensors["up"].shape[2:])
+                new = _resized(item, down, up)
+        elif item.kind in FACTORED:
             change = item.delta(torch.zeros(_shape(item, shapes)))
-            smaller, entry = _resized(item, rank, *nearest(change, rank), float(change.square().sum()))
+            total = float(change.square().sum())
+            down, up, found = nearest(change, rank)
+            smaller = _resized(item, down, up)
             if _numbers(smaller) < _numbers(item):
-                new = smaller
-            else:
-                entry = Kept(str(item.target), None, 1.0, entry.total)
+                new, share = smaller, found
         items.append(new)
-        kept += [entry] if entry else []
+        if item.kind in FACTORED:
+            whole = new is item and (item.kind != "lora" or "mid" in item.tensors)
+            kept.append(Kept(str(item.target), None if whole else new.rank, share, total))
     return replace(lora, items=tuple(items)), kept
 
 
@@ -175,31 +181,15 @@ def _gram(item: Item) -> tuple[Tensor, Tensor, Tensor]:
     return left, item.ratio * (a @ b.T), right.T
 
 
-def _length(item: Item) -> float:
-    """The squared norm of a change, from the small matrix in it."""
-    return float(_gram(item)[1].square().sum())
-
-
-def _thin(item: Item, rank: int) -> tuple[Tensor, Tensor, float, float]:
-    """The nearest down and up of a rank, the kept energy and the whole, without multiplying the matrices out."""
-    left, small, right = _gram(item)
-    u, s, vh = torch.linalg.svd(small)
-    rank = min(rank, len(s))
-    total, root = float(s.square().sum()), s[:rank].sqrt()
-    up = (left @ (u[:, :rank] * root)).reshape(-1, rank, *item.tensors["up"].shape[2:])
-    down = ((root[:, None] * vh[:rank]) @ right).reshape(rank, *item.tensors["down"].shape[1:])
-    return down, up, float(s[:rank].square().sum()) / total if total else 1.0, total
-
-
-def _resized(item: Item, rank: int, down: Tensor, up: Tensor, share: float, total: float) -> tuple[Item, Kept]:
+def _resized(item: Item, down: Tensor, up: Tensor) -> Item:
+    """An item with other matrices, whose ratio is 1."""
     found = down.shape[0]
     rest = {name: item.tensors[name] for name in ("diff_b", "up_bias") if name in item.tensors}
     if "up_bias" in rest:
-        rest["up_bias"] = item.ratio * rest["up_bias"].float()  # the new ratio is 1
+        rest["up_bias"] = item.ratio * rest["up_bias"].float()
     dtype = next(t.dtype for t in item.tensors.values())
-    tensors = {"down": down.contiguous().to(dtype), "up": up.contiguous().to(dtype), **rest}
-    new = replace(item, kind="lora", tensors=tensors, ratio=1.0, alpha=float(found), rank=found)
-    return new, Kept(str(item.target), found, share, total)
+    matrices = {"down": down.contiguous().to(dtype), "up": up.contiguous().to(dtype)}
+    return replace(item, kind="lora", tensors={**matrices, **rest}, ratio=1.0, alpha=float(found), rank=found)
 
 
 def _shape(item: Item, shapes: Mapping[str, Mapping[str, tuple[int, ...]]] | None) -> tuple[int, ...]:

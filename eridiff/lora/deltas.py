@@ -7,6 +7,7 @@ Sources: Hu et al. 2021 (LoRA); Hyeon-Woo et al. 2021 (LoHa) and Edalati et al. 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -49,10 +50,10 @@ class Item:
         if self.kind == "set" or self.dora:
             return False
         zero = {name: not bool(tensor.any()) for name, tensor in self.tensors.items()}
-        idle = [
-            zero.pop(name) for name in ("diff", "diff_b", "w_norm", "b_norm", "multiplier", "up_bias") if name in zero
-        ]
-        return all(idle) and (self.kind not in FACTORED or any(zero.values()))
+        added = {"diff", "diff_b", "w_norm", "b_norm", "multiplier", "up_bias"}
+        factors = [idle for name, idle in zero.items() if name not in added]
+        idle = all(zero[name] for name in added & zero.keys())
+        return idle and (self.kind not in FACTORED or any(factors))
 
     def change(self, base: Tensor, scale: float | Tensor = 1.0, dora: str = "peft") -> Tensor:
         """W' - W for rows of W in the file's order, in W's shape, dtype and device.
@@ -112,11 +113,7 @@ def columns(item: Item) -> int | None:
     t = item.tensors
     if "down" in t:
         return t["down"].shape[1]
-    if "hada_w1_b" in t and "hada_t1" not in t:
-        return t["hada_w1_b"].shape[1]
-    if item.kind == "lokr":
-        return _product("lokr", t)[1]
-    return None
+    return _product(item.kind, t)[1] if item.kind in FACTORED else None
 
 
 def widened(base: Tensor, item: Item) -> Tensor:
@@ -131,9 +128,8 @@ def widened(base: Tensor, item: Item) -> Tensor:
 # the kinds: what a module consists of, what its tensors must look like, what they add to a weight -----------------------------
 
 Tensors = Mapping[str, Tensor]  # by role: what a tensor is
-Demand = tuple[
-    bool, str, str
-]  # whether it is met, the role of the tensor that it is for ("": all together), what is needed
+# whether it is met, the role of the tensor that it is for ("": all together), what is needed
+Demand = tuple[bool, str, str]
 
 
 @dataclass(frozen=True)
@@ -143,9 +139,8 @@ class Kind:
     needed: tuple[tuple[str, ...], ...]  # roles of tensors, of each group at least one
     own: tuple[str, ...] = ()  # further roles that no other kind has
     shared: tuple[str, ...] = ()  # and those that others have too
-    delta: Callable[[Tensors, Tensor], Tensor] = lambda t, base: torch.zeros_like(
-        base
-    )  # in W's dtype, W -> what is added
+    # in W's dtype, W -> what is added
+    delta: Callable[[Tensors, Tensor], Tensor] = lambda t, base: torch.zeros_like(base)
     demands: Callable[[Tensors, tuple[int, ...]], Iterable[Demand]] = lambda t, shape: ()  # of W's shape
 
     @property
@@ -180,13 +175,19 @@ def _low_rank_demands(t: Tensors, shape: tuple[int, ...]) -> Iterator[Demand]:
 
 
 def _hadamard(t: Tensors, base: Tensor) -> Tensor:
-    first, second = (
-        _tucker(t[f"hada_t{n}"], t[f"hada_w{n}_a"], t[f"hada_w{n}_b"]) if f"hada_t{n}" in t else t[f"hada_w{n}_a"] @ t[f"hada_w{n}_b"]
-        for n in (1, 2)
-    )  # fmt: skip
+    first, second = (_factor(t, "hada", n) for n in (1, 2))
     if first.shape != second.shape:  # which a product would spread
         raise ValueError("the factors disagree")
     return first * second
+
+
+def _factor(t: Tensors, family: str, n: int) -> Tensor:
+    """A factor of LoHa or LoKr: whole, a product, or one with a Tucker core."""
+    name, core = f"{family}_w{n}", t.get(f"{family}_t{n}")
+    if name in t:
+        return t[name]
+    a, b = t[f"{name}_a"], t[f"{name}_b"]
+    return a @ b if core is None else _tucker(core, a, b)
 
 
 def _tucker(core: Tensor, a: Tensor, b: Tensor) -> Tensor:
@@ -198,12 +199,7 @@ def _tucker(core: Tensor, a: Tensor, b: Tensor) -> Tensor:
 
 def kronecker_factors(t: Tensors) -> tuple[Tensor, Tensor]:
     """The two factors of LoKr, [p, q] and [o / p, i / q(, h, w)], each whole or of low rank."""
-    first = t["lokr_w1"] if "lokr_w1" in t else t["lokr_w1_a"] @ t["lokr_w1_b"]
-    if "lokr_w2" in t:
-        return first, t["lokr_w2"]
-    if "lokr_t2" in t:
-        return first, _tucker(t["lokr_t2"], t["lokr_w2_a"], t["lokr_w2_b"])
-    return first, t["lokr_w2_a"] @ t["lokr_w2_b"]
+    return _factor(t, "lokr", 1), _factor(t, "lokr", 2)
 
 
 def _kronecker(t: Tensors, base: Tensor) -> Tensor:
@@ -220,6 +216,10 @@ def _product(kind: str, t: Tensors) -> tuple[int, int]:
         return 0, 0
 
 
+def _product_demands(kind: str, t: Tensors, shape: tuple[int, ...]) -> Iterator[Demand]:
+    yield _product(kind, t) == (shape[0], math.prod(shape[1:])), "", ""
+
+
 def _scaled(t: Tensors, base: Tensor) -> Tensor:
     """(IA)3: W with its columns, or its rows, multiplied."""
     shape = [-1 if d == int(t["on_input"].item()) else 1 for d in range(base.ndim)]
@@ -232,20 +232,19 @@ def _scaled_demands(t: Tensors, shape: tuple[int, ...]) -> Iterator[Demand]:
     yield t["multiplier"].numel() == count, "multiplier", f"{count} values"
 
 
+SHARED = ("alpha", "dora_scale", "diff_b")
 KINDS = {
     "lora": Kind(
-        (("down",), ("up",)), ("mid", "up_bias", "magnitude"), ("alpha", "dora_scale", "diff_b"),
+        (("down",), ("up",)), ("mid", "up_bias", "magnitude"), SHARED,
         lambda t, base: low_rank(t["down"], t["up"], t.get("mid")), _low_rank_demands,
     ),
     "loha": Kind(
-        (("hada_w1_a",), ("hada_w1_b",), ("hada_w2_a",), ("hada_w2_b",)), ("hada_t1", "hada_t2"),
-        ("alpha", "dora_scale", "diff_b"), _hadamard,
-        lambda t, shape: [(_product("loha", t) == (shape[0], math.prod(shape[1:])), "", "")],
+        (("hada_w1_a",), ("hada_w1_b",), ("hada_w2_a",), ("hada_w2_b",)), ("hada_t1", "hada_t2"), SHARED,
+        _hadamard, partial(_product_demands, "loha"),
     ),
     "lokr": Kind(
         (("lokr_w1", "lokr_w1_a"), ("lokr_w1", "lokr_w1_b"), ("lokr_w2", "lokr_w2_a"), ("lokr_w2", "lokr_w2_b")), ("lokr_t2",),
-        ("alpha", "dora_scale", "diff_b"), _kronecker,
-        lambda t, shape: [(_product("lokr", t) == (shape[0], math.prod(shape[1:])), "", "")],
+        SHARED, _kronecker, partial(_product_demands, "lokr"),
     ),
     "ia3": Kind((("multiplier",), ("on_input",)), delta=_scaled, demands=_scaled_demands),
     "norm": Kind((("w_norm", "b_norm"),), delta=lambda t, base: t["w_norm"]),

@@ -11,7 +11,7 @@ from difflib import get_close_matches
 from eridiff.lora.formats import ROLES, Source
 from eridiff.lora.names import Names, inner, layouts_of
 from eridiff.weights.detect import DESCRIPTIONS
-from eridiff.weights.locate import DENOISERS, TEXT_ENCODERS
+from eridiff.weights.locate import TEXT_ENCODERS
 
 FAMILIES = [  # (pattern of a name with dots as underscores, what such names belong to, its network)
     (r"double_blocks_|single_blocks_|single_transformer_blocks_", "Flux", "flux"),
@@ -40,18 +40,15 @@ def fits_nowhere(
     rows: Sequence[str], networks: Sequence[str], metadata: Mapping[str, str], problem: str, some: bool
 ) -> str:
     """The sentence for a file that is not for these networks; `rows` are its names, `problem` is the first of its modules'."""
-    pattern_what = next(
-        ((what, network) for pattern, what, network in FAMILIES if _any(pattern, rows)), ("no known network", "?")
-    )
+    names = [name.replace(".", "_") for name in rows]
+    found = (entry[1:] for entry in FAMILIES if any(re.search(entry[0], name) for name in names))
+    what, network = next(found, ("no known network", "?"))
     said = metadata.get("ss_base_model_version") or metadata.get("modelspec.architecture")
-    claimed = f" (its metadata say '{said[:60]}')" if said else ""
+    like = f"its names look like {what}" + (f" (its metadata say '{said[:60]}')" if said else "")
     text = f"{'little' if some else 'nothing'} in it fits {described(networks, ' and ')}"
-    what, network = pattern_what
     if network in networks or not network:
-        return f"{text}, though its names look like {what}{claimed}; {problem}"
-    if network == "?":
-        return f"{text}; its names look like {what}{claimed}; {problem}"
-    return f"{text}; its names look like {what}{claimed}, so give the network it was made for"
+        return f"{text}, though {like}; {problem}"
+    return f"{text}; {like}" + (f"; {problem}" if network == "?" else ", so give the network it was made for")
 
 
 def made_for(widths: Sequence[tuple[str, int, int]]) -> str:
@@ -75,7 +72,8 @@ def unmatched(source: Source, tables: Mapping[str, Names], look: bool) -> tuple[
         return "no text encoder here", (
             f"'{source.key}' belongs to {what}, which is not given; give the encoder, or part=\"network\" leaves it out"
         )
-    known = _known(tables, [n for n in meant if n in tables] or [""], "." not in source.key)
+    given = [tables[n] for n in ([n for n in meant if n in tables] or [""]) if n in tables]
+    known = [name for table in given for name in (table.targets if "." in source.key else table.underscored)]
     if not known:
         return "unmatched", f"'{source.key}' belongs to no network that is given"
     numbers = _beyond(name, set(known))
@@ -107,27 +105,11 @@ def missing(source: Source, role: str) -> str:
     return f"{source.key}.{ {'down': 'lora_down.weight', 'up': 'lora_up.weight'}.get(role, role) }"
 
 
-def strangers(keys: Iterable[str], tables: Mapping[str, Names]) -> list[str]:
-    """Names that mean one of the given denoisers, and that it does not have."""
-    given = set(DENOISERS) & tables.keys()
-    return [key for key in keys if given & set(inner(key)[1])]
-
-
-def _any(pattern: str, names: Sequence[str]) -> bool:
-    return any(re.search(pattern, name.replace(".", "_")) for name in names)
-
-
 def _could_be(network: str, name: str) -> bool:
     """Whether a text encoder of some size has a module of this name, as far as the first number or wildcard of its map tells."""
     rules = [rule for layout in layouts_of(network) for rule in layout.rules]
     heads = [re.split(r"[{*]", rule.native)[0].removesuffix(".weight").replace(".", "_") for rule in rules]
     return name.replace(".", "_").startswith((*heads, "encoder_layers_"))
-
-
-def _known(tables: Mapping[str, Names], networks: Iterable[str], underscores: bool) -> list[str]:
-    """All names of some networks, as a file without dots or with them would write them."""
-    found = [tables[n] for n in networks if n in tables]
-    return [name for table in found for name in (table.underscored if underscores else table.targets)]
 
 
 def _beyond(name: str, known: set[str]) -> str:

@@ -20,7 +20,7 @@ class Part(NamedTuple):
     """What an item does to one tensor."""
 
     item: Item
-    scale: float
+    scale: float | None  # None: nothing is added, and a first layer gets the inputs that a branch needs
     bias: bool  # whether it is the item's change of the bias
     dora: str
 
@@ -40,6 +40,13 @@ def parts_of(items: Iterable[tuple[Item, float]], dora: str) -> dict[str, list[P
     return result
 
 
+def enlarged(base: Tensor, parts: Iterable[Part]) -> Tensor:
+    """A weight with the inputs that a control LoRA among the parts has more; all others stay."""
+    for part in parts:
+        base = base if part.bias else widened(base, part.item)
+    return base
+
+
 def changed_tensor(base: Tensor, parts: Sequence[Part]) -> Tensor:
     """A weight or a bias with changes in it, all computed on `base`, in its dtype; what replaces it comes first.
 
@@ -51,6 +58,7 @@ def changed_tensor(base: Tensor, parts: Sequence[Part]) -> Tensor:
         sharded: Any = base
         whole = changed_tensor(sharded.full_tensor(), parts)
         return distribute_tensor(whole, sharded.device_mesh, sharded.placements)
+    base = enlarged(base, parts)
     new = base.clone()
     with full_float32(base.device), torch.autocast(base.device.type, enabled=False):
         for item, scale, bias, dora in sorted(parts, key=lambda part: part.item.kind != "set"):
@@ -58,7 +66,7 @@ def changed_tensor(base: Tensor, parts: Sequence[Part]) -> Tensor:
             place = new if target.rows is None else new[target.rows[0] : target.rows[1]]
             if item.kind == "set":
                 place.copy_(target.exchanged(item.tensors["set_weight"].to(base).reshape(rows.shape)))
-            else:
+            elif scale is not None:
                 place += target.exchanged(scale * item.bias_delta(rows) if bias else item.change(rows, scale, dora))
     return new
 
@@ -68,18 +76,14 @@ class Change:
     """What LoRAs do to one tensor of a layer together, all computed on the tensor as it was before the first."""
 
     original: Tensor
-    parts: dict[object, list[Part]] = field(default_factory=dict)  # by who does it; an empty list widens alone
-    enlarging: dict[object, Item] = field(default_factory=dict)  # whose branch needs more inputs
+    parts: dict[object, list[Part]] = field(default_factory=dict)  # by who does it
     merges: set[object] = field(default_factory=set)  # who of them is merged, and not attached: a file gets these
     dtype: torch.dtype = torch.float32  # in which it is computed; where the tensor is float64, in that
 
     def value(self, of: Collection[object] | None = None) -> Tensor:
         """The tensor with what all do to it, or some."""
-        chosen = self.parts if of is None else of
         base = self.original
-        for by, item in self.enlarging.items():
-            base = widened(base, item) if by in chosen else base
-        parts = [part for by, own in self.parts.items() if by in chosen for part in own]
+        parts = [part for by, own in self.parts.items() if of is None or by in of for part in own]
         if not parts:
             return base
         wide = base if base.dtype == torch.float64 else base.to(self.dtype)
@@ -94,37 +98,37 @@ class Changes(dict[str, Change]):
 
 
 def change_in_place(
-    network: nn.Module, name: str, by: object, parts: list[Part], *, enlarging: Item | None = None,
-    merged: Tensor | None = None, dtype: torch.dtype = torch.float32,
+    network: nn.Module, name: str, by: object, parts: list[Part], *, merged: Tensor | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> None:  # fmt: skip
     """Let somebody change a tensor, or change it otherwise than before; the tensor stays the same object.
 
     `merged` is what it becomes if nobody else changes it, of a merge.
     """
     layer, short = _layer(network, name)
-    change = vars(layer).setdefault("lora_in_place", Changes()).setdefault(short, Change(_kept(_held(layer, short))))
+    tensor = _held(layer, short)
+    # FSDP2 reads a share where it lies, so that it is overwritten
+    own = tensor.data.clone() if is_sharded(tensor) else tensor.data
+    change = vars(layer).setdefault("lora_in_place", Changes()).setdefault(short, Change(own))
     change.parts[by] = parts
-    if enlarging is not None:
-        change.enlarging[by] = enlarging
     if merged is not None:
         change.merges.add(by)
     change.dtype = torch.promote_types(change.dtype, dtype)
     exchange(network, name, change.value() if merged is None or len(change.parts) > 1 else merged)
 
 
-def restore(network: nn.Module, name: str, by: object) -> None:
-    """Take somebody's change of a tensor away; without others it is, bit for bit, what it was."""
-    layer, short = _layer(network, name)
-    changes = vars(layer).get("lora_in_place", {})
-    change = changes.get(short)
-    if change is None or by not in change.parts:
-        return
-    del change.parts[by]
-    change.enlarging.pop(by, None)
-    change.merges.discard(by)
-    exchange(network, name, change.value())
-    if not change.parts:
-        del changes[short]
+@torch.no_grad()
+def restore(network: nn.Module, by: object) -> None:
+    """Take away what somebody changes; what nobody else changes is, bit for bit, what it was."""
+    for name in originals(network, by):
+        layer, short = _layer(network, name)
+        changes = vars(layer)["lora_in_place"]
+        change = changes[short]
+        del change.parts[by]
+        change.merges.discard(by)
+        exchange(network, name, change.value())
+        if not change.parts:
+            del changes[short]
 
 
 def originals(network: nn.Module, by: object) -> dict[str, Tensor]:
@@ -162,11 +166,6 @@ def exchange(module: nn.Module, name: str, new: Tensor) -> None:
 def is_sharded(tensor: Tensor) -> bool:
     """Whether FSDP2 keeps a share of it on each rank."""
     return hasattr(tensor, "full_tensor")
-
-
-def _kept(tensor: Tensor) -> Tensor:
-    """A tensor's values, to come back; FSDP2 reads a share where it lies, so that it is overwritten."""
-    return tensor.data.clone() if is_sharded(tensor) else tensor.data
 
 
 def _held(layer: nn.Module, short: str) -> Any:

@@ -13,15 +13,15 @@ class Row:
     """What became of one module of a file."""
 
     key: str  # its name in the file
-    module: str  # our name, with the rows of a slice; "" if there is none
-    kind: str  # lora, loha, lokr, full, norm, ia3, set; with "+dora", "+bias"
-    rank: int | None
-    alpha: float | None  # as stored
-    scale: float | None  # alpha / rank, or what the format has in its place, at strength 1; None if nothing is applied
-    change: float | None  # |dW| / |W| at strength 1, Frobenius; None where not asked for
-    status: (
-        str  # applied, applied to a slice, dead, left out, embedding, unmatched, no text encoder here, shape mismatch
-    )
+    module: str = ""  # our name, with the rows of a slice; "" if there is none
+    kind: str = "?"  # lora, loha, lokr, full, norm, ia3, set; with "+dora", "+bias"
+    rank: int | None = None
+    alpha: float | None = None  # as stored
+    # alpha / rank, or what the format has in its place, at strength 1; None if nothing is applied
+    scale: float | None = None
+    change: float | None = None  # |dW| / |W| at strength 1, Frobenius; None where not asked for
+    # applied, applied to a slice, dead, left out, embedding, unmatched, no text encoder here, shape mismatch
+    status: str = APPLIED[0]
     note: str = ""
 
 

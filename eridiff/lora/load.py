@@ -90,12 +90,13 @@ def load_lora(
         raise LoraError(f"part must be {' or '.join(PARTS)}, not {part!r}")
     tables = {name: names_of(name, network) for name, network in given.items()}
     states = {n: (_tensors_of(m) if isinstance(m, nn.Module) else m) for n, m in given.items()}
+    rows: list[Row] = []
     try:
         checkpoint, scaling = _open(path, given)
-        lora = _Reader(checkpoint, scaling, tables, states, alpha_is_rank, measure).read(part, allow_partial)
+        lora = _Reader(checkpoint, scaling, tables, states, rows, alpha_is_rank, measure).read(part, allow_partial)
     except (LoraError, CheckpointError) as error:
         text = str(error) if os.fspath(path) in str(error) else f"{os.fspath(path)}: {error}"
-        raise Refusal(text, getattr(error, "ledger", ())) from None
+        raise Refusal(text, tuple(rows)) from None
     if any(row.status not in (*APPLIED, LEFT_OUT) for row in lora.ledger):
         log.warning("%s: %s; the ledger says which", os.fspath(path), counted(lora.ledger))
     return lora
@@ -108,8 +109,6 @@ def _open(path: str | os.PathLike[str], kinds: Iterable[str]) -> tuple[Checkpoin
         names = (*LORA_NAMES, *(f"{kind}.safetensors" for kind in kinds if location.parent == FOLDERS["lora"]))
         location = next((location / name for name in names if (location / name).is_file()), location)
     checkpoint = open_checkpoint(location)
-    if not checkpoint.tensors:
-        raise LoraError("it holds no tensors")
     beside = location.parent / "adapter_config.json"
     pefts = location.name in LORA_NAMES or any(name.startswith(PEFT) for name in checkpoint.tensors)
     config = read_json_file(beside) if pefts and location.is_file() and beside.is_file() else None
@@ -132,9 +131,10 @@ class _Reader:
 
     def __init__(
         self, checkpoint: Checkpoint, scaling: Scaling, tables: Mapping[str, Names],
-        states: Mapping[str, Mapping[str, Tensor]], alpha_is_rank: bool, measure: bool,
+        states: Mapping[str, Mapping[str, Tensor]], rows: list[Row], alpha_is_rank: bool, measure: bool,
     ) -> None:  # fmt: skip
-        self.checkpoint, self.scaling, self.tables, self.states = checkpoint, scaling, tables, states
+        """`rows` becomes the ledger, as far as it can be written."""
+        self.checkpoint, self.scaling, self.tables, self.states, self.rows = checkpoint, scaling, tables, states, rows
         self.alpha_is_rank, self.measure = alpha_is_rank, measure
         self.embeddings = [name for name in checkpoint.tensors if name.startswith("bundle_emb.")]
         names = [name for name in checkpoint.tensors if name not in self.embeddings]
@@ -152,21 +152,24 @@ class _Reader:
                 f"its names are of no known LoRA format, the first are {', '.join(map(repr, self.unknown[:3]))}"
             )
         left = {network for name, networks in PARTS.items() if part not in (None, name) for network in networks}
-        rows: list[Row] = []
         items: list[Item] = []
         try:
             for source in self.sources.values():
                 row, item = self._module(source, left)
-                rows.append(row)
+                self.rows.append(row)
                 items += [item] if item else []
-            rows += [self._left(name, "unmatched", UNKNOWN_ENDING) for name in self.unknown]
-            rows += [self._left(name, "embedding", self._word(name)) for name in self.embeddings]
-            check_overlaps(items)
-        except LoraError as error:
-            unclear = isinstance(error, Incomplete) and self.unknown
-            raise Refusal(self._strange() if unclear else str(error), tuple(rows)) from None
-        self._judge(tuple(rows), items, part, allow_partial)
-        return Lora(tuple(items), tuple(rows), dict(self.checkpoint.metadata), self.checkpoint.path)
+        except Incomplete:
+            if self.unknown:
+                raise LoraError(self._strange()) from None
+            raise
+        self.rows += [Row(name, status="unmatched", note=UNKNOWN_ENDING) for name in self.unknown]
+        for name in self.embeddings:
+            word = name.removeprefix("bundle_emb.").rpartition(".")[0]
+            left_out = f"the embedding of the word '{word}' is left out: eridiff has no embeddings of words"
+            self.rows.append(Row(name, kind="embedding", status="embedding", note=left_out))
+        check_overlaps(items)
+        self._judge(items, part, allow_partial)
+        return Lora(tuple(items), tuple(self.rows), dict(self.checkpoint.metadata), self.checkpoint.path)
 
     def _module(self, source: Source, left: Set[str]) -> tuple[Row, Item | None]:
         """What becomes of a module of the file: its row, and its item if it is applied; `left` are networks to leave out."""
@@ -186,62 +189,53 @@ class _Reader:
             return self._row(source, "shape mismatch", target, str(error)), None
         return self._applied(item), item
 
-    def _judge(self, ledger: tuple[Row, ...], items: list[Item], part: str | None, allow_partial: bool) -> None:
-        """Raises Refusal for what was not found good, unless it is left out on request."""
-        noted = [(row.status, row.note) for row in ledger if row.note != UNKNOWN_ENDING]
+    def _judge(self, items: list[Item], part: str | None, allow_partial: bool) -> None:
+        """Raises LoraError for what was not found good, unless it is left out on request."""
+        noted = [(row.status, row.note) for row in self.rows if row.note != UNKNOWN_ENDING]
         problems = [note for status, note in noted if status in ("unmatched", "no text encoder here")]
         misshapen = [note for status, note in noted if status == "shape mismatch"]
         given = set(DENOISERS) & self.tables.keys()
-        strangers = hints.strangers([row.key for row in ledger if row.status == "unmatched"], self.tables)
+        # names that mean one of the given denoisers, and that it does not have
+        strangers = [r.key for r in self.rows if r.status == "unmatched" and given & set(inner(r.key)[1])]
         known = [item.target.network for item in items] + [network for network, _, _ in self.widths]
         other = len(strangers) > len([network for network in known if network in given]) and not allow_partial
         if other or not (items or misshapen):
             if problems:
                 networks = [n for n in self.tables if n not in TEXT_ENCODERS] or list(self.tables)
-                names = strangers or list(self.sources)
-                told = self.checkpoint.metadata
-                raise Refusal(hints.fits_nowhere(names, networks, told, problems[0], bool(items)), ledger)
-            if part is not None and any(row.status == LEFT_OUT for row in ledger):
-                raise Refusal(f"it has nothing for the part '{part}'", ledger)
+                names, metadata = strangers or list(self.sources), self.checkpoint.metadata
+                raise LoraError(hints.fits_nowhere(names, networks, metadata, problems[0], bool(items)))
+            if part is not None and any(row.status == LEFT_OUT for row in self.rows):
+                raise LoraError(f"it has nothing for the part '{part}'")
         if misshapen and not (items and allow_partial):
             made = hints.made_for(self.widths) if not items else ""
-            raise Refusal(f"{made}; {misshapen[0]}" if made else misshapen[0], ledger)
-        if self.unknown and not allow_partial:
-            raise Refusal(self._strange(), ledger)
-        if problems and not allow_partial:
+            raise LoraError(f"{made}; {misshapen[0]}" if made else misshapen[0])
+        if allow_partial:
+            return
+        if self.unknown:
+            raise LoraError(self._strange())
+        if problems:
             others = f"; {len(problems) - 1} more modules do not fit" if len(problems) > 1 else ""
-            raise Refusal(f"{problems[0]}{others}; allow_partial loads the rest", ledger)
-        if all(row.status == "dead" for row in ledger if row.module) and not allow_partial:
-            raise Refusal(
-                "it changes nothing: all its matrices are zero, as before the first training step; allow_partial loads it",
-                ledger,
+            raise LoraError(f"{problems[0]}{others}; allow_partial loads the rest")
+        if all(row.status == "dead" for row in self.rows if row.module):
+            raise LoraError(
+                "it changes nothing: all its matrices are zero, as before the first training step; allow_partial loads it"
             )
 
     def _strange(self) -> str:
         name, others = self.unknown[0], len(self.unknown) - 1
-        return f"'{name}' has an unknown ending, the nearest known is '{hints.nearest_ending(name)}'" + (
-            f"; {others} more are unknown" if others else ""
-        )
-
-    def _word(self, name: str) -> str:
-        word = name.removeprefix("bundle_emb.").rpartition(".")[0]
-        return f"the embedding of the word '{word}' is left out: eridiff has no embeddings of words"
+        more = f"; {others} more are unknown" if others else ""
+        return f"'{name}' has an unknown ending, the nearest known is '{hints.nearest_ending(name)}'{more}"
 
     def _row(self, source: Source, status: str, target: Target | None = None, note: str = "") -> Row:
         down = source.names.get("down")
         rank = self.checkpoint.tensors[down].shape[:1] if down else ()
         kind = kind_of(source.names.keys()) or "?"
-        return Row(source.key, str(target or ""), kind, rank[0] if rank else None, None, None, None, status, note)
-
-    @staticmethod
-    def _left(name: str, status: str, note: str) -> Row:
-        """The row of a tensor that belongs to no module."""
-        return Row(name, "", "embedding" if status == "embedding" else "?", None, None, None, None, status, note)
+        return Row(source.key, str(target or ""), kind, rank[0] if rank else None, status=status, note=note)
 
     def _applied(self, item: Item) -> Row:
         """The row of an item."""
         notes = []
-        if item.kind in ("lora", "loha", "lokr") and item.alpha is None:
+        if item.kind in FACTORED and item.alpha is None:
             notes.append("no alpha: scale 1")
         lacking = self.parts[item.kind] - _parts(item.tensors)
         if self._bias(item.target) is None:
@@ -264,22 +258,12 @@ class _Reader:
                 notes.append(
                     f"both factors are whole, so alpha {item.alpha:g} has no effect; the metadata say dim {dimension}"
                 )
-        dead = item.dead
-        if dead:
+        if item.dead:
             notes.append("all zero: changes nothing")
         kind = item.kind + "+dora" * item.dora + "+bias" * (item.changes_bias and item.kind != "norm")
-        status = "dead" if dead else APPLIED[item.target.rows is not None]
-        return Row(
-            item.key,
-            str(item.target),
-            kind,
-            item.rank,
-            item.alpha,
-            item.ratio,
-            self._change(item),
-            status,
-            "; ".join(notes),
-        )
+        status = "dead" if item.dead else APPLIED[item.target.rows is not None]
+        numbers = item.rank, item.alpha, item.ratio, self._change(item)
+        return Row(item.key, str(item.target), kind, *numbers, status, "; ".join(notes))
 
     def _change(self, item: Item) -> float | None:
         if not (self.measure and item.changes_weight):

@@ -8,6 +8,7 @@ import math
 import os
 import shutil
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -17,24 +18,19 @@ import torch
 from torch import Tensor, nn
 
 from eridiff.errors import LoraError, quoted
-from eridiff.lora.deltas import Item, check_dora_rule, widened
-from eridiff.lora.inplace import (
-    Part,
-    change_in_place,
-    changed_tensor,
-    is_sharded,
-    original,
-    originals,
-    parts_of,
-    restore,
-    tensors_of,
-)
+from eridiff.lora import inplace
+from eridiff.lora.deltas import Item, check_dora_rule
+from eridiff.lora.inplace import Part, parts_of
 from eridiff.lora.load import Lora
 from eridiff.weights.detect import Component, sizes_of
 from eridiff.weights.header import PICKLED_SUFFIXES
 from eridiff.weights.load import NETWORKS, WORDS, native_reader, said_by_file
 from eridiff.weights.locate import DENOISERS
 from eridiff.weights.save import Stored, copies, stored, write_file, write_shards
+
+# networks and text encoders of a file or a folder, by kind, each with its module, which may be on the meta device
+Held = Mapping[str, tuple[Component, nn.Module]]
+Loras = Sequence[tuple[Lora, float]]  # with their scales
 
 
 @dataclass(frozen=True)
@@ -53,8 +49,8 @@ class Merged:
 
 @torch.no_grad()
 def merge_lora(
-    state_dict: Mapping[str, Tensor], lora: Lora | Sequence[tuple[Lora, float]], scale: float = 1.0, *,
-    dtype: torch.dtype = torch.float32, dora: str = "peft",
+    state_dict: Mapping[str, Tensor], lora: Lora | Loras, scale: float = 1.0, *, dtype: torch.dtype = torch.float32,
+    dora: str = "peft",
 ) -> Merged:  # fmt: skip
     """A state dict of native names, whole or a part, with a LoRA in it, or several with their scales; nothing given changes.
 
@@ -63,53 +59,45 @@ def merge_lora(
     LoRA changes nothing of the state dict, or has parts for several networks of these names.
     """
     check_dora_rule(dora)
-    weights = [scale] if isinstance(lora, Lora) else [scale, *(weight for _, weight in lora)]
-    _check_scales(weights)
+    loras = [(lora, 1.0)] if isinstance(lora, Lora) else lora
+    _check_scales([scale, *(weight for _, weight in loras)])
     if dtype not in (torch.float32, torch.float64):
         raise LoraError(f"a merge is computed in float32 or float64, not in {dtype}")
     items: list[tuple[Item, float]] = []
-    for one, weight in [(lora, 1.0)] if isinstance(lora, Lora) else lora:
-        own = [item for item in one.items if any(name in state_dict for name, _ in tensors_of(item))]
+    for one, weight in loras:
+        own = [item for item in one.items if any(name in state_dict for name, _ in inplace.tensors_of(item))]
         networks = sorted({item.target.network for item in own})
         if len(networks) > 1:
             raise LoraError(f"the LoRA has parts for {' and '.join(networks)}; choose one by lora.of(network)")
         if not own:
             raise LoraError("the LoRA changes nothing of this state dict, whose names must be native ones")
         items += [(item, scale * weight) for item in own]
-    found: dict[str, Tensor] = {}
-    changed = lost = 0
-    for name, parts in parts_of(items, dora).items():
-        if name in state_dict:
-            found[name], more, rounded = _merged(state_dict[name], parts, dtype, state_dict[name].dtype)
-            changed, lost = changed + more, lost + rounded
-    return Merged(dict(state_dict) | found, tuple(found), changed, lost)
+    count, parts = _Count(), parts_of(items, dora)
+    held = {name: state_dict[name] for name in parts if name in state_dict}
+    found = {name: count.merged(name, old, parts[name], dtype, old.dtype) for name, old in held.items()}
+    return count.told(dict(state_dict) | found)
 
 
 @torch.no_grad()
 def merge_file(
-    held: Mapping[str, tuple[Component, nn.Module]], loras: Sequence[tuple[Lora, float]], path: str | os.PathLike[str], *,
-    dtype: torch.dtype | None = None,
-) -> tuple[Path, Merged]:  # fmt: skip
+    held: Held, loras: Loras, path: str | os.PathLike[str], *, dtype: torch.dtype | None = None
+) -> tuple[Path, Merged]:
     """Write a checkpoint's file anew with LoRAs in its weights, a tensor in memory at a time.
 
-    - held: the networks and text encoders of one file, by kind, each with its module, which may be on the meta device.
-    - loras: with their scales.
-    - dtype: of the parameters; None keeps the file's.
-
-    Layout, metadata and marker tensors stay. Returns the file, and what was changed, without the tensors. Raises LoraError when a
-    LoRA changes what the file does not hold, or nothing.
+    `held` are the networks and text encoders of one file, `dtype` is of the parameters; None keeps the file's. Layout,
+    metadata and marker tensors stay. Returns the file, and what was changed, without the tensors. Raises LoraError when a LoRA
+    changes what the file does not hold, or nothing.
     """
     _check(held, loras, "file; choose its part for the network, give the file of that, or a folder to be written")
     count = _Count()
     tensors, metadata = _file(held, loras, dtype, count)
-    return write_file(tensors, path, metadata), count.told()
+    return write_file(tensors, path, metadata), count.told({})
 
 
 @torch.no_grad()
 def merge_folder(
-    folder: Path, held: Mapping[str, tuple[Component, nn.Module]], loras: Sequence[tuple[Lora, float]], out: Path, *,
-    dtype: torch.dtype | None = None,
-) -> tuple[list[Path], Merged]:  # fmt: skip
+    folder: Path, held: Held, loras: Loras, out: Path, *, dtype: torch.dtype | None = None
+) -> tuple[list[Path], Merged]:
     """Write a model's folder anew with LoRAs in its weights: the parts that change as by `merge_file`, copies of the rest.
 
     - folder: a diffusers folder, or one of whole files side by side; `held` are its networks and text encoders.
@@ -122,11 +110,11 @@ def merge_folder(
     if out.resolve().is_relative_to(folder.resolve()) or folder.resolve().is_relative_to(out.resolve()):
         raise LoraError(f"{quoted(out)} and {quoted(folder)} are one in the other; give another folder")
     changed = {network for lora, _ in loras for network in lora.networks}
-    by_place: dict[Path, dict[str, tuple[Component, nn.Module]]] = {}
+    by_place: dict[Path, dict[str, Any]] = {}
     for name, (component, module) in held.items():
         by_place.setdefault(component.checkpoint.path, {})[name] = (component, module)
     new = {place: group for place, group in by_place.items() if changed & group.keys()}
-    kept = {e.file for place, group in by_place.items() if place not in new for c, _ in group.values() for e in c.checkpoint.tensors.values()}  # fmt: skip
+    kept = {file for place, group in by_place.items() if place not in new for file in _files(group)}
     count, written = _Count(), []
     for place, group in new.items():
         target = out / place.relative_to(folder)
@@ -138,15 +126,10 @@ def merge_folder(
             raise LoraError(
                 f"the LoRA enlarges {count.widened}, which {place.name}/config.json says: give a file to be written"
             )
-        sizes = [
-            file.stat().st_size for file in {e.file for c, _ in group.values() for e in c.checkpoint.tensors.values()}
-        ]
+        sizes = [file.stat().st_size for file in _files(group)]
+        limit = max(sizes) if len(sizes) > 1 else sum(tensor.bytes for tensor in tensors)
         stem = "diffusion_pytorch_model" if group.keys() & NETWORKS.keys() else "model"
-        written.append(
-            write_shards(
-                tensors, target, stem, metadata, max(sizes) if len(sizes) > 1 else sum(t.bytes for t in tensors)
-            )
-        )
+        written.append(write_shards(tensors, target, stem, metadata, limit))
     for file in sorted(path for path in folder.rglob("*") if path.is_file()):
         inside = file.relative_to(folder)
         index = ".safetensors.index" in file.name
@@ -155,10 +138,14 @@ def merge_folder(
         if file in kept or not file.name.endswith((".safetensors", ".gguf", *PICKLED_SUFFIXES)):
             (out / inside).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(file, out / inside)
-    return written, count.told()
+    return written, count.told({})
 
 
-def _check(held: Collection[str], loras: Sequence[tuple[Lora, float]], where: str) -> None:
+def _files(group: Held) -> set[Path]:
+    return {entry.file for component, _ in group.values() for entry in component.checkpoint.tensors.values()}
+
+
+def _check(held: Collection[str], loras: Loras, where: str) -> None:
     """Raises LoraError for a scale that is not a number, and for a LoRA of a network that is not held."""
     _check_scales([weight for _, weight in loras])
     lacking = next((network for lora, _ in loras for network in lora.networks if network not in held), None)
@@ -172,9 +159,7 @@ def _check_scales(scales: Sequence[float]) -> None:
         raise LoraError(f"a scale is a finite number, not {wrong}")
 
 
-def _file(
-    held: Mapping[str, tuple[Component, nn.Module]], loras: Sequence[tuple[Lora, float]], dtype: torch.dtype | None, count: "_Count"
-) -> tuple[list[Stored], dict[str, str]]:  # fmt: skip
+def _file(held: Held, loras: Loras, dtype: torch.dtype | None, count: "_Count") -> tuple[list[Stored], dict[str, str]]:
     """The tensors and the metadata of a checkpoint's file with LoRAs in it."""
     tensors: list[Stored] = []
     metadata: dict[str, str] = {}
@@ -186,23 +171,22 @@ def _file(
         items = [(item, weight) for lora, weight in loras for item in lora.items if item.target.network == network]
         parts = parts_of(items, "peft")
         config = component.config
-        for name in parts:
-            for part in parts[name]:
-                wider = widened(torch.empty(shapes[name], device="meta"), part.item)
-                if not part.bias and tuple(wider.shape) != shapes[name]:  # a control LoRA's first layer
-                    shapes[name], config = tuple(wider.shape), replace(config, in_channels=wider.shape[1])
-                    count.widened = name
-        merged = partial(count.merged, read, parts, dtypes)
+        for name, changes in parts.items():
+            wider = inplace.enlarged(torch.empty(shapes[name], device="meta"), changes)
+            if wider.shape != shapes[name]:
+                shapes[name], config = tuple(wider.shape), replace(config, in_channels=wider.shape[1])
+                count.widened = name
+        merged = partial(count.made, read, parts, dtypes)
         own = stored(component.layout, shapes, sizes_of(config), dtypes, merged, prefix=component.prefix)
         tensors += [tensor for tensor in own if tensor.name.removeprefix(component.prefix) in component.keys]
         tensors += copies(component, component.prefix)
         told = said_by_file(component)
         metadata = told | metadata if network not in DENOISERS else metadata | told
         configs[network] = dict(config) if isinstance(config, Mapping) else asdict(config)
-    markers = {name: component for component, _ in held.values() for name in component.markers}
-    for name, component in markers.items():
-        entry = component.checkpoint.tensors[name]
-        tensors.append(Stored(name, entry.dtype, entry.shape, partial(component.checkpoint.read, name)))
+    markers = {name: component.checkpoint for component, _ in held.values() for name in component.markers}
+    for name, checkpoint in markers.items():
+        entry = checkpoint.tensors[name]
+        tensors.append(Stored(name, entry.dtype, entry.shape, partial(checkpoint.read, name)))
     metadata.pop(WORDS, None)  # a LoRA may have brought others
     return tensors, {**metadata, "eridiff.config": json.dumps(configs, sort_keys=True)}
 
@@ -210,7 +194,7 @@ def _file(
 def counted(where: Tensor) -> int:
     """How many are true, over all ranks of a sharded tensor."""
     number: Any = where.sum()
-    return int(number.full_tensor() if is_sharded(number) else number)
+    return int(number.full_tensor() if inplace.is_sharded(number) else number)
 
 
 class _Count:
@@ -220,32 +204,28 @@ class _Count:
         self.tensors, self.changed, self.lost = dict[str, None](), 0, 0
         self.widened = ""  # the first layer that a control LoRA enlarges
 
-    def merged(
+    def made(
         self, read: Callable[[str], Tensor], parts: Mapping[str, list[Part]], dtypes: Mapping[str, torch.dtype], name: str
     ) -> Tensor:  # fmt: skip
+        """A file's tensor, changed if parts are for it."""
         old = read(name)
-        if name not in parts:
-            return old
-        new, changed, lost = _merged(old, parts[name], torch.promote_types(old.dtype, torch.float32), dtypes[name])
+        wide = torch.promote_types(old.dtype, torch.float32)
+        return self.merged(name, old, parts[name], wide, dtypes[name]) if name in parts else old
+
+    def merged(self, name: str, old: Tensor, parts: Sequence[Part], within: torch.dtype, dtype: torch.dtype) -> Tensor:
+        """A tensor with changes in it, computed `within` a dtype and rounded once to its own."""
+        base = inplace.enlarged(old.to(within), parts)
+        exact = inplace.changed_tensor(base, parts)
+        new, differ = exact.to(dtype), exact != base
         self.tensors[name] = None
-        self.changed, self.lost = self.changed + changed, self.lost + lost
+        self.changed, self.lost = self.changed + counted(differ), self.lost + counted(differ & (new == base.to(dtype)))
         return new
 
-    def told(self) -> Merged:
-        return Merged({}, tuple(self.tensors), self.changed, self.lost)
+    def told(self, state: dict[str, Tensor]) -> Merged:
+        return Merged(state, tuple(self.tensors), self.changed, self.lost)
 
 
-def _merged(old: Tensor, parts: Sequence[Part], within: torch.dtype, dtype: torch.dtype) -> tuple[Tensor, int, int]:
-    """A tensor with changes in it, computed `within` a dtype and rounded once; how many weights change, how many do not after that."""
-    base = old.to(within)
-    for part in parts:
-        base = base if part.bias else widened(base, part.item)
-    exact = changed_tensor(base, parts)
-    new, differ = exact.to(dtype), exact != base
-    return new, counted(differ), counted(differ & (new == base.to(dtype)))
-
-
-class MergedModule:
+class MergedModule(AbstractContextManager["MergedModule"]):
     """A module with a LoRA in its weights, and its own weights kept beside it; `restore()`, or the end of a `with`, brings them back."""
 
     def __init__(self, module: nn.Module, merged: Merged) -> None:
@@ -253,16 +233,12 @@ class MergedModule:
 
     def restore(self) -> None:
         """The module's own tensors again, bit for bit, or with what other LoRAs do to them; a second call does nothing."""
-        for name in self.originals:
-            restore(self.module, name, self)
+        inplace.restore(self.module, self)
 
     @property
     def originals(self) -> dict[str, Tensor]:
         """The module's own tensors, until `restore`."""
-        return originals(self.module, self)
-
-    def __enter__(self) -> "MergedModule":
-        return self
+        return inplace.originals(self.module, self)
 
     def __exit__(self, *_: object) -> None:
         self.restore()
@@ -279,12 +255,12 @@ def merge_into(
     enlarges a layer is not merged in place.
     """
     names = [*dict(module.named_parameters()), *dict(module.named_buffers())]
-    merged = merge_lora({name: original(module, name) for name in names}, lora, scale, dtype=dtype, dora=dora)
-    wider = next((n for n in merged.tensors if merged.state[n].shape != original(module, n).shape), None)
+    merged = merge_lora({name: inplace.original(module, name) for name in names}, lora, scale, dtype=dtype, dora=dora)
+    wider = next((n for n in merged.tensors if merged.state[n].shape != inplace.original(module, n).shape), None)
     if wider:
         raise LoraError(f"the LoRA enlarges {wider}: attach it, or merge it into a state dict")
     found = MergedModule(module, replace(merged, state={}))
     for name, parts in parts_of([(item, scale) for item in lora.items], dora).items():
         if name in merged.tensors:
-            change_in_place(module, name, found, parts, merged=merged.state[name], dtype=dtype)
+            inplace.change_in_place(module, name, found, parts, merged=merged.state[name], dtype=dtype)
     return found

@@ -4,8 +4,8 @@ No second table of names: what a published layout calls a tensor, a LoRA file ca
 """
 
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -72,43 +72,31 @@ class Names:
 
     def __init__(self, network: str, shapes: Mapping[str, Shape], config: Any = None) -> None:
         """`shapes` are those of the network's tensors, by native name."""
-        self.network = network
-        self.shapes = shapes
+        self.network, self.shapes, self.sizes = network, shapes, sizes_of(config)
         self.targets: dict[str, Target] = {}  # by published names; by its own for another module
         self.own: dict[str, Target] = {}  # by eridiff's names, which are in files without a prefix alone
         for native in shapes:
             self._add(self.own if network in DENOISERS else self.targets, native, Target(network, *_split(native)))
-        self.lacks = root_that_lacks(network, shapes)
+        # what stands before the names of a CLIP in the key map, and not in a module of transformers 5.6 and later
+        flat = network in ("clip", "clip_g") and not any(name.startswith("text_model.") for name in shapes)
+        self.lacks = "text_model." if flat else ""
         if network:
-            sizes = sizes_of(config)
-            natives = {rooted(name, self.lacks): shape for name, shape in shapes.items()}
-            for layout in layouts_of(network):
-                for entry in layout.spellings(natives, sizes):
-                    self._add_entry(entry)
-            for native in shapes:
-                for rule in key_map(network).lora_rules:
-                    if found_entry := rule.entry(native, sizes):
-                        self._add_entry(found_entry)
+            natives, rules = [rooted(name, self.lacks) for name in shapes], key_map(network).lora_rules
+            entries = [e for layout in layouts_of(network) for e in layout.spellings(natives, self.sizes)]
+            entries += [e for native in shapes for rule in rules if (e := rule.entry(native, self.sizes))]
+            for entry in entries:
+                self._add_entry(entry)
         self.underscored = {name.replace(".", "_"): target for name, target in self.targets.items()}
 
     def _add_entry(self, entry: Entry) -> None:
         native = entry.native.removeprefix(self.lacks)
-        module, parameter = _split(native)
-        if entry.operation == "rows":
-            start = 0
-            for name, shape in zip(entry.foreign, entry.foreign_shapes(self.shapes[native]), strict=True):
-                if name:
-                    self._add(self.targets, name, Target(self.network, module, parameter, (start, start + shape[0])))
-                start += shape[0]
-        elif entry.operation != "transpose":  # no LoRA file has such a name
-            for name in entry.foreign:
-                target = Target(self.network, module, parameter, swapped=entry.operation == "swap_halves")
+        for name, target in targets_of(entry, Target(self.network, *_split(native)), self.shapes[native]).items():
+            if name and entry.operation != "transpose":  # of which no LoRA file has a name
                 self._add(self.targets, name, target)
 
     def _add(self, table: dict[str, Target], foreign: str, target: Target) -> None:
         """A tensor is known by its own name, and a weight, or a norm's scale, by its module's too."""
-        owner, last = _split(foreign)
-        for name in (foreign, owner) if last in ("weight", "scale") else (foreign,):
+        for name in (foreign, module_of(foreign)):
             known = table.setdefault(name, target)
             if known != target:
                 raise LoraError(f"the name '{name}' means both {known} and {target}; the key map must tell them apart")
@@ -123,6 +111,19 @@ def _split(name: str) -> tuple[str, str]:
     return module, last
 
 
+def targets_of(entry: Entry, target: Target, shape: Shape) -> dict[str, Target]:
+    """What each foreign tensor of an entry is of a native one of this shape."""
+    if entry.operation == "rows":
+        return {name: replace(target, rows=rows) for name, rows in entry.rows_of(shape).items()}
+    return dict.fromkeys(entry.foreign, replace(target, swapped=entry.operation == "swap_halves"))
+
+
+def module_of(name: str) -> str:
+    """The module of a weight or of a norm's scale; another tensor is known by its own name."""
+    module, last = _split(name)
+    return module if last in ("weight", "scale") else name
+
+
 def names_of(network: str, module: nn.Module | Mapping[str, Tensor]) -> Names:
     """The names of a module, or of a text encoder's native state dict."""
     tensors = dict(module.named_parameters()) if isinstance(module, nn.Module) else module  # a shared one once
@@ -133,12 +134,6 @@ def names_of(network: str, module: nn.Module | Mapping[str, Tensor]) -> Names:
         return Names(network, shapes, getattr(module, "config", None))
     except CheckpointError as error:
         raise LoraError(f"what is given as '{network}' has other names than this package's modules: {error}") from None
-
-
-def root_that_lacks(network: str, shapes: Iterable[str]) -> str:
-    """What stands before the names of a CLIP in the key map, and not in a module of transformers 5.6 and later."""
-    flat = network in ("clip", "clip_g") and not any(name.startswith("text_model.") for name in shapes)
-    return "text_model." if flat else ""
 
 
 def rooted(name: str, root: str) -> str:

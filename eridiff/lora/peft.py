@@ -25,16 +25,8 @@ HARMLESS = frozenset({  # about training, or about which modules have tensors, w
     "ensure_weight_tying", "rank_dropout", "module_dropout", "rank_dropout_scale", "use_effective_conv2d", "decompose_both",
     "decompose_factor",
 })  # fmt: skip
-STARTS = (
-    None,
-    True,
-    False,
-    "gaussian",
-    "orthogonal",
-    "eva",
-    "mica",
-    "lycoris",
-)  # beginnings that leave the base as it is
+# beginnings that leave the base as it is
+STARTS = (None, True, False, "gaussian", "orthogonal", "eva", "mica", "lycoris")
 OTHER_BASE = r"pissa(_niter_\d+)?|olora|corda|loftq|lora_ga"
 
 

@@ -24,25 +24,18 @@ def part_of(items: Sequence[Item], part: Target, rows: int) -> Item | None:
     Raises LoraError where that is not an item of a known kind.
     """
     start, stop = part.rows or (0, rows)
-    native = [in_native_order(item) for item in items]
-    touching = []
-    for item in native:
-        first, last = item.target.rows or (0, rows)
-        if first < stop and start < last:
-            touching.append((first, last, item))
+    pieces = [(*(item.target.rows or (0, rows)), in_native_order(item)) for item in items]
+    touching = sorted((p for p in pieces if p[0] < stop and start < p[1]), key=lambda piece: piece[0])
     if not touching:
         return None
-    if len(touching) == 1 and touching[0][0] <= start and stop <= touching[0][1]:
-        first, last, item = touching[0]
+    first, last, item = touching[0]
+    if len(touching) == 1 and first <= start and stop <= last:
         found = item if (first, last) == (start, stop) else cut(item, start - first, stop - first)
-    elif all(start <= first and last <= stop for first, last, _ in touching):
-        found = stacked(sorted(touching, key=lambda piece: piece[0]), start, stop)
+    elif all(start <= begin and end <= stop for begin, end, _ in touching):
+        found = stacked(touching, start, stop)
     else:
         raise LoraError(f"{items[0].target.module}: the rows of its LoRA cross those of {part}")
-    if found is None:
-        return None
-    found = replace(found, target=replace(part, swapped=False))
-    return replace(in_native_order(replace(found, target=part)), target=part) if part.swapped else found
+    return None if found is None else replace(in_native_order(replace(found, target=part)), target=part)
 
 
 def along_rows(item: Item, name: str) -> bool:
@@ -93,8 +86,6 @@ def cut(item: Item, start: int, stop: int) -> Item | None:
 def stacked(pieces: Sequence[tuple[int, int, Item]], start: int, stop: int) -> Item:
     """Items of disjoint rows as one of rows [start, stop); rows without an item stay unchanged."""
     items = [item for _, _, item in pieces]
-    if len(pieces) == 1 and pieces[0][:2] == (start, stop):
-        return items[0]
     first = items[0]
     whole = sum(last - begin for begin, last, _ in pieces) == stop - start
     kinds = {item.kind for item in items}
@@ -102,48 +93,35 @@ def stacked(pieces: Sequence[tuple[int, int, Item]], start: int, stop: int) -> I
         raise LoraError(
             f"{first.target.module}: changes of the kind {' and '.join(sorted(kinds))} of some of its rows make none of the whole weight"
         )
-    names = list(dict.fromkeys(name for item in items for name in item.tensors if name != "down"))
-    for name in names:
-        if name in ("magnitude", "dora_scale", "set_weight") and not (
-            whole and all(name in item.tensors for item in items)
-        ):
+    for name in ("magnitude", "dora_scale", "set_weight"):
+        having = [name in item.tensors for item in items]
+        if any(having) and not (whole and all(having)):
             raise LoraError(
                 f"{first.target.module}: some of its rows have no {name}, which cannot be left out of a whole"
             )
-        if name == "dora_scale" and not all(along_rows(item, name) for item in items):
-            raise LoraError(
-                f"{first.target.module}: lengths of columns of parts are none of the whole; write diffusers"
-            )
+    if not all(along_rows(item, "dora_scale") for item in items if "dora_scale" in item.tensors):
+        raise LoraError(f"{first.target.module}: lengths of columns of parts are none of the whole; write diffusers")
     same_ratio = len({item.ratio for item in items}) == 1
     ratio = first.ratio if same_ratio else 1.0
-    tensors: dict[str, Tensor] = {}
-    shared = first.kind == "lora" and all(
-        "down" in i.tensors and torch.equal(i.tensors["down"], first.tensors["down"]) for i in items
-    )
-    rank = first.rank
-    if first.kind == "lora":
-        downs = [first.tensors["down"]] if shared else [item.tensors["down"] for item in items]
-        tensors["down"] = torch.cat(downs)
-        rank = len(tensors["down"])
     if not same_ratio and any(_rounds(i.tensors[n], i.ratio) for i in items for n in FOLDED if n in i.tensors):
         items = [replace(i, tensors={n: t.float() for n, t in i.tensors.items()}) for i in items]
-        tensors = {name: tensor.float() for name, tensor in tensors.items()}
+    tensors, rank, shared = dict[str, Tensor](), first.rank, False
+    if first.kind == "lora":
+        downs = [item.tensors["down"] for item in items]
+        shared = all(torch.equal(down, downs[0]) for down in downs)
+        tensors["down"] = torch.cat(downs[:1] if shared else downs)
+        rank = len(tensors["down"])
     column = 0
     for (begin, last, _), item in zip(pieces, items, strict=True):
-        place = slice(begin - start, last - start)
         for name, tensor in item.tensors.items():
             if name == "down":
                 continue
-            scaled = tensor if same_ratio or name not in FOLDED else tensor * item.ratio
+            shape = (rank or 0, *tensor.shape[2:]) if name == "up" else tensor.shape[1:]
+            own = tensors.setdefault(name, tensor.new_zeros(stop - start, *shape))[begin - start : last - start]
             if name == "up":
-                width = tensor.shape[1]
-                shape = (stop - start, rank or 0, *tensor.shape[2:])
-                into = tensors.setdefault(name, tensor.new_zeros(shape))
-                into[place, column : column + width] = scaled
-                column += 0 if shared else width
-            else:
-                into = tensors.setdefault(name, tensor.new_zeros(stop - start, *tensor.shape[1:]))
-                into[place] = scaled
+                own = own.narrow(1, column, tensor.shape[1])
+                column += 0 if shared else tensor.shape[1]
+            own.copy_(tensor if same_ratio or name not in FOLDED else tensor * item.ratio)
     alpha = None if rank is None or all(item.alpha is None for item in items) and ratio == 1 else ratio * rank
     return replace(first, tensors=tensors, ratio=ratio, alpha=alpha, rank=rank)
 

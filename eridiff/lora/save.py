@@ -8,7 +8,7 @@ native is this package's names.
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +20,8 @@ from eridiff.errors import LoraError
 from eridiff.lora.attach import LoraSet
 from eridiff.lora.deltas import Item
 from eridiff.lora.load import Lora, Network
-from eridiff.lora.names import Target, names_of, network_of, root_that_lacks, rooted
+from eridiff.lora.names import Names, Target, module_of, names_of, network_of, rooted, targets_of
 from eridiff.lora.rows import part_of
-from eridiff.weights.detect import sizes_of
 from eridiff.weights.keymap import key_map
 from eridiff.weights.locate import DENOISERS
 from eridiff.weights.save import write_tensors
@@ -40,14 +39,6 @@ DIFFUSERS_ENCODERS = {  # denoiser -> the text encoders in the order in which di
     "flux": ("clip", "t5"), "mmdit": ("clip", "clip_g", "t5"), "unet": ("clip", "clip_g"), "": ("clip", "clip_g", "t5"),
 }  # fmt: skip
 ARCHITECTURES = {"flux": "flux-1-dev", "mmdit": "stable-diffusion-3", "unet": "stable-diffusion-xl-v1-base"}
-
-
-@dataclass(frozen=True)
-class Part:
-    """A module of a layout: its name there, and which rows of our weight it is."""
-
-    name: str
-    target: Target
 
 
 def save_lora(
@@ -68,13 +59,12 @@ def save_lora(
     if networks is None:
         raise LoraError("say which networks the LoRA is for: its names follow those networks'")
     tensors, told = lora_tensors(lora, networks, format=format or ("native" if "" in lora.networks else "kohya"))
-    matrices = {
-        name for name, t in tensors.items() if t.is_floating_point() and not name.endswith(".alpha")
-    }  # a number stays
-    kept = {n: t.detach().cpu().to(dtype if dtype and n in matrices else t.dtype).contiguous().clone() for n, t in tensors.items()}  # fmt: skip
-    return write_tensors(
-        kept, path, {"format": "pt", "software": f"eridiff {eridiff.__version__}", **told, **(metadata or {})}
-    )
+    kept = {}
+    for name, tensor in tensors.items():
+        matrix = tensor.is_floating_point() and not name.endswith(".alpha")  # a number stays
+        kept[name] = tensor.detach().cpu().to(dtype if dtype and matrix else tensor.dtype).contiguous().clone()
+    software = {"format": "pt", "software": f"eridiff {eridiff.__version__}"}
+    return write_tensors(kept, path, {**software, **told, **(metadata or {})})
 
 
 def lora_tensors(
@@ -87,9 +77,7 @@ def lora_tensors(
     lacking = [name for name in lora.networks if name not in given]
     if lacking:
         raise LoraError(f"the LoRA changes {lacking[0]}, which is not given")
-    denoiser = next(
-        (name for name in lora.networks if name in DENOISERS), next((n for n in given if n in DENOISERS), "")
-    )
+    denoiser = next((name for name in (*lora.networks, *given) if name in DENOISERS), "")
     items = [
         (prefix_of(format, network, denoiser), item)
         for network in lora.networks
@@ -118,38 +106,25 @@ def regrouped(lora: Lora, network: Network, format: str) -> list[Item]:
     by_tensor: dict[str, list[Item]] = {}
     for item in lora.items:
         by_tensor.setdefault(item.target.name, []).append(item)
-    shapes = names_of(lora.networks[0], network).shapes
+    names = names_of(lora.networks[0], network)
     result = []
-    for name, items in by_tensor.items():
-        rows = shapes[name][0]
-        for part in _parts(lora.networks[0], network, name, shapes, format):
-            found = part_of(items, part.target, rows)
+    for native, items in by_tensor.items():
+        for key, target in _modules(names, native, format).items():
+            found = part_of(items, target, names.shapes[native][0])
             if found is not None:
-                result.append(
-                    Item(part.name, part.target, found.kind, found.tensors, found.ratio, found.alpha, found.rank)
-                )
+                result.append(replace(found, key=key, target=target))
     return result
 
 
-def _parts(network: str, given: Network, name: str, shapes: Mapping[str, tuple[int, ...]], format: str) -> list[Part]:
-    """The modules that hold a native tensor in a format's layout."""
-    module, _, parameter = name.rpartition(".")
-    whole = Target(network, module, parameter)
-    if format == "native" or not network:
-        return [Part(module if parameter in ("weight", "scale") else name, whole)]
-    layout = key_map(network).layouts[LAYOUTS[format] if network in DENOISERS else "huggingface"]
-    config = getattr(given, "config", None)
-    native = rooted(name, root_that_lacks(network, shapes))
-    entry = layout.entry(native, sizes_of(config))
-    parts, start = [], 0
-    for foreign, shape in zip(entry.foreign, entry.foreign_shapes(shapes[name]), strict=True):
-        owner, _, last = foreign.rpartition(".")
-        target = Target(network, module, parameter, swapped=entry.operation == "swap_halves")
-        if entry.operation == "rows":
-            target = Target(network, module, parameter, (start, start + shape[0]))
-            start += shape[0]
-        parts.append(Part(owner if last in ("weight", "scale") else foreign, target))
-    return parts
+def _modules(names: Names, native: str, format: str) -> dict[str, Target]:
+    """The modules that hold a native tensor in a format's layout, and which rows of it each is."""
+    module, _, parameter = native.rpartition(".")
+    whole = Target(names.network, module, parameter)
+    if format == "native" or not names.network:
+        return {module_of(native): whole}
+    layout = key_map(names.network).layouts[LAYOUTS[format] if names.network in DENOISERS else "huggingface"]
+    targets = targets_of(layout.entry(rooted(native, names.lacks), names.sizes), whole, names.shapes[native])
+    return {module_of(foreign): target for foreign, target in targets.items()}
 
 
 def _kohya(item: Item) -> dict[str, Tensor]:
@@ -157,10 +132,8 @@ def _kohya(item: Item) -> dict[str, Tensor]:
     names = {"down": ".lora_down.weight", "up": ".lora_up.weight", "mid": ".lora_mid.weight", "multiplier": ".weight"}
     result: dict[str, Tensor] = {}
     for role, tensor in item.tensors.items():
-        if role == "up_bias":
-            result[".diff_b"] = result.get(".diff_b", torch.zeros(())) + item.ratio * tensor
-        elif role == "diff_b":
-            result[".diff_b"] = result.get(".diff_b", torch.zeros(())) + tensor
+        if role in ("up_bias", "diff_b"):
+            result[".diff_b"] = item.bias_delta(torch.zeros_like(tensor))
         elif role == "magnitude":
             result[".dora_scale"] = tensor.reshape(-1, *[1] * (item.tensors["down"].ndim - 1))
         else:
@@ -224,12 +197,11 @@ def _metadata(items: list[tuple[str, Item]], format: str, denoiser: str) -> dict
         keys = {item.key.removeprefix("text_model."): item for item in own}
         anchor = {key: "" if item.key.startswith("text_model.") else "^" for key, item in keys.items()}
         names = {f"{anchor[key]}{key.replace('.', r'[.]')}": item for key, item in keys.items()}
+        alphas_of = {name: item.ratio * (item.rank or 0) for name, item in names.items()}
         said = {
             "r": rank, "lora_alpha": rank, "target_modules": sorted(keys),
             "rank_pattern": {name: item.rank for name, item in names.items() if item.rank != rank},
-            "alpha_pattern": {
-                name: _whole(item.ratio * (item.rank or 0)) for name, item in names.items() if item.ratio * (item.rank or 0) != rank
-            },
+            "alpha_pattern": {name: _whole(alpha) for name, alpha in alphas_of.items() if alpha != rank},
             "use_dora": any(item.dora for item in own), "use_rslora": False, "fan_in_fan_out": False, "bias": "none",
             "lora_bias": any("up_bias" in item.tensors or "diff_b" in item.tensors for item in own),
         }  # fmt: skip

@@ -26,9 +26,8 @@ from eridiff.models.autoencoder import Autoencoder
 from eridiff.models.flux import Flux
 from eridiff.models.mmdit import MMDiT
 from eridiff.models.unet import UNet
-from eridiff.text.encoders import empty_encoder
+from eridiff.text.encoders import empty
 from eridiff.weights.detect import Component
-from eridiff.weights.load import NETWORKS
 
 STAGES = {  # component -> stage, in order
     "clip": "CLIP", "clip_g": "CLIP-G", "t5": "T5", "flux": "denoising", "mmdit": "denoising", "unet": "denoising", "vae": "decoding",
@@ -78,11 +77,16 @@ class Fused(TorchFunctionMode):
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if function is F.scaled_dot_product_attention:
-            query, _, value = args[:3]
-            return query.new_empty(*query.shape[:-1], value.shape[-1])
+            return self.attention(*args, **(kwargs or {}))
         if function is F.rms_norm:
-            return torch.empty_like(args[0], memory_format=torch.contiguous_format)
+            return self.norm(args[0])
         return function(*args, **(kwargs or {}))
+
+    def attention(self, query: Tensor, key: Tensor, value: Tensor, *_: object, **__: object) -> Tensor:
+        return query.new_empty(*query.shape[:-1], value.shape[-1])
+
+    def norm(self, x: Tensor) -> Tensor:
+        return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 def peak_bytes(work: Callable[[], object], cpu: bool = False) -> int:
@@ -145,7 +149,7 @@ def stages(
     for network, stage in STAGES.items():
         if network in components:
             own = dtype[network] if isinstance(dtype, Mapping) else dtype
-            module = _empty(components[network]).to(own)
+            module = empty(components[network]).to(own)
             weights = sum(t.nbytes for t in [*module.parameters(), *module.buffers()])
             linears = [m for m in module.modules() if isinstance(m, nn.Linear)] if network != "vae" else []
             visiting, by_layer = (_but_the_largest(layers) for layers in (asked_once(module), linears))
@@ -159,13 +163,6 @@ def _but_the_largest(layers: Sequence[nn.Module]) -> int:
     """Bytes of all layers' parameters but one's."""
     sizes = [sum(p.nbytes for p in layer.parameters()) for layer in layers]
     return sum(sizes) - max(sizes, default=0)
-
-
-def _empty(component: Component) -> Any:
-    if component.network not in NETWORKS:
-        return empty_encoder(component)
-    with torch.device("meta"):
-        return NETWORKS[component.network](component.config)
 
 
 def _run(

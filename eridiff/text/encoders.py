@@ -6,6 +6,7 @@ Sources: Radford et al. 2021 (CLIP), Raffel et al. 2020 (T5); which output a fam
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from eridiff.weights.configs import DESCRIPTIONS
 from eridiff.weights.detect import Component, detect
 from eridiff.weights.header import open_checkpoint
 from eridiff.weights.hub import resolve
-from eridiff.weights.load import NETWORKS, read_state
+from eridiff.weights.load import NETWORKS, built_on_meta, empty_network, read_state
 from eridiff.weights.locate import TEXT_ENCODERS, locate_part
 
 PUBLISHED: dict[str, dict[str, Any]] = {  # sizes by transformers' names
@@ -225,7 +226,7 @@ def build_encoder(
 
     Raises CheckpointError, with the names, for anything missing, unknown or misshapen.
     """
-    module = empty_encoder(component)
+    module = empty(component)
     wanted = {name: tuple(t.shape) for name, t in module.state_dict().items() if name != "encoder.embed_tokens.weight"}
     state = read_state(component, wanted, dtype=dtype, device=device, progress=progress)
     if component.network == "t5":
@@ -244,22 +245,10 @@ def build_encoder(
 
 
 def empty(component: Component) -> Any:
-    """The module of any component, on the meta device: its names and sizes."""
-    if component.network not in NETWORKS:
-        return empty_encoder(component)
-    with torch.device("meta"):
-        return NETWORKS[component.network](component.config)
-
-
-def empty_encoder(component: Component) -> Any:
-    """The transformers module of a component, on the meta device; raises ConfigError for sizes that transformers refuses."""
-    try:
-        return _on_meta(component.network, component.config)
-    except Exception as error:  # transformers validates by an error of its own
-        reason = " ".join(str(error.__cause__ or error).split())
-        raise ConfigError(
-            f"{component.checkpoint.path}: no {component.network} has this configuration: {reason}"
-        ) from None
+    """The module of any component, on the meta device: its names and sizes; raises ConfigError for sizes of no module."""
+    if component.network in NETWORKS:
+        return empty_network(component)
+    return built_on_meta(component, partial(_on_meta, component.network))
 
 
 def published_encoder(network: str) -> Any:

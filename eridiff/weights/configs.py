@@ -1,8 +1,8 @@
 """The configuration of a network from the shapes of its tensors, compared with what a config.json says of them."""
 
 import math
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, NoReturn
 
 from eridiff.errors import CheckpointError, ConfigError, quoted
 from eridiff.models.autoencoder import PRESETS as AUTOENCODER_PRESETS
@@ -11,120 +11,161 @@ from eridiff.models.flux import FluxConfig
 from eridiff.models.mmdit import MMDiTConfig
 from eridiff.models.unet import RESIDUAL_BLOCKS, UNetConfig
 from eridiff.weights.header import Checkpoint
-from eridiff.weights.keymap import Shape
+from eridiff.weights.keymap import Layout, Shape
 
-ShapeOf = Callable[..., Shape | None]  # a native name, and sizes of its key map -> the shape, None where it is absent
+USUAL_SIZES = {"levels": 4, "hidden": 0, "mlp": 0, "middle_attends": 1}  # where only names are asked for
 DESCRIPTIONS = {
     "flux": "a Flux", "mmdit": "a Stable Diffusion 3", "unet": "an SDXL", "vae": "an autoencoder", "clip": "a CLIP text encoder",
     "clip_g": "a CLIP-G text encoder", "t5": "a T5 text encoder",
 }  # fmt: skip
 
 
-def flux_config(shape_of: ShapeOf, checkpoint: Checkpoint) -> FluxConfig:
-    def shape(name: str) -> Shape:
-        return _needed(shape_of, checkpoint, "flux", name)
+class Shapes:
+    """The shapes that a file gives the tensors of one network, by native name."""
 
-    hidden, in_channels = shape("image_in.weight")
-    head = (shape_of("double_blocks.0.image.k_norm.weight") or (128,))[0]
+    def __init__(self, family: str, layout: Layout, prefix: str, checkpoint: Checkpoint) -> None:
+        self.family, self.layout, self.prefix, self.checkpoint = family, layout, prefix, checkpoint
+        self.held = {name.removeprefix(prefix) for name in checkpoint.tensors if name.startswith(prefix)}
+
+    def find(self, native: str, **sizes: int) -> Shape | None:
+        """None where it is absent, or a lone number. Raises CheckpointError for one of size 0, as sizes are divided by sizes."""
+        entry = self.layout.entry(native, USUAL_SIZES | sizes, self.held)
+        shapes = {n: self.checkpoint.tensors[self.prefix + n].shape for n in entry.foreign if n in self.held}
+        if len(shapes) != len(entry.foreign) and not (shapes and entry.operation == "alias"):
+            return None
+        empty = next((name for name, shape in shapes.items() if 0 in shape), None)
+        if empty is not None:
+            self.refuse(f"{quoted(self.prefix + empty)} of the shape {list(shapes[empty])} is empty")
+        return entry.native_shape(list(shapes.values())) if all(shapes.values()) else None
+
+    def need(self, native: str, dimensions: int = 2) -> Shape:
+        """The shape of a tensor that every network of the family has; raises CheckpointError where the file lacks it."""
+        found = self.find(native)
+        if found is None or len(found) != dimensions:
+            raise CheckpointError(
+                f"{quoted(self.checkpoint.path)} looks like {DESCRIPTIONS[self.family].split(' ', 1)[1]} but has no "
+                f"{dimensions}-dimensional tensor for {native}; it is incomplete"
+            )
+        return found
+
+    def first(self, native: str, usual: int) -> int:
+        """The first size of a tensor that a file may lack."""
+        return (self.find(native) or (usual,))[0]
+
+    def count(self, *patterns: str, **sizes: int) -> int:
+        """One more than the highest number for which a pattern's tensor exists; a few may be missing between."""
+        highest, number = 0, 0
+        while number < highest + 8:
+            number += 1
+            if any(self.find(pattern.format(number - 1), **sizes) for pattern in patterns):
+                highest = number
+        return highest
+
+    def heads(self, width: int, head: int) -> int:
+        """How many heads of `head` features a width has; raises CheckpointError where it cannot be divided."""
+        if width % head:
+            self.refuse(f"a width of {width} is not a multiple of the {head} features of a head")
+        return width // head
+
+    def refuse(self, problem: str) -> NoReturn:
+        """CheckpointError for tensors of which no network is made."""
+        raise CheckpointError(f"{quoted(self.checkpoint.path)}: {problem}{self.checkpoint.remedy('download it again')}")
+
+
+def flux_config(shapes: Shapes) -> FluxConfig:
+    checkpoint = shapes.checkpoint
+    hidden, in_channels = shapes.need("image_in.weight")
+    head = shapes.first("double_blocks.0.image.k_norm.weight", 128)
     usual = (16, 56, 56) if head == 128 else (0, 0, head)
     axes = checkpoint.config.get("axes_dims_rope") or usual
     sizes = axes if isinstance(axes, list | tuple) and all(type(n) is int and n >= 0 for n in axes) else ()
     if axes is not usual and (len(sizes) != 3 or sum(sizes) != head or any(size % 2 for size in sizes)):
-        raise ConfigError(
-            f"{quoted(checkpoint.path)}: {checkpoint.config_name} says axes_dims_rope {quoted(axes)}, three even sizes are "
-            f"needed that add up to the {head} features of a head"
-        )
+        needed = f"three even sizes are needed that add up to the {head} features of a head"
+        _misstated(checkpoint, f"axes_dims_rope {quoted(axes)}, {needed}")
     found = FluxConfig(
         in_channels=in_channels,
-        out_channels=shape("final.linear.weight")[0],
-        pooled_width=shape("pooled_in.in_layer.weight")[1],
-        text_width=shape("text_in.weight")[1],
-        hidden=hidden,
-        heads=hidden // head,
-        mlp_ratio=shape("double_blocks.0.image.mlp.0.weight")[0] / hidden,
-        double_depth=_count(shape_of, "double_blocks.{}.image.proj.weight", "double_blocks.{}.text.proj.weight"),
-        single_depth=_count(shape_of, "single_blocks.{}.linear2.weight", "single_blocks.{}.modulation.weight"),
+        **_transformer_sizes(shapes, hidden, head, "double_blocks.0.image.mlp.0.weight"),
+        out_channels=shapes.need("final.linear.weight")[0],
+        double_depth=shapes.count("double_blocks.{}.image.proj.weight", "double_blocks.{}.text.proj.weight"),
+        single_depth=shapes.count("single_blocks.{}.linear2.weight", "single_blocks.{}.modulation.weight"),
         rope_axes=tuple(axes),
-        guidance=shape_of("guidance_in.in_layer.weight") is not None,
+        guidance=shapes.find("guidance_in.in_layer.weight") is not None,
     )
     _agree(_flux_said(found), checkpoint)
     return found
 
 
-def mmdit_config(shape_of: ShapeOf, checkpoint: Checkpoint) -> MMDiTConfig:
-    def shape(name: str, dimensions: int = 2) -> Shape:
-        return _needed(shape_of, checkpoint, "mmdit", name, dimensions)
-
-    hidden, in_channels, *patch = shape("image_in.weight", 4)
-    positions = shape("positions.table", 3)[1]
+def mmdit_config(shapes: Shapes) -> MMDiTConfig:
+    hidden, in_channels, *patch = shapes.need("image_in.weight", 4)
+    positions = shapes.need("positions.table", 3)[1]
     side = math.isqrt(positions)
     if side * side != positions:
-        raise CheckpointError(
-            f"{quoted(checkpoint.path)}: its table of {positions} positions is not a square{checkpoint.remedy('download it again')}"
-        )
-    depth = _count(shape_of, "joint_blocks.{}.image.qkv.weight", "joint_blocks.{}.text.qkv.weight")
-    norm = shape_of("joint_blocks.0.text.k_norm.weight")
-    told = checkpoint.config.get("attention_head_dim")  # which leaves no trace in shapes without the norm
-    head = (
-        norm[0] if norm else told if type(told) is int and told > 0 and hidden % told == 0 else 64
-    )  # as all published
+        shapes.refuse(f"its table of {positions} positions is not a square")
+    depth = shapes.count("joint_blocks.{}.image.qkv.weight", "joint_blocks.{}.text.qkv.weight")
+    norm = shapes.find("joint_blocks.0.text.k_norm.weight")
+    told = shapes.checkpoint.config.get("attention_head_dim")  # which leaves no trace in shapes without the norm
+    usual = told if type(told) is int and told > 0 and hidden % told == 0 else 64  # as all published
     found = MMDiTConfig(
         in_channels=in_channels,
-        out_channels=shape("final.linear.weight")[0] // 4,
-        pooled_width=shape("pooled_in.in_layer.weight")[1],
-        text_width=shape("text_in.weight")[1],
-        hidden=hidden,
-        heads=hidden // head,
-        mlp_ratio=shape("joint_blocks.0.image.mlp.0.weight")[0] / hidden,
+        **_transformer_sizes(shapes, hidden, norm[0] if norm else usual, "joint_blocks.0.image.mlp.0.weight"),
+        out_channels=shapes.need("final.linear.weight")[0] // 4,
         depth=depth,
         table_side=side,
         qk_norm=norm is not None,
-        dual_blocks=tuple(i for i in range(depth) if shape_of(f"joint_blocks.{i}.image.qkv2.weight")),
+        dual_blocks=tuple(i for i in range(depth) if shapes.find(f"joint_blocks.{i}.image.qkv2.weight")),
     )
-    _agree(_mmdit_said(found) | {"patch_size": patch[0]}, checkpoint)
+    _agree(_mmdit_said(found) | {"patch_size": patch[0]}, shapes.checkpoint)
     return found
 
 
-def unet_config(shape_of: ShapeOf, checkpoint: Checkpoint) -> UNetConfig:
+def _transformer_sizes(shapes: Shapes, hidden: int, head: int, mlp: str) -> dict[str, Any]:
+    """What Flux and SD 3 have in common."""
+    return {
+        "pooled_width": shapes.need("pooled_in.in_layer.weight")[1],
+        "text_width": shapes.need("text_in.weight")[1],
+        "hidden": hidden,
+        "heads": shapes.heads(hidden, head),
+        "mlp_ratio": shapes.need(mlp)[0] / hidden,
+    }
+
+
+def unet_config(shapes: Shapes) -> UNetConfig:
     """Depths are counted one transformer at a time, as distilled SDXLs (SSD-1B, Vega) have others on the way up."""
+    checkpoint = shapes.checkpoint
+    channels, in_channels, *_ = shapes.need("conv_in.weight", 4)
+    levels = shapes.count("down.{}.residual.0.conv1.weight")
+    widths = [shapes.need(f"down.{level}.residual.0.conv1.weight", 4)[0] for level in range(levels)]
 
-    def shape(name: str, dimensions: int = 2) -> Shape:
-        return _needed(shape_of, checkpoint, "unet", name, dimensions)
+    def depths(way: str, level: int, transformers: int) -> tuple[int, ...]:
+        names = [f"{way}.{level}.transformer.{i}.blocks.{{}}.norm1.weight" for i in range(transformers)]
+        return tuple(shapes.count(name, levels=levels) for name in names)
 
-    def depth(transformer: str) -> int:
-        return _count(shape_of, f"{transformer}.blocks.{{}}.norm1.weight", levels=levels)
-
-    channels, in_channels, *_ = shape("conv_in.weight", 4)
-    levels = _count(shape_of, "down.{}.residual.0.conv1.weight")
-    widths = [shape(f"down.{level}.residual.0.conv1.weight", 4)[0] for level in range(levels)]
-    down = [[depth(f"down.{level}.transformer.{i}") for i in range(RESIDUAL_BLOCKS)] for level in range(levels)]
-    up = tuple(
-        tuple(depth(f"up.{level}.transformer.{i}") for i in range(RESIDUAL_BLOCKS + 1)) for level in range(levels)
-    )
-    middle = depth("middle.transformer.0")
+    down = [depths("down", level, RESIDUAL_BLOCKS) for level in range(levels)]
+    up = tuple(depths("up", level, RESIDUAL_BLOCKS + 1) for level in range(levels))
+    middle = shapes.count("middle.transformer.0.blocks.{}.norm1.weight", levels=levels)
     attends = {"middle_attends": min(middle, 1)}
-    residuals = [shape_of(f"middle.residual.{i}.norm1.weight", **attends) is not None for i in range(2)]
-    if not residuals[0] or any(len(set(depths)) > 1 for depths in down):
+    residuals = [shapes.find(f"middle.residual.{i}.norm1.weight", **attends) is not None for i in range(2)]
+    if not residuals[0] or any(len(set(level)) > 1 for level in down):
         raise CheckpointError(
             f"{quoted(checkpoint.path)} is a distilled SDXL of a kind that is not supported (KOALA and relatives): it has "
             "one block per stage, or no middle; SSD-1B and Vega are"
         )
-    same = tuple((depths[0],) * (RESIDUAL_BLOCKS + 1) for depths in down)
+    same = tuple((level[0],) * (RESIDUAL_BLOCKS + 1) for level in down)
     attention = next((level for level in range(levels) if down[level][0]), None)
     text = "middle.transformer.0" if attention is None else f"down.{attention}.transformer.0"
     found = UNetConfig(
         in_channels=in_channels,
-        out_channels=shape("conv_out.weight", 4)[0],
+        out_channels=shapes.need("conv_out.weight", 4)[0],
         channels=channels,
         channel_multipliers=tuple(width // channels for width in widths),
-        transformer_depths=tuple(depths[0] for depths in down),
+        transformer_depths=tuple(level[0] for level in down),
         up_depths=None if up == same else up,
         middle_depth=middle,
         middle_blocks=sum(residuals),
-        head_width=_head_width(checkpoint, widths, [depths[0] for depths in down]),
-        text_width=shape(f"{text}.blocks.0.cross_attention.k.weight")[1],
-        vector_width=shape("vector_in.in_layer.weight")[1],
-        guidance=shape_of("guidance_in.weight") is not None,
+        head_width=_head_width(checkpoint, widths, [level[0] for level in down]),
+        text_width=shapes.need(f"{text}.blocks.0.cross_attention.k.weight")[1],
+        vector_width=shapes.need("vector_in.in_layer.weight")[1],
+        guidance=shapes.find("guidance_in.weight") is not None,
     )
     _agree(_unet_said(found), checkpoint)
     _agree_on_depths(found, checkpoint)
@@ -136,17 +177,12 @@ def _head_width(checkpoint: Checkpoint, widths: list[int], depths: list[int]) ->
     stated = checkpoint.config.get("num_attention_heads") or checkpoint.config.get("attention_head_dim") or []
     heads = [stated] * len(widths) if type(stated) is int else stated
     if not isinstance(heads, list) or not all(type(count) is int and count > 0 for count in heads):
-        raise ConfigError(
-            f"{quoted(checkpoint.path)}: {checkpoint.config_name} says the heads {quoted(stated)}, not their numbers"
-        )
+        _misstated(checkpoint, f"the heads {quoted(stated)}, not their numbers")
     pairs = list(zip(widths, heads, strict=False))
     used = [pair for pair, depth in zip(pairs, depths, strict=False) if depth] or pairs[-1:]
     found = {width // count if width % count == 0 else 0 for width, count in used} or {64}
     if len(found) > 1 or 0 in found:
-        raise ConfigError(
-            f"{quoted(checkpoint.path)}: {checkpoint.config_name} says {quoted(stated)} heads for the widths {widths}; a UNet here has "
-            "heads of one width"
-        )
+        _misstated(checkpoint, f"{quoted(stated)} heads for the widths {widths}; a UNet here has heads of one width")
     return found.pop()
 
 
@@ -167,97 +203,78 @@ def _agree_on_depths(found: UNetConfig, checkpoint: Checkpoint) -> None:
             _contradiction(checkpoint, key, stated, own)
 
 
-def autoencoder_config(shape_of: ShapeOf, checkpoint: Checkpoint) -> AutoencoderConfig:
-    channels, in_channels = _needed(shape_of, checkpoint, "vae", "encoder.conv_in.weight", 4)[:2]
-    levels = _count(shape_of, "encoder.down.{}.block.0.conv1.weight")
-    widths = [(shape_of(f"encoder.down.{level}.block.0.conv1.weight") or (0,))[0] for level in range(levels)]
-    latent_channels = _needed(shape_of, checkpoint, "vae", "decoder.conv_in.weight", 4)[1]
+def autoencoder_config(shapes: Shapes) -> AutoencoderConfig:
+    checkpoint = shapes.checkpoint
+    channels, in_channels = shapes.need("encoder.conv_in.weight", 4)[:2]
+    levels = shapes.count("encoder.down.{}.block.0.conv1.weight")
+    widths = [shapes.first(f"encoder.down.{level}.block.0.conv1.weight", 0) for level in range(levels)]
+    latent_channels = shapes.need("decoder.conv_in.weight", 4)[1]
     published = AUTOENCODER_PRESETS["sdxl" if latent_channels == 4 else "flux"]
     statistics = {}
     for key, usual in (("scaling_factor", published.scale), ("shift_factor", published.shift)):
         value = checkpoint.config.get(key)
         if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
-            raise ConfigError(
-                f"{quoted(checkpoint.path)}: {checkpoint.config_name} says {key} {quoted(value)}, not a number"
-            )
+            _misstated(checkpoint, f"{key} {quoted(value)}, not a number")
         statistics[key] = usual if value is None else float(value)
     found = AutoencoderConfig(
         channels=channels,
         channel_multipliers=tuple(width // channels for width in widths),
-        residual_blocks=_count(shape_of, "encoder.down.0.block.{}.conv1.weight"),
+        residual_blocks=shapes.count("encoder.down.0.block.{}.conv1.weight"),
         latent_channels=latent_channels,
         scale=statistics["scaling_factor"],
         shift=statistics["shift_factor"],
-        quant_convolutions=shape_of("quant_conv.weight") is not None,
+        quant_convolutions=shapes.find("quant_conv.weight") is not None,
         stated="scaling_factor" in checkpoint.config,
     )
     _agree(_autoencoder_said(found) | {"in_channels": in_channels}, checkpoint)
     return found
 
 
-def clip_config(shape_of: ShapeOf, checkpoint: Checkpoint) -> dict[str, Any]:
-    whole = checkpoint.config.get("text_config")  # of a CLIP with its vision tower
-    stated = whole if isinstance(whole, dict) else checkpoint.config
-    vocabulary, width = _needed(shape_of, checkpoint, "clip", "text_model.embeddings.token_embedding.weight")
-    positions = (shape_of("text_model.embeddings.position_embedding.weight") or (77,))[0]
-    projection = shape_of("text_projection.weight")
+def clip_config(shapes: Shapes) -> dict[str, Any]:
+    config = shapes.checkpoint.config
+    whole = config.get("text_config")  # of a CLIP with its vision tower
+    stated = whole if isinstance(whole, dict) else config
+    vocabulary, width = shapes.need("text_model.embeddings.token_embedding.weight")
+    projection = shapes.find("text_projection.weight")
     found = {
         "vocab_size": vocabulary,
         "hidden_size": width,
-        "intermediate_size": (shape_of("text_model.encoder.layers.0.mlp.fc1.weight") or (4 * width,))[0],
+        "intermediate_size": shapes.first("text_model.encoder.layers.0.mlp.fc1.weight", 4 * width),
         "projection_dim": (projection or (width,))[0],
-        "num_hidden_layers": _count(shape_of, "text_model.encoder.layers.{}.mlp.fc1.weight"),
-        "max_position_embeddings": positions,
+        "num_hidden_layers": shapes.count("text_model.encoder.layers.{}.mlp.fc1.weight"),
+        "max_position_embeddings": shapes.first("text_model.embeddings.position_embedding.weight", 77),
     }
     # a text_config often repeats transformers' default of the projection, the whole CLIP's own is beside it
     compared = {k: v for k, v in found.items() if k != "projection_dim" or (projection and stated is not whole)}
-    _agree(compared, checkpoint, stated)
+    _agree(compared, shapes.checkpoint, stated)
     return found | {
-        "num_attention_heads": stated.get("num_attention_heads") or width // 64,  # 64 wide in every CLIP
+        # 64 wide in every CLIP; 0 where that cannot be
+        "num_attention_heads": stated.get("num_attention_heads") or (0 if width % 64 else width // 64),
         # the activation is not in the file: OpenAI's CLIP-L has the quick one, OpenCLIP's the exact one
         "hidden_act": stated.get("hidden_act") or ("quick_gelu" if width == 768 else "gelu"),
     }
 
 
-def t5_config(shape_of: ShapeOf, checkpoint: Checkpoint) -> dict[str, Any]:
+def t5_config(shapes: Shapes) -> dict[str, Any]:
     first, second = (f"encoder.block.{i}.layer.0.SelfAttention." for i in (0, 1))
-    if shape_of(second + "relative_attention_bias.weight"):
+    if shapes.find(second + "relative_attention_bias.weight"):
         raise CheckpointError(
-            f"{quoted(checkpoint.path)} is a UMT5 (each of its layers has a relative_attention_bias), which no Flux and no "
+            f"{quoted(shapes.checkpoint.path)} is a UMT5 (each of its layers has a relative_attention_bias), which no Flux and no "
             "SD 3 reads; give T5 v1.1 XXL"
         )
-    vocabulary, width = _needed(shape_of, checkpoint, "t5", "shared.weight")
-    buckets, heads = shape_of(first + "relative_attention_bias.weight") or (32, 64)
+    vocabulary, width = shapes.need("shared.weight")
+    bias = first + "relative_attention_bias.weight"
+    buckets, heads = shapes.need(bias) if shapes.find(bias) else (32, 64)
     found = {
         "vocab_size": vocabulary,
         "d_model": width,
-        "d_kv": (shape_of(first + "q.weight") or (heads * 64,))[0] // heads,
-        "d_ff": (shape_of("encoder.block.0.layer.1.DenseReluDense.wi_0.weight") or (0,))[0],
-        "num_layers": _count(shape_of, "encoder.block.{}.layer.0.SelfAttention.q.weight"),
+        "d_kv": shapes.first(first + "q.weight", heads * 64) // heads,
+        "d_ff": shapes.first("encoder.block.0.layer.1.DenseReluDense.wi_0.weight", 0),
+        "num_layers": shapes.count("encoder.block.{}.layer.0.SelfAttention.q.weight"),
         "num_heads": heads,
         "relative_attention_num_buckets": buckets,
     }
-    _agree(found, checkpoint)
-    return found
-
-
-def _count(shape_of: ShapeOf, *patterns: str, **sizes: int) -> int:
-    """One more than the highest number for which a pattern's tensor exists; a few may be missing between."""
-    highest, number = 0, 0
-    while number < highest + 8:
-        number += 1
-        if any(shape_of(pattern.format(number - 1), **sizes) for pattern in patterns):
-            highest = number
-    return highest
-
-
-def _needed(shape_of: ShapeOf, checkpoint: Checkpoint, family: str, name: str, dimensions: int = 2) -> Shape:
-    found = shape_of(name)
-    if found is None or len(found) != dimensions:
-        raise CheckpointError(
-            f"{quoted(checkpoint.path)} looks like {DESCRIPTIONS[family].split(' ', 1)[1]} but has no {dimensions}-dimensional "
-            f"tensor for {name}; it is incomplete"
-        )
+    _agree(found, shapes.checkpoint)
     return found
 
 
@@ -299,40 +316,40 @@ def check_fixed(
 
 
 def _contradiction(checkpoint: Checkpoint, key: str, stated: Any, found: Any) -> None:
-    raise ConfigError(
-        f"{quoted(checkpoint.path)}: {checkpoint.config_name} says {key} "
-        f"{stated if isinstance(stated, int | float) else quoted(stated, 60)}, the tensors say {found}"
-        f"{checkpoint.remedy('they are of two models')}"
-    )
+    told = stated if isinstance(stated, int | float) else quoted(stated, 60)
+    remedy = checkpoint.remedy("they are of two models")
+    _misstated(checkpoint, f"{key} {told}, the tensors say {found}{remedy}")
+
+
+def _misstated(checkpoint: Checkpoint, what: str) -> NoReturn:
+    raise ConfigError(f"{quoted(checkpoint.path)}: {checkpoint.config_name} says {what}")
 
 
 # the sizes as a config.json of diffusers says them: compared when a file is read, written when one is made -------------------
 
 
-def _flux_said(config: FluxConfig) -> dict[str, Any]:
+def _transformer_said(config: FluxConfig | MMDiTConfig, depth: int) -> dict[str, Any]:
     return {
         "in_channels": config.in_channels,
         "out_channels": config.out_channels,
-        "num_layers": config.double_depth,
-        "num_single_layers": config.single_depth,
+        "num_layers": depth,
         "num_attention_heads": config.heads,
         "attention_head_dim": config.hidden // config.heads,
         "joint_attention_dim": config.text_width,
         "pooled_projection_dim": config.pooled_width,
+    }
+
+
+def _flux_said(config: FluxConfig) -> dict[str, Any]:
+    return _transformer_said(config, config.double_depth) | {
+        "num_single_layers": config.single_depth,
         "guidance_embeds": config.guidance,
         "patch_size": 1,
     }
 
 
 def _mmdit_said(config: MMDiTConfig) -> dict[str, Any]:
-    return {
-        "in_channels": config.in_channels,
-        "out_channels": config.out_channels,
-        "num_layers": config.depth,
-        "num_attention_heads": config.heads,
-        "attention_head_dim": config.hidden // config.heads,
-        "joint_attention_dim": config.text_width,
-        "pooled_projection_dim": config.pooled_width,
+    return _transformer_said(config, config.depth) | {
         "caption_projection_dim": config.hidden,
         "pos_embed_max_size": config.table_side,
         "dual_attention_layers": list(config.dual_blocks),
@@ -391,9 +408,8 @@ def config_json(network: str, config: Any) -> dict[str, Any]:
             f"diffusers builds no UNet with {middle[0]} blocks and the depth {middle[1]} in the middle, and the depths {depths} down "
             f"and {config.depths_up} up; write the original layout"
         )
-    depths[-1] = (
-        depths[-1] or config.middle_depth
-    )  # the middle reads the last, which a stage without transformers does not
+    # the middle reads the last, which a stage without transformers does not
+    depths[-1] = depths[-1] or config.middle_depth
     kinds = ["CrossAttnDownBlock2D" if depth else "DownBlock2D" for depth in config.transformer_depths]
     upward = [list(level) for level in reversed(config.depths_up)]
     return {

@@ -4,25 +4,27 @@ import json
 import logging
 import re
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass, field, fields, is_dataclass, replace
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, is_dataclass, replace
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from functools import cache
 from typing import Any
 
 import yaml
+from torch import Tensor
 
 from eridiff.errors import CheckpointError, ConfigError, quoted
 from eridiff.weights import configs
 from eridiff.weights.configs import DESCRIPTIONS as DESCRIPTIONS
-from eridiff.weights.configs import ShapeOf, check_fixed
+from eridiff.weights.configs import USUAL_SIZES, Shapes, check_fixed
+from eridiff.weights.format import TensorEntry
 from eridiff.weights.header import Checkpoint
-from eridiff.weights.keymap import Layout, Shape, key_map, map_folder, without_wrappers
+from eridiff.weights.keymap import Layout, key_map, map_folder, without_wrappers
 
 log = logging.getLogger(__name__)
 # network -> the native names by which it is recognised, and what makes its configuration
-FAMILIES: dict[str, tuple[tuple[str, ...], Callable[[ShapeOf, Checkpoint], Any]]] = {
+FAMILIES: dict[str, tuple[tuple[str, ...], Callable[[Shapes], Any]]] = {
     "flux": (("double_blocks.0.image.k_norm.weight", "image_in.weight"), configs.flux_config),
     "mmdit": (("joint_blocks.0.text.qkv.weight", "positions.table"), configs.mmdit_config),
     "unet": (("vector_in.in_layer.weight", "conv_in.weight", "conv_out.weight"), configs.unet_config),
@@ -39,18 +41,14 @@ UNETS = {  # by the width of their texts
     2048: "a part of an SDXL",
     1280: "a part of an SDXL refiner",
 }
-USUAL_SIZES = {"levels": 4, "hidden": 0, "mlp": 0, "middle_attends": 1}  # where only names are asked for
 
 
 def sizes_of(config: Any) -> dict[str, Any]:
     """What the expressions of a key map may name: the fields and properties of a network's configuration, nothing of transformers'."""
     if not is_dataclass(config):
         return dict(config) if isinstance(config, Mapping) else {}
-    names = [
-        *(f.name for f in fields(config)),
-        *(n for n, v in vars(type(config)).items() if isinstance(v, property)),
-    ]
-    return {name: getattr(config, name) for name in names}
+    computed = [name for name, value in vars(type(config)).items() if isinstance(value, property)]
+    return vars(config) | {name: getattr(config, name) for name in computed}
 
 
 @dataclass(frozen=True)
@@ -72,6 +70,19 @@ class Component:
         """What the expressions of a key map may name."""
         return sizes_of(self.config)
 
+    @property
+    def entries(self) -> list[TensorEntry]:
+        """Of all its tensors in the file."""
+        return [self.entry(name) for name in self.keys]
+
+    def entry(self, name: str) -> TensorEntry:
+        """What the file's header says of a tensor, by its name without the prefix."""
+        return self.checkpoint.tensors[self.prefix + name]
+
+    def read(self, name: str) -> Tensor:
+        """A tensor as the file has it, mapped."""
+        return self.checkpoint.read(self.prefix + name)
+
 
 def detect(checkpoint: Checkpoint, allow_unknown: bool = False) -> list[Component]:
     """The components of a checkpoint, at most one per network.
@@ -87,36 +98,34 @@ def detect(checkpoint: Checkpoint, allow_unknown: bool = False) -> list[Componen
     found = [component for network in FAMILIES for component in _candidates(network, checkpoint, names)]
     if not found:
         raise CheckpointError(f"{quoted(checkpoint.path)} {_refusal(names, checkpoint, found)}")
-    components = [_with_keys(component, found, names) for component in found]
-    markers = names & set(_leftovers()["markers"])
-    used = markers | {component.prefix + name for component in components for name in component.keys}
-    left = sorted(names - used)
+    markers = frozenset(names.intersection(_leftovers()["markers"]))
+    found = [replace(c, markers=markers, allow_unknown=allow_unknown) for c in found]
+    components = [replace(c, keys=_keys_of(c, found, names) - markers) for c in found]
+    left = sorted(names - markers - {c.prefix + name for c in components for name in c.keys})
     other = [name for name in left if not _is_harmless(name, found)]
     if not allow_unknown and (any(map(_below_a_network, other)) or _said_of(other, "refused")):
         raise CheckpointError(f"{quoted(checkpoint.path)} {_refusal(other, checkpoint, found)}")
-    notices = (f"no network uses {listing(left)}, left out",) if left else ()
-    for notice in notices:
+    if left:
+        notice = f"no network uses {listing(left)}, left out"
         log.warning("%s: %s", checkpoint.path, notice)
-    return [
-        replace(
-            component, keys=component.keys - markers, markers=frozenset(markers), allow_unknown=allow_unknown,
-            notices=notices if i == 0 else (),
-        )
-        for i, component in enumerate(components)
-    ]  # fmt: skip
+        components[0] = replace(components[0], notices=(notice,))
+    return components
 
 
 def component_of(checkpoint: Checkpoint, *networks: str, allow_unknown: bool = False) -> Component:
     """The one component of a kind (or of the first kind that is there); CheckpointError says what is there instead."""
-    found = detect(checkpoint, allow_unknown)
-    for component in found:
+    held = detect(checkpoint, allow_unknown)
+    return chosen(held, networks, checkpoint.path, checkpoint.remedy("give it under its own option"))
+
+
+def chosen(held: Collection[Component], networks: Sequence[str], path: object, remedy: str = "") -> Component:
+    """The first component of some kinds; CheckpointError says what `path` holds instead."""
+    for component in held:
         if component.network in networks:
             return component
-    held = ", ".join(DESCRIPTIONS[component.network] for component in found)
+    there = ", ".join(DESCRIPTIONS[component.network] for component in held) or "no network"
     wanted = " or ".join(DESCRIPTIONS[network] for network in networks)
-    raise CheckpointError(
-        f"{quoted(checkpoint.path)} holds {held}, not {wanted}{checkpoint.remedy('give it under its own option')}"
-    )
+    raise CheckpointError(f"{quoted(path)} holds {there}, not {wanted}{remedy}")
 
 
 def listing(names: Collection[str]) -> str:
@@ -148,14 +157,10 @@ def _candidates(family: str, checkpoint: Checkpoint, names: set[str]) -> list[Co
         for prefix in layout.prefixes:
             if not any(name.startswith(prefix) for name in names):
                 continue
-            shape_of = _shapes(layout, prefix, checkpoint)
-            if not all(shape_of(native) for native in signature):
+            shapes = Shapes(family, layout, prefix, checkpoint)
+            if not all(shapes.find(native) for native in signature):
                 continue
-            try:
-                config = configure(shape_of, checkpoint)
-            except (IndexError, ZeroDivisionError, TypeError, ValueError) as error:  # too few dimensions, or of size 0
-                what = f"{quoted(checkpoint.path)} has the names of {DESCRIPTIONS[family]} and shapes of none ({error})"
-                raise CheckpointError(what + checkpoint.remedy("download it again")) from None
+            config = configure(shapes)
             check_fixed(family, checkpoint.path, checkpoint.config)
             network = _clip_kind(layout, prefix, config, checkpoint) if family == "clip" else family
             result.append(Component(network, layout, prefix, checkpoint, _declared(network, config, checkpoint)))
@@ -179,48 +184,43 @@ def _clip_kind(layout: Layout, prefix: str, config: Mapping[str, Any], checkpoin
     return "clip_g" if declared or config["num_hidden_layers"] > 24 else "clip"  # 12 and 32
 
 
-def _shapes(layout: Layout, prefix: str, checkpoint: Checkpoint) -> ShapeOf:
-    """A function from a native name to the shape that the file gives it, None where it is absent."""
-    held = {name.removeprefix(prefix) for name in checkpoint.tensors if name.startswith(prefix)}
-
-    def shape_of(native: str, **sizes: int) -> Shape | None:
-        entry = layout.entry(native, USUAL_SIZES | sizes, held)
-        present = [name for name in entry.foreign if name in held]
-        if len(present) != len(entry.foreign) and not (present and entry.operation == "alias"):
-            return None
-        return entry.native_shape([checkpoint.tensors[prefix + name].shape for name in present])
-
-    return shape_of
-
-
 def _declared(network: str, config: Any, checkpoint: Checkpoint) -> Any:
     """The configuration with what the file's own metadata says; shapes were only evidence."""
-    text = checkpoint.metadata.get("eridiff.config")
-    if text is None:
-        return _checked(network, config, checkpoint)
+    given: dict[str, Any] = {}
     try:
-        given = {key: _tuples(value) for key, value in json.loads(text).get(network, {}).items()}
+        declared = json.loads(checkpoint.metadata.get("eridiff.config", "{}")).get(network, {})
+        given = {key: _tuples(value) for key, value in declared.items()}
         usual = dict(config) if isinstance(config, dict) else vars(config)
         wrong = next((key for key, value in given.items() if key in usual and not _alike(value, usual[key], key)), None)
         if wrong is not None:
             raise ValueError(f"{wrong} is {quoted(given[wrong], 60)}, where {quoted(usual[wrong], 60)} is usual")
         if network == "vae" and given:
             given = {"stated": True, **given}
-        return {**config, **given} if isinstance(config, dict) else replace(config, **given)
-    except (ValueError, TypeError, AttributeError) as error:
+        config = {**config, **given} if isinstance(config, dict) else replace(config, **given)
+    except (ValueError, TypeError, AttributeError, ConfigError) as error:
         raise ConfigError(
             f"{quoted(checkpoint.path)}: the metadata eridiff.config is not a configuration of {network}: {error}"
         ) from None
+    if network == "flux" and config.rope_axes[0] == 0 and "rope_axes" not in given:
+        where = "rope_axes in the metadata eridiff.config"
+        where = "axes_dims_rope in its configuration" if checkpoint.module else where
+        raise ConfigError(
+            f"{quoted(checkpoint.path)}: heads of {sum(config.rope_axes)} features are in no published Flux; give {where}"
+        )
+    if network in ("clip", "clip_g") and config["num_attention_heads"] == 0:
+        raise ConfigError(
+            f"{quoted(checkpoint.path)}: a width of {config['hidden_size']} is not a multiple of the 64 features of a published "
+            "CLIP's heads; give num_attention_heads in its config.json"
+        )
+    return config
 
 
 def _alike(value: Any, usual: Any, name: str) -> bool:
     """Whether a setting has the type of the one that the shapes give, None standing for tuples too, and a size that can be built."""
     if isinstance(usual, tuple) or usual is None:
-        return (
-            value is None
-            or isinstance(value, tuple)
-            and all(_alike(v, () if isinstance(v, tuple) else 0, name) for v in value)
-        )
+        if not isinstance(value, tuple):
+            return value is None
+        return all(_alike(v, () if isinstance(v, tuple) else 0, name) for v in value)
     if isinstance(usual, float):
         return isinstance(value, int | float) and not isinstance(value, bool)
     if type(usual) is int:
@@ -230,19 +230,6 @@ def _alike(value: Any, usual: Any, name: str) -> bool:
 
 def _tuples(value: Any) -> Any:
     return tuple(map(_tuples, value)) if isinstance(value, list) else value
-
-
-def _checked(network: str, config: Any, checkpoint: Checkpoint) -> Any:
-    if network == "flux" and config.rope_axes[0] == 0:
-        raise ConfigError(
-            f"{quoted(checkpoint.path)}: heads of {sum(config.rope_axes)} features are in no published Flux; "
-            + (
-                "give axes_dims_rope in its configuration"
-                if checkpoint.module
-                else "give rope_axes in the metadata eridiff.config"
-            )
-        )
-    return config
 
 
 def with_statistics(component: Component, family: str | None) -> Component:
@@ -271,17 +258,13 @@ def _is_harmless(name: str, found: Iterable[Component]) -> bool:
     return _matches(name, "any") or any(_matches(name.removeprefix(c.prefix), "any", c.network) for c in below)
 
 
-def _with_keys(component: Component, found: list[Component], names: set[str]) -> Component:
-    """The component with its names of the file, those known to be harmless left out; a name goes to its longest prefix."""
-    longer = [c.prefix for c in found if c.prefix != component.prefix and c.prefix.startswith(component.prefix)]
-    own = {
-        name.removeprefix(component.prefix)
-        for name in names
-        if name.startswith(component.prefix) and not any(name.startswith(prefix) for prefix in longer)
-    }
-    carried = set(component.layout.carry)
-    keys = frozenset(n for n in own if n in carried or _is_note(n, own) or not _matches(n, "any", component.network))
-    return replace(component, keys=keys)
+def _keys_of(component: Component, found: list[Component], names: set[str]) -> frozenset[str]:
+    """A component's names of the file, those known to be harmless left out; a name goes to its longest prefix."""
+    longer = tuple(c.prefix for c in found if c.prefix != component.prefix and c.prefix.startswith(component.prefix))
+    own = {name for name in names if name.startswith(component.prefix) and not name.startswith(longer)}
+    own = {name.removeprefix(component.prefix) for name in own}
+    carried = component.layout.carry
+    return frozenset(n for n in own if n in carried or _is_note(n, own) or not _matches(n, "any", component.network))
 
 
 def _is_note(name: str, own: Collection[str]) -> bool:

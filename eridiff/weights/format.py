@@ -164,11 +164,9 @@ def _foreign_kind(first: bytes) -> str | None:
     for beginning, kind in FIRST_BYTES.items():
         if first.startswith(beginning) or start.startswith(beginning):
             return kind
-    return (
-        "JSON text and no weights; give the folder if it is an index, or download the file again"
-        if re.match(rb'\{\s*["}]', start)
-        else None
-    )
+    if re.match(rb'\{\s*["}]', start):
+        return "JSON text and no weights; give the folder if it is an index, or download the file again"
+    return None
 
 
 class _JsonError(ValueError):

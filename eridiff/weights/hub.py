@@ -31,10 +31,8 @@ TOKENIZER_FILE = re.compile(
 # a name alone means a model, a folder tiny-* of it, or a LoRA, a folder in its loras
 BUILT_IN = Path(__file__).parents[1] / "assets"
 FOLDERS = {"model": BUILT_IN, "lora": BUILT_IN / "loras"}
-LORA_NAMES = (
-    "adapter_model.safetensors",
-    "pytorch_lora_weights.safetensors",
-)  # of a LoRA that is published as a folder
+# of a LoRA that is published as a folder
+LORA_NAMES = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors")
 
 
 def resolve(name: str | os.PathLike[str], wanted: str = "model", without: Collection[str] = ()) -> Path:

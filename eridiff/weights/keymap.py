@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -77,15 +78,21 @@ class Entry:
     def foreign_shapes(self, shape: Shape) -> list[Shape]:
         """The shapes that the foreign tensors of a native `shape` have."""
         if self.operation == "rows":
-            return [(size, *shape[1:]) for size in self.sizes or self.equal_sizes(shape[0])]
+            return [(size, *shape[1:]) for size in self.row_sizes(shape[0])]
         if self.operation == "part":
             return [(shape[0] * self.sizes[1], *shape[1:])]
         if self.operation == "squeeze" and len(shape) == 4:
             return [shape[:2]]
         return [shape[::-1] if self.operation == "transpose" else shape] * len(self.foreign)
 
-    def equal_sizes(self, rows: int) -> tuple[int, ...]:
-        return (rows // len(self.foreign),) * len(self.foreign)
+    def rows_of(self, shape: Shape) -> dict[str, tuple[int, int]]:
+        """Which rows of a native tensor of `shape` each foreign one of `rows` is."""
+        ends = list(accumulate((size for size, *_ in self.foreign_shapes(shape)), initial=0))
+        return dict(zip(self.foreign, pairwise(ends), strict=True))
+
+    def row_sizes(self, rows: int) -> tuple[int, ...]:
+        """Those that the map says, or equal ones."""
+        return self.sizes or (rows // len(self.foreign),) * len(self.foreign)
 
     def read(self, tensors: list[Tensor], shape: Shape) -> Tensor:
         """Foreign tensors -> the native tensor of `shape`; a view wherever the operation allows one."""
@@ -103,7 +110,7 @@ class Entry:
     def write(self, tensor: Tensor) -> list[Tensor]:
         """The native tensor -> the foreign ones (of a `part`, its rows alone)."""
         if self.operation == "rows":
-            return list(tensor.split(list(self.sizes or self.equal_sizes(tensor.shape[0]))))
+            return list(tensor.split(list(self.row_sizes(tensor.shape[0]))))
         if self.operation == "swap_halves":
             return [torch.cat(tensor.chunk(2)[::-1])]
         if self.operation == "transpose":
@@ -145,8 +152,8 @@ class Rule:
         Of two spellings it takes the one whose names are all in `held`, the names of a file, and else the first.
         """
         found = self.spellings(native, sizes)
-        return next((entry for entry in found[1:] if held and not _all_in(held, found[0]) and _all_in(held, entry)),
-                    found[0] if found else None)  # fmt: skip
+        whole = [entry for entry in found if held and all(name in held for name in entry.foreign)]
+        return next(iter(whole + found), None)
 
     def spellings(self, native: str, sizes: Mapping[str, Any]) -> list[Entry]:
         """This rule applied to one native name, in each spelling that files have; empty if it does not match."""
@@ -165,10 +172,6 @@ class Rule:
         rows = tuple(evaluate(size, values) for size in self.sizes)
         both = [self.foreign, self.old] if self.old else [self.foreign]
         return [Entry(native, self.operation, tuple(map(filled, patterns)), rows) for patterns in both]
-
-
-def _all_in(held: Collection[str], entry: Entry) -> bool:
-    return all(name in held for name in entry.foreign)
 
 
 class Layout:

@@ -10,6 +10,7 @@ from contextlib import suppress
 from difflib import get_close_matches
 from functools import reduce
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -36,14 +37,9 @@ FORMATS = ("float8_e4m3fn", "float8_e5m2")  # of comfy_quant
 MARKERS = "eridiff.markers"  # in metadata: markers of the file that the layout has no place for
 WORDS = "eridiff.words"  # in metadata: which words a small model knows
 VARIANT = "eridiff.variant"  # in metadata: the published model, of those with the same sizes
-UNTRUE = (
-    "_quantization_metadata",
-    "modelspec.hash_sha256",
-    "sshs_model_hash",
-    "sshs_legacy_hash",
-    "eridiff.config",
-    "format",
-)
+UNTRUE = (  # metadata that hold of the file alone
+    "_quantization_metadata", "modelspec.hash_sha256", "sshs_model_hash", "sshs_legacy_hash", "eridiff.config", "format",
+)  # fmt: skip
 USUAL_MEMORY = 16 * 2**30  # where the system does not say
 CONTAINER_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")  # cgroup 2, 1
 FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz)
@@ -103,14 +99,30 @@ def build(
     Tensors of the file's dtype stay memory mapped. What is not a parameter (a table of positions) keeps the file's dtype and
     stays on the CPU.
     """
-    with torch.device("meta"):
-        module = NETWORKS[component.network](component.config)
+    module = empty_network(component)
     wanted = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
     stay = wanted.keys() - dict(module.named_parameters()).keys()
     state = read_state(component, wanted, stay, dtype=dtype, device=device, progress=progress)
     module.load_state_dict(state, strict=True, assign=True)
     vars(module)["said_by_file"] = said_by_file(component)
     return module.eval().requires_grad_(False)
+
+
+def built_on_meta(component: Component, kind: Callable[[Any], Any]) -> Any:
+    """A module of a component's configuration on the meta device; raises ConfigError for sizes that torch or transformers refuse."""
+    try:
+        with torch.device("meta"):
+            return kind(component.config)
+    except Exception as error:  # transformers validates by an error of its own
+        reason = " ".join(str(error.__cause__ or error).split())
+        what = f"{component.checkpoint.path}: no {component.network} has this configuration: {reason}"
+        raise ConfigError(what) from None
+
+
+def empty_network(component: Component) -> nn.Module:
+    """The module of a flux, mmdit, unet or vae component, on the meta device: its names and sizes."""
+    module: nn.Module = built_on_meta(component, NETWORKS[component.network])
+    return module
 
 
 def said_by_file(component: Component) -> dict[str, str]:
@@ -150,16 +162,17 @@ def read_state(
 ) -> dict[str, Tensor]:
     """The tensors of `wanted` (native names and shapes), mapped and converted one by one.
 
-    `dtype` None is the file's, and for a file with fp8 weights `default_dtype`, throughout. Those named in `stay` are neither
+    `dtype` None is the file's, and for a file with fp8 weights `default_dtypes`', throughout. Those named in `stay` are neither
     converted nor moved.
     """
     state = {}
     entries = plan(component, wanted)
     if dtype is None and _is_quantised(component):
-        dtype = default_dtype(component, torch.device(device))
+        dtype = default_dtypes({"": component}, torch.device(device))[""]
+    read_as = dtype or _main_dtype(component)
     bar = {"disable": None if progress else True, "leave": False}
     for entry in tqdm(entries, desc=f"loading {component.network}", unit="tensor", **bar):
-        tensor = _read(component, entry, wanted[entry.native], dtype)
+        tensor = _read(component, entry, wanted[entry.native], read_as)
         state[entry.native] = tensor if entry.native in stay else tensor.to(device=device, dtype=dtype or tensor.dtype)
     return state
 
@@ -175,7 +188,7 @@ def native_reader(
     shapes = {n: tuple(t.shape) for n, t in module.state_dict().items() if n != "encoder.embed_tokens.weight"}
     main, dtypes, found = _main_dtype(component), dict[str, torch.dtype](), dict[str, Entry]()
     for entry in plan(component, shapes):
-        held = [component.checkpoint.tensors[component.prefix + n].dtype for n in entry.foreign if n in component.keys]
+        held = [component.entry(name).dtype for name in entry.foreign if name in component.keys]
         if held:
             found[entry.native] = entry
             dtypes[entry.native] = reduce(torch.promote_types, [main if dtype in FLOAT8 else dtype for dtype in held])
@@ -186,11 +199,6 @@ def native_reader(
     return read, {native: shapes[native] for native in found}, dtypes
 
 
-def default_dtype(component: Component, device: torch.device) -> torch.dtype:
-    """In what to compute with one component by default: `default_dtypes`."""
-    return default_dtypes({"": component}, device)[""]
-
-
 def default_dtypes(components: Mapping[str, Component], device: torch.device) -> dict[str, torch.dtype]:
     """In what to compute by default: the files' dtypes on a GPU, float32 on a CPU with room for it.
 
@@ -198,10 +206,7 @@ def default_dtypes(components: Mapping[str, Component], device: torch.device) ->
     a text encoder in float32 costs least for what it gains. T5 overflows in float16, so such a file becomes bfloat16.
     """
     found, held, room = {}, {}, machine_memory() // 2
-    numbers = {
-        name: sum(math.prod(c.checkpoint.tensors[c.prefix + key].shape) for key in c.keys)
-        for name, c in components.items()
-    }
+    numbers = {name: sum(math.prod(entry.shape) for entry in c.entries) for name, c in components.items()}
     for name, component in components.items():
         dtype = _main_dtype(component)
         found[name] = torch.bfloat16 if component.network == "t5" and dtype == torch.float16 else dtype
@@ -236,12 +241,8 @@ def plan(component: Component, wanted: dict[str, tuple[int, ...]]) -> list[Entry
         told = _disagreement(missing, unknown, sorted(used))
         raise CheckpointError(f"{quoted(component.checkpoint.path)}: {told}")
     if unknown:
-        log.warning(
-            "%s: %s does not use %s, left out",
-            component.checkpoint.path,
-            DESCRIPTIONS[component.network],
-            listing(unknown),
-        )
+        what = f"{DESCRIPTIONS[component.network]} does not use {listing(unknown)}"
+        log.warning("%s: %s, left out", component.checkpoint.path, what)
     for entry in entries:
         _check_shapes(component, entry, wanted[entry.native])
     return entries
@@ -273,28 +274,21 @@ def _check_shapes(component: Component, entry: Entry, shape: tuple[int, ...]) ->
     for name, expected in zip(entry.foreign, entry.foreign_shapes(shape), strict=True):
         if name not in component.keys:
             continue
-        found = component.checkpoint.tensors[component.prefix + name]
+        found, where = component.entry(name), f"{quoted(component.checkpoint.path)}: {quoted(component.prefix + name)}"
         if not found.dtype.is_floating_point:
-            note = name.removesuffix(".weight") + ".comfy_quant"
-            if note in component.keys:
-                _check_format(component, note)
-            raise CheckpointError(
-                f"{quoted(component.checkpoint.path)}: {quoted(component.prefix + name)} holds {found.dtype}, not numbers of a weight"
-            )
+            _check_format(component, name)
+            raise CheckpointError(f"{where} holds {found.dtype}, not numbers of a weight")
         squeezed = entry.operation == "squeeze" and found.shape == shape  # older files keep the 1x1 convolution
         if found.shape != expected and not squeezed:
-            raise CheckpointError(
-                f"{quoted(component.checkpoint.path)}: {quoted(component.prefix + name)} has the shape {list(found.shape)}, "
-                f"the network needs {list(expected)}"
-            )
+            raise CheckpointError(f"{where} has the shape {list(found.shape)}, the network needs {list(expected)}")
 
 
-def _read(component: Component, entry: Entry, shape: tuple[int, ...], dtype: torch.dtype | None) -> Tensor:
+def _read(component: Component, entry: Entry, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """The native tensor; fp8 ones among the file's become `dtype`."""
     present = [name for name in entry.foreign if name in component.keys]
     if entry.operation == "default" and not present:
-        return torch.eye(shape[0], shape[1], dtype=dtype or _main_dtype(component))
-    tensors = [_dequantised(component, name, dtype or _main_dtype(component)) for name in present]
+        return torch.eye(shape[0], shape[1], dtype=dtype)
+    tensors = [_dequantised(component, name, dtype) for name in present]
     if entry.operation == "alias" and not all(torch.equal(tensors[0], other) for other in tensors[1:]):
         both = " and ".join(quoted(name, 60) for name in present)
         raise CheckpointError(f"{quoted(component.checkpoint.path)}: {both} must be equal and differ")
@@ -306,53 +300,51 @@ def _read(component: Component, entry: Entry, shape: tuple[int, ...], dtype: tor
 def _main_dtype(component: Component) -> torch.dtype:
     """The dtype that most numbers of the file have; bfloat16 where those are quantised to 8 bits."""
     held: Counter[torch.dtype] = Counter()
-    for name in component.keys:
-        entry = component.checkpoint.tensors[component.prefix + name]
+    for entry in component.entries:
         held[entry.dtype] += math.prod(entry.shape)
     dtype = held.most_common(1)[0][0]
     return dtype if dtype.itemsize > 1 and dtype.is_floating_point else torch.bfloat16
 
 
 def _is_quantised(component: Component) -> bool:
-    held = (component.checkpoint.tensors[component.prefix + name] for name in component.keys)
-    return any(
-        entry.dtype in FLOAT8 and math.prod(entry.shape) for entry in held
-    )  # the note scaled_fp8 holds no number
+    # the note scaled_fp8 holds no number
+    return any(entry.dtype in FLOAT8 and math.prod(entry.shape) for entry in component.entries)
 
 
 def _dequantised(component: Component, name: str, dtype: torch.dtype) -> Tensor:
     """A tensor of the file; an fp8 one multiplied with its scale in float32 and cast once, to `dtype`."""
-    tensor, base = component.checkpoint.read(component.prefix + name), name.removesuffix(".weight")
+    tensor, base = component.read(name), name.removesuffix(".weight")
     scale_name = next((base + suffix for suffix in SCALES if base + suffix in component.keys), None)
     where = quoted(component.checkpoint.path)
-    scale = None if scale_name is None else component.checkpoint.read(component.prefix + scale_name).float()
+    scale = None if scale_name is None else component.read(scale_name).float()
     if tensor.dtype not in FLOAT8:
         if scale is not None and not bool((scale == 1).all()):
             raise CheckpointError(
                 f"{where}: {quoted(scale_name, 60)} is a scale other than 1 of a weight that is {tensor.dtype}, not fp8"
             )
         return tensor
-    if base + ".comfy_quant" in component.keys:
-        _check_format(component, base + ".comfy_quant")
+    _check_format(component, name)
     if scale is None:
         if any(key.endswith(SCALES) for key in component.keys):
             raise CheckpointError(f"{where}: the fp8 weight {quoted(name, 60)} has no scale, others have one")
         return tensor.to(dtype)
-    rows, blocks = tensor.shape[:1], scale.shape[1:2] if scale.ndim == 3 else (1,)  # a scale a block: [rows, blocks, 1]
-    fits = scale.numel() == 1 or (rows and scale.numel() == rows[0] * blocks[0] and tensor[0].numel() % blocks[0] == 0)
+    # one scale in all, one per row, or one per block of a row: [rows, blocks, 1]
+    rows = 1 if scale.numel() == 1 else tensor.shape[:1].numel()
+    blocks = scale.shape[1] if scale.ndim == 3 else 1
+    fits = scale.numel() == rows * blocks > 0 and tensor.numel() % scale.numel() == 0
     if not fits or not bool((torch.isfinite(scale) & (scale > 0)).all()):
         raise CheckpointError(f"{where}: {quoted(scale_name, 60)} is not a positive scale of {quoted(name, 60)}")
-    if scale.numel() == 1:
-        return (tensor.float() * scale.reshape(())).to(dtype)
-    in_blocks = tensor.float().reshape(rows[0], blocks[0], -1)
-    return (in_blocks * scale.reshape(rows[0], blocks[0], 1)).reshape(tensor.shape).to(dtype)
+    in_blocks = tensor.float().reshape(rows, blocks, tensor.numel() // scale.numel())
+    return (in_blocks * scale.reshape(rows, blocks, 1)).reshape(tensor.shape).to(dtype)
 
 
-def _check_format(component: Component, note: str) -> None:
-    """ComfyUI's note is JSON in bytes; what it says of fp8 is known without it, any other format is refused by name."""
-    raw = component.checkpoint.read(component.prefix + note)
+def _check_format(component: Component, name: str) -> None:
+    """ComfyUI's note beside a weight is JSON in bytes; what it says of fp8 is known without it, any other format is refused by name."""
+    note = name.removesuffix(".weight") + ".comfy_quant"
+    if note not in component.keys:
+        return
     try:
-        told = json.loads(raw.numpy().tobytes()).get("format")
+        told = json.loads(component.read(note).numpy().tobytes()).get("format")
     except (ValueError, TypeError, AttributeError):
         told = None
     if told not in FORMATS:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from eridiff.errors import CheckpointError, ConfigError, quoted
-from eridiff.weights.detect import DESCRIPTIONS, Component, component_of, detect, with_statistics
+from eridiff.weights.detect import DESCRIPTIONS, Component, chosen, component_of, detect, with_statistics
 from eridiff.weights.format import read_json_file
 from eridiff.weights.header import SHARD_NAME, open_checkpoint
 from eridiff.weights.hub import SUBFOLDERS, TOKENIZER_FOLDERS, check_pipeline, resolve
@@ -72,12 +72,7 @@ def locate_part(path: str | os.PathLike[str], part: str, allow_unknown: bool = F
     own = FOLDERS_OF.get(part) or tuple(folder for folder in SUBFOLDERS if folder.startswith("text_encoder"))
     place = resolve(path, without=[folder for folder in SUBFOLDERS if folder not in own])
     held = _with_statistics(_search(place, allow_unknown)).components
-    found = next((held[network] for network in PART_NAMES[part] if network in held), None)
-    if found is None:
-        there = ", ".join(DESCRIPTIONS[network] for network in held) or "no network"
-        wanted = " or ".join(DESCRIPTIONS[network] for network in PART_NAMES[part])
-        raise CheckpointError(f"{quoted(path)} holds {there}, not {wanted}")
-    return found
+    return chosen(held.values(), PART_NAMES[part], path)
 
 
 def _name(folder: Path) -> str:

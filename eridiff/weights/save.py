@@ -83,10 +83,8 @@ def save_network(
     dtypes = {n: dtype if dtype and n in parameters else t.dtype for n, t in state.items()}
     if not first:
         return Path(path).expanduser()
-    tensors = stored(
-        key_map(network).layouts[layout], {n: tuple(t.shape) for n, t in state.items()}, sizes_of(config), dtypes,
-        lambda native: state[native].detach().cpu(),
-    )  # fmt: skip
+    shapes = {n: tuple(t.shape) for n, t in state.items()}
+    tensors = stored(layouts[layout], shapes, sizes_of(config), dtypes, lambda native: state[native].detach().cpu())
     text = json.dumps({network: asdict(config)}, sort_keys=True)
     markers = marked(texts.pop(MARKERS, "")) if layout == "original" else []
     return write_file([*tensors, *markers], path, {**texts, "eridiff.config": text})
@@ -104,11 +102,8 @@ def marked(names: str) -> list[Stored]:
 
 def copies(component: Component, prefix: str) -> list[Stored]:
     """What a file holds beside the tensors that a network uses and that a file of the same layout keeps, as it is."""
-    held = (
-        (component.prefix + name, prefix + name) for name in sorted(component.keys.intersection(component.layout.carry))
-    )
-    entries = ((old, new, component.checkpoint.tensors[old]) for old, new in held)
-    return [Stored(new, e.dtype, e.shape, partial(component.checkpoint.read, old)) for old, new, e in entries]
+    held = {name: component.entry(name) for name in sorted(component.keys.intersection(component.layout.carry))}
+    return [Stored(prefix + n, e.dtype, e.shape, partial(component.read, n)) for n, e in held.items()]
 
 
 def changes_of(network: nn.Module) -> list[tuple[str, Any]]:
@@ -208,11 +203,8 @@ def write_file(tensors: Sequence[Stored], path: str | os.PathLike[str], metadata
     end = 0
     for tensor in ordered:
         begin, end = end, end + tensor.bytes
-        header[tensor.name] = {
-            "dtype": DTYPE_NAMES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [begin, end],
-        }
+        dtype, shape = DTYPE_NAMES[tensor.dtype], list(tensor.shape)
+        header[tensor.name] = {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-(8 + len(text)) % ALIGNED)
     with replacing(target) as temporary, open(temporary, "wb") as file:
