@@ -12,7 +12,7 @@ from eridiff.trace.explain import causes_of
 from eridiff.trace.format import parts_of, probe
 from eridiff.trace.inputs import cause_of
 from eridiff.trace.names import NETWORKS, nearest
-from eridiff.trace.replay import Local, Run, floors, replay, trace_run
+from eridiff.trace.replay import Local, Run, amplified, floors, replay, trace_run
 from eridiff.trace.report import BROKEN, CARRIED, EQUAL, HERE, Report, Row
 from eridiff.trace.shapes import distances, fit, heat
 from eridiff.trace.side import Side, configs_of, order_of, sides
@@ -27,12 +27,13 @@ class Replayed:
 
     run: Run
     places: Mapping[str, Local]
-    rounding: Mapping[str, float] = field(default_factory=dict)  # what the trace's dtype does there
+    rounding: Mapping[str, float] = field(default_factory=dict)  # what the trace's dtype does there on the right values
+    amplified: Mapping[str, float] = field(default_factory=dict)  # what it does there on the trace's, where one differs
 
     def bound(self, native: str, eps: float) -> float:
         """What rounding may do there."""
         least = max(eps, 1e-14)  # long sums in float64 are not better
-        return 10 * max(least, self.rounding.get(native.partition("[")[0], 0.0))
+        return max(10 * max(least, self.rounding.get(native.partition("[")[0], 0.0)), self.amplified.get(native, 0.0))
 
 
 def compare(
@@ -100,7 +101,10 @@ def _replayed(
     calls = run(torch.float64)
     places = {place.native: place for place in replay(network, mine.trace, mine.sources, calls)}
     rounding = floors(network, run, dtype, mine.sources) if dtype != torch.float64 else {}
-    return Replayed(calls, places, rounding)
+    replayed = Replayed(calls, places, rounding)
+    if all(place.relative <= replayed.bound(native, torch.finfo(dtype).eps) for native, place in places.items()):
+        return replayed
+    return replace(replayed, amplified=amplified(network, mine.trace, mine.sources, calls, places.values(), dtype))
 
 
 def _called(network: nn.Module, side: Side) -> Callable[[torch.dtype], Run] | None:

@@ -2,7 +2,8 @@
 
 import copy
 import inspect
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,7 @@ from eridiff.trace.shapes import fit
 from eridiff.trace.watch import METHODS, exchanged, watched
 
 Run = Callable[[nn.Module], Any]
+SAMPLED = 4096  # values of each computed tensor that are kept, or up to twice as many
 
 
 @dataclass(frozen=True)
@@ -25,6 +27,7 @@ class Local:
     source: Source
     how: str  # in which arrangement it is the network's; empty if in the same
     relative: float  # L2 distance; infinite if the shapes do not fit or a value is not finite
+    computed: Tensor  # some values of what our network computes, evenly spaced
     given: Tensor | None = None  # of an input from outside: what the network was called with
 
 
@@ -34,6 +37,7 @@ def replay(
     sources: Mapping[str, Source],
     run: Run,
     see: Callable[[str, Tensor], None] | None = None,
+    rounding: float = 0.0,
 ) -> list[Local]:
     """Run `network`, exchanging each value that the trace has, in the order of computation.
 
@@ -41,11 +45,13 @@ def replay(
     - sources: the trace's tensors by our names.
     - run: calls the network; `arguments_run` or `trace_run`.
     - see: is shown each computed value, under autograd, before it is exchanged.
+    - rounding: by which part of itself each value is moved before it goes on, up or down at random.
 
     What differs at one place is what was done between it and the values before it that the trace has; so three errors give
     three differences, wherever they stand.
     """
     found: dict[str, Local] = {}
+    chance = torch.Generator().manual_seed(0)
 
     def change(name: str, computed: Tensor, call: int) -> Tensor:
         whole = f"{name}@{call}" if call else name
@@ -61,22 +67,33 @@ def replay(
             see(native, computed)
         fitted = fit(source.read(trace), computed.detach())
         if fitted is None:
-            found[native] = Local(
-                native, source, f"{_shape(source, trace)} against {list(computed.shape)}", float("inf")
-            )
+            how = f"{_shape(source, trace)} against {list(computed.shape)}"
+            found[native] = Local(native, source, how, float("inf"), _sample(computed))
             return computed
         value = fitted.tensor.to(computed.device, computed.dtype)
         outside = native.partition(":")[0] in ("forward", *METHODS) and ":" in native
-        found[native] = Local(native, source, fitted.how, relative_l2(value, computed), computed if outside else None)
-        another = see is not None or found[native].relative > 0
+        relative = relative_l2(value, computed)
+        found[native] = Local(native, source, fitted.how, relative, _sample(computed), computed if outside else None)
+        another = see is not None or relative > 0
         return value if another and bool(value.isfinite().all()) else computed
 
+    def moved(value: Tensor) -> Tensor:
+        if not rounding or not value.is_floating_point():
+            return value
+        signs = 2 * torch.randint(2, value.shape, generator=chance, dtype=torch.float64) - 1
+        return value * (1 + rounding * signs.to(value.device))
+
     def visit(name: str, value: Any, call: int) -> Any:
-        return exchanged(name, value, lambda leaf, tensor: change(leaf, tensor, call))
+        return exchanged(name, value, lambda leaf, tensor: moved(change(leaf, tensor, call)))
 
     with torch.set_grad_enabled(see is not None), watched(network, visit):
         run(network)
     return list(found.values())
+
+
+def _sample(computed: Tensor) -> Tensor:
+    values = computed.detach().reshape(-1)
+    return values[:: max(1, len(values) // SAMPLED)].clone()
 
 
 def _shape(source: Source, trace: Mapping[str, Tensor]) -> list[int]:
@@ -144,6 +161,24 @@ def _cast(value: Any, dtype: torch.dtype) -> Any:
         numbers = value.tolist()  # a grid, or the number of a step
         return tuple(numbers) if isinstance(numbers, list) else numbers
     return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
+
+
+def amplified(
+    network: nn.Module,
+    trace: Mapping[str, Tensor],
+    sources: Mapping[str, Source],
+    run: Run,
+    places: Iterable[Local],
+    dtype: torch.dtype,
+) -> dict[str, float]:
+    """How far what is computed at each of `places` moves where every value before it is moved by the epsilon of `dtype`.
+
+    A few epsilons; of a sinusoid as many as its arguments are large. Those are computed in float32 at least by every program.
+    """
+    eps = min(torch.finfo(dtype).eps, torch.finfo(torch.float32).eps)
+    moved = {local.native: local.computed for local in replay(network, trace, sources, run, rounding=eps)}
+    found = {local.native: relative_l2(moved[local.native], local.computed) for local in places}
+    return {native: distance for native, distance in found.items() if math.isfinite(distance)}
 
 
 def floors(
