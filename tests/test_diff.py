@@ -430,14 +430,16 @@ def test_another_number_of_calls_is_listed_and_the_rest_compared() -> None:
 @pytest.mark.parametrize(
     ("name", "says"),
     [
-        ("cut.safetensors", "is an incomplete download"), ("cut.npz", "is not a complete .npz archive"), ("objects.npz", "holds Python objects"),
-        ("bfloat16", "a type that NumPy does not know, bfloat16 perhaps"), ("text", "not numbers"), ("empty", "a folder without .npy files"),
+        ("half.safetensors", "is an incomplete download"), ("half.npz", "is not a complete .npz archive"), ("cut.npz", "is cut off"),
+        ("objects", "holds Python objects"), ("objects.npz", "holds Python objects"), ("text", "which torch does not have"),
+        ("bfloat16", "a type that NumPy does not know, bfloat16 perhaps"), ("empty", "a folder without .npy files"),
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("side", [0, 1])
 def test_a_damaged_trace_on_either_side_is_one_sentence_and_2(
     name: str, says: str, side: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """Under a name that the other does not have, too."""
     traces = [saved({"x": np.zeros((64, 64))}, tmp_path / "good.npz"), str(damaged(tmp_path, name))]
     code, text = said(capsys, *(traces if side else traces[::-1]))
     assert code == 2 and says in text and text.count("\n") == 1
