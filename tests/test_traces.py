@@ -362,14 +362,14 @@ def test_what_is_not_a_trace_is_refused_in_one_sentence_when_it_is_opened(kind: 
     assert "\n" not in str(caught.value)
 
 
-def test_an_array_that_is_damaged_within_is_refused_when_it_is_read(tmp_path: Path) -> None:
-    for name, save in (("stored.npz", np.savez), ("packed.npz", np.savez_compressed)):
-        save(tmp_path / name, x=ARRAY)
-        whole = bytearray((tmp_path / name).read_bytes())
-        whole[2000:2100] = bytes(100)
-        (tmp_path / name).write_bytes(whole)
+def test_an_array_whose_values_are_damaged_is_refused_when_it_is_read(tmp_path: Path) -> None:
+    for save, at in ((np.savez, 2000), (np.savez_compressed, 2000), (np.savez_compressed, 60)):
+        save(tmp_path / "t.npz", x=ARRAY)
+        whole = bytearray((tmp_path / "t.npz").read_bytes())
+        whole[at : at + 100] = b"\xff" * 100
+        (tmp_path / "t.npz").write_bytes(whole)
         with pytest.raises(TraceError, match="array 'x', is cut off or damaged; write it again"):
-            read_trace(tmp_path / name)["x"]
+            read_trace(tmp_path / "t.npz")["x"]
 
 
 def test_a_large_trace_needs_no_memory_for_the_whole(tmp_path: Path) -> None:
