@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import subprocess
 import sys
 import tempfile
@@ -425,6 +426,23 @@ def test_another_number_of_calls_is_listed_and_the_rest_compared() -> None:
     assert report.equal and set(report.missing) == {name for name in recording if name.endswith("@2")}
     report = compare(dict(recording), fewer, network=network)
     assert report.equal and report.missing == () and "forward@2" in report.added
+
+
+@pytest.mark.parametrize("beside", ["the same outputs", "others alone"])
+def test_two_outputs_in_the_other_order_are_found_in_every_call(beside: str) -> None:
+    """Diffusers' blocks give the text first."""
+    network = tiny.flux().double()
+    run = lambda dtype: lambda network: [recorded_run(network, dtype) for _ in range(2)]  # noqa: E731
+    with record(network, calls="all") as recording, torch.no_grad():
+        run(torch.float64)(network)
+    block = re.compile(r"double_blocks\.\d+\.[01](@|$)")
+    exchanged = {
+        n: re.sub(r"[01](@\d+)?$", lambda m: f"{1 - int(m[0][0])}{m[1] or ''}", n) for n in recording if block.match(n)
+    }
+    swapped = {n: recording[other] for n, other in exchanged.items()}
+    assert len(swapped) == 2 * 2 * 2 and any("@1" in n for n in swapped)
+    expected = {n: t for n, t in recording.items() if beside == "the same outputs" or n not in swapped}
+    assert compare(dict(recording) | swapped, expected, network=network, run=run).equal
 
 
 @pytest.mark.parametrize(

@@ -95,7 +95,8 @@ def compare(
 def _replayed(
     network: nn.Module, run: Callable[[torch.dtype], Run] | None, mine: Side, theirs: Side, dtype: torch.dtype
 ) -> Replayed:
-    run = run or _called(network, mine) or _called(network, theirs)
+    kind = type(network)
+    run = run or trace_run(kind, mine.trace, mine.sources) or trace_run(kind, theirs.trace, theirs.sources)
     if run is None:
         raise TraceError("neither trace has the network's inputs; record them (forward:latents, ...), or give a case")
     calls = run(torch.float64)
@@ -105,13 +106,6 @@ def _replayed(
     if all(place.relative <= replayed.bound(native, torch.finfo(dtype).eps) for native, place in places.items()):
         return replayed
     return replace(replayed, amplified=amplified(network, mine.trace, mine.sources, calls, places.values(), dtype))
-
-
-def _called(network: nn.Module, side: Side) -> Callable[[torch.dtype], Run] | None:
-    """The network's calls as a trace has them."""
-    if trace_run(type(network), side.trace, side.sources) is None:
-        return None
-    return lambda dtype: trace_run(type(network), side.trace, side.sources, dtype)  # type: ignore[return-value]
 
 
 def _row(

@@ -14,7 +14,7 @@ from eridiff.trace.causes import CAUSES, Cause
 from eridiff.trace.inputs import causes_of_inputs
 from eridiff.trace.names import Source
 from eridiff.trace.replay import Run, replay
-from eridiff.trace.watch import exchanged
+from eridiff.trace.watch import exchanged, leaves
 
 UNTRIED = (RuntimeError, ValueError, IndexError)  # of an error that these shapes do not allow
 
@@ -135,7 +135,7 @@ def _within_reach(
                 running.append(place)
                 output = mark(inner(*args, **kwargs), ones[place])
                 running.pop()
-                if not _has_gradient(output):
+                if not any(tensor.requires_grad for _, tensor in leaves("", output)):
                     anywhere.add(place)
                 return output
 
@@ -159,9 +159,3 @@ def _within_reach(
     for place, arguments in given.items():
         causes += causes_of_inputs(place, arguments)
     return causes, {name: found | anywhere for name, found in reached.items()}
-
-
-def _has_gradient(value: Any) -> bool:
-    found = []
-    exchanged("", value, lambda _, tensor: found.append(tensor.requires_grad) or tensor)  # type: ignore[func-returns-value]
-    return any(found)

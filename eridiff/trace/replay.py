@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from eridiff.trace.names import Source
+from eridiff.trace.names import Source, twin
 from eridiff.trace.record import record, relative_l2
 from eridiff.trace.shapes import fit
 from eridiff.trace.watch import METHODS, exchanged, watched
@@ -105,13 +105,12 @@ def _source(native: str, computed: Tensor, trace: Mapping[str, Tensor], sources:
 
     None where it gives one alone and that is the other.
     """
-    own = sources.get(native)
-    base, _, index = native.rpartition(".")
-    other = sources.get(f"{base}.{1 - int(index)}") if index in ("0", "1") else None
-    if own is not None and other is None and index == "1" and fit(own.read(trace), computed) is None:
-        return None
-    if own is None or other is None:
+    own, other = sources.get(native), sources.get(twin(native))
+    if own is None or not twin(native):
         return own
+    if other is None:
+        alone = twin(native).partition("@")[0].endswith(".0") and fit(own.read(trace), computed) is None
+        return None if alone else own
     shapes = [_shape(source, trace) for source in (own, other)]
     return other if shapes[0] != shapes[1] == list(computed.shape) else own
 
@@ -123,28 +122,24 @@ def arguments_run(arguments: Mapping[str, Any], dtype: torch.dtype = torch.float
 
 
 def trace_run(
-    kind: type[nn.Module],
-    trace: Mapping[str, Tensor],
-    sources: Mapping[str, Source],
-    dtype: torch.dtype = torch.float64,
-) -> Run | None:
-    """Calls a network of this kind as the trace says that it was called: its `forward`, or `prepare` and each `step`; None if it does not."""
+    kind: type[nn.Module], trace: Mapping[str, Tensor], sources: Mapping[str, Source]
+) -> Callable[[torch.dtype], Run] | None:
+    """Calls a network of this kind as the trace says that it was called: its `forward`, or `prepare` and each `step`; None if it does not.
 
-    def arguments(function: str, network: nn.Module, call: str = "") -> dict[str, Any]:
-        known = inspect.signature(getattr(type(network), function)).parameters
-        names = {n: f"{function}:{n}{call}" for n in known}
+    What it returns takes the dtype of floating arguments.
+    """
+
+    def arguments(function: str, dtype: torch.dtype, call: str = "") -> dict[str, Any]:
+        names = {n: f"{function}:{n}{call}" for n in inspect.signature(getattr(kind, function)).parameters}
         return {n: _cast(sources[s].read(trace), dtype) for n, s in names.items() if s in sources}
 
     steps = [name.removeprefix("step:latents") for name in sources if name.startswith("step:latents")]
 
-    def stepwise(network: Any) -> None:
-        prepared = network.prepare(**arguments("prepare", network))
+    def stepwise(network: Any, dtype: torch.dtype) -> None:
+        prepared = network.prepare(**arguments("prepare", dtype))
         for i, call in enumerate(steps):
-            given = arguments("step", network, call)
+            given = arguments("step", dtype, call)
             network.step(given["latents"], prepared, given.get("i", i))
-
-    def whole(network: nn.Module) -> None:
-        network(**arguments("forward", network))
 
     def given(function: str) -> bool:
         parameters = inspect.signature(getattr(kind, function)).parameters.values()
@@ -152,8 +147,10 @@ def trace_run(
         return all(f"{function}:{name}" in sources for name in needed)
 
     if given("forward"):
-        return whole
-    return stepwise if hasattr(kind, "step") and given("prepare") and given("step") else None
+        return lambda dtype: lambda network: network(**arguments("forward", dtype))
+    if hasattr(kind, "step") and given("prepare") and given("step"):
+        return lambda dtype: lambda network: stepwise(network, dtype)
+    return None
 
 
 def _cast(value: Any, dtype: torch.dtype) -> Any:

@@ -1,6 +1,6 @@
 """What every network has: norms, activations, matrices, attention, the sinusoid of times."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -24,12 +24,8 @@ def rms_epsilon(eps: float) -> Callable[[Wrong], Wrong]:
     return lambda right: lambda x, shape, weight=None, *_, **__: right(x, shape, weight, eps)
 
 
-def normed(change: Callable[[Any, Tensor], Tensor]) -> Callable[[Wrong], Wrong]:
-    return lambda _: change
-
-
 def rms(gain: Callable[[Tensor], Tensor | float]) -> Callable[[Wrong], Wrong]:
-    return normed(lambda self, x: F.rms_norm(x, (x.shape[-1],), eps=self.eps) * gain(self.weight))
+    return lambda _: lambda self, x: F.rms_norm(x, (x.shape[-1],), eps=self.eps) * gain(self.weight)
 
 
 def without_mean(_: Wrong) -> Wrong:
@@ -118,20 +114,9 @@ def merged(right: Wrong) -> Wrong:
     return wrong
 
 
-def heads_inside(_: Wrong) -> Wrong:
-    def wrong(qkv: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
-        q, k, v = qkv.unflatten(-1, (heads, 3, -1)).permute(3, 0, 2, 1, 4)
-        return q, k, v
-
-    return wrong
-
-
-def heads_last(_: Wrong) -> Wrong:
-    def wrong(qkv: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
-        q, k, v = qkv.unflatten(-1, (3, -1, heads)).permute(2, 0, 4, 1, 3)
-        return q, k, v
-
-    return wrong
+def qkv_as(sizes: Callable[[int], tuple[int, ...]], order: Sequence[int]) -> Callable[[Wrong], Wrong]:
+    """The features of qkv in other parts, `sizes(heads)`; `order` makes them [q, k and v, B, heads, L, D]."""
+    return lambda _: lambda qkv, heads: qkv.unflatten(-1, sizes(heads)).permute(order).unbind()
 
 
 def parts_as(order: list[int]) -> Callable[[Wrong], Wrong]:
