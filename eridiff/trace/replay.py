@@ -75,7 +75,8 @@ def replay(
         relative = relative_l2(value, computed)
         found[native] = Local(native, source, fitted.how, relative, _sample(computed), computed if outside else None)
         another = see is not None or relative > 0
-        return value if another and bool(value.isfinite().all()) else computed
+        finite = math.isfinite(relative) or bool(value.isfinite().all())
+        return value if another and finite else computed
 
     def moved(value: Tensor) -> Tensor:
         if not rounding or not value.is_floating_point():
