@@ -69,10 +69,6 @@ def transformer_block(cross_first: bool = False, gate_in_front: bool = False) ->
     return make
 
 
-def vector_left_out(right: Wrong) -> Wrong:
-    return lambda self, vector, *rest: right(self, vector, *rest) - self.vector_in(vector)[:, None]
-
-
 def kernel(change: Callable[[Tensor], Tensor]) -> Callable[[Wrong], Wrong]:
     return lambda right: lambda x, weight, *rest: right(x, change(weight), *rest)
 

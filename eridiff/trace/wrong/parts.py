@@ -154,19 +154,18 @@ def times(change: Callable[[Tensor], Tensor]) -> Callable[[Wrong], Wrong]:
     return lambda right: lambda times, *rest: right(change(times), *rest)
 
 
-def half_less_one(values: Tensor, width: int = 256) -> Tensor:
-    half = width // 2
-    frequencies = 10000.0 ** -(torch.arange(half, dtype=torch.float64, device=values.device) / (half - 1))
-    angles = values.double()[..., None] * frequencies
-    return torch.cat([angles.cos(), angles.sin()], dim=-1)
+def sinusoid_of(dtype: torch.dtype = torch.float64, less: int = 0) -> Callable[[Wrong], Wrong]:
+    """Frequencies `10000 ** -(i / (half - less))`, correctly rounded to `dtype`, as other libraries compute them and torch does not."""
 
+    def make(_: Wrong) -> Wrong:
+        def sinusoid(values: Tensor, width: int = 256) -> Tensor:
+            exponents = torch.arange(width // 2, dtype=torch.float64, device=values.device) / (width // 2 - less)
+            angles = values.to(dtype)[..., None] * (10000.0**-exponents).to(dtype)
+            return torch.cat([angles.cos(), angles.sin()], dim=-1).double()
 
-def rounded_frequencies(values: Tensor, width: int = 256) -> Tensor:
-    """In float32 from correctly rounded frequencies on, which torch's are not: other libraries compute so."""
-    half = width // 2
-    frequencies = 10000.0 ** -(torch.arange(half, dtype=torch.float64, device=values.device) / half)
-    angles = values.float()[..., None] * frequencies.float()
-    return torch.cat([angles.cos(), angles.sin()], dim=-1).double()
+        return sinusoid
+
+    return make
 
 
 def sine_first(right: Wrong) -> Wrong:
