@@ -1,7 +1,7 @@
 """What explains a difference: the known causes are tried in our network, each where it can reach."""
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import wraps
@@ -46,38 +46,32 @@ def causes_of(
 
     - local: of every name, the difference made there and what rounding may do there.
 
-    A cause is tried everywhere at once, and with others that reach none of its places; of those that fit, the one that spoils
-    the fewest places without an error is taken, and of these the one that explains the most with one.
+    A cause is tried everywhere at once; of those that fit, the one that spoils the fewest places without an error is taken,
+    and of these the one that explains the most with one.
     Where it leaves more than rounding, a second one is tried beside it: two errors in one stretch without a value of the
     trace between them. A name is absent where no cause takes away nine tenths of the difference.
     """
     made = {name: difference for name, (difference, bound) in local.items() if difference > bound}
     best = {name: Fit((), difference, rest=True) for name, difference in made.items()}
     causes, reached = _within_reach(network, trace, sources, run)
-    reach = {cause.place: {name for name in local if cause.place in reached[name]} for cause in causes}
 
     def try_beside(known: tuple[Cause, ...]) -> None:
         """Every cause, with those planted that were found, at the names that they leave a rest of."""
         rest = {name: fit.left for name, fit in best.items() if fit.causes == known and fit.rest}
-        for together in _apart([cause for cause in causes if reach[cause.place] & rest.keys()], reach):
-            left = _planted((*known, *together), network, trace, sources, run)
-            for cause in together:
-                if not left and len(together) > 1:
-                    judge(known, cause, rest, _planted((*known, cause), network, trace, sources, run))
-                else:
-                    judge(known, cause, rest, left)
+        for cause in causes:
+            near = [name for name in rest if cause.place in reached[name]]
+            if not near:
+                continue
+            left = _planted((*known, cause), network, trace, sources, run)
+            spoiled = sum(left.get(name, 0.0) > bound for name, (_, bound) in local.items() if name not in made)
+            explained = sum(left.get(name, difference) <= local[name][1] for name, difference in made.items())
+            for name in near:
+                remains = left.get(name, rest[name])
+                fit = Fit((*known, cause), remains, remains > local[name][1], spoiled, explained)
+                if fit.left < 0.1 * rest[name] and fit.rank < best[name].rank:
+                    best[name] = fit
             if not any(best[name].rest or best[name].spoiled for name in rest):
                 break
-
-    def judge(known: tuple[Cause, ...], cause: Cause, rest: Mapping[str, float], left: Mapping[str, float]) -> None:
-        near = reach[cause.place]
-        spoiled = sum(name not in made and left.get(name, 0.0) > local[name][1] for name in near)
-        explained = sum(name in made and left.get(name, made[name]) <= local[name][1] for name in near)
-        for name in near & rest.keys():
-            remains = left.get(name, rest[name])
-            fit = Fit((*known, cause), remains, remains > local[name][1], spoiled, explained)
-            if fit.left < 0.1 * rest[name] and fit.rank < best[name].rank:
-                best[name] = fit
 
     try_beside(())
     for known in dict.fromkeys(fit.causes for fit in best.values() if fit.causes and fit.rest):
@@ -85,19 +79,6 @@ def causes_of(
     return {
         name: ("; and ".join(cause.says for cause in fit.causes), fit.left) for name, fit in best.items() if fit.causes
     }
-
-
-def _apart(causes: Sequence[Cause], reach: Mapping[str, set[str]]) -> Iterator[list[Cause]]:
-    """Causes that can be planted together, as no name is reached by two; at each name they keep their order."""
-    while causes:
-        together: list[Cause] = []
-        later: list[Cause] = []
-        taken: set[str] = set()
-        for cause in causes:
-            (later if reach[cause.place] & taken else together).append(cause)
-            taken |= reach[cause.place]
-        yield together
-        causes = later
 
 
 def _planted(
