@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import subprocess
 import sys
 import tempfile
@@ -427,17 +428,36 @@ def test_another_number_of_calls_is_listed_and_the_rest_compared() -> None:
     assert report.equal and report.missing == () and "forward@2" in report.added
 
 
+@pytest.mark.parametrize("beside", ["the same outputs", "others alone"])
+def test_two_outputs_in_the_other_order_are_found_in_every_call(beside: str) -> None:
+    """Diffusers' blocks give the text first."""
+    network = tiny.flux().double()
+    run = lambda dtype: lambda network: [recorded_run(network, dtype) for _ in range(2)]  # noqa: E731
+    with record(network, calls="all") as recording, torch.no_grad():
+        run(torch.float64)(network)
+    block = re.compile(r"double_blocks\.\d+\.[01](@|$)")
+    exchanged = {
+        n: re.sub(r"[01](@\d+)?$", lambda m: f"{1 - int(m[0][0])}{m[1] or ''}", n) for n in recording if block.match(n)
+    }
+    swapped = {n: recording[other] for n, other in exchanged.items()}
+    assert len(swapped) == 2 * 2 * 2 and any("@1" in n for n in swapped)
+    expected = {n: t for n, t in recording.items() if beside == "the same outputs" or n not in swapped}
+    assert compare(dict(recording) | swapped, expected, network=network, run=run).equal
+
+
 @pytest.mark.parametrize(
     ("name", "says"),
     [
-        ("cut.safetensors", "is an incomplete download"), ("cut.npz", "is not a complete .npz archive"), ("objects.npz", "holds Python objects"),
-        ("bfloat16", "a type that NumPy does not know, bfloat16 perhaps"), ("text", "not numbers"), ("empty", "a folder without .npy files"),
+        ("half.safetensors", "is an incomplete download"), ("half.npz", "is not a complete .npz archive"), ("cut.npz", "is cut off"),
+        ("objects", "holds Python objects"), ("objects.npz", "holds Python objects"), ("text", "which torch does not have"),
+        ("bfloat16", "a type that NumPy does not know, bfloat16 perhaps"), ("empty", "a folder without .npy files"),
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("side", [0, 1])
 def test_a_damaged_trace_on_either_side_is_one_sentence_and_2(
     name: str, says: str, side: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """Under a name that the other does not have, too."""
     traces = [saved({"x": np.zeros((64, 64))}, tmp_path / "good.npz"), str(damaged(tmp_path, name))]
     code, text = said(capsys, *(traces if side else traces[::-1]))
     assert code == 2 and says in text and text.count("\n") == 1

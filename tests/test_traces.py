@@ -1,9 +1,11 @@
 """Recording changes nothing and leaves nothing out; a trace is read from every form that docs/traces.md names."""
 
+import io
 import json
 import math
 import subprocess
 import sys
+import zipfile
 from collections import namedtuple
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -296,37 +298,42 @@ def test_numpy_files_are_traces(tmp_path: Path) -> None:
     assert not read_trace(tmp_path / "t.safetensors").ordered  # what others write is read too
 
 
+def as_npy(array: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    np.save(file, array)
+    return file.getvalue()
+
+
+ARRAY = np.random.default_rng(0).normal(size=(64, 64))
+UNREADABLE = {
+    "objects": as_npy(np.array([{}], dtype=object)), "bfloat16": as_npy(np.zeros(3, dtype="V2")), "text": as_npy(np.array(["a"])),
+    "cut": as_npy(ARRAY)[:-8], "short": as_npy(ARRAY)[:20],
+}  # fmt: skip
+
+
 def damaged(folder: Path, kind: str) -> Path:
-    array = np.random.default_rng(0).normal(size=(64, 64))
-    if kind == "objects.npz":
-        np.savez(folder / kind, x=np.array([{}], dtype=object))
-    elif kind == "objects":
-        (folder / kind).mkdir()
-        np.save(folder / kind / "x.npy", np.array([{}], dtype=object))
-    elif kind == "bfloat16":
-        (folder / kind).mkdir()
-        np.save(folder / kind / "x.npy", np.zeros(3, dtype="V2"))
-    elif kind == "text":
-        (folder / kind).mkdir()
-        np.save(folder / kind / "x.npy", np.array(["a"]))
-    elif kind == "cut":
-        (folder / kind).mkdir()
-        np.save(folder / kind / "x.npy", array)
-        whole = (folder / kind / "x.npy").read_bytes()
-        (folder / kind / "x.npy").write_bytes(whole[: len(whole) // 2])
-    elif kind == "empty":
-        (folder / kind).mkdir()
+    """`cut.npz`, `cut`: an archive or a folder of a good array `x` and a wrong one; or another file that is not a trace."""
+    path, (name, _, archive) = folder / kind, kind.partition(".")
+    if archive == "npz" and name in UNREADABLE:
+        with zipfile.ZipFile(path, "w") as file:
+            file.writestr("x.npy", as_npy(ARRAY))
+            file.writestr("wrong.npy", UNREADABLE[name])
+    elif kind in (*UNREADABLE, "empty", "order"):
+        path.mkdir()
+        if kind != "empty":
+            (path / "x.npy").write_bytes(as_npy(ARRAY))
+            (path / ("order.txt" if kind == "order" else "wrong.npy")).write_bytes(UNREADABLE.get(kind, b"\xff\xfe"))
     elif kind == "x.npy":
-        np.save(folder / kind, array)
-    elif kind == "cut.npz":
-        np.savez(folder / kind, x=array)
-        (folder / kind).write_bytes((folder / kind).read_bytes()[:-300])
-    elif kind == "cut.safetensors":
-        write_trace({"x": torch.from_numpy(array)}, folder / kind)
-        (folder / kind).write_bytes((folder / kind).read_bytes()[:-8])
+        np.save(path, ARRAY)
+    elif kind == "half.npz":
+        np.savez(path, x=ARRAY)
+        path.write_bytes(path.read_bytes()[:-300])
+    elif kind == "half.safetensors":
+        write_trace({"x": torch.from_numpy(ARRAY)}, path)
+        path.write_bytes(path.read_bytes()[:-8])
     elif kind == "lies.safetensors":
-        save_file({"x": torch.zeros(2)}, folder / kind, {"same": '{"y": "z"}'})
-    return folder / kind
+        save_file({"x": torch.zeros(2)}, path, {"same": '{"y": "z"}'})
+    return path
 
 
 @pytest.mark.parametrize(
@@ -335,20 +342,34 @@ def damaged(folder: Path, kind: str) -> Path:
         ("absent", "'.*absent' does not exist"),
         ("empty", "is a folder without .npy files; give"),
         ("x.npy", "is one array without a name; give the folder"),
-        ("cut", "x.npy' is cut off or damaged; write it again"),
-        ("cut.npz", "is not a complete .npz archive; write it again"),
-        ("cut.safetensors", "cut.safetensors' is .* 8 of 32888 bytes are missing"),
+        ("cut", "wrong.npy' is cut off or damaged; write it again"),
+        ("short", "wrong.npy' is cut off or damaged; write it again"),
+        ("cut.npz", "cut.npz', array 'wrong', is cut off or damaged; write it again"),
+        ("half.npz", "is not a complete .npz archive; write it again"),
+        ("half.safetensors", "half.safetensors' is .* 8 of 32888 bytes are missing"),
         ("lies.safetensors", "same as one that it does not hold"),
         ("objects", "holds Python objects, which are never opened; save plain numbers"),
-        ("objects.npz", "array 'x', holds Python objects, which are never opened"),
+        ("objects.npz", "array 'wrong', holds Python objects, which are never opened"),
         ("bfloat16", "holds a type that NumPy does not know, bfloat16 perhaps; save float32"),
-        ("text", "holds <U1, not numbers"),
+        ("bfloat16.npz", "array 'wrong', holds a type that NumPy does not know"),
+        ("text", "holds <U1, which torch does not have; save plain numbers"),
+        ("order", "order.txt' is not a list of names; write one a line, or remove it"),
     ],
 )
-def test_what_is_not_a_trace_is_refused_in_one_sentence(kind: str, says: str, tmp_path: Path) -> None:
+def test_what_is_not_a_trace_is_refused_in_one_sentence_when_it_is_opened(kind: str, says: str, tmp_path: Path) -> None:
     with pytest.raises(TraceError, match=says) as caught:
-        list(read_trace(damaged(tmp_path, kind)).values())
+        read_trace(damaged(tmp_path, kind))
     assert "\n" not in str(caught.value)
+
+
+def test_an_array_whose_values_are_damaged_is_refused_when_it_is_read(tmp_path: Path) -> None:
+    for save, at in ((np.savez, 2000), (np.savez_compressed, 2000), (np.savez_compressed, 60)):
+        save(tmp_path / "t.npz", x=ARRAY)
+        whole = bytearray((tmp_path / "t.npz").read_bytes())
+        whole[at : at + 100] = b"\xff" * 100
+        (tmp_path / "t.npz").write_bytes(whole)
+        with pytest.raises(TraceError, match="array 'x', is cut off or damaged; write it again"):
+            read_trace(tmp_path / "t.npz")["x"]
 
 
 def test_a_large_trace_needs_no_memory_for_the_whole(tmp_path: Path) -> None:

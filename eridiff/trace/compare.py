@@ -12,7 +12,7 @@ from eridiff.trace.explain import causes_of
 from eridiff.trace.format import parts_of, probe
 from eridiff.trace.inputs import cause_of
 from eridiff.trace.names import NETWORKS, nearest
-from eridiff.trace.replay import Local, Run, floors, replay, trace_run
+from eridiff.trace.replay import Local, Run, amplified, floors, replay, trace_run
 from eridiff.trace.report import BROKEN, CARRIED, EQUAL, HERE, Report, Row
 from eridiff.trace.shapes import distances, fit, heat
 from eridiff.trace.side import Side, configs_of, order_of, sides
@@ -27,12 +27,14 @@ class Replayed:
 
     run: Run
     places: Mapping[str, Local]
-    rounding: Mapping[str, float] = field(default_factory=dict)  # what the trace's dtype does there
+    eps: float  # of the trace's dtype
+    rounding: Mapping[str, float] = field(default_factory=dict)  # what the trace's dtype does there on the right values
+    amplified: Mapping[str, float] = field(default_factory=dict)  # what it does there on the trace's, where one differs
 
-    def bound(self, native: str, eps: float) -> float:
+    def bound(self, native: str) -> float:
         """What rounding may do there."""
-        least = max(eps, 1e-14)  # long sums in float64 are not better
-        return 10 * max(least, self.rounding.get(native.partition("[")[0], 0.0))
+        least = max(self.eps, 1e-14)  # long sums in float64 are not better
+        return max(10 * max(least, self.rounding.get(native.partition("[")[0], 0.0)), self.amplified.get(native, 0.0))
 
 
 def compare(
@@ -67,7 +69,7 @@ def compare(
             f"no tensor of the two traces has the same name: {', '.join(near)}; give --map, or rename them"
         )
     dtype = mine.coarsest
-    floor = torch.finfo(dtype).eps
+    floor = eps = torch.finfo(dtype).eps
     far = 100 * floor
     replayed = None
     if network is not None and mine.network:
@@ -78,7 +80,7 @@ def compare(
     rows: list[Row] = []
     before = 0.0  # the largest difference of what was computed before
     for native in order:
-        rows.append(_row(native, mine, theirs, replayed, tolerance, dtype, far, before))
+        rows.append(_row(native, mine, theirs, replayed, tolerance, eps, far, before))
         before = max(before, rows[-1].distance or 0.0)
     if explain:
         rows = _explained(rows, mine, theirs, network, replayed)
@@ -94,20 +96,17 @@ def compare(
 def _replayed(
     network: nn.Module, run: Callable[[torch.dtype], Run] | None, mine: Side, theirs: Side, dtype: torch.dtype
 ) -> Replayed:
-    run = run or _called(network, mine) or _called(network, theirs)
+    kind = type(network)
+    run = run or trace_run(kind, mine.trace, mine.sources) or trace_run(kind, theirs.trace, theirs.sources)
     if run is None:
         raise TraceError("neither trace has the network's inputs; record them (forward:latents, ...), or give a case")
     calls = run(torch.float64)
     places = {place.native: place for place in replay(network, mine.trace, mine.sources, calls)}
     rounding = floors(network, run, dtype, mine.sources) if dtype != torch.float64 else {}
-    return Replayed(calls, places, rounding)
-
-
-def _called(network: nn.Module, side: Side) -> Callable[[torch.dtype], Run] | None:
-    """The network's calls as a trace has them."""
-    if trace_run(type(network), side.trace, side.sources) is None:
-        return None
-    return lambda dtype: trace_run(type(network), side.trace, side.sources, dtype)  # type: ignore[return-value]
+    replayed = Replayed(calls, places, torch.finfo(dtype).eps, rounding)
+    if all(place.relative <= replayed.bound(native) for native, place in places.items()):
+        return replayed
+    return replace(replayed, amplified=amplified(network, mine.trace, mine.sources, calls, places.values(), dtype))
 
 
 def _row(
@@ -116,7 +115,7 @@ def _row(
     theirs: Side,
     replayed: Replayed | None,
     tolerance: float | None,
-    dtype: torch.dtype,
+    eps: float,
     far: float,
     before: float,
 ) -> Row:
@@ -127,7 +126,7 @@ def _row(
         count = int((~value.isfinite()).sum())
         how = f"{count} of {value.numel()} values are not finite, the first at {place}"
         return replace(row, how=how, verdict=BROKEN)
-    eps = max(torch.finfo(dtype).eps, theirs.eps(native))
+    eps = max(eps, theirs.eps(native))
     bound, far = tolerance or 10 * eps, tolerance or max(far, 100 * eps)
     fitted = None
     if native in theirs:
@@ -141,7 +140,7 @@ def _row(
     differs = (row.distance or 0.0) > far
     if replayed is not None and native in replayed.places:
         local = replayed.places[native]
-        bound = tolerance or replayed.bound(native, torch.finfo(dtype).eps)
+        bound = tolerance or replayed.bound(native)
         # what was taken from the trace itself to call the network was compared with itself
         given = _is_input(native, mine) and local.relative == 0.0 and differs
         made = local.relative > bound or given

@@ -14,7 +14,7 @@ from eridiff.trace.causes import CAUSES, Cause
 from eridiff.trace.inputs import causes_of_inputs
 from eridiff.trace.names import Source
 from eridiff.trace.replay import Run, replay
-from eridiff.trace.watch import exchanged
+from eridiff.trace.watch import exchanged, leaves
 
 UNTRIED = (RuntimeError, ValueError, IndexError)  # of an error that these shapes do not allow
 
@@ -105,7 +105,7 @@ def _within_reach(
 
     What a function gives is multiplied by a one of its own, and autograd says on which ones a value depends: those between it
     and the values before it that the trace has. A method reaches what is computed within it, too. Trying every cause at
-    every name takes five times as long.
+    every name took 58 runs in place of 7 for one planted error, 14 in place of 10 for another.
     """
     kind = type(network)
     entries = [f"{kind.__name__}.{method}" for method in ("forward", "encode", "decode") if method in vars(kind)]
@@ -135,7 +135,7 @@ def _within_reach(
                 running.append(place)
                 output = mark(inner(*args, **kwargs), ones[place])
                 running.pop()
-                if not _has_gradient(output):
+                if not any(tensor.requires_grad for _, tensor in leaves("", output)):
                     anywhere.add(place)
                 return output
 
@@ -159,9 +159,3 @@ def _within_reach(
     for place, arguments in given.items():
         causes += causes_of_inputs(place, arguments)
     return causes, {name: found | anywhere for name, found in reached.items()}
-
-
-def _has_gradient(value: Any) -> bool:
-    found = []
-    exchanged("", value, lambda _, tensor: found.append(tensor.requires_grad) or tensor)  # type: ignore[func-returns-value]
-    return any(found)

@@ -6,8 +6,10 @@ import mmap
 import os
 import tempfile
 import zipfile
-from collections.abc import Iterator, Mapping, MutableMapping
+import zlib
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
@@ -268,11 +270,16 @@ def give_back(tensor: Tensor) -> None:
 
 def _archive(path: Path) -> Trace:
     try:
-        archive = np.load(path, allow_pickle=False)
-        names = list(archive.files)
-    except (ValueError, OSError, zipfile.BadZipFile):
+        archive = zipfile.ZipFile(path)
+    except (OSError, zipfile.BadZipFile):
         raise TraceError(f"{quoted(path)} is not a complete .npz archive; write it again with numpy.savez") from None
-    return Trace(path, {name: _Array(path, name, lambda name=name: archive[name]) for name in names}, names)
+    readers = {
+        (name := entry.filename.removesuffix(".npy")): _Array(
+            f"{quoted(path)}, array {quoted(name)},", partial(archive.open, entry), entry.file_size
+        )
+        for entry in archive.infolist()
+    }
+    return Trace(path, readers, list(readers))
 
 
 def _folder(path: Path) -> Trace:
@@ -281,39 +288,56 @@ def _folder(path: Path) -> Trace:
         raise TraceError(
             f"{quoted(path)} is a folder without .npy files; give a folder of them, a .safetensors or an .npz"
         )
-    order = path / "order.txt"
     readers = {
         ".".join(file.relative_to(path).with_suffix("").parts): _Array(
-            file, "", lambda file=file: np.load(file, mmap_mode="r", allow_pickle=False)
+            quoted(file), partial(file.open, "rb"), file.stat().st_size
         )
         for file in files
     }
-    return Trace(path, readers, order.read_text(encoding="utf-8").split() if order.is_file() else None)
+    order = path / "order.txt"
+    try:
+        return Trace(path, readers, order.read_text(encoding="utf-8").split() if order.is_file() else None)
+    except (OSError, UnicodeDecodeError):
+        raise TraceError(f"{quoted(order)} is not a list of names; write one a line, or remove it") from None
+
+
+REFUSED = {  # kinds of dtypes that torch does not have
+    "O": "Python objects, which are never opened; save plain numbers",
+    "V": "a type that NumPy does not know, bfloat16 perhaps; save float32, or a safetensors file",
+}
 
 
 @dataclass(frozen=True)
 class _Array:
-    """Reads one NumPy array; one that torch cannot hold is refused."""
+    """Reads one NumPy array. Refused when the trace is opened: one that is cut off, or of a dtype that torch does not have."""
 
-    path: Path
-    name: str
-    load: Any
+    where: str
+    open: Callable[[], Any]  # gives a file of bytes
+    size: int  # of that
+
+    def __post_init__(self) -> None:
+        size, dtype = self._read(self._header)
+        try:
+            torch.from_numpy(np.empty(0, dtype.newbyteorder("=")))
+        except TypeError:
+            refused = REFUSED.get(dtype.kind, f"{dtype}, which torch does not have; save plain numbers")
+            raise TraceError(f"{self.where} holds {refused}") from None
+        if size > self.size:
+            raise TraceError(f"{self.where} is cut off or damaged; write it again")
 
     def __call__(self) -> Tensor:
-        where = quoted(self.path) + (f", array {quoted(self.name)}," if self.name else "")
+        array = self._read(lambda file: np.lib.format.read_array(file, allow_pickle=False))
+        return torch.from_numpy(np.array(array, dtype=array.dtype.newbyteorder("=")))
+
+    def _header(self, file: IO[bytes]) -> tuple[int, np.dtype[Any]]:
+        """How many bytes there should be, and of which dtype the values are."""
+        first = np.lib.format.read_magic(file) == (1, 0)
+        shape, _, dtype = (np.lib.format.read_array_header_1_0 if first else np.lib.format.read_array_header_2_0)(file)
+        return file.tell() + math.prod(shape) * dtype.itemsize, dtype
+
+    def _read(self, how: Callable[[IO[bytes]], Any]) -> Any:
         try:
-            array = self.load()
-        except (OSError, EOFError, zipfile.BadZipFile):
-            raise TraceError(f"{where} is cut off or damaged; write it again") from None
-        except ValueError as error:
-            if "object" in str(error).lower():
-                raise TraceError(f"{where} holds Python objects, which are never opened; save plain numbers") from None
-            raise TraceError(f"{where} is cut off or damaged; write it again") from None
-        if array.dtype.kind == "V":
-            raise TraceError(
-                f"{where} holds a type that NumPy does not know, bfloat16 perhaps; save float32, or a safetensors file"
-            )
-        if array.dtype.kind not in "fiubc":
-            raise TraceError(f"{where} holds {array.dtype}, not numbers; save plain numbers")
-        native = np.array(array, dtype=array.dtype.newbyteorder("="))
-        return torch.from_numpy(native)
+            with self.open() as file:
+                return how(file)
+        except (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error):
+            raise TraceError(f"{self.where} is cut off or damaged; write it again") from None

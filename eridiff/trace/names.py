@@ -283,6 +283,13 @@ def align(
     return best
 
 
+def twin(native: str) -> str:
+    """The other of a module's two outputs, `a.1@2` for `a.0@2`; empty for what is not one of two."""
+    base, at, call = native.partition("@")
+    module, _, index = base.rpartition(".")
+    return f"{module}.{1 - int(index)}{at}{call}" if index in ("0", "1") else ""
+
+
 def parse_map(text: str) -> tuple[str, str | None]:
     """`flux:diffusers` -> both; raises TraceError for what there is not."""
     network, _, layout = text.partition(":")

@@ -192,7 +192,8 @@ def relative_l2(found: Tensor, expected: Tensor) -> float:
     if found.shape != expected.shape:
         return float("inf")
     found, expected = (t.detach().to("cpu", torch.float64) for t in (found, expected))
-    distance = float((found - expected).norm() / expected.norm().clamp_min(torch.finfo(torch.float64).tiny))
+    size = torch.linalg.vector_norm(expected).clamp_min(torch.finfo(torch.float64).tiny)
+    distance = float(torch.linalg.vector_norm(found - expected) / size)
     return distance if distance == distance else float("inf")
 
 

@@ -2,19 +2,21 @@
 
 import copy
 import inspect
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from eridiff.trace.names import Source
+from eridiff.trace.names import Source, twin
 from eridiff.trace.record import record, relative_l2
 from eridiff.trace.shapes import fit
 from eridiff.trace.watch import METHODS, exchanged, watched
 
 Run = Callable[[nn.Module], Any]
+SAMPLED = 4096  # values of each computed tensor that are kept, or up to twice as many
 
 
 @dataclass(frozen=True)
@@ -25,6 +27,7 @@ class Local:
     source: Source
     how: str  # in which arrangement it is the network's; empty if in the same
     relative: float  # L2 distance; infinite if the shapes do not fit or a value is not finite
+    computed: Tensor  # some values of what our network computes, evenly spaced
     given: Tensor | None = None  # of an input from outside: what the network was called with
 
 
@@ -34,6 +37,7 @@ def replay(
     sources: Mapping[str, Source],
     run: Run,
     see: Callable[[str, Tensor], None] | None = None,
+    rounding: float = 0.0,
 ) -> list[Local]:
     """Run `network`, exchanging each value that the trace has, in the order of computation.
 
@@ -41,11 +45,13 @@ def replay(
     - sources: the trace's tensors by our names.
     - run: calls the network; `arguments_run` or `trace_run`.
     - see: is shown each computed value, under autograd, before it is exchanged.
+    - rounding: by which part of itself each value is moved before it goes on, up or down at random.
 
     What differs at one place is what was done between it and the values before it that the trace has; so three errors give
     three differences, wherever they stand.
     """
     found: dict[str, Local] = {}
+    chance = torch.Generator().manual_seed(0)
 
     def change(name: str, computed: Tensor, call: int) -> Tensor:
         whole = f"{name}@{call}" if call else name
@@ -61,22 +67,34 @@ def replay(
             see(native, computed)
         fitted = fit(source.read(trace), computed.detach())
         if fitted is None:
-            found[native] = Local(
-                native, source, f"{_shape(source, trace)} against {list(computed.shape)}", float("inf")
-            )
+            how = f"{_shape(source, trace)} against {list(computed.shape)}"
+            found[native] = Local(native, source, how, float("inf"), _sample(computed))
             return computed
         value = fitted.tensor.to(computed.device, computed.dtype)
         outside = native.partition(":")[0] in ("forward", *METHODS) and ":" in native
-        found[native] = Local(native, source, fitted.how, relative_l2(value, computed), computed if outside else None)
-        another = see is not None or found[native].relative > 0
-        return value if another and bool(value.isfinite().all()) else computed
+        relative = relative_l2(value, computed)
+        found[native] = Local(native, source, fitted.how, relative, _sample(computed), computed if outside else None)
+        another = see is not None or relative > 0
+        finite = math.isfinite(relative) or bool(value.isfinite().all())
+        return value if another and finite else computed
+
+    def moved(value: Tensor) -> Tensor:
+        if not rounding or not value.is_floating_point():
+            return value
+        signs = 2 * torch.randint(2, value.shape, generator=chance, dtype=torch.float64) - 1
+        return value * (1 + rounding * signs.to(value.device))
 
     def visit(name: str, value: Any, call: int) -> Any:
-        return exchanged(name, value, lambda leaf, tensor: change(leaf, tensor, call))
+        return exchanged(name, value, lambda leaf, tensor: moved(change(leaf, tensor, call)))
 
     with torch.set_grad_enabled(see is not None), watched(network, visit):
         run(network)
     return list(found.values())
+
+
+def _sample(computed: Tensor) -> Tensor:
+    values = computed.detach().reshape(-1)
+    return values[:: max(1, len(values) // SAMPLED)].clone()
 
 
 def _shape(source: Source, trace: Mapping[str, Tensor]) -> list[int]:
@@ -88,13 +106,12 @@ def _source(native: str, computed: Tensor, trace: Mapping[str, Tensor], sources:
 
     None where it gives one alone and that is the other.
     """
-    own = sources.get(native)
-    base, _, index = native.rpartition(".")
-    other = sources.get(f"{base}.{1 - int(index)}") if index in ("0", "1") else None
-    if own is not None and other is None and index == "1" and fit(own.read(trace), computed) is None:
-        return None
-    if own is None or other is None:
+    own, other = sources.get(native), sources.get(twin(native))
+    if own is None or not twin(native):
         return own
+    if other is None:
+        alone = twin(native).partition("@")[0].endswith(".0") and fit(own.read(trace), computed) is None
+        return None if alone else own
     shapes = [_shape(source, trace) for source in (own, other)]
     return other if shapes[0] != shapes[1] == list(computed.shape) else own
 
@@ -106,28 +123,24 @@ def arguments_run(arguments: Mapping[str, Any], dtype: torch.dtype = torch.float
 
 
 def trace_run(
-    kind: type[nn.Module],
-    trace: Mapping[str, Tensor],
-    sources: Mapping[str, Source],
-    dtype: torch.dtype = torch.float64,
-) -> Run | None:
-    """Calls a network of this kind as the trace says that it was called: its `forward`, or `prepare` and each `step`; None if it does not."""
+    kind: type[nn.Module], trace: Mapping[str, Tensor], sources: Mapping[str, Source]
+) -> Callable[[torch.dtype], Run] | None:
+    """Calls a network of this kind as the trace says that it was called: its `forward`, or `prepare` and each `step`; None if it does not.
 
-    def arguments(function: str, network: nn.Module, call: str = "") -> dict[str, Any]:
-        known = inspect.signature(getattr(type(network), function)).parameters
-        names = {n: f"{function}:{n}{call}" for n in known}
+    What it returns takes the dtype of floating arguments.
+    """
+
+    def arguments(function: str, dtype: torch.dtype, call: str = "") -> dict[str, Any]:
+        names = {n: f"{function}:{n}{call}" for n in inspect.signature(getattr(kind, function)).parameters}
         return {n: _cast(sources[s].read(trace), dtype) for n, s in names.items() if s in sources}
 
     steps = [name.removeprefix("step:latents") for name in sources if name.startswith("step:latents")]
 
-    def stepwise(network: Any) -> None:
-        prepared = network.prepare(**arguments("prepare", network))
+    def stepwise(network: Any, dtype: torch.dtype) -> None:
+        prepared = network.prepare(**arguments("prepare", dtype))
         for i, call in enumerate(steps):
-            given = arguments("step", network, call)
+            given = arguments("step", dtype, call)
             network.step(given["latents"], prepared, given.get("i", i))
-
-    def whole(network: nn.Module) -> None:
-        network(**arguments("forward", network))
 
     def given(function: str) -> bool:
         parameters = inspect.signature(getattr(kind, function)).parameters.values()
@@ -135,8 +148,10 @@ def trace_run(
         return all(f"{function}:{name}" in sources for name in needed)
 
     if given("forward"):
-        return whole
-    return stepwise if hasattr(kind, "step") and given("prepare") and given("step") else None
+        return lambda dtype: lambda network: network(**arguments("forward", dtype))
+    if hasattr(kind, "step") and given("prepare") and given("step"):
+        return lambda dtype: lambda network: stepwise(network, dtype)
+    return None
 
 
 def _cast(value: Any, dtype: torch.dtype) -> Any:
@@ -144,6 +159,24 @@ def _cast(value: Any, dtype: torch.dtype) -> Any:
         numbers = value.tolist()  # a grid, or the number of a step
         return tuple(numbers) if isinstance(numbers, list) else numbers
     return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
+
+
+def amplified(
+    network: nn.Module,
+    trace: Mapping[str, Tensor],
+    sources: Mapping[str, Source],
+    run: Run,
+    places: Iterable[Local],
+    dtype: torch.dtype,
+) -> dict[str, float]:
+    """How far what is computed at each of `places` moves where every value before it is moved by the epsilon of `dtype`.
+
+    A few epsilons; of a sinusoid as many as its arguments are large. Those are computed in float32 at least by every program.
+    """
+    eps = min(torch.finfo(dtype).eps, torch.finfo(torch.float32).eps)
+    moved = {local.native: local.computed for local in replay(network, trace, sources, run, rounding=eps)}
+    found = {local.native: relative_l2(moved[local.native], local.computed) for local in places}
+    return {native: distance for native, distance in found.items() if math.isfinite(distance)}
 
 
 def floors(

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from eridiff.trace.format import Trace, natural
-from eridiff.trace.names import NETWORKS, Source, align
+from eridiff.trace.names import NETWORKS, Source, align, twin
 
 
 @dataclass(frozen=True)
@@ -84,14 +84,11 @@ def _outputs_in_order(mine: Side, theirs: Side) -> Side:
     """Of two outputs that one implementation gives in the other order, each by the name of that whose shape it has."""
     moved: dict[str, Source] = {}
     for native, source in mine.sources.items():
-        base, _, index = native.partition("@")[0].rpartition(".")
-        other = f"{base}.{1 - int(index)}{native[len(base) + 2 :]}" if index in ("0", "1") else native
-        if other in theirs and native in theirs and other != native:
+        other, swapped = twin(native), False
+        if other in theirs and native in theirs:
             own = mine.read(native).shape
             swapped = theirs.read(native).shape != own == theirs.read(other).shape
-            moved[other if swapped else native] = source
-        else:
-            moved[native] = source
+        moved[other if swapped else native] = source
     return replace(mine, sources=moved)
 
 

@@ -174,9 +174,9 @@ CONFIGS: dict[str, Any] = {"clip": ClipConfig, "t5": T5Config}
 
 def replayable(network: str, module: Any, **said: Any) -> nn.Module:
     """What `build_encoder` made as it is replayed; `said` is what its configuration does not say, the end token."""
-    kind = CONFIGS["t5" if network == "t5" else "clip"]
-    read = {f.name: getattr(module.config, f.name) for f in fields(kind) if "token" not in f.name}
-    return cast(nn.Module, ENCODERS["t5" if network == "t5" else "clip"](kind(**read | said), module))
+    kind = "t5" if network == "t5" else "clip"
+    read = {f.name: getattr(module.config, f.name) for f in fields(CONFIGS[kind]) if "token" not in f.name}
+    return cast(nn.Module, ENCODERS[kind](CONFIGS[kind](**read | said), module))
 
 
 def load_encoder(path: str | os.PathLike[str], network: str) -> nn.Module:

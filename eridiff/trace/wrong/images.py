@@ -49,32 +49,24 @@ def residual_of_the_norm(_: Wrong) -> Wrong:
     return forward
 
 
-def cross_first(_: Wrong) -> Wrong:
-    def forward(self: Any, x: Tensor, keys_values: tuple[Tensor, Tensor]) -> Tensor:
-        x = x + self.cross_attention(self.norm2(x), keys_values)
-        normed = self.norm1(x)
-        x = x + self.self_attention(normed, self.self_attention.keys_values(normed))
-        value, gate = self.mlp_in(self.norm3(x)).chunk(2, dim=-1)
-        added: Tensor = self.mlp_out(value * F.gelu(gate))
-        return x + added
+def transformer_block(cross_first: bool = False, gate_in_front: bool = False) -> Callable[[Wrong], Wrong]:
+    """Of a block of the UNet's transformer: cross- before self-attention, or the gate as the first half of the MLP."""
 
-    return forward
+    def make(_: Wrong) -> Wrong:
+        def forward(self: Any, x: Tensor, keys_values: tuple[Tensor, Tensor]) -> Tensor:
+            if cross_first:
+                x = x + self.cross_attention(self.norm2(x), keys_values)
+            normed = self.norm1(x)
+            x = x + self.self_attention(normed, self.self_attention.keys_values(normed))
+            if not cross_first:
+                x = x + self.cross_attention(self.norm2(x), keys_values)
+            value, gate = self.mlp_in(self.norm3(x)).chunk(2, dim=-1)[:: -1 if gate_in_front else 1]
+            added: Tensor = self.mlp_out(value * F.gelu(gate))
+            return x + added
 
+        return forward
 
-def gate_in_front(_: Wrong) -> Wrong:
-    def forward(self: Any, x: Tensor, keys_values: tuple[Tensor, Tensor]) -> Tensor:
-        normed = self.norm1(x)
-        x = x + self.self_attention(normed, self.self_attention.keys_values(normed))
-        x = x + self.cross_attention(self.norm2(x), keys_values)
-        gate, value = self.mlp_in(self.norm3(x)).chunk(2, dim=-1)
-        added: Tensor = self.mlp_out(value * F.gelu(gate))
-        return x + added
-
-    return forward
-
-
-def vector_left_out(right: Wrong) -> Wrong:
-    return lambda self, vector, *rest: right(self, vector, *rest) - self.vector_in(vector)[:, None]
+    return make
 
 
 def kernel(change: Callable[[Tensor], Tensor]) -> Callable[[Wrong], Wrong]:

@@ -1,6 +1,6 @@
 """What every network has: norms, activations, matrices, attention, the sinusoid of times."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -24,12 +24,8 @@ def rms_epsilon(eps: float) -> Callable[[Wrong], Wrong]:
     return lambda right: lambda x, shape, weight=None, *_, **__: right(x, shape, weight, eps)
 
 
-def normed(change: Callable[[Any, Tensor], Tensor]) -> Callable[[Wrong], Wrong]:
-    return lambda _: change
-
-
 def rms(gain: Callable[[Tensor], Tensor | float]) -> Callable[[Wrong], Wrong]:
-    return normed(lambda self, x: F.rms_norm(x, (x.shape[-1],), eps=self.eps) * gain(self.weight))
+    return lambda _: lambda self, x: F.rms_norm(x, (x.shape[-1],), eps=self.eps) * gain(self.weight)
 
 
 def without_mean(_: Wrong) -> Wrong:
@@ -118,20 +114,9 @@ def merged(right: Wrong) -> Wrong:
     return wrong
 
 
-def heads_inside(_: Wrong) -> Wrong:
-    def wrong(qkv: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
-        q, k, v = qkv.unflatten(-1, (heads, 3, -1)).permute(3, 0, 2, 1, 4)
-        return q, k, v
-
-    return wrong
-
-
-def heads_last(_: Wrong) -> Wrong:
-    def wrong(qkv: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
-        q, k, v = qkv.unflatten(-1, (3, -1, heads)).permute(2, 0, 4, 1, 3)
-        return q, k, v
-
-    return wrong
+def qkv_as(sizes: Callable[[int], tuple[int, ...]], order: Sequence[int]) -> Callable[[Wrong], Wrong]:
+    """The features of qkv in other parts, `sizes(heads)`; `order` makes them [q, k and v, B, heads, L, D]."""
+    return lambda _: lambda qkv, heads: qkv.unflatten(-1, sizes(heads)).permute(order).unbind()
 
 
 def parts_as(order: list[int]) -> Callable[[Wrong], Wrong]:
@@ -169,19 +154,18 @@ def times(change: Callable[[Tensor], Tensor]) -> Callable[[Wrong], Wrong]:
     return lambda right: lambda times, *rest: right(change(times), *rest)
 
 
-def half_less_one(values: Tensor, width: int = 256) -> Tensor:
-    half = width // 2
-    frequencies = 10000.0 ** -(torch.arange(half, dtype=torch.float64, device=values.device) / (half - 1))
-    angles = values.double()[..., None] * frequencies
-    return torch.cat([angles.cos(), angles.sin()], dim=-1)
+def sinusoid_of(dtype: torch.dtype = torch.float64, less: int = 0) -> Callable[[Wrong], Wrong]:
+    """Frequencies `10000 ** -(i / (half - less))`, correctly rounded to `dtype`, as other libraries compute them and torch does not."""
 
+    def make(_: Wrong) -> Wrong:
+        def sinusoid(values: Tensor, width: int = 256) -> Tensor:
+            exponents = torch.arange(width // 2, dtype=torch.float64, device=values.device) / (width // 2 - less)
+            angles = values.to(dtype)[..., None] * (10000.0**-exponents).to(dtype)
+            return torch.cat([angles.cos(), angles.sin()], dim=-1).double()
 
-def rounded_frequencies(values: Tensor, width: int = 256) -> Tensor:
-    """In float32 from correctly rounded frequencies on, which torch's are not: other libraries compute so."""
-    half = width // 2
-    frequencies = 10000.0 ** -(torch.arange(half, dtype=torch.float64, device=values.device) / half)
-    angles = values.float()[..., None] * frequencies.float()
-    return torch.cat([angles.cos(), angles.sin()], dim=-1).double()
+        return sinusoid
+
+    return make
 
 
 def sine_first(right: Wrong) -> Wrong:

@@ -226,21 +226,23 @@ def text_counted(right: Wrong) -> Wrong:
     return rotations
 
 
-def conditioning(**left_out: bool) -> Callable[[Wrong], Wrong]:
-    """Of the conditioning vector: the guidance or the pooled text left out."""
+def pooled_left_out(right: Wrong) -> Wrong:
+    """Of the conditioning vector: the pooled text, with the sizes in SDXL."""
 
-    def make(right: Wrong) -> Wrong:
-        def vector(self: Any, pooled: Tensor, times: Tensor, *rest: Any) -> Tensor:
-            if left_out.get("pooled"):
-                pooled_in = self.pooled_in if hasattr(self, "pooled_in") else self.vector_in
-                return right(self, pooled, times, *rest) - pooled_in(pooled)[:, None]
-            dtype = self.time_in.in_layer.weight.dtype
-            sinusoids = layers.timestep_sinusoid(layers.prepare_times(times, pooled.shape[0])).to(dtype)
-            return self.time_in(sinusoids) + self.pooled_in(pooled)[:, None]
+    def vector(self: Any, pooled: Tensor, *rest: Any) -> Tensor:
+        pooled_in = self.pooled_in if hasattr(self, "pooled_in") else self.vector_in
+        return right(self, pooled, *rest) - pooled_in(pooled)[:, None]
 
-        return vector
+    return vector
 
-    return make
+
+def guidance_left_out(_: Wrong) -> Wrong:
+    def vector(self: Any, pooled: Tensor, times: Tensor, guidance: Tensor | None = None) -> Tensor:
+        dtype = self.time_in.in_layer.weight.dtype
+        sinusoids = layers.timestep_sinusoid(layers.prepare_times(times, pooled.shape[0])).to(dtype)
+        return self.time_in(sinusoids) + self.pooled_in(pooled)[:, None]
+
+    return vector
 
 
 def guidance_divided(right: Wrong) -> Wrong:
