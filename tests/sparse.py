@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -50,13 +51,16 @@ def write_random(path: Path, tensors: Tensors, draw: Callable[[str, Shape], Tens
     return path
 
 
-def write_scattered(path: Path, tensors: Tensors, seed: int, pieces: int = 24, numbers: int = 64) -> Path:
-    """A full-size file with random numbers in so many places of each tensor, the first and the last among them, and holes between."""
+def write_scattered(path: Path, tensors: Tensors, pieces: int = 24, numbers: int = 64) -> Path:
+    """A full-size file with random numbers in so many places of each tensor, the first and the last among them, and holes between.
+
+    T5's two names of its words have the same numbers, as published.
+    """
     write_sparse(path, tensors)
-    generator = torch.Generator().manual_seed(seed)
     with open(path, "r+b") as file:
-        for entry in open_checkpoint(path).tensors.values():
-            size = entry.dtype.itemsize
+        for name, entry in open_checkpoint(path).tensors.items():
+            seed = zlib.crc32(name.replace("encoder.embed_tokens", "shared").encode())
+            generator, size = torch.Generator().manual_seed(seed), entry.dtype.itemsize
             values = torch.randn(pieces, min(numbers, (entry.end - entry.begin) // size), generator=generator).to(
                 entry.dtype
             )

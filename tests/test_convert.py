@@ -296,7 +296,8 @@ for command in {list(commands)!r}:
     assert main(command) == 0
 print("MB", most[0] - before)
 """
-    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr[-3000:]
     return float(ran.stdout.split("MB")[1])
 
 

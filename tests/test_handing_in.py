@@ -76,6 +76,14 @@ def test_a_clip_g_without_projection_is_refused_by_the_name_of_the_right_class()
         ClipEncoder(without_projection(), CLIP_TOKENIZER, pad=0, name="CLIP-G")
 
 
+def test_float16_on_a_cpu_is_called_slow(caplog: pytest.LogCaptureFixture) -> None:
+    """A convolution of 512 channels took 8.2 s in float16, 0.05 in float32 and 0.02 in bfloat16."""
+    for dtype, said in ((torch.bfloat16, 0), (torch.float32, 0), (torch.float16, 2)):
+        caplog.clear()
+        eridiff.FluxInference(tiny.flux().to(dtype), tiny.autoencoder().to(dtype), device="cpu")
+        assert sum("is float16 on a CPU" in record.message for record in caplog.records) == said
+
+
 @pytest.mark.parametrize("wrap", [nn.DataParallel, torch.compile])
 def test_wrapped_encoders_are_used_without_their_wrappers(wrap: Any) -> None:
     clip, t5 = tiny.clip_module(), tiny.t5_module()

@@ -167,6 +167,12 @@ class DiffusionInference(Family):
     @model.setter
     def model(self, model: Model) -> None:
         self._model = model
+        for name, module in (("network", model.network), ("autoencoder", model.autoencoder)):
+            if self.device.type == "cpu" and dtype_of(module) == torch.float16:
+                log.warning(
+                    "the %s is float16 on a CPU, where convolutions take a hundred times as long as in float32 or bfloat16",
+                    name,
+                )
 
     def _check_device(self) -> Self:
         """This inference; raises ConfigError for modules on another device than the one that is asked for."""

@@ -199,6 +199,9 @@ class Stream(StreamInput):
     def update(self, x: Tensor, attention: Tensor, modulation: Sequence[Tensor]) -> Tensor:
         """The stream `[B, L, hidden]` after its part of the joint attention `[B, L, hidden]` and its MLP."""
         _, _, gate1, shift2, scale2, gate2 = modulation
+        attention = (
+            attention.contiguous()
+        )  # of several rows a part of the tokens is not, and would be a product for each row
         x = torch.addcmul(x, gate1, self.proj(attention))
         return torch.addcmul(x, gate2, self.mlp(modulated(x, shift2, scale2)))
 
