@@ -168,3 +168,45 @@ def test_onetrainers_recipe_gives_the_latents_of_its_loop() -> None:
     found = generated(model, "onetrainer")
     model.model.sampling = before
     assert distance(found, onetrainer_flux(model)) < 3e-6
+
+
+def of_ai_toolkit(sampler: str) -> Any:
+    """toolkit/sampler.py of ostris/ai-toolkit 27a03a91, 31 to 185: the scheduler of a name for SDXL."""
+    import diffusers as d
+
+    classes: dict[str, Any] = {
+        "ddpm": d.DDPMScheduler, "ddim": d.DDIMScheduler, "euler": d.EulerDiscreteScheduler,
+        "euler_ancestral": d.EulerAncestralDiscreteScheduler,
+    }  # fmt: skip
+    config = {
+        "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "clip_sample": False, "set_alpha_to_one": False,
+        "steps_offset": 0, "timestep_spacing": "leading", "skip_prk_steps": True, "interpolation_type": "linear",
+    }  # fmt: skip
+    return classes[sampler].from_config({**config, "prediction_type": "epsilon"})
+
+
+@pytest.mark.parametrize("sampler", [None, "ddim", "euler", "euler_ancestral"])
+def test_ai_toolkits_recipe_gives_the_latents_of_each_scheduler_of_its_names(sampler: str | None) -> None:
+    model = trained("tiny-sdxl")
+    described = with_scheduler(model, of_ai_toolkit(sampler or "ddpm"), 7.0)
+    assert distance(generated(model, "ai-toolkit", sampler=sampler), described) < 3e-6
+
+
+@torch.no_grad()
+def ai_toolkit_sd3(model: Any) -> Tensor:
+    """toolkit/samplers/custom_flowmatch_sampler.py of ostris/ai-toolkit 27a03a91, 24: the shift is 1; the loop is diffusers'."""
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    scheduler = FlowMatchEulerDiscreteScheduler()
+    scheduler.set_timesteps(STEPS)
+    x = torch.randn(1, 16, SIDE // 8, SIDE // 8, generator=torch.Generator().manual_seed(SEED))
+    text, pooled = both(told(model))
+    for t in scheduler.timesteps:
+        negative, positive = model.network(torch.cat([x, x]), text, pooled, t.reshape(1) / 1000).chunk(2)
+        x = scheduler.step(negative + 7.0 * (positive - negative), t, x).prev_sample
+    return x
+
+
+def test_ai_toolkits_recipe_gives_the_latents_of_its_loop_for_sd3() -> None:
+    model = trained("tiny-sd35")
+    assert distance(generated(model, "ai-toolkit"), ai_toolkit_sd3(model)) < 3e-6
