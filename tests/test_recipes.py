@@ -140,7 +140,7 @@ class Plain:
         return self.model.generate(request.encoded(), conditioning=self.given, **asked)
 
 
-def test_each_choice_alone_and_all_together_are_told_with_what_they_move() -> None:
+def test_each_choice_alone_and_all_together_are_measured() -> None:
     model: Any = Plain("unet")
     base = {"steps": 4, "width": 64, "height": 64, "seed": 1}
     one, other = Request(**base, recipe="kohya"), Request(**base, recipe="kohya", sampler="euler")

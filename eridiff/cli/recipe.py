@@ -266,7 +266,7 @@ def _how_far(move: Move | str) -> str:
 
 
 def _points(asked: Sequence[Request], model: DiffusionInference, names: Sequence[str]) -> None:
-    """Both runs step by step: the noise level, and the time that the network is given, rounded as it is told."""
+    """Both runs step by step: the noise level, and the time that the network is given, rounded as there."""
     runs, told = [], []
     for request in asked:
         settled: Any = request.checked(model)

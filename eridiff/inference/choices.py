@@ -58,7 +58,7 @@ def differences(first: Request, second: Request, model: DiffusionInference) -> l
 def moves(
     first: Request, second: Request, model: DiffusionInference, found: list[Difference]
 ) -> Iterator[tuple[Difference | None, Move | str]]:
-    """For each difference alone, and for all (None), how far it moves the image of `first`, or why that cannot be told.
+    """For each difference alone, and for all (None), how far it moves the image of `first`, or why that is unknown.
 
     All but the size, which both sides take from `first`: images of different sizes have nothing in common.
     """

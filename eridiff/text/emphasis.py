@@ -41,7 +41,7 @@ def pieces(text: str, program: str) -> Pieces:
 
 
 def unweighted(prompt: Text, program: str | None) -> Text:
-    """A prompt without the brackets that are weights; None is no program's."""
+    """A prompt without the brackets that are weights; None weighs nothing."""
     program = program or "none"
     if isinstance(prompt, str):
         return "".join(text for text, _ in pieces(prompt, program))
