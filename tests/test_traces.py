@@ -353,7 +353,7 @@ def damaged(folder: Path, kind: str) -> Path:
         ("bfloat16", "holds a type that NumPy does not know, bfloat16 perhaps; save float32"),
         ("bfloat16.npz", "array 'wrong', holds a type that NumPy does not know"),
         ("text", "holds <U1, which torch does not have; save plain numbers"),
-        ("order", "order.txt' is not a list of names; write one a line, or remove it"),
+        ("order", "order.txt' is not a list of names; write one per line, or remove it"),
     ],
 )
 def test_what_is_not_a_trace_is_refused_in_one_sentence_when_it_is_opened(kind: str, says: str, tmp_path: Path) -> None:

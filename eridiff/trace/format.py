@@ -298,7 +298,7 @@ def _folder(path: Path) -> Trace:
     try:
         return Trace(path, readers, order.read_text(encoding="utf-8").split() if order.is_file() else None)
     except (OSError, UnicodeDecodeError):
-        raise TraceError(f"{quoted(order)} is not a list of names; write one a line, or remove it") from None
+        raise TraceError(f"{quoted(order)} is not a list of names; write one per line, or remove it") from None
 
 
 REFUSED = {  # kinds of dtypes that torch does not have
