@@ -344,9 +344,15 @@ def test_the_notice_about_a_network_names_the_trained_lora(tmp_path: Path) -> No
 
 
 def test_a_sampler_writes_into_the_trainers_folder_of_samples(models: dict[str, Path], tmp_path: Path) -> None:
+    """Beside the trainer's own images, whatever these are."""
     config = trained(tmp_path, sample={"prompts": ["a fox"], "width": 64, "height": 64, "sample_steps": 1})
+    folder = tmp_path / "runs" / "heron" / "samples"
+    folder.mkdir(parents=True)
+    Image.new("RGB", (8, 8)).save(folder / "1700000000000__000000000_0.png")
+    (folder / "1700000000000__000000000_1.jpg").write_bytes(b"not an image")
     sampler = Sampler(tiny.load(families.FluxInference, models["flux"]), config, raise_errors=True)
-    assert sampler.out == tmp_path / "runs" / "heron" / "samples"
+    sampler.maybe_sample(0)
+    assert sampler.out == folder and len(list(folder.glob("step-00000000-*.png"))) == 1
 
 
 @pytest.mark.parametrize(
@@ -405,6 +411,7 @@ BAD = {
     "a number in a library": ("a.json", {"a": "a fox", "b": {"prompt": 3}}, "the prompt 'b' must be text, not 3"),
     "a misspelt key in a library": ("a.json", {"b": {"prompt": "a", "adapter_strenth": 3}}, "'adapter_strenth' is not a key of the prompt 'b'; did you mean 'adapter_strength'"),
     "another generator": ("a.json", {"config": {"process": [{"type": "batch_img2img", "generate": {}}]}}, "the type 'batch_img2img' of a process with 'generate' is not read; to_folder is"),
+    "an unknown key of generate": ("a.json", {"config": {"process": [{"generate": {"qqqq": 3}}]}}, "'qqqq' is not a key of generate; there are sampler"),
     "a misspelt key of generate": ("a.json", {"config": {"process": [{"generate": {"widht": 3}}]}}, "'widht' is not a key of generate; did you mean 'width'"),
     "no repeats": ("a.json", {"config": {"process": [{"generate": {"num_repeats": 0}}]}}, "generate: num_repeats must be between 1 and 10000, not 0"),
     "a folder that is a number": ("a.json", {"config": {"process": [{"sample": {}, "training_folder": 3}]}}, "config: training_folder must be text, not 3"),
