@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from eridiff.config import FOR_TRAINING, SAID, RunConfig, TrainingSchedule, parse_config
+from eridiff.config import FOR_TRAINING, RunConfig, TrainingSchedule, parse_config
 from eridiff.errors import ConfigError
 from eridiff.prompt_files import Entry, read_json, read_prompts, read_toml
 from eridiff.run_files.common import (
@@ -37,12 +37,6 @@ MODULES = {
     "networks.lora_sd3": "mmdit",
 }  # network_module -> family
 OTHERS = ("lumina", "anima", "hunyuan")  # words of a network_module for another family
-SIZE = {"width": 512, "height": 512}
-DEFAULTS: dict[str, dict[str, Any]] = {  # of sample_image_inference, by family
-    "unet": {**SIZE, "steps": 30, "true_cfg_scale": 7.5, "sampler": "ddim", "negative": ""},
-    "mmdit": {**SIZE, "steps": 30, "true_cfg_scale": 7.5, "sampler": "euler", "negative": ""},
-    "flux": {**SIZE, "steps": 20, "true_cfg_scale": 1.0, "guidance_scale": 3.5, "sampler": "euler", "negative": ""},
-}  # fmt: skip
 SCHEDULE_KEYS = ("sample_every_n_steps", "sample_every_n_epochs", "sample_at_first")
 TRAINING_KEYS = (
     *PARTS, *SCHEDULE_KEYS, "sample_prompts", "sample_sampler", "v_parameterization", "apply_t5_attn_mask", "mixed_precision",
@@ -89,9 +83,7 @@ def read_training(document: Mapping[str, Any], folder: Path) -> RunConfig:
     known = [key for key in TRAINING_KEYS if key not in reasons]
     unused = unread(section, known, "kohya's configuration of a training", "", reasons)
 
-    defaults = dict(DEFAULTS[family or "unet"])
-    if (sampler := value_of(section, "sample_sampler", str)) is not None:
-        defaults["sampler"] = sampler
+    sampler = value_of(section, "sample_sampler", str)
     masked: bool | None = flag(section, "apply_t5_attn_mask") or None
     if masked and family != "flux":
         unused["apply_t5_attn_mask"], masked = "kohya puts zeros in place of T5's padding, which is not done here", None
@@ -100,23 +92,18 @@ def read_training(document: Mapping[str, Any], folder: Path) -> RunConfig:
         "dtype": dtype_named(section, "mixed_precision", none=("no",)),
         "prediction": "v" if flag(section, "v_parameterization") else None, "t5_mask": masked,
     })  # fmt: skip
-    shared = {**own["sample"], **defaults, "lenient": True} | ({"out": str(Path(out, "sample"))} if out else {})
+    shared = {**own["sample"], **({"sampler": sampler} if sampler else {}), "lenient": True} | (
+        {"out": str(Path(out, "sample"))} if out else {}
+    )
     entries: list[Entry] = []
     if name := value_of(section, "sample_prompts", str):
         path = named_file(name, folder)
         with naming(path):
-            entries = [_filled(e, defaults) for e in read_prompt_file(read_text(path), path.suffix.lower(), unused)]
+            entries = read_prompt_file(read_text(path), path.suffix.lower(), unused)
     own["sample"] = with_random_seeds(shared | ({"samples": entries} if entries else {}))
     read = parse_config(own, unused)
     sample = replace(read.sample, euler_elsewhere=True)
     return replace(read, family=family, sample=sample, training=_schedule(section, read.unused))
-
-
-def _filled(entry: Entry, defaults: Mapping[str, Any]) -> Entry:
-    """An entry with the program's numbers where it has none: one word of guidance does not take away the other's number."""
-    said = {SAID.get(key, key): value for key, value in entry.items() if value is not None}
-    twice = "true_cfg_scale" if "cfg_scale" in said else None
-    return {key: value for key, value in defaults.items() if key != twice} | said
 
 
 def _schedule(section: Mapping[str, Any], unused: dict[str, str]) -> TrainingSchedule:
