@@ -304,7 +304,7 @@ def test_a_graph_of_flux_has_its_guidance_and_its_noise_in_nodes_of_their_own() 
 
 
 @pytest.mark.parametrize("text", ["[1, 2]", "{", '{"3": 1}', '{"3": {"class_type": "KSampler"}}', "null"])
-def test_what_is_no_graph_is_no_settings(text: str) -> None:
+def test_what_is_not_a_graph_has_no_settings(text: str) -> None:
     assert foreign_settings({"prompt": text}) is None
 
 

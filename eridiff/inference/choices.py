@@ -13,7 +13,9 @@ from eridiff.inference.base import DiffusionInference
 from eridiff.inference.result import Result
 from eridiff.request import FIELDS, Checked, Request, narrowed
 
-NUMBERS = ("steps", "cfg_scale", "guidance_scale", "sampler")
+NUMBERS = {  # field -> what it is called among a variant's defaults
+    "steps": "steps", "cfg_scale": "cfg_scale", "guidance_scale": "guidance_scale", "sampler": "sampler", "t5_length": "text_length",
+}  # fmt: skip
 NOT_OF_AN_IMAGE = ("prompt", "seed", "recipe", "part", "lora_scale")  # equal on both sides, or names of what follows
 
 
@@ -37,7 +39,11 @@ class Move:
 def as_published(request: Request, model: DiffusionInference) -> Request:
     """A request with the numbers of the published variant where it says none: a small model may have others of its own."""
     usual = vars(model.variants[model.variant])
-    found = {name: usual[name] for name in NUMBERS if usual.get(name) is not None and getattr(request, name) is None}
+    found = {
+        name: usual[own]
+        for name, own in NUMBERS.items()
+        if usual.get(own) is not None and getattr(request, name) is None
+    }
     idle = replace(request, **found).without_effect(model)
     return replace(request, **{name: value for name, value in found.items() if name not in idle})
 
