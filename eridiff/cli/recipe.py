@@ -76,17 +76,18 @@ def add_parser(commands: Any) -> None:
 
 
 def _list(_: argparse.Namespace) -> int:
+    rows = []
     for name in recipes():
-        known = families(name)
-        found = [recipe(name, family) for family in known]
-        print(
-            f"{name:{max(map(len, recipes()))}}  {', '.join(map(_seen, found, known))}: {found[0].program} {found[0].version}".rstrip()
-        )
+        found = {TITLES[family]: recipe(name, family) for family in families(name)}
+        whole = next(iter(found.values()))
+        rows.append((name, ", ".join(found), _program(whole)))
+    _table(rows)
     return 0
 
 
-def _seen(found: Recipe, family: str) -> str:
-    return TITLES[family] + (" (from reading)" if found.seen == "reading" else "")
+def _program(found: Recipe) -> str:
+    version = f" ({found.version})" if found.version else ""
+    return f"{found.program}{version}{', from reading' if found.seen == 'reading' else ''}"
 
 
 def _family(options: argparse.Namespace, *names: str) -> str:
@@ -94,6 +95,8 @@ def _family(options: argparse.Namespace, *names: str) -> str:
     if options.family is not None:
         return FAMILIES[options.family]
     shared = [family for family in TITLES if all(family in families(name) for name in names)]
+    if not shared:
+        raise ConfigError(f"{' and '.join(names)} have no family in common")
     if len(shared) != 1:
         words = [word for word, family in FAMILIES.items() if family in shared]
         raise ConfigError(f"{' and '.join(names)} are for several families: say --family {' or '.join(words)}")
@@ -103,7 +106,7 @@ def _family(options: argparse.Namespace, *names: str) -> str:
 def _show(options: argparse.Namespace) -> int:
     family = _family(options, options.name)
     found = recipe(options.name, family)
-    print(f"{found.program} {found.version}, {_seen(found, family)}")
+    print(f"{TITLES[family]}: {_program(found)}")
     rows = [(field, choice) for field, choice in found.choices.items()]
     rows += [
         (f"{field} ({sampler})", choice) for sampler, own in found.samplers.items() for field, choice in own.items()
@@ -137,10 +140,7 @@ def _diff(options: argparse.Namespace) -> int:
         for request in asked
     ]
     for each in (one, other):
-        print(
-            f"{each.name}: {each.program} {each.version}".rstrip()
-            + (", from reading" if each.seen == "reading" else "")
-        )
+        print(f"{each.name}: {_program(each)}")
     print(
         f"{TITLES[family]}, {common['width']} x {common['height']} pixels on {options.model or 'the built-in ' + SMALL[family]}, {options.prompt!r}, seed {options.seed}, weights as in {options.weights}"
     )

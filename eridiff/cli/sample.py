@@ -33,6 +33,11 @@ PARTS = {
     "transformer": "the network", "vae": "the autoencoder", "clip": "CLIP-L", "clip_g": "CLIP-G (SD 3, SDXL)", "t5": "T5-XXL",
 }  # fmt: skip
 GROUPS = {  # heading of the help -> the fields of `Request` in it; all others are in "image"
+    "as another program does": (
+        "recipe", "timestep_offset", "timestep_rounding", "final_noise", "clip_clean", "eta", "churn", "noise_scale", "noise_layout",
+        "noise_dtype", "noise_device", "noise_generator", "noise_skip", "noise_row", "latents_dtype", "time_dtype",
+        "guidance_dtype", "cfg_dtype", "cfg_batch", "strength_rounding", "pixels",
+    ),
     "image to image": ("image", "strength", "mask", "mask_alpha"),
     "encoding of the prompt": ENCODING,
     "Flux": ("guidance_scale", "control", "references"),
