@@ -242,8 +242,8 @@ def _sampler(name: str, notices: list[str]) -> dict[str, str]:
         return {}
     found = SAMPLER_SYNONYMS.get(plain, plain)
     if found not in SAMPLERS:
-        near = get_close_matches(found.lower().replace("+", "p"), SAMPLERS, 1, 0.5)
-        hint = f"did you mean '{near[0]}'?" if near else f"there are {', '.join(SAMPLERS)}"
+        near = get_close_matches(found.lower().replace("+", "p"), SAMPLERS, 2, 0.5)
+        hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"there are {', '.join(SAMPLERS)}"
         raise ConfigError(f"sampler: '{name}' is not a sampler; {hint}")
     return {"sampler": found}
 

@@ -62,7 +62,7 @@ MISTAKES = {  # a command or a file's text -> what the error says
     "sample --model pic.png --prompt x": "'pic.png' is not a safetensors file: it is a PNG image",
     "sample --lora foxes.safetensors --prompt x": "'foxes.safetensors' does not exist; did you mean 'fox.safetensors'?",
     "sample --model org/name --prompt x": "the hub is not asked (HF_HUB_OFFLINE is set), and the cache '",
-    "sample --prompt x --schedule kaaras": "'kaaras' is not a schedule of Flux: it has one, 'original'",
+    "sample --prompt x --schedule kaaras": "'kaaras' is not a schedule of Flux: it has 'original', whose shift follows from the size, and normal",
     "sample --prompt x --out new/pic.jpg": "'new/pic.jpg' cannot be written: images are PNG; pass a name ending in .png, or a folder",
     "sample --transformer flux.safetensors --prompt x": "an autoencoder, a CLIP text encoder and a T5 text encoder are missing: the model holds a Flux; "
     "give the rest as vae (--vae ae.safetensors), clip (--clip clip_l.safetensors), t5 (--t5 t5xxl_fp16.safetensors)",
@@ -77,7 +77,7 @@ MISTAKES = {  # a command or a file's text -> what the error says
     "sample: {prompts: [a fox], size: 64x64}": "'size' is not a key of sample; pass width and height",
     "sample: {prompts: [a fox], n_iter: 3}": "'n_iter' is not a key of sample; repeat the prompt, each time with its own seed",
     "prompts: [a fox]": "'prompts' belongs under 'sample:'",
-    "sample: {prompts: [a fox], sampler: dpm++}": "run.yaml: sampler: 'dpm++' is not a sampler; did you mean 'dpmpp_2m'?",
+    "sample: {prompts: [a fox], sampler: dpm++}": "run.yaml: sampler: 'dpm++' is not a sampler; did you mean 'dpmpp_2s' or 'dpmpp_2m'?",
     'sample:\n  prompts: ["a swan"\n': "run.yaml: line 2: expected ',' or ']', but got the end of the file\n",
 }  # fmt: skip
 

@@ -267,7 +267,7 @@ def test_impossible_settings_are_refused_before_training(model: Any, tmp_path: P
     for wrong, says in (
         ({"sampler": "eulr"}, "'eulr' is not a sampler"), ({"width": 100}, "multiple of 16"), ({"seed": -1}, "the seed"),
         ({"sample_steps": 0}, "at least one step"), ({"cfg_interval": [0.8, 0.2]}, "two rising shares"),
-        ({"schedule": "karras"}, "'karras' is not a schedule of Flux: it has one"), ({"image": "none.png"}, "cannot be read"),
+        ({"schedule": "leading"}, "'leading' is not a schedule of Flux: it has"), ({"image": "none.png"}, "cannot be read"),
         ({"lora": "a.safetensors"}, "lora has no meaning"),
     ):  # fmt: skip
         with pytest.raises(ConfigError, match=says):
