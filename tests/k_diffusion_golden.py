@@ -70,7 +70,7 @@ def loaded(path: Path) -> Any:
     return found
 
 
-def brownian(sigmas: Tensor, noises: Iterator[Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
+def brownian(noises: Iterator[Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
     """A noise sampler: the second noise from a level goes on where the first from it ended."""
     seen: dict[float, tuple[float, Tensor]] = {}
 
@@ -99,9 +99,7 @@ def made(module: Any) -> dict[str, Any]:
         known = inspect.signature(sample).parameters
         said: dict[str, Any] = {{"churn": "s_churn"}.get(key, key): value for key, value in options.items()}
         if "noise_sampler" in known:
-            said["noise_sampler"] = (
-                brownian(sigmas, given) if "dpmpp_sde" in name else lambda a, b, given=given: next(given)
-            )
+            said["noise_sampler"] = brownian(given) if "dpmpp_sde" in name else lambda a, b, given=given: next(given)
         usual = torch.randn_like
         torch.randn_like = lambda x, given=given: next(given)  # type: ignore[assignment]
         try:

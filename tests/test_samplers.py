@@ -20,7 +20,7 @@ from eridiff.schedulers.discrete import (
 )
 from eridiff.schedulers.flow_match import candle_sigmas, flow_points, flow_schedule, sd3_sigmas, shifted
 from eridiff.schedulers.guidance import Guidance, SkipLayers, classifier_free, guided, rescaled
-from eridiff.schedulers.samplers import DISCRETE_ALONE, FLOW_ALONE, SAMPLERS, noises_of_a_step, sampler, with_inside
+from eridiff.schedulers.samplers import CHURNED, DISCRETE_ALONE, ETA, FLOW_ALONE, SAMPLERS, noises_of_a_step, sampler, with_inside
 from eridiff.schedulers.step import Draw, Past, Predict, clean_noise
 
 DEVIATION = 0.5  # of the images: Gaussian, so that the best network is known
@@ -205,6 +205,26 @@ def test_zero_terminal_snr_is_a_point_like_any_other() -> None:
     assert alphas[-1] == 0 and schedule.alphas[0] == 0 and schedule.sigmas[0] == 1
     x, (clean, _) = SAMPLERS["euler"](lambda x, i: torch.full_like(x, -0.5), torch.ones(2), schedule, 0, [], None)
     assert torch.equal(clean, torch.full((2,), 0.5)) and bool(torch.isfinite(x).all())  # v is -clean where all is noise
+
+
+@pytest.mark.parametrize("name", sorted(SAMPLERS.keys() - set(FLOW_ALONE)))
+def test_it_is_known_how_often_a_step_asks_for_noise(name: str) -> None:
+    """Parts of a run skip so much noise, and who needs none needs no seeds."""
+    times = torch.tensor([900.0, 600, 300], dtype=torch.float64)
+    points = discrete_schedule(times, sigmas_at(times, ALPHAS))
+    for options in (
+        {},
+        *([{"eta": 0.0}, {"eta": 0.5}] if name in ETA else []),
+        *([{"churn": 2.0}] if name in CHURNED else []),
+    ):
+        schedule, drawn = with_inside(name, points, inside_discrete, **options), [0]
+
+        def draw(drawn: list[int] = drawn) -> Tensor:
+            drawn[0] += 1
+            return torch.zeros(2, dtype=torch.float64)
+
+        sampler(name, **options)(lambda x, i: torch.tanh(x), torch.ones(2).double(), schedule, 0, [], draw)
+        assert drawn[0] == noises_of_a_step(name, **options), options
 
 
 @pytest.mark.parametrize(

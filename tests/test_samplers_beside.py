@@ -6,13 +6,15 @@ float32: that bounds the comparison.
 
 import inspect
 import json
+import sys
 from dataclasses import replace
 from importlib import import_module
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers
 from torch import Tensor
 
 from eridiff.schedulers import Schedule
@@ -124,6 +126,24 @@ def test_latents_after_every_step_are_diffusers(
     final = float(d.sigma_table(ALPHAS)[0]) if name in LOWEST else 0.0
     schedule = schedule_of(name, spacing(steps), prediction, final)
     assert beside(name, schedule, reference, name in EXPLODING) < BOUND
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v"])
+def test_dpmpp_sde_is_diffusers(prediction: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a Brownian motion of given noise; torchsde's, which need not be there, gives other values of the same motion."""
+    monkeypatch.setitem(sys.modules, "torchsde", ModuleType("torchsde"))
+    reference = diffusers_scheduler(
+        "dpmsolver_sde", "DPMSolverSDEScheduler", monkeypatch, prediction_type=NAMES[prediction]
+    )
+    reference.set_timesteps(10)
+    reference.noise_sampler = k_diffusion_golden.brownian(iter(noises(100)))
+    assert beside("dpmpp_sde", schedule_of("dpmpp_sde", LEADING(10), prediction, 0.0), reference, explodes=True) < BOUND
+
+
+def test_every_scheduler_that_diffusers_names_for_sdxl_is_here() -> None:
+    """But for EDM's own, of networks that were trained at its noise levels."""
+    compared = {kind for _, kind, *_ in SCHEDULERS.values()} | {"DPMSolverSDEScheduler"}
+    assert {scheduler.name for scheduler in KarrasDiffusionSchedulers} - compared == {"EDMEulerScheduler"}
 
 
 @pytest.mark.parametrize("name", ["ddim", "ddpm", "heun"])

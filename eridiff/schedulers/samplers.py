@@ -118,7 +118,10 @@ def dpmpp_2m_sde(
         mean = clean + (clean - past[-1][0]) * length / (2 * _length(schedule, i - 1))
     keep = float(schedule.sigmas[i + 1] / schedule.sigmas[i]) * math.exp(-eta * length)
     moved = keep * x + (alpha - float(schedule.alphas[i]) * keep) * mean
-    return (moved + sigma * math.sqrt(-math.expm1(-2 * eta * length)) * draw() if draw else moved), (clean, noise)
+    return (moved + sigma * math.sqrt(-math.expm1(-2 * eta * length)) * draw() if draw and eta else moved), (
+        clean,
+        noise,
+    )
 
 
 def lcm(
