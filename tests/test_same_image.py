@@ -25,7 +25,7 @@ from torch import Tensor
 from eridiff import FluxInference, Prompt, SD35Inference, SDXLInference
 from eridiff.errors import ConfigError
 from eridiff.images import to_images
-from eridiff.inference.latents import as_told, first_step, rounded
+from eridiff.inference.latents import as_told, first_step, noises, rounded
 from eridiff.models.flux import unpatchify
 from eridiff.request import Request
 from eridiff.schedulers.discrete import alphas_cumprod, discrete_schedule, leading_timesteps, sigmas_at
@@ -35,6 +35,7 @@ from eridiff.schedulers.samplers import SAMPLERS
 from eridiff.text import Conditioning
 from eridiff.trace.record import relative_l2
 from tests import families
+from tests.devices import device as device
 from tests.test_from_diffusers import flux_pipeline, sd3_pipeline, sdxl_pipeline
 from tests.tiny import scaled
 
@@ -135,8 +136,7 @@ def distances(family: str, dtype: torch.dtype, steps: int = 4, count: int = 1, *
 
 @pytest.mark.parametrize("family", ["flux", "sd3", "sdxl"])
 def test_a_batch_of_one_generator_is_diffusers_after_every_step(family: str) -> None:
-    for count in (1, 3):
-        assert max(distances(family, torch.float32, count=count, noise_generator="one")) < 3e-6
+    assert max(distances(family, torch.float32, count=3, noise_generator="one")) < 3e-6
 
 
 @pytest.mark.parametrize(
@@ -148,10 +148,12 @@ def test_in_bfloat16_images_are_nearer_with_all_roundings_said(family: str, befo
     assert distances(family, torch.bfloat16, **ROUNDINGS[family])[-1] < after
 
 
-@pytest.mark.parametrize("name", ["time_dtype", "guidance_dtype"])
-def test_each_rounding_of_flux_moves_the_image_by_itself(name: str) -> None:
-    asked = {other: value for other, value in ROUNDINGS["flux"].items() if other != name}
-    assert distances("flux", torch.bfloat16, **asked)[-1] > 1.5e-2
+def test_each_rounding_of_flux_moves_the_image_by_itself() -> None:
+    """Of three steps the second is at 759.72: 760 in diffusers, 756 where the time is rounded before it is multiplied."""
+    said = ROUNDINGS["flux"]
+    assert distances("flux", torch.bfloat16, 3, **said)[-1] < 7e-3
+    for other in ({"time_dtype": "float32"}, {"time_dtype": "bfloat16"}, {"guidance_dtype": "float32"}):
+        assert distances("flux", torch.bfloat16, 3, **said | other)[-1] > 1.5e-2
 
 
 SDXL: list[tuple[str, Any, dict[str, Any]]] = [
@@ -351,6 +353,18 @@ def test_noise_of_other_dtypes() -> None:
     wide = torch.randn(1, 16, 4, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64).float()
     assert torch.equal(noise(noise_dtype="float64"), wide) and relative_l2(wide, plain) > 0.5
     assert torch.equal(noise(noise_device="model"), plain)
+
+
+def test_noise_of_the_models_device_is_made_there(device: torch.device) -> None:
+    """That of a batch by one call, as in diffusers, whose pipelines make noise where the generator is."""
+
+    def made(rows: int, seed: int) -> Tensor:
+        generator = torch.Generator(device).manual_seed(seed)
+        return torch.randn((rows, 16, 4, 4), generator=generator, device=device)
+
+    each, one = (Request(noise_device="model", noise_generator=how) for how in ("each", "one"))
+    assert torch.equal(noises([7, 8], (16, 4, 4), each, device)(), torch.cat([made(1, 7), made(1, 8)]))
+    assert torch.equal(noises([7, 7], (16, 4, 4), one, device)(), made(2, 7))
 
 
 @pytest.mark.parametrize("sampler", ["euler", "euler_ancestral"])
