@@ -77,7 +77,7 @@ MISTAKES = {  # a command or a file's text -> what the error says
     "sample: {prompts: [a fox], size: 64x64}": "'size' is not a key of sample; pass width and height",
     "sample: {prompts: [a fox], n_iter: 3}": "'n_iter' is not a key of sample; repeat the prompt, each time with its own seed",
     "prompts: [a fox]": "'prompts' belongs under 'sample:'",
-    "sample: {prompts: [a fox], sampler: dpm++}": "run.yaml: sampler: 'dpm++' is not a sampler; did you mean 'dpmpp_2s' or 'dpmpp_2m'?",
+    "sample: {prompts: [a fox], sampler: dpm++}": "run.yaml: sampler: 'dpm++' is not a sampler; did you mean 'dpmpp_2m'?",
     'sample:\n  prompts: ["a swan"\n': "run.yaml: line 2: expected ',' or ']', but got the end of the file\n",
 }  # fmt: skip
 

@@ -20,7 +20,16 @@ from eridiff.schedulers.discrete import (
 )
 from eridiff.schedulers.flow_match import candle_sigmas, flow_points, flow_schedule, sd3_sigmas, shifted
 from eridiff.schedulers.guidance import Guidance, SkipLayers, classifier_free, guided, rescaled
-from eridiff.schedulers.samplers import CHURNED, DISCRETE_ALONE, ETA, FLOW_ALONE, SAMPLERS, noises_of_a_step, sampler, with_inside
+from eridiff.schedulers.samplers import (
+    CHURNED,
+    DISCRETE_ALONE,
+    ETA,
+    FLOW_ALONE,
+    SAMPLERS,
+    noises_of_a_step,
+    sampler,
+    with_inside,
+)
 from eridiff.schedulers.step import Draw, Past, Predict, clean_noise
 
 DEVIATION = 0.5  # of the images: Gaussian, so that the best network is known
