@@ -174,8 +174,12 @@ def test_a_run_handed_over_is_the_run_in_one(whole: SDXLInference) -> None:
             assert torch.equal(second.latents, one), sampler
             assert second.settings[0]["handed_in"][-1] == "noise"
             if sampler in ("euler", "heun") and "image" not in asked:
-                second = draw(whole, part=(0.8, 1.0), noise=first.latents, **asked)
-                assert torch.equal(second.latents, one)
+                for scale in ("one", "sigma"):  # of the noise, not of latents that a part has given
+                    asked = {**asked, "noise_scale": scale}
+                    one = draw(whole, **asked).latents
+                    first = draw(whole, part=(0.0, 0.8), keep=("run", "latents"), **asked)
+                    second = draw(whole, part=(0.8, 1.0), noise=first.latents, **asked)
+                    assert torch.equal(second.latents, one)
     with pytest.raises(ConfigError, match=r"the noise has the shape \[1, 4, 8, 12\], and an image of 64x64"):
         draw(whole, width=64, noise=first.run)
 

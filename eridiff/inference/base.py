@@ -475,7 +475,7 @@ class DiffusionInference(Family):
         if before is not None:
             past = [(clean.to(self.device), noise.to(self.device)) for clean, noise in before.past]
             return Run(before.x.to(self.device), own, draw, start, past)
-        x = own if asked.noise_scale == "one" else float(schedule.sigmas[first]) * own
+        x = own if asked.noise_scale == "one" or first > 0 else float(schedule.sigmas[0]) * own
         return Run(x if image is None else mixed(image.to(self.device), own, schedule, first), own, draw, start)
 
     @torch.no_grad()
