@@ -3,6 +3,7 @@
 kohya's loops are written here from their source (kohya-ss/sd-scripts 48d368fa), whose lines are named; its program is not run.
 """
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -362,7 +363,7 @@ def test_noise_of_the_models_device_is_made_there(device: torch.device) -> None:
         generator = torch.Generator(device).manual_seed(seed)
         return torch.randn((rows, 16, 4, 4), generator=generator, device=device)
 
-    each, one = (Request(noise_device="model", noise_generator=how) for how in ("each", "one"))
+    each, one = (replace(USUAL, noise_device="model", noise_generator=how) for how in ("each", "one"))
     assert torch.equal(noises([7, 8], (16, 4, 4), each, device)(), torch.cat([made(1, 7), made(1, 8)]))
     assert torch.equal(noises([7, 7], (16, 4, 4), one, device)(), made(2, 7))
 
