@@ -26,6 +26,7 @@ from torch import Tensor
 from eridiff import FluxInference, Prompt, SD35Inference, SDXLInference
 from eridiff.errors import ConfigError
 from eridiff.images import to_images
+from eridiff.inference.base import USUAL
 from eridiff.inference.latents import as_told, first_step, noises, rounded
 from eridiff.models.flux import unpatchify
 from eridiff.request import Request
