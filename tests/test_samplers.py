@@ -357,6 +357,13 @@ def test_skip_layers_act_strictly_inside_their_window_counted_from_the_first_ste
     assert set(found) == {14.0, 14.0 + 2.5 * 3} and asked.count(1) == len(steered)
 
 
+def test_a_point_inside_a_step_is_guided_as_the_step_is() -> None:
+    guidance = Guidance(4.0, cfg_interval=(0.2, 0.5), skip_layers=SkipLayers((7,), 2.5, 0.1, 0.3))
+    predict = guided(Network(), Rows(torch.tensor([5.0, 2.0])), guidance, batch=1, steps=10)
+    of_steps, inside = ([float(predict(torch.ones(1, 1), first + i)) for i in range(10)] for first in (0, 10))
+    assert of_steps == inside and len(set(of_steps)) > 2
+
+
 @given(st.integers(0, 99), st.floats(0, 1), st.floats(1.5, 9))
 def test_rescaling_moves_the_deviation_and_nothing_else(seed: int, share: float, scale: float) -> None:
     positive, negative = torch.randn(2, 2, 4, 3, 3, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)

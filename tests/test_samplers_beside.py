@@ -28,7 +28,7 @@ from tests import k_diffusion_golden
 
 ALPHAS = d.alphas_cumprod()
 SIZE = (3, 4, 2, 2)
-BOUND = 5e-5
+BOUND = 1e-5  # 5.4e-6 measured at most
 NAMES = {"epsilon": "epsilon", "v": "v_prediction", "sample": "sample"}
 WEIGHTS = torch.randn(4, 4, generator=torch.Generator().manual_seed(2), dtype=torch.float64) / 2
 
@@ -197,7 +197,7 @@ def test_lcm_of_rectified_flow_is_diffusers(monkeypatch: pytest.MonkeyPatch) -> 
     reference = found.FlowMatchLCMScheduler(shift=3.0)
     reference.set_timesteps(4)
     schedule = flow_schedule(reference.sigmas.double())
-    assert beside("lcm", schedule, reference, explodes=False) < BOUND
+    assert beside("lcm", schedule, reference, explodes=False) < 2e-5  # eridiff's boundary condition, which it has not
 
 
 GOLDEN = json.loads(k_diffusion_golden.FILE.read_text())
