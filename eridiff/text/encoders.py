@@ -262,6 +262,11 @@ def _on_meta(network: str, config: Mapping[str, Any]) -> Any:
     with torch.device("meta"):
         if network == "t5":
             return T5EncoderModel(T5Config(**config, feed_forward_proj="gated-gelu"))
+        if config.get("num_attention_heads") == 0:
+            raise ConfigError(
+                f"a width of {config['hidden_size']} is not a multiple of the 64 features of a published CLIP's heads; give "
+                "num_attention_heads in its config.json"
+            )
         ends = {"bos_token_id": 0, "eos_token_id": 1}  # unused: pooling asks the tokenizer
         return CLIPTextModelWithProjection(CLIPTextConfig(**{**ends, **config}))
 

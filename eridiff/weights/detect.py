@@ -207,11 +207,6 @@ def _declared(network: str, config: Any, checkpoint: Checkpoint) -> Any:
         raise ConfigError(
             f"{quoted(checkpoint.path)}: heads of {sum(config.rope_axes)} features are in no published Flux; give {where}"
         )
-    if network in ("clip", "clip_g") and config["num_attention_heads"] == 0:
-        raise ConfigError(
-            f"{quoted(checkpoint.path)}: a width of {config['hidden_size']} is not a multiple of the 64 features of a published "
-            "CLIP's heads; give num_attention_heads in its config.json"
-        )
     return config
 
 
