@@ -77,17 +77,24 @@ class RunConfig:
     training: TrainingSchedule = field(default_factory=TrainingSchedule)
     unused: dict[str, str] = field(default_factory=dict)  # keys without effect, with the reason
     told: tuple[str, ...] = ()  # what else the reader of the file should know
+    program: str | None = None  # the trainer whose configuration it is, which is also a recipe's name
 
     @property
     def notices(self) -> tuple[str, ...]:
         """What `eridiff sample` says of the file."""
-        return (*_listed(self.unused), *self.told)
+        return (*_listed(self.unused), *self._told())
 
     @property
     def notices_in_training(self) -> tuple[str, ...]:
         """What the `Sampler` says of it: keys for training are the trainer's own."""
         kept = {key: reason for key, reason in self.unused.items() if not reason.startswith(FOR_TRAINING)}
-        return (*_listed(kept), *self.told)
+        return (*_listed(kept), *self._told())
+
+    def _told(self) -> tuple[str, ...]:
+        name = self.program
+        if name is None or self.sample.shared.get("recipe") != name:
+            return self.told
+        return (*self.told, f"generated as {name} generates: recipe {name}; recipe eridiff takes the published numbers")
 
 
 KEYS: dict[str, type] = {  # of the section alone, and their types

@@ -589,7 +589,7 @@ class Request:
         if self.recipe is None:
             return self
         chosen = {field: choice.value for field, choice in recipe(self.recipe, model.family).of(self.sampler).items()}
-        said = {name: getattr(self, name) for name in FIELDS if self.says(name)}
+        said = {name for name in chosen if getattr(self, name) is not None}  # an empty negative prompt too
         read = {
             name: FIELDS[name].metadata["kind"].read(name, value)
             for name, value in chosen.items()
@@ -600,7 +600,7 @@ class Request:
         if any(getattr(self, name) is not None for name in ("image", "control", "references")):
             read = {name: value for name, value in read.items() if name not in ("width", "height")}  # they have a size
         full = replace(self, **{name: value for name, value in read.items() if name not in said})
-        idle = [name for name in full.without_effect(model) if name not in said]
+        idle = [name for name in full.without_effect(model) if name in read and name not in said]
         usual: dict[str, Any] = {name: FIELDS[name].default for name in idle}
         return replace(full, **usual)
 

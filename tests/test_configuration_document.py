@@ -240,36 +240,22 @@ def test_a_key_of_a_programs_training_becomes_what_the_document_says(program: st
     agrees(loaded(tmp_path, written, PROGRAMS[program][2]), key, row[2])
 
 
-@pytest.mark.parametrize("row", table("6. kohya's configuration", "family"), ids=lambda row: row[0])
-def test_kohyas_numbers_are_those_of_the_document(row: Row, tmp_path: Path) -> None:
-    module = {"SDXL": "networks.lora", "SD 3": "networks.lora_sd3", "Flux": "networks.lora_flux"}[row[0]]
-    (tmp_path / "prompts.txt").write_text("a fox\n")
-    found = image(
-        loaded(tmp_path, toml({"network_module": module, "sample_prompts": "prompts.txt"}), "run.toml").sample.each()[0]
-    )
-    guidance = {key: value for cell in re.findall("`([^`]+)`", row[2]) for key, value in read_yaml(cell).items()}
-    sampler = row[3].split("`")[1]
-    assert found == {
-        "prompt": "a fox", "seed": 42, "width": 512, "height": 512, "negative": "", "steps": int(row[1]), "sampler": sampler,
-    } | guidance  # fmt: skip
-
-
 @pytest.mark.parametrize("row", table("7. OneTrainer", "key of a sample"), ids=lambda row: row[0])
 def test_a_key_of_onetrainers_samples_becomes_what_the_document_says(row: Row, tmp_path: Path) -> None:
     key = row[0].strip("`")
     sample = {"__version": 0, "prompt": "a fox", key: read(row[1])}
     fulfils(loaded(tmp_path, [sample], "samples.json"), key, row[2])
     rest = loaded(tmp_path, [sample, {"prompt": "a dog"}], "samples.json").sample.each()[1]
-    assert rest == {"prompt": "a dog", "seed": 42}
+    assert rest == {"recipe": "onetrainer", "prompt": "a dog", "seed": 42}
 
 
 @pytest.mark.parametrize("row", table("7. OneTrainer", "noise_scheduler"), ids=lambda row: row[0])
 def test_onetrainers_samplers_become_what_the_document_says(row: Row, tmp_path: Path) -> None:
     for name in re.findall("`([^`]+)`", row[0]):
         config = loaded(tmp_path, [{"prompt": "a fox", "noise_scheduler": name}], "samples.json")
-        found = {key: value for key, value in config.sample.each()[0].items() if key not in ("prompt", "seed")}
-        own = row[1].startswith("the model's own")
-        assert found == ({} if own else wanted(row[1])) and any(name in notice for notice in config.notices) == own
+        found = config.sample.each()[0]
+        assert found == {"recipe": "onetrainer", "prompt": "a fox", "seed": 42} | wanted(row[1])
+        assert not any(name in notice for notice in config.notices)
 
 
 @pytest.mark.parametrize("row", table(TRAINERS, "key of `to_folder`"), ids=lambda row: row[0])

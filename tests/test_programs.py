@@ -3,6 +3,7 @@
 import json
 import os
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -124,9 +125,10 @@ def test_kohyas_sdxl_training_generates_with_its_sampler_and_numbers(
     (here / "prompts.txt").write_text(LINES)
     path = written(here, "train.toml", KOHYA.replace("MODULE", "networks.lora"), models["unet"])
     found = generated(path)
-    names = ("prompt", "seed", "width", "height", "steps", "cfg_scale", "negative", "sampler")
+    names = ("prompt", "seed", "width", "height", "steps", "cfg_scale", "negative", "sampler", "schedule")
     assert values(found, *names) == [
-        ("a glass heron, dawn", 7, 64, 64, 2, 7.5, "", "euler_ancestral"), ("a heron", 42, 64, 64, 2, 3.0, "fog", "dpmpp_2m")
+        ("a glass heron, dawn", 7, 64, 64, 2, 7.5, None, "euler_ancestral", "linspace"),
+        ("a heron", 42, 64, 64, 2, 3.0, "fog", "dpmpp_2m", "dpm_linspace"),
     ]  # fmt: skip
     assert len(list((here / "runs" / "sample").glob("0*.png"))) == 3  # with the contact sheet
     told = capsys.readouterr().err
@@ -156,6 +158,10 @@ def test_a_kohya_training_without_a_family_is_sampled_by_its_sampler_with_sdxl_a
     config = read(tmp_path, "train.toml", 'sample_prompts = "prompts.txt"\n')
     assert config.family is None
     for family, sampler in (("unet", "ddim"), ("mmdit", "euler"), ("flux", "euler")):
+        (request,), told = requests_of(config.sample, families.inference(family))
+        assert request.sampler == sampler and not any("sampler" in text for text in told)
+    config = read(tmp_path, "train.toml", 'sample_prompts = "prompts.txt"\nsample_sampler = "heun"\n')
+    for family, sampler in (("unet", "heun"), ("mmdit", "euler"), ("flux", "euler")):
         (request,), told = requests_of(config.sample, families.inference(family))
         assert request.sampler == sampler and any("sampler" in text for text in told) == (family != "unet")
 
@@ -193,7 +199,7 @@ def test_a_file_of_prompts_is_found_from_here_and_then_beside_the_configuration(
 def test_kohyas_masked_padding_is_fluxs_alone(tmp_path: Path) -> None:
     flux = read(tmp_path, "a.toml", 'ae = "ae.safetensors"\napply_t5_attn_mask = true\n')
     other = read(tmp_path, "b.toml", 'clip_g = "g.safetensors"\napply_t5_attn_mask = true\n')
-    assert flux.options == {"t5_mask": True} and other.options == {} and other.family == "mmdit"
+    assert flux.sample.shared["t5_mask"] is True and "t5_mask" not in other.sample.shared and other.family == "mmdit"
     assert "kohya puts zeros in place of T5's padding" in other.notices[0]
 
 
@@ -206,7 +212,7 @@ def test_onetrainers_samples_generate(models: dict[str, Path], here: Path, capsy
     path = written(here, "samples.json", samples)
     names = ("prompt", "negative", "seed", "steps", "cfg_scale", "sampler", "schedule")
     assert values(generated(path, "--model", models["unet"], "--out", "sdxl"), *names) == [
-        ("a glass heron", "", 42, 2, 7.0, "euler_ancestral", None), ("a glass heron", "fog", 42, 2, 7.0, "dpmpp_2m", "karras")
+        ("a glass heron", "", 42, 2, 7.0, "euler_ancestral", "linspace"), ("a glass heron", "fog", 42, 2, 7.0, "dpmpp_2m", "karras")
     ]  # fmt: skip
     assert "without effect" not in capsys.readouterr().err
 
@@ -216,9 +222,9 @@ def test_onetrainer_samples_other_families_by_euler(family: str, tmp_path: Path)
     samples = [SAMPLE, SAMPLE | {"noise_scheduler": "EULER_KARRAS"}]
     config = read(tmp_path, "samples.json", samples)
     found, told = requests_of(config.sample, families.inference(family))
-    assert [(r.sampler, r.schedule) for r in found] == [("euler", None)] * 2
+    assert [(r.sampler, r.schedule) for r in found] == [("euler", "diffusers")] * 2
     guided = [(r.guidance_scale, r.cfg_scale) for r in found]
-    assert guided == ([(7.0, None)] if family == "flux" else [(None, 7.0)]) * 2
+    assert guided == ([(7.0, 1.0)] if family == "flux" else [(None, 7.0)]) * 2
     assert any("the sampler euler_ancestral has no effect" in text for text in told)
     by_hand, _ = requests_of(config.sample.over({"sampler": "heun"}), families.inference(family), {"sampler"})
     assert [r.sampler for r in by_hand] == ["heun"] * 2
@@ -272,19 +278,31 @@ def test_simpletuners_toml_says_what_its_json_says(tmp_path: Path) -> None:
 
 
 def test_simpletuners_numbers_are_taken_where_the_file_has_none(tmp_path: Path) -> None:
-    for family, rest in (
-        ("flux", {}),
-        ("sd3", {"sampler": "euler", "negative": "blurry, cropped, ugly"}),
-        ("sdxl", {"sampler": "ddim", "negative": "blurry, cropped, ugly"}),
+    negative = "blurry, cropped, ugly"
+    for name, family, guidance, sampler, text in (
+        ("flux", "flux", (7.5, 1.0), "euler", None),
+        ("sd3", "mmdit", (None, 7.5), "euler", negative),
+        ("sdxl", "unet", (None, 7.5), "ddim", negative),
     ):
-        config = read(tmp_path, "config.json", {"model_family": family})
-        numbers = {"prompt": "", "width": 256, "height": 256, "steps": 30, "guidance_scale": 7.5, "seed": 0}
-        assert config.sample.each() == [numbers | rest]
+        config = read(tmp_path, "config.json", {"model_family": name})
+        (found,), _ = requests_of(config.sample, families.inference(family))
+        assert (found.prompt, found.width, found.height, found.steps, found.seed) == ("", 256, 256, 30, 0)
+        assert ((found.guidance_scale, found.cfg_scale), found.sampler, found.negative) == (guidance, sampler, text)
     assert config.model == "stabilityai/stable-diffusion-xl-base-1.0"
+    config = read(tmp_path, "config.json", {"model_family": "sdxl", "validation_negative_prompt": ""})
+    assert requests_of(config.sample, families.inference("unet"))[0][0].negative == ""
+    guided = {"model_family": "flux", "validation_guidance_real": 3.0}
+    (found,), _ = requests_of(read(tmp_path, "config.json", guided).sample, families.inference("flux"))
+    assert (found.cfg_scale, found.cfg_interval, found.negative) == (3.0, (2 / 30, 1.0), negative)
 
 
-def test_simpletuners_shift_is_sd3s_with_the_euler_scheduler(tmp_path: Path) -> None:
-    for family, scheduler, shift in (("sd3", "euler", 5.0), ("sd3", None, None), ("flux", "euler", None)):
+def test_simpletuners_shift_is_sd3s_with_its_own_scheduler(tmp_path: Path) -> None:
+    for family, scheduler, shift in (
+        ("sd3", "euler", 5.0),
+        ("sd3", None, 5.0),
+        ("sd3", "ddim", None),
+        ("flux", "euler", None),
+    ):
         document = {"model_family": family, "validation_noise_scheduler": scheduler, "flow_schedule_shift": 5.0}
         config = read(tmp_path, "config.json", document)
         assert config.sample.each()[0].get("shift") == shift
@@ -307,8 +325,8 @@ def test_ai_toolkits_generating_job_generates(
     """Each prompt as often as it says, every random seed another; flags are read as their author meant them."""
     found = generated(written(here, "generate.json", GENERATE, models["unet"]))
     names = ("prompt", "width", "steps", "cfg_scale", "negative", "sampler")
-    first = ("a heron", 64, 2, 7.0, "cartoon", "euler_ancestral")
-    second = ("a swan", 96, 2, 7.0, "fog", "euler_ancestral")
+    first = ("a heron", 64, 2, 7.0, "cartoon", "ddpm")
+    second = ("a swan", 96, 2, 7.0, "fog", "ddpm")
     assert values(found, *names) == [first, second, first, second]
     seeds = [seed for (seed,) in values(found, "seed")]
     assert seeds[1] == seeds[3] == 3 and len(set(seeds)) == 3
@@ -369,9 +387,93 @@ def test_the_strength_of_a_lora_is_reported_where_there_is_none(name: str, docum
     assert "lora_scale has no effect without a LoRA that has no scale of its own" in told
 
 
+PICKED = {  # a file of each trainer's training -> its recipe
+    "ai-toolkit": ("a.json", {"config": {"process": [{"sample": {"prompts": ["a fox"]}, "first_sample": {"prompts": ["a dog"]}}]}}),
+    "kohya": ("a.toml", 'sample_prompts = "prompts.txt"\n'),
+    "onetrainer": ("a.json", {"base_model_name": "M", "workspace_dir": "w", "samples": [{"prompt": "a fox"}]}),
+    "simpletuner": ("a.json", {"model_family": "flux"}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("program", PICKED)
+def test_a_trainers_configuration_picks_its_recipe_and_says_so_once(program: str, tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_text("a fox\n")
+    config = read(tmp_path, *PICKED[program])
+    for section in (config.sample, config.first_sample):
+        assert section is None or [each["recipe"] for each in section.each()] == [program]
+    said = f"generated as {program} generates: recipe {program}; recipe eridiff takes the published numbers"
+    assert config.notices.count(said) == config.notices_in_training.count(said) == 1
+    assert [text for text in config.notices if "recipe" in text] == [said]
+    other = replace(config, sample=config.sample.over({"recipe": "eridiff"}))
+    assert [text for text in other.notices if "recipe" in text] == []
+    (request,), _ = requests_of(other.sample, families.inference("flux"))
+    assert (request.recipe, request.noise_dtype, request.latents_dtype) == ("eridiff", None, None)
+
+
+def test_recipe_eridiff_takes_none_in_the_file_and_on_the_command_line(
+    models: dict[str, Path], here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sample = {"prompts": ["a fox"], "width": 64, "height": 64, "sample_steps": 1}
+    own = trained(here, sample=sample | {"recipe": "eridiff"})
+    assert own.sample.shared["recipe"] == "eridiff" and not any("generated as" in text for text in own.notices)
+    trained(here, sample=sample, model={"name_or_path": str(models["flux"])})
+    (found,) = generated(here / "train.json", "--recipe", "eridiff")
+    assert found["recipe"] == "eridiff" and found["latents_dtype"] == "float32" and found["schedule"] is None
+    assert "generated as" not in capsys.readouterr().err
+
+
+def test_a_sampler_of_a_training_generates_what_its_recipe_generates(models: dict[str, Path], tmp_path: Path) -> None:
+    sample = {"prompts": ["a fox"], "width": 64, "height": 64, "sample_steps": 2, "guidance_scale": 4.0, "seed": 7}
+    config = trained(tmp_path, sample=sample, model={"arch": "sdxl"})
+    model = tiny.load(families.SDXLInference, models["unet"])
+    Sampler(model, config, raise_errors=True).maybe_sample(0)
+    (file,) = (tmp_path / "runs").rglob("step-00000000-*.png")
+    asked = {"width": 64, "height": 64, "steps": 2, "cfg_scale": 4.0, "seed": 7}
+    with Image.open(file) as image:
+        assert image.tobytes() == model.generate("a fox", recipe="ai-toolkit", **asked).images[0].tobytes()
+        assert image.tobytes() != model.generate("a fox", **asked).images[0].tobytes()
+
+
+def test_the_rows_of_t5_are_those_of_the_program(tmp_path: Path) -> None:
+    def length(name: str, document: Any) -> int | None:
+        return read(tmp_path, name, document).sample.shared.get("t5_length")
+
+    onetrainer_flux = {"base_model_name": "M", "model_type": "FLUX_DEV_1", "samples": [SAMPLE]}
+    key = "text_encoder_2_sequence_length"
+    assert [length("a.json", onetrainer_flux | {key: n}) for n in (256, None)] == [256, 512]
+    assert length("a.json", onetrainer_flux | {"model_type": "STABLE_DIFFUSION_35", key: 77}) is None
+    sd3 = {"model_family": "sd3"}
+    assert [length("a.json", sd3 | {"tokenizer_max_length": n}) for n in (77, 256)] == [77, 154]
+    assert length("a.json", sd3 | {"tokenizer_max_length": 256, "i_know_what_i_am_doing": True}) == 256
+    assert length("a.json", {"model_family": "flux", "tokenizer_max_length": 256}) is None
+
+
+def test_onetrainers_mask_is_named_and_is_not_t5_mask(tmp_path: Path) -> None:
+    training = {
+        "base_model_name": "M",
+        "model_type": "FLUX_DEV_1",
+        "samples": [SAMPLE],
+        "transformer": {"attention_mask": True},
+    }
+    config = read(tmp_path, "a.json", training)
+    assert "t5_mask" not in config.sample.shared
+    assert "transformer: attention_mask (OneTrainer puts zeros in place of T5's padding" in config.notices[0]
+
+
+def test_ai_toolkits_pndm_is_without_its_warm_up(tmp_path: Path) -> None:
+    assert trained(tmp_path, sample={"prompts": ["a fox"], "sampler": "pndm"}).sample.shared["sampler"] == "plms"
+
+
+def test_simpletuners_unipc_takes_the_schedule_of_its_family(tmp_path: Path) -> None:
+    for name, family, schedule in (("sd3", "mmdit", "diffusers_unipc"), ("sdxl", "unet", "trailing")):
+        config = read(tmp_path, "a.json", {"model_family": name, "validation_noise_scheduler": "unipc"})
+        (request,), _ = requests_of(config.sample, families.inference(family))
+        assert (request.sampler, request.schedule) == ("unipc", schedule)
+
+
 def test_a_notice_has_the_first_keys_of_a_training_and_the_number_of_the_others(tmp_path: Path) -> None:
     config = trained(tmp_path, **{f"unknown_{n:02}": 1 for n in range(30)}, network={"type": "lora"})
-    (told,) = config.notices
+    told, _ = config.notices
     assert re.search(r"unknown_19, and 10 more \(it is for training\)$", told) and "network" in told
 
 
@@ -406,6 +508,7 @@ BAD = {
     "a misspelt key of SimpleTuner": ("a.json", {"model_family": "flux", "validation_promt": "a"}, "'validation_promt' is not a key of SimpleTuner's configuration; did you mean 'validation_prompt'"),
     "another flavour": ("a.json", {"model_family": "flux", "model_flavour": "libreflux"}, "model_flavour must be one of krea, dev, schnell, kontext, not 'libreflux'"),
     "a size in megapixels": ("a.json", {"model_family": "flux", "validation_resolution": "0.5"}, "validation_resolution must be a size such as 1024x768 or 1024, not '0.5'"),
+    "another source of seeds": ("a.json", {"model_family": "sdxl", "validation_seed_source": "tpu"}, "validation_seed_source must be cpu or gpu, not 'tpu'"),
     "another scheduler": ("a.json", {"model_family": "sdxl", "validation_noise_scheduler": "heun"}, "validation_noise_scheduler must be one of ddim, .*, not 'heun'"),
     "a list for a library": ("a.json", {"model_family": "flux", "user_prompt_library": "a.txt"}, "a.txt: "),
     "a number in a library": ("a.json", {"a": "a fox", "b": {"prompt": 3}}, "the prompt 'b' must be text, not 3"),
@@ -432,7 +535,7 @@ def test_a_mistake_in_a_programs_file_is_one_sentence(case: str, here: Path) -> 
 LIKE_A_KEY = {  # keys that the programs have, which are near to one that is read
     "kohya": ["save_every_n_steps", "save_every_n_epochs", "validate_every_n_steps", "network_args", "vae_batch_size", "clip_l_dropout_rate", "sample_ratio"],
     "OneTrainer": ["save_skip_first", "samples_to_tensorboard", "validate_after_unit", "train_device", "unconditional_transformer", "output_model_format"],
-    "SimpleTuner": ["validation_seed_source", "validation_method", "flow_schedule_auto_shift", "validate_after_epoch", "eval_epoch_interval", "validation_preview"],
+    "SimpleTuner": ["validation_method", "flow_schedule_auto_shift", "validate_after_epoch", "eval_epoch_interval", "validation_preview"],
 }  # fmt: skip
 
 

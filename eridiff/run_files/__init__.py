@@ -64,13 +64,12 @@ def _as(program: str, read: RunConfig) -> RunConfig:
     """A trainer's configuration, whose images are generated as the trainer would, unless it names another recipe."""
     if "recipe" in read.sample.shared:
         return read
-    told = f"generated as {program} generates: recipe {program}; recipe eridiff takes the published numbers"
 
     def chosen(sample: SampleSettings) -> SampleSettings:
         return replace(sample, shared={"recipe": program, **sample.shared})
 
     first = None if read.first_sample is None else chosen(read.first_sample)
-    return replace(read, sample=chosen(read.sample), first_sample=first, told=(*read.told, told))
+    return replace(read, sample=chosen(read.sample), first_sample=first, program=program)
 
 
 def _prompts(given: object) -> RunConfig:

@@ -193,6 +193,8 @@ def _sample(
     given = {key: value for key, value in section.items() if key not in ("prompts", "samples")}
     if given.get("neg") is False:
         del given["neg"]
+    if given.get("sampler") == "pndm":  # without its warm-up there: skip_prk_steps in toolkit/sampler.py
+        given["sampler"] = "plms"
     refiner = mapping(process, "model").get("refiner_name_or_path")
     if not refiner and given.pop("refiner_start_at", None) is not None:
         unused["refiner_start_at"] = "no refiner is given"

@@ -40,12 +40,11 @@ OTHERS = ("lumina", "anima", "hunyuan")  # words of a network_module for another
 SCHEDULE_KEYS = ("sample_every_n_steps", "sample_every_n_epochs", "sample_at_first")
 TRAINING_KEYS = (
     *PARTS, *SCHEDULE_KEYS, "sample_prompts", "sample_sampler", "v_parameterization", "apply_t5_attn_mask", "mixed_precision",
-    "output_dir", "output_name", "network_module", "model_type", "v2",
+    "output_dir", "output_name", "network_module", "model_type", "v2", "t5xxl_max_token_length",
 )  # fmt: skip
 UNUSED_TRAINING_KEYS = {
     "clip_skip": "the text encoders are read at the layer of the published models",
     "zero_terminal_snr": "kohya's images have the usual noise levels; --zero-terminal-snr changes their last",
-    "t5xxl_max_token_length": "T5 reads as many tokens as the model was published with",
     "apply_lg_attn_mask": "CLIP's padding is not hidden here",
     **dict.fromkeys(["network_weights", "base_weights"], f"{FOR_TRAINING}; --lora takes them"),
     **dict.fromkeys(  # names that are near to one that is read
@@ -91,6 +90,7 @@ def read_training(document: Mapping[str, Any], folder: Path) -> RunConfig:
         "model": model_of((part, value_of(section, key, str)) for key, part in PARTS.items()),
         "dtype": dtype_named(section, "mixed_precision", none=("no",)),
         "prediction": "v" if flag(section, "v_parameterization") else None, "t5_mask": masked,
+        "t5_length": value_of(section, "t5xxl_max_token_length", int),
     })  # fmt: skip
     shared = {**own["sample"], **({"sampler": sampler} if sampler else {}), "lenient": True} | (
         {"out": str(Path(out, "sample"))} if out else {}

@@ -35,7 +35,8 @@ SAMPLE_KEYS: dict[str, tuple[str, type]] = {  # key -> eridiff's, type
     "seed": ("seed", int), "diffusion_steps": ("steps", int), "cfg_scale": ("cfg_scale", float),
 }  # fmt: skip
 SCHEDULERS = {  # noise_scheduler, which is SDXL's alone -> sampler, and schedule where it is Karras'
-    "DDIM": "ddim", "EULER": "euler", "EULER_A": "euler_ancestral", "DPMPP": "dpmpp_2m", "DPMPP_SDE": "dpmpp_2m_sde", "UNIPC": None,
+    "DDIM": "ddim", "EULER": "euler", "EULER_A": "euler_ancestral", "DPMPP": "dpmpp_2m", "DPMPP_SDE": "dpmpp_2m_sde",
+    "UNIPC": "unipc",
 }  # fmt: skip
 OWN_SAMPLE_KEYS = (*SAMPLE_KEYS, "noise_scheduler", "random_seed", "enabled", "__version")
 UNUSED_SAMPLE_KEYS = {
@@ -43,9 +44,9 @@ UNUSED_SAMPLE_KEYS = {
         [f"text_encoder_{n}_layer_skip" for n in (1, 2, 3, 4)], "the text encoders are read at the layer of the published models"
     ),
     **dict.fromkeys(
-        [f"text_encoder_{n}_sequence_length" for n in (1, 2)], "the text encoders read as many tokens as the model was published with"
+        ["text_encoder_1_sequence_length", "text_encoder_2_sequence_length", "transformer_attention_mask"],
+        "OneTrainer takes it from the configuration of the training",
     ),
-    "transformer_attention_mask": "--t5-mask says it of all images",
     "force_last_timestep": "the noise levels are the schedule's",
     **dict.fromkeys(["sample_inpainting", "base_image_path", "mask_image_path"], "--image and --mask repaint an image"),
     **dict.fromkeys(["frames", "length"], "images do not move"),
@@ -66,11 +67,11 @@ TRAINING_SIGNS = ("base_model_name", "model_type", "sample_definition_file_name"
 TRAINING_KEYS = (
     *PARTS, "base_model_name", "model_type", "workspace_dir", "sample_definition_file_name", "samples", "sample_after",
     "sample_after_unit", "sample_skip_first", "train_dtype", *PREDICTIONS, "training_method", "output_model_destination",
-    "__version",
+    "text_encoder_2_sequence_length", "__version",
 )  # fmt: skip
 UNUSED_TRAINING_KEYS = {
     **dict.fromkeys(["text_encoder_layer_skip", *(f"text_encoder_{n}_layer_skip" for n in (2, 3, 4))], UNUSED_SAMPLE_KEYS["text_encoder_1_layer_skip"]),
-    **dict.fromkeys(["text_encoder_sequence_length", "text_encoder_2_sequence_length"], UNUSED_SAMPLE_KEYS["text_encoder_1_sequence_length"]),
+    "text_encoder_sequence_length": "no text encoder of these models takes it",
     "rescale_noise_scheduler_to_zero_terminal_snr": "--zero-terminal-snr changes the last noise level",
     "lora_model_name": f"{FOR_TRAINING}; --lora takes it",
     "sample_image_format": "images are PNG",
@@ -119,8 +120,10 @@ def read_training(document: Mapping[str, Any], folder: Path) -> RunConfig:
         "model": model_of([("path", value_of(document, "base_model_name", str)), *parts]),
         "dtype": dtype_named(document, "train_dtype", none=("NONE", "TFLOAT_32")),
         "prediction": next((kind for key, kind in PREDICTIONS.items() if flag(document, key)), None),
-        "t5_mask": flag(mapping(document, "transformer"), "attention_mask", "transformer: ") or None,
+        "t5_length": _t5_length(document, MODEL_TYPES.get(kind or "")),
     })  # fmt: skip
+    if flag(mapping(document, "transformer"), "attention_mask", "transformer: "):
+        unused["transformer: attention_mask"] = "OneTrainer puts zeros in place of T5's padding, which is not done here"
     if place := value_of(document, "workspace_dir", str):
         own["sample"]["out"] = str(Path(place, "samples"))
     samples = document.get("samples")
@@ -130,6 +133,14 @@ def read_training(document: Mapping[str, Any], folder: Path) -> RunConfig:
             samples = read_json(read_text(path))
     read = of_samples([] if samples is None else samples, unused, own)
     return replace(read, family=MODEL_TYPES.get(kind or ""), training=_schedule(document, read.unused))
+
+
+def _t5_length(document: Mapping[str, Any], family: str | None) -> int | None:
+    """The rows of T5, which are Flux' choice alone; null is all that its tokenizer has."""
+    if family not in (None, "flux") or "text_encoder_2_sequence_length" not in document:
+        return None
+    length = value_of(document, "text_encoder_2_sequence_length", int)
+    return 512 if length is None else length
 
 
 def _enabled(sample: object, number: int) -> bool:
@@ -154,11 +165,8 @@ def _entry(sample: object, where: str, unused: dict[str, str]) -> dict[str, Any]
         plain = scheduler.removesuffix("_KARRAS")
         if plain not in SCHEDULERS:
             raise ConfigError(f"{where}: noise_scheduler must be one of {', '.join(SCHEDULERS)}, not '{scheduler}'")
-        if SCHEDULERS[plain] is None:
-            unused[f"noise_scheduler: {scheduler}"] = "the sampler is the model's own"
-        else:
-            entry["sampler"] = SCHEDULERS[plain]
-            entry |= {"schedule": "karras"} if plain != scheduler else {}
+        entry["sampler"] = SCHEDULERS[plain]
+        entry |= {"schedule": "karras"} if plain != scheduler else {}
     return entry
 
 

@@ -14,6 +14,7 @@ from typing import Any
 from eridiff.config import FOR_TRAINING, KEYS, SAID, TOP, RunConfig, TrainingSchedule, parse_config
 from eridiff.errors import ConfigError
 from eridiff.prompt_files import read_json
+from eridiff.recipe import recipe
 from eridiff.request import known_names
 from eridiff.run_files.common import (
     NEUTRAL,
@@ -43,8 +44,8 @@ PARTS = {
     "pretrained_unet_model_name_or_path": "transformer", "pretrained_vae_model_name_or_path": "vae",
 }  # fmt: skip
 SAMPLERS = {  # validation_noise_scheduler -> sampler; None is not there
-    "ddim": "ddim", "euler": "euler", "euler-a": "euler_ancestral", "flow_matching": "euler", "flow_match_euler": "euler",
-    "ddpm": None, "unipc": None, "dpm++": None, "perflow": None,
+    "ddim": "ddim", "ddpm": "ddpm", "euler": "euler", "euler-a": "euler_ancestral", "flow_matching": "euler",
+    "flow_match_euler": "euler", "unipc": "unipc", "dpm++": "dpmpp_2m", "perflow": None,
 }  # fmt: skip
 SCHEDULE_KEYS = (
     "validation_step_interval", "validation_steps", "validation_epoch_interval", "validation_on_startup", "validation_disable",
@@ -57,14 +58,13 @@ KNOWN_KEYS = (
     "validation_negative_prompt", "validation_seed", "validation_randomize", "validation_noise_scheduler", "flow_schedule_shift",
     "validation_guidance_skip_layers", "validation_guidance_skip_layers_start", "validation_guidance_skip_layers_stop",
     "validation_guidance_skip_scale", "validation_lycoris_strength", "model_type", "flux_attention_masked_training",
+    "tokenizer_max_length", "validation_seed_source",
 )  # fmt: skip
 UNUSED_KEYS = {
     "validation_prompt_library": "SimpleTuner's own prompts are not here",
     "num_validation_images": "one image per prompt is generated",
     "validation_guidance_rescale": "SimpleTuner does not pass it to its pipelines",
-    "tokenizer_max_length": "T5 reads as many tokens as the model was published with",
     "rescale_betas_zero_snr": "--zero-terminal-snr changes the last noise level",
-    "validation_seed_source": "noise is drawn on the CPU",
     "base_model_precision": "weights are used as they are stored",
     "pretrained_t5_model_name_or_path": "--t5 takes it",
     **dict.fromkeys(["validation_using_datasets", "validation_input"], "--image begins from an image"),
@@ -81,7 +81,6 @@ UNUSED_KEYS = {
 }  # fmt: skip
 SAME = {  # values of these with which nothing changes
     "base_model_precision": "no_change", "num_validation_images": 1, "sdxl_validation_pipeline_mode": "trained-stage",
-    "validation_seed_source": "cpu",
 }  # fmt: skip
 TEXTS = ("validation_prompt", "validation_negative_prompt", "validation_resolution")  # never numbers
 LIBRARY_KEYS = ("prompt", "caption", "tags")  # the first that an entry of a library has is its prompt
@@ -139,12 +138,14 @@ def read_training(document: Mapping[str, Any], folder: Path) -> RunConfig:
             prompts += _library(library, unused)
     if (prompt := value_of(section, "validation_prompt", str)) is not None:
         prompts.append({"prompt": prompt})
-    said = str(section.get("validation_resolution") or "256")
-    sizes = [size("validation_resolution", text) for text in said.split(",")]
-    entries = [{"width": width, "height": height} | each for each in prompts for width, height in sizes]
+    said = section.get("validation_resolution") or None
+    sizes = [size("validation_resolution", text) for text in str(said).split(",")] if said else []
+    places = [{"width": width, "height": height} for width, height in sizes] or [{}]
+    entries = [place | each for each in prompts for place in places]
     own = settings({
         "model": _model(section, family), "dtype": dtype_named(section, "mixed_precision", none=("no",)),
         "prediction": _prediction(section), "t5_mask": flag(section, "flux_attention_masked_training") or None,
+        "t5_length": _t5_length(section, family, unused), "noise_device": _noise_device(section),
     })  # fmt: skip
     own["sample"] |= shared | {"lenient": True} | ({"samples": entries} if entries else {})
     own["sample"] |= {"out": str(Path(out, "validation_images"))} if out else {}
@@ -168,38 +169,36 @@ def _plain(key: str, value: Any) -> Any:
 
 
 def _images(section: Mapping[str, Any], family: str | None, unused: dict[str, str]) -> dict[str, Any]:
-    """What is asked of all images, with SimpleTuner's numbers where the file has none."""
+    """What is asked of all images; numbers that the file lacks are the recipe's."""
     steps = value_of(section, "validation_num_inference_steps", int)
     guidance = value_of(section, "validation_guidance", float)
     seeds = (value_of(section, key, int) for key in ("validation_seed", "seed"))
     found: dict[str, Any] = {
-        "steps": 30 if steps is None else steps,
-        "guidance_scale": 7.5 if guidance is None else guidance,
+        **({} if steps is None else {"steps": steps}), **({} if guidance is None else {"guidance_scale": guidance}),
         "seed": -1 if flag(section, "validation_randomize") else next((seed for seed in seeds if seed), 0),
-    }
+    }  # fmt: skip
     real = value_of(section, "validation_guidance_real", float)
-    true = family == "flux" and real is not None and real > 1
-    if true:
+    if family == "flux" and real is not None and real > 1:
         found["true_cfg_scale"] = real
         first = value_of(section, "validation_no_cfg_until_timestep", int)
         first = 2 if first is None else first
-        if 0 < first < found["steps"]:
-            found["cfg_interval"] = [first / found["steps"], 1.0]
-    negative = value_of(section, "validation_negative_prompt", str)
-    if negative is not None or true or family in ("mmdit", "unet"):
-        found["negative"] = "blurry, cropped, ugly" if "validation_negative_prompt" not in section else negative or ""
+        of = recipe("simpletuner", family).choices["steps"].value if steps is None else steps
+        if 0 < first < of:
+            found["cfg_interval"] = [first / of, 1.0]
+    if "validation_negative_prompt" in section:
+        found["negative"] = value_of(section, "validation_negative_prompt", str) or ""
     if (strength := value_of(section, "validation_lycoris_strength", float)) not in (None, 1.0):
         found["lora_scale"] = strength
     scheduler = value_of(section, "validation_noise_scheduler", str)
     if scheduler is not None and scheduler not in SAMPLERS:
         raise ConfigError(f"validation_noise_scheduler must be one of {', '.join(SAMPLERS)}, not '{scheduler}'")
-    sampler = SAMPLERS[scheduler] if scheduler else {"unet": "ddim", "mmdit": "euler"}.get(family or "")
+    sampler = SAMPLERS[scheduler] if scheduler else None
     if scheduler and sampler is None:
         unused[f"validation_noise_scheduler: {scheduler}"] = "the sampler is the model's own"
     found |= {"sampler": sampler} if sampler else {}
     shift = value_of(section, "flow_schedule_shift", float)
     if shift is not None:
-        if family == "mmdit" and scheduler and sampler == "euler":
+        if family == "mmdit" and sampler in (None, "euler", "unipc"):
             found["shift"] = shift
         else:
             unused["flow_schedule_shift"] = FOR_TRAINING
@@ -231,6 +230,25 @@ def _prediction(section: Mapping[str, Any]) -> str | None:
     if kind is not None and kind not in kinds:
         raise ConfigError(f"prediction_type must be one of {', '.join(kinds)}, not '{kind}'")
     return kinds[kind] if kind is not None else None
+
+
+def _t5_length(section: Mapping[str, Any], family: str | None, unused: dict[str, str]) -> int | None:
+    """The rows of T5, which are SD 3's choice alone, and at most those of the recipe unless the file insists."""
+    length = value_of(section, "tokenizer_max_length", int)
+    if length is None:
+        return None
+    if family != "mmdit":
+        unused["tokenizer_max_length"] = "SimpleTuner reads it for SD 3 alone"
+        return None
+    most = int(recipe("simpletuner", family).choices["t5_length"].value)
+    return length if flag(section, "i_know_what_i_am_doing") else min(length, most)
+
+
+def _noise_device(section: Mapping[str, Any]) -> str | None:
+    source = value_of(section, "validation_seed_source", str)
+    if source not in (None, "cpu", "gpu"):
+        raise ConfigError(f"validation_seed_source must be cpu or gpu, not '{source}'")
+    return {"cpu": "cpu", "gpu": "model"}[source] if source else None
 
 
 def _library(document: Mapping[str, Any], unused: dict[str, str]) -> list[dict[str, Any]]:
