@@ -186,8 +186,8 @@ def told(change: Callable[[Any], Any]) -> Callable[[Patch, Any], None]:
     def broken(patch: Patch, model: Any) -> None:
         encoding = model.encoding
 
-        def changed(prompts: Any) -> Any:
-            return change((yield from encoding(prompts)))
+        def changed(prompts: Any, asked: Any) -> Any:
+            return change((yield from encoding(prompts, asked)))
 
         patch.setattr(model, "encoding", changed)
 

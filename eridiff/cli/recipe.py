@@ -45,14 +45,14 @@ def add_parser(commands: Any) -> None:
         "show", help="what a program chooses", description="What a program chooses, and where it says so."
     )
     show.set_defaults(run=_show)
-    show.add_argument("name", choices=recipes(), metavar="NAME")
+    show.add_argument("name", choices=recipes(), metavar="RECIPE")
     diff = kinds.add_parser(
         "diff", help="what two programs choose differently",
         description="What two programs choose differently, and how far each choice alone moves the image of a small model.",
     )  # fmt: skip
     diff.set_defaults(run=_diff)
-    diff.add_argument("first", choices=recipes(), metavar="A")
-    diff.add_argument("second", choices=recipes(), metavar="B")
+    diff.add_argument("first", choices=recipes(), metavar="RECIPE")
+    diff.add_argument("second", choices=recipes(), metavar="RECIPE")
     diff.add_argument("--steps", type=int, metavar="N", help="of both; otherwise each program's own number")
     diff.add_argument("--size", metavar="WxH", help="of both, in pixels (the small model's)")
     diff.add_argument("--sampler", help="of both, by eridiff's name; otherwise each program's own")
@@ -111,7 +111,7 @@ def _show(options: argparse.Namespace) -> int:
     rows += [
         (f"{field} ({sampler})", choice) for sampler, own in found.samplers.items() for field, choice in own.items()
     ]
-    _table([(field, _said(choice.value), choice.source) for field, choice in rows])
+    _table([(field, _said(choice.value), choice.source) for field, choice in rows] or [("it chooses nothing",)])
     for sentence in found.apart:
         print(f"no setting says: {sentence}")
     return 0
@@ -152,9 +152,9 @@ def _diff(options: argparse.Namespace) -> int:
     _answer(asked, found, model, (one.name, other.name))
     _points(asked, model, (one.name, other.name))
     print("\nWhat else differs from eridiff and no setting says:")
-    for each in (one, other):
-        for sentence in each.apart:
-            print(f"- {each.name}: {sentence}")
+    for name in dict.fromkeys((one.name, other.name)):
+        for sentence in recipe(name, family).apart:
+            print(f"- {name}: {sentence}")
     return 0
 
 
@@ -176,6 +176,8 @@ def _read(path: str) -> _Said:
     """The settings in a PNG of eridiff or of another program. Raises ConfigError for one that has none."""
     information = read_image(path).info
     foreign = None if METADATA_KEY in information else foreign_settings(information)
+    if foreign is None and METADATA_KEY not in information:
+        raise ConfigError(f"'{path}' has no settings of eridiff, A1111, Forge or ComfyUI; they may have been removed")
     if foreign is None:
         settings = read_settings(path)
         return _Said(replace(Request.from_json(settings), lora_scale=None), settings, [])
@@ -186,6 +188,8 @@ def _read(path: str) -> _Said:
         except ConfigError:
             del values[name]
             rest.append(f"{name}: {value}")
+    if values.pop("strength", None) is not None:
+        rest.append("it began from another image, which is not in the file; measured without it")
     return _Said(Request.of(values), {}, rest)
 
 
@@ -210,7 +214,16 @@ def _explain(options: argparse.Namespace) -> int:
                 f"{key}: {_said(own[0].get(key))} in {names[0]}, {_said(own[1].get(key))} in {names[1]}; not measured"
             )
     model = _model_of(options, own)
-    asked = [replace(each.request, prompt=said[0].request.prompt, seed=said[0].request.seed) for each in said]
+    seed = next((each.request.seed for each in said if each.request.seed is not None), 42)
+    shared: dict[str, Any] = {"prompt": said[0].request.prompt, "seed": seed}
+    if not all(own):  # a small model stands for another: at its size, with the published numbers
+        sizes = [(each.request.width, each.request.height) for each in said]
+        if sizes[0] != sizes[1] and None not in (*sizes[0], *sizes[1]):
+            print(
+                f"size: {sizes[0][0]} x {sizes[0][1]} in {names[0]}, {sizes[1][0]} x {sizes[1][1]} in {names[1]}; not measured"
+            )
+        shared |= {name: model.defaults()[name] for name in ("width", "height")}
+    asked = [as_published(replace(each.request, **shared).filled(model), model) for each in said]
     found = differences(asked[0], asked[1], model)
     _answer(asked, found, model, names)
     if found:
@@ -252,7 +265,13 @@ def _answer(
             rows.append((size, (difference.name, *both, _how_far(move))))
     ordered = [row for _, row in sorted(rows, key=lambda row: -row[0])]
     print()
-    _table([("what differs", *names, "alone it moves the image by"), *ordered, ("all of them", "", "", whole)])
+    _table(
+        [
+            ("what differs", *names, "alone it moves the image by (root mean square)"),
+            *ordered,
+            ("all of them", "", "", whole),
+        ]
+    )
     if quiet:
         print(f"\nDifferent without a trace in this image: {', '.join(quiet)}.")
     if any(difference.name == "noise_device" for difference in found):
@@ -289,6 +308,8 @@ def _points(asked: Sequence[Request], model: DiffusionInference, names: Sequence
 def _said(value: Any) -> str:
     if value is None:
         return "none"
+    if isinstance(value, list) and len(value) == 1:
+        return repr(value[0])
     if isinstance(value, bool):
         return "yes" if value else "no"
     return f"{value:g}" if isinstance(value, float) else str(value)

@@ -44,6 +44,8 @@ def as_published(request: Request, model: DiffusionInference) -> Request:
         for name, own in NUMBERS.items()
         if usual.get(own) is not None and getattr(request, name) is None
     }
+    if model.family == "flux" and request.schedule is None:  # by the size for dev, which a small model need not have
+        found["schedule"] = "dev" if usual["shift"] else "schnell"
     idle = replace(request, **found).without_effect(model)
     return replace(request, **{name: value for name, value in found.items() if name not in idle})
 
@@ -52,7 +54,13 @@ def settled(request: Request, model: DiffusionInference) -> dict[str, Any]:
     """Every field as the model is asked, but for what two requests to be compared share. Raises what `checked` raises."""
     asked: Checked = request.checked(model)
     values = {name: getattr(asked, name) for name in FIELDS if name not in NOT_OF_AN_IMAGE}
-    return {**values, "schedule": values["schedule"] or getattr(model.sampling, "schedule", "original")}
+    values["schedule"] = values["schedule"] or getattr(model.sampling, "schedule", "original")
+    negative = values["negative"]
+    if negative is not None and set(negative) <= {""}:
+        values["negative"] = None  # which is another word for an empty one that is encoded
+        if "empty_negative" in model.takes:
+            values["empty_negative"] = "encoded"
+    return values
 
 
 def differences(first: Request, second: Request, model: DiffusionInference) -> list[Difference]:
@@ -72,8 +80,8 @@ def moves(
     base = _generated(own, model)
     for difference in found:
         yield difference, _moved(base, _with(own, {difference.name: difference.second}, model), model)
-    every = {difference.name: difference.second for difference in found if difference.name not in ("width", "height")}
-    yield None, _moved(base, _with(own, every, model), model)
+    size = {"width": own.width, "height": own.height}
+    yield None, _moved(base, _with(second.filled(model), size, model), model)
 
 
 def _with(request: Request, values: dict[str, Any], model: DiffusionInference) -> Request:
