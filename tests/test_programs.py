@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from eridiff import Prompt
 from eridiff.cli import main
 from eridiff.config import RunConfig, TrainingSchedule
 from eridiff.errors import ConfigError
@@ -420,6 +421,19 @@ def test_recipe_eridiff_takes_none_in_the_file_and_on_the_command_line(
     (found,) = generated(here / "train.json", "--recipe", "eridiff")
     assert found["recipe"] == "eridiff" and found["latents_dtype"] == "float32" and found["schedule"] is None
     assert "generated as" not in capsys.readouterr().err
+
+
+def test_a_sampler_takes_a_recipe_over_the_sections(tmp_path: Path) -> None:
+    model = families.inference("unet")
+    section = {"prompts": ["a fox"], "recipe": "kohya", "out": str(tmp_path)}
+    encoded = Prompt(families.conditioning(model), families.conditioning(model, seed=5))
+    for recipe, expected in ((None, "kohya"), ("comfyui", "comfyui"), ("eridiff", "eridiff")):
+        sampler = Sampler(model, section, conditioning=[encoded], recipe=recipe)
+        assert [(request.recipe, request.clip_clean) for request in sampler.requests] == [
+            (expected, 1.0 if recipe is None else None)
+        ]
+    with pytest.raises(ConfigError, match="'koya' is not a recipe; did you mean 'kohya'"):
+        Sampler(model, section, conditioning=[encoded], recipe="koya")
 
 
 def test_a_sampler_of_a_training_generates_what_its_recipe_generates(models: dict[str, Path], tmp_path: Path) -> None:

@@ -87,6 +87,7 @@ class Sampler:
         autocast: torch.dtype | None = None,
         callbacks: Sequence[Callable[[Samples], object]] = (),
         on_demand: str | os.PathLike[str] | None = None,
+        recipe: str | None = None,
         verify: bool = False,
         raise_errors: bool = False,
     ) -> None:
@@ -107,7 +108,8 @@ class Sampler:
         autocast is the dtype of autocast while sampling, None samples in the weights' own dtype. Callbacks get `Samples`. Touching
         the file on_demand (None: `now` in the folder of the images) samples at the next step. verify hashes everything
         before and after and raises TrainingError, naming what changed. An error while sampling is logged, or raised
-        with raise_errors. Raises ConfigError for settings that cannot be.
+        with raise_errors. recipe is the program that all images are generated as ("kohya", ...), whatever the section says;
+        None is the section's. Raises ConfigError for settings that cannot be.
         """
         if not isinstance(inference, DiffusionInference):
             raise ConfigError(
@@ -120,6 +122,9 @@ class Sampler:
         if autocast is None:
             check_dtypes(network=inference.network, autoencoder=inference.autoencoder)
         config = sample if isinstance(sample, RunConfig) else parse_config({"sample": plain(dict(sample))})
+        if recipe is not None:
+            first_sample = config.first_sample and config.first_sample.over({"recipe": recipe})
+            config = replace(config, sample=config.sample.over({"recipe": recipe}), first_sample=first_sample)
         if not config.sample.entries:
             raise ConfigError("sample: no prompts are given")
         training = config.training
