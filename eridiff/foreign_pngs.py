@@ -11,7 +11,8 @@ from typing import Any
 
 from eridiff.images import SAMPLER_NAMES, SCHEDULE_NAMES
 
-PAIR = re.compile(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)')
+# its keys have an end, so that a long line without a colon is read once and not anew from each of its letters
+PAIR = re.compile(r'(\w[\w \-/]{1,60}):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)')
 NUMBERS = {  # key of A1111's line -> field, and how its text is read
     "Steps": ("steps", int), "CFG scale": ("cfg_scale", float), "Distilled CFG Scale": ("guidance_scale", float),
     "Seed": ("seed", int), "Denoising strength": ("strength", float),

@@ -262,6 +262,13 @@ def test_a1111s_text_is_read_as_its_own_reader_reads_it(text: str, values: dict[
     assert {name: found[0][name] for name in values} == values and found[0]["recipe"] == "forge"
 
 
+@pytest.mark.parametrize("letter", ["a", " ", "a ", 'a:"', "a:b,"])
+def test_a_long_text_is_read_once(letter: str) -> None:
+    """A pattern that begins anew at each letter would take hours for these."""
+    found = foreign_settings({"parameters": "x\n" + letter * 300_000})
+    assert found is None or found[0]["prompt"] == "x"
+
+
 def test_two_pairs_are_part_of_a_prompt() -> None:
     assert foreign_settings({"parameters": "a swan\nSteps: 30, Seed: 42"}) is None
 

@@ -20,6 +20,7 @@ from eridiff.inference import DiffusionInference
 from eridiff.models.flux import patchify, unpatchify
 from eridiff.models.unet import size_vector
 from eridiff.recipe import recipe
+from eridiff.run_files import ai_toolkit
 from tests import k_diffusion_golden
 
 SIDE, STEPS, SEED = 64, 6, 7
@@ -170,19 +171,20 @@ def test_onetrainers_recipe_gives_the_latents_of_its_loop() -> None:
     assert distance(found, onetrainer_flux(model)) < 3e-6
 
 
-def of_ai_toolkit(sampler: str) -> Any:
+def of_ai_toolkit(sampler: str, karras: bool = False) -> Any:
     """toolkit/sampler.py of ostris/ai-toolkit 27a03a91, 31 to 185: the scheduler of a name for SDXL."""
     import diffusers as d
+    from diffusers.schedulers.scheduling_lms_discrete import LMSDiscreteScheduler
 
     classes: dict[str, Any] = {
         "ddpm": d.DDPMScheduler, "ddim": d.DDIMScheduler, "euler": d.EulerDiscreteScheduler,
-        "euler_ancestral": d.EulerAncestralDiscreteScheduler,
+        "euler_ancestral": d.EulerAncestralDiscreteScheduler, "lms": LMSDiscreteScheduler, "dpmpp_2m": d.DPMSolverMultistepScheduler,
     }  # fmt: skip
     config = {
         "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "clip_sample": False, "set_alpha_to_one": False,
         "steps_offset": 0, "timestep_spacing": "leading", "skip_prk_steps": True, "interpolation_type": "linear",
     }  # fmt: skip
-    return classes[sampler].from_config({**config, "prediction_type": "epsilon"})
+    return classes[sampler].from_config({**config, "prediction_type": "epsilon", "use_karras_sigmas": karras})
 
 
 @pytest.mark.parametrize("sampler", [None, "ddim", "euler", "euler_ancestral"])
@@ -210,3 +212,20 @@ def ai_toolkit_sd3(model: Any) -> Tensor:
 def test_ai_toolkits_recipe_gives_the_latents_of_its_loop_for_sd3() -> None:
     model = trained("tiny-sd35")
     assert distance(generated(model, "ai-toolkit"), ai_toolkit_sd3(model)) < 3e-6
+
+
+@pytest.mark.parametrize(("name", "sampler"), [("k_euler", "euler"), ("k_lms", "lms"), ("k_dpmsolver++", "dpmpp_2m")])
+def test_ai_toolkits_samplers_with_k_take_karras_levels(
+    name: str, sampler: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    integrate = SimpleNamespace(quad=k_diffusion_golden.quad)
+    monkeypatch.setattr("diffusers.schedulers.scheduling_lms_discrete.integrate", integrate, raising=False)
+    model = trained("tiny-sdxl")
+    process = {"model": {"arch": "sdxl"}, "sample": {"prompts": ["a"], "sampler": name}}
+    said = ai_toolkit.read({"config": {"process": [process]}}).sample.each()[0]
+    assert said["sampler"] == sampler
+    levels = {name: said[name] for name in ("schedule", "timestep_rounding") if name in said}
+    found = generated(model, "ai-toolkit", sampler=sampler, **levels)
+    described = with_scheduler(model, of_ai_toolkit(sampler, karras=True), 7.0)
+    assert distance(found, described) < (1e-5 if sampler == "dpmpp_2m" else 3e-6)  # of dpmpp_2m 3.05e-6 was measured
+    assert distance(generated(model, "ai-toolkit", sampler=sampler), described) > 1e-3

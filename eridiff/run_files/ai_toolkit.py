@@ -54,6 +54,10 @@ MODEL_KEYS = (
     "name_or_path", "vae_path", "refiner_name_or_path", "dtype", "low_vram", "use_flux_cfg", "is_v_pred", "arch", *FLAGGED,
     *LORA_KEYS,
 )  # fmt: skip
+KARRAS = {  # SDXL's samplers with Karras' levels (toolkit/sampler.py): between the ends of the steps, or of the training's table
+    "k_lms": {"schedule": "leading_karras"}, "k_euler": {"schedule": "leading_karras"},
+    "k_dpmsolver++": {"schedule": "karras", "timestep_rounding": "nearest"},
+}  # fmt: skip
 TRAIN_KEYS = ("skip_first_sample", "disable_sampling")
 UNUSED_KEYS = {
     "device": "--device says where",
@@ -195,6 +199,8 @@ def _sample(
         del given["neg"]
     if given.get("sampler") == "pndm":  # without its warm-up there: skip_prk_steps in toolkit/sampler.py
         given["sampler"] = "plms"
+    if family == "unet" and given.get("sampler") in KARRAS:
+        given = {**KARRAS[given["sampler"]], **given}
     refiner = mapping(process, "model").get("refiner_name_or_path")
     if not refiner and given.pop("refiner_start_at", None) is not None:
         unused["refiner_start_at"] = "no refiner is given"
