@@ -84,6 +84,12 @@ def test_blanks_around_a_number_are_allowed_by_forge_alone() -> None:
     assert pieces("(swan: 1.3 )", "kohya") == [("swan: 1.3 ", TENTH)]
 
 
+@pytest.mark.parametrize("program", ["kohya", "a1111", "comfyui"])
+def test_brackets_may_be_deep(program: str) -> None:
+    ((text, weight),) = pieces("(" * 2000 + "a" + ")" * 2000, program)
+    assert text == "a" and weight == pytest.approx(1.1**2000)
+
+
 def test_a_weight_that_is_not_a_number_is_an_error() -> None:
     with pytest.raises(ConfigError, match="the weight '1.2.3' in a prompt is not a number"):
         pieces("a (swan:1.2.3)", "kohya")

@@ -114,21 +114,20 @@ def _interpolated(text: str) -> Pieces:
     A backslash makes a bracket text. Where brackets do not match, those that remain are text.
     """
     signs = re.findall(r"\\[()]|.", text, re.DOTALL)
-    found = [("".join(own).replace("\\(", "(").replace("\\)", ")"), weight) for own, weight in _levels(signs, 1.0)]
-    return found or [("", 1.0)]
-
-
-def _levels(signs: list[str], around: float) -> Iterator[tuple[list[str], float]]:
-    for part in _outermost(signs):
+    found: list[tuple[str, float]] = []
+    waiting = [(part, 1.0) for part in reversed(list(_outermost(signs)))]  # no recursion: brackets may be deep
+    while waiting:
+        part, around = waiting.pop()
         if len(part) < 2 or part[0] != "(" or part[-1] != ")":
-            yield part, around
+            found.append(("".join(part).replace("\\(", "(").replace("\\)", ")"), around))
             continue
         inner, weight = part[1:-1], around * STEP
         colon = max((i for i, sign in enumerate(inner) if sign == ":"), default=0)
         if colon > 0:
             with suppress(ConfigError):  # without a number the colon is text
                 inner, weight = inner[:colon], _number("".join(inner[colon + 1 :]))
-        yield from _levels(inner, weight)
+        waiting += [(each, weight) for each in reversed(list(_outermost(inner)))]
+    return found or [("", 1.0)]
 
 
 def _outermost(signs: list[str]) -> Iterator[list[str]]:
