@@ -44,6 +44,9 @@ def _add_branches(module: Any, inputs: tuple[Tensor, ...], named: dict[str, Tens
     return output
 
 
+_add_branches.keeps_nothing = True  # type: ignore[attr-defined]  # as `eridiff.models.layers.spare` asks
+
+
 class Branch(nn.Module):
     """One item of a LoRA beside the module that it changes: `out + scale * ratio * up(down(x))`.
 

@@ -74,13 +74,21 @@ def on_device(module: nn.Module, device: torch.device, by_layer: bool = False) -
 def _visiting(layer: nn.Module, device: torch.device) -> Iterator[None]:
     """Within the block a layer is on the device while it is called. Hooks that were there before, a LoRA's, find it there."""
     call = ExitStack()
-    arrive = layer.register_forward_pre_hook(lambda *_: call.enter_context(_copied([layer], device)))
-    leave = layer.register_forward_hook(lambda *_: call.close(), always_call=True)
+
+    def arrive(*_: object) -> None:
+        call.enter_context(_copied([layer], device))
+
+    def leave(*_: object) -> None:
+        call.close()
+
+    for function in (arrive, leave):
+        function.keeps_nothing = True  # type: ignore[attr-defined]  # as `eridiff.models.layers.spare` asks
+    hooks = [layer.register_forward_pre_hook(arrive), layer.register_forward_hook(leave, always_call=True)]
     try:
         yield
     finally:
-        arrive.remove()
-        leave.remove()
+        for hook in hooks:
+            hook.remove()
         call.close()
 
 

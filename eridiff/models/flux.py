@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from eridiff.errors import ConfigError
 from eridiff.models.layers import (
+    GELU,
     Attention,
     FinalLayer,
     Last,
@@ -24,13 +25,17 @@ from eridiff.models.layers import (
     VectorMLP,
     check_shape,
     forward_times,
+    gated,
     modulated,
+    normed,
     over_rows,
     prepare_times,
     seen_keys,
+    spare,
     split_heads,
     timestep_sinusoid,
     wide,
+    with_factors,
 )
 
 
@@ -143,6 +148,19 @@ def apply_rope(x: Tensor, rope: Tensor) -> Tensor:
     return rotated.flatten(-2).to(x.dtype)
 
 
+def rotated(q: Tensor, k: Tensor, rope: Tensor, over: bool) -> tuple[Tensor, Tensor]:
+    """Both through `apply_rope`; with `over`, of `spare`, in their own memory, for which they must be contiguous."""
+    if not over:
+        return apply_rope(q, rope), apply_rope(k, rope)
+    turn, work = torch.view_as_complex(rope.movedim(0, -1).contiguous()), torch.empty_like(q, dtype=rope.dtype)
+    for x in (q, k):
+        numbers = x if x.dtype == rope.dtype else work.copy_(x)
+        torch.view_as_complex(numbers.unflatten(-1, (-1, 2))).mul_(turn)
+        if numbers is work:
+            x.copy_(work)
+    return q, k
+
+
 class DoubleBlock(nn.Module):
     """Image and text attend together; each has its own projections, MLP and modulation."""
 
@@ -165,7 +183,7 @@ class DoubleBlock(nn.Module):
         image_qkv = self.image.attention_inputs(image, *image_mod[:2])
         text_qkv = self.text.attention_inputs(text, *text_mod[:2])
         q, k, v = (torch.cat(pair, dim=2) for pair in zip(text_qkv, image_qkv, strict=True))  # B H S D
-        joint = self.attention(apply_rope(q, rope), apply_rope(k, rope), v, seen)  # B S hidden
+        joint = self.attention(*rotated(q, k, rope, spare()), v, seen)  # B S hidden
         text_attention, image_attention = joint.split([text.shape[1], image.shape[1]], dim=1)
         return self.image.update(image, image_attention, image_mod), self.text.update(text, text_attention, text_mod)
 
@@ -183,20 +201,31 @@ class SingleBlock(nn.Module):
         self.q_norm = RMSNorm(head)
         self.k_norm = RMSNorm(head)
         self.linear2 = nn.Linear(hidden + config.mlp, hidden)
-        self.mlp_act = nn.GELU(approximate="tanh")
+        self.mlp_act = GELU()
         self.attention = Attention()
 
     def modulate(self, vec: Tensor) -> Tensor:
-        """SiLU of the conditioning vector `[B, T, hidden]` -> `[B, T, 3 * hidden]`."""
-        return self.modulation(vec)
+        """SiLU of the conditioning vector `[B, T, hidden]` -> shift, 1 + scale, gate `[B, T, 3 * hidden]`."""
+        return with_factors(self.modulation(vec), vec.shape[-1])
 
     def forward(self, x: Tensor, rope: Tensor, modulation: Tensor, seen: Tensor | None = None) -> Tensor:
         """x `[B, S, hidden]`, text first; rope `[2, S, D / 2]`, modulation `[B, 1, 3 * hidden]`, seen `[B, 1, 1, S]`."""
-        shift, scale, gate = modulation.chunk(3, dim=-1)
-        qkv, mlp = self.linear1(modulated(x, shift, scale)).split(self.sizes, dim=-1)
+        over = spare(self.linear1, self.q_norm, self.k_norm, self.attention, self.mlp_act, self.linear2)
+        shift, factor, gate = modulation.chunk(3, dim=-1)
+        whole = self.linear1(modulated(x, shift, factor))
+        qkv, mlp = whole.split(self.sizes, dim=-1)
         q, k, v = split_heads(qkv, self.heads)
-        attention = self.attention(apply_rope(self.q_norm(q), rope), apply_rope(self.k_norm(k), rope), v, seen)
-        return torch.addcmul(x, gate, self.linear2(torch.cat([attention, self.mlp_act(mlp)], dim=-1)))
+        q, k = rotated(*normed(q, k, self.q_norm, self.k_norm), rope, over)
+        attention, mlp = self.attention(q, k, v, seen), self.mlp_act(mlp, over)
+        if over and not getattr(self.linear2, "lora_branches", None):
+            inner = whole[
+                ..., 2 * x.shape[-1] :
+            ]  # v, which has been read, and the MLP: attention beside it needs no copy
+            inner[..., : x.shape[-1]] = attention
+            y = self.linear2(inner.flatten(0, 1)).unflatten(0, x.shape[:2])  # as rows, which need not be contiguous
+        else:
+            y = self.linear2(torch.cat([attention, mlp], dim=-1))
+        return gated(x, gate, y, over)
 
 
 @dataclass(frozen=True)

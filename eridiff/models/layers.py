@@ -10,6 +10,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.module import _global_forward_hooks as GLOBAL_HOOKS
+from torch.nn.modules.module import _global_forward_pre_hooks as GLOBAL_PRE_HOOKS
 
 from eridiff.errors import ConfigError
 
@@ -114,6 +116,23 @@ def timestep_sinusoid(times: Tensor, width: int = 256) -> Tensor:
     return sinusoid(1000.0 * times, width)
 
 
+def spare(*modules: nn.Module) -> bool:
+    """Whether what these modules are given and give may be written over: nobody else sees it.
+
+    Not where a gradient may be asked for, not in compiled code, which plans its memory by itself, and not if anything that is
+    unknown here acts on a module: a hook may keep a tensor, and an adapter's own layer may be given one that it has kept.
+    """
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or GLOBAL_HOOKS or GLOBAL_PRE_HOOKS:
+        return False
+    for module in modules:
+        if type(module) not in KNOWN or "forward" in vars(module):
+            return False
+        for hooks in (module._forward_hooks, module._forward_pre_hooks):
+            if hooks and not all(hasattr(hook, "keeps_nothing") for hook in hooks.values()):
+                return False
+    return True
+
+
 class RMSNorm(nn.Module):
     """`x / sqrt(mean(x^2) + eps)` times a learned weight over the last dimension, computed in float32 (float64 stays)."""
 
@@ -139,17 +158,47 @@ def seen_keys(mask: Tensor | None, image_tokens: int, device: torch.device) -> T
     return None if mask is None else F.pad(mask.to(device), (0, image_tokens), value=True)[:, None, None]
 
 
-def modulated(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """Layer norm without affine (eps 1e-6), then `(1 + scale) * x + shift`: `[B, L, D]` and `[B, 1, D]`."""
-    if scale.shape[0] == 1:  # one modulation for all rows is the norm's own affine part, in one kernel
-        return F.layer_norm(x, x.shape[-1:], 1 + scale[0, 0], shift[0, 0], eps=1e-6)
-    return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=1e-6), 1 + scale)
+LAST_ONES: dict[int, Last] = {}
+
+
+def with_factors(modulation: Tensor, width: int) -> Tensor:
+    """`[..., n * width]`, shift, scale and perhaps gate once or more -> the same with 1 + scale in place of each scale."""
+    size = modulation.shape[-1]
+
+    def make() -> Tensor:
+        scales = torch.arange(size // width, device="cpu") % 3 == 1
+        return scales.repeat_interleave(width).to(modulation.device, modulation.dtype)
+
+    asked = (width, modulation.device, modulation.dtype, type(modulation))
+    return modulation + (make() if torch.compiler.is_compiling() else LAST_ONES.setdefault(size, Last())(asked, make))
+
+
+def modulated(x: Tensor, shift: Tensor, factor: Tensor) -> Tensor:
+    """Layer norm without affine (eps 1e-6), then `factor * x + shift`: `[B, L, D]` and `[B, 1, D]`; factor is 1 + scale."""
+    if factor.shape[0] == 1:  # one modulation for all rows is the norm's own affine part, in one kernel
+        return F.layer_norm(x, x.shape[-1:], factor[0, 0], shift[0, 0], eps=1e-6)
+    normed = F.layer_norm(x, x.shape[-1:], eps=1e-6)
+    over = spare() and normed.dtype == shift.dtype == factor.dtype
+    return torch.addcmul(shift, normed, factor, out=normed if over else None)
+
+
+def gated(x: Tensor, gate: Tensor, y: Tensor, over: bool) -> Tensor:
+    """`x + gate * y`: `[B, L, D]`, gate `[B, 1, D]`; with `over`, of `spare`, in y's memory."""
+    over = over and x.shape == y.shape and x.dtype == y.dtype == gate.dtype
+    return torch.addcmul(x, gate, y, out=y if over else None)
 
 
 def split_heads(qkv: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
     """`[B, L, 3 * H * D]`, all of q, then k, then v -> three `[B, H, L, D]`."""
     q, k, v = qkv.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)
     return q, k, v
+
+
+def normed(q: Tensor, k: Tensor, q_norm: nn.Module, k_norm: nn.Module) -> tuple[Tensor, Tensor]:
+    """Both `[B, H, L, D]` through their norms."""
+    if q.device.type != "cpu" and isinstance(q_norm, RMSNorm):
+        q, k = torch.stack([q, k])  # one copy: a GPU's norm takes what lies side by side, and would copy each
+    return q_norm(q), k_norm(k)
 
 
 class VectorMLP(nn.Module):
@@ -164,6 +213,25 @@ class VectorMLP(nn.Module):
         return self.out_layer(F.silu(self.in_layer(x)))
 
 
+class GELU(nn.Module):
+    """GELU in its tanh form."""
+
+    def forward(self, x: Tensor, over: bool = False) -> Tensor:
+        """With `over`, of `spare`, in x's memory."""
+        return torch.ops.aten.gelu_(x, approximate="tanh") if over else F.gelu(x, approximate="tanh")
+
+
+class MLP(nn.Sequential):
+    """Linear, GELU, Linear."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__(nn.Linear(width, hidden), GELU(), nn.Linear(hidden, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, act, second = self
+        return second(act(first(x), spare(first, act)))
+
+
 class StreamInput(nn.Module):
     """What one stream of tokens (image or text) brings to a joint attention: queries, keys and values."""
 
@@ -174,36 +242,34 @@ class StreamInput(nn.Module):
         self.q_norm = RMSNorm(hidden // heads) if qk_norm else nn.Identity()
         self.k_norm = RMSNorm(hidden // heads) if qk_norm else nn.Identity()
 
-    def attention_inputs(self, x: Tensor, shift: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def attention_inputs(self, x: Tensor, shift: Tensor, factor: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """`[B, L, hidden]` -> q, k, v `[B, H, L, D]`."""
-        q, k, v = split_heads(self.qkv(modulated(x, shift, scale)), self.heads)
-        return self.q_norm(q), self.k_norm(k), v
+        q, k, v = split_heads(self.qkv(modulated(x, shift, factor)), self.heads)
+        return *normed(q, k, self.q_norm, self.k_norm), v
 
 
 class Stream(StreamInput):
     """One stream of a double block (Esser et al. 2024): its own weights and modulation around the joint attention.
 
-    `chunks` vectors of modulation: shift, scale and gate of the attention, then of the MLP.
+    `chunks` vectors of modulation: shift, 1 + scale and gate of the attention, then of the MLP.
     """
 
     def __init__(self, hidden: int, heads: int, mlp: int, qk_norm: bool = True, chunks: int = 6) -> None:
         super().__init__(hidden, heads, qk_norm)
         self.modulation = nn.Linear(hidden, chunks * hidden)
         self.proj = nn.Linear(hidden, hidden)
-        self.mlp = nn.Sequential(nn.Linear(hidden, mlp), nn.GELU(approximate="tanh"), nn.Linear(mlp, hidden))
+        self.mlp = MLP(hidden, mlp)
 
     def modulate(self, vec: Tensor) -> Tensor:
         """SiLU of the conditioning vector `[B, T, hidden]` -> `[B, T, chunks * hidden]`."""
-        return self.modulation(vec)
+        return with_factors(self.modulation(vec), vec.shape[-1])
 
     def update(self, x: Tensor, attention: Tensor, modulation: Sequence[Tensor]) -> Tensor:
         """The stream `[B, L, hidden]` after its part of the joint attention `[B, L, hidden]` and its MLP."""
-        _, _, gate1, shift2, scale2, gate2 = modulation
-        attention = (
-            attention.contiguous()
-        )  # of several rows a part of the tokens is not, and would be a product for each row
-        x = torch.addcmul(x, gate1, self.proj(attention))
-        return torch.addcmul(x, gate2, self.mlp(modulated(x, shift2, scale2)))
+        _, _, gate1, shift2, factor2, gate2 = modulation
+        # contiguous: a part of the tokens of several rows is not, and would be a product for each row
+        x = gated(x, gate1, self.proj(attention.contiguous()), spare(self.proj))
+        return gated(x, gate2, self.mlp(modulated(x, shift2, factor2)), spare(self.mlp, self.mlp[2]))
 
 
 class FinalLayer(nn.Module):
@@ -215,8 +281,13 @@ class FinalLayer(nn.Module):
         self.linear = nn.Linear(hidden, out_channels)
 
     def modulate(self, vec: Tensor) -> Tensor:
-        """SiLU of the conditioning vector `[B, T, hidden]` -> shift, scale `[B, T, 2 * hidden]`."""
-        return self.modulation(vec)  # diffusers stores scale, shift: the key maps swap the halves
+        """SiLU of the conditioning vector `[B, T, hidden]` -> shift, 1 + scale `[B, T, 2 * hidden]`."""
+        return with_factors(
+            self.modulation(vec), vec.shape[-1]
+        )  # diffusers stores scale, shift: the key maps swap them
 
     def forward(self, x: Tensor, modulation: Tensor) -> Tensor:
         return self.linear(modulated(x, *modulation.chunk(2, dim=-1)))
+
+
+KNOWN = {nn.Linear, RMSNorm, GELU, MLP, Attention}  # modules that keep nothing of what they are given and give

@@ -24,12 +24,16 @@ from eridiff.models.layers import (
     VectorMLP,
     check_shape,
     forward_times,
+    gated,
     modulated,
+    normed,
     over_rows,
     prepare_times,
     seen_keys,
+    spare,
     split_heads,
     timestep_sinusoid,
+    with_factors,
 )
 
 
@@ -137,7 +141,7 @@ class PositionTable(nn.Module):
 class DualStream(Stream):
     """The image stream of a dual block (MMDiT-X): beside the joint attention one among image tokens alone.
 
-    Nine chunks of modulation: the six of a stream, then shift, scale and gate of the second attention.
+    Nine chunks of modulation: the six of a stream, then shift, 1 + scale and gate of the second attention.
     """
 
     def __init__(self, hidden: int, heads: int, mlp: int, qk_norm: bool = True) -> None:
@@ -150,16 +154,16 @@ class DualStream(Stream):
 
     def update(self, x: Tensor, attention: Tensor, modulation: Sequence[Tensor]) -> Tensor:
         """Both attentions read the block's input `x`, neither the other's result."""
-        *first, shift, scale, gate = modulation
-        q, k, v = split_heads(self.qkv2(modulated(x, shift, scale)), self.heads)
-        own = self.attention2(self.q_norm2(q), self.k_norm2(k), v)
-        return super().update(torch.addcmul(x, gate, self.proj2(own)), attention, first)
+        *first, shift, factor, gate = modulation
+        q, k, v = split_heads(self.qkv2(modulated(x, shift, factor)), self.heads)
+        own = self.attention2(*normed(q, k, self.q_norm2, self.k_norm2), v)
+        return super().update(gated(x, gate, self.proj2(own), spare(self.proj2)), attention, first)
 
 
 class LastTextStream(StreamInput):
     """The text stream of the last block: it is attended to and ends there, so it has no output projection and no MLP.
 
-    Two chunks of modulation: shift and scale. Its queries move nothing; the published files hold them all the same.
+    Two chunks of modulation: shift and 1 + scale. Its queries move nothing; the published files hold them all the same.
     """
 
     def __init__(self, hidden: int, heads: int, qk_norm: bool = True) -> None:
@@ -168,7 +172,8 @@ class LastTextStream(StreamInput):
 
     def modulate(self, vec: Tensor) -> Tensor:
         """SiLU of the conditioning vector `[B, T, hidden]` -> `[B, T, 2 * hidden]`."""
-        return self.last_modulation(vec)  # diffusers stores scale, shift here and only here: its map swaps the halves
+        # diffusers stores scale, shift here and only here: its map swaps the halves
+        return with_factors(self.last_modulation(vec), vec.shape[-1])
 
     def update(self, x: Tensor, attention: Tensor, modulation: Sequence[Tensor]) -> Tensor:
         return x

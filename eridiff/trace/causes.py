@@ -57,10 +57,13 @@ class Cause:
             keeps = layers.Last.__call__  # a table that was made before, or is made now, does not show the other
             stack.callback(setattr, layers.Last, "__call__", keeps)
             layers.Last.__call__ = _anew  # type: ignore[method-assign]
-            for place in owners:
-                right = vars(place)[name]
-                stack.callback(setattr, place, name, right)
-                setattr(place, name, self.make(right))
+            replaced = [(place, name, self.make) for place in owners]
+            # what works in place would pass the wrong function by
+            replaced += [(module, "spare", lambda _: lambda *_: False) for module in modules if "spare" in vars(module)]
+            for place, function, make in replaced:
+                right = vars(place)[function]
+                stack.callback(setattr, place, function, right)
+                setattr(place, function, make(right))
             yield
 
 
@@ -94,10 +97,10 @@ CAUSES: tuple[Cause, ...] = (
     Cause("the group norm's gain and offset are left out", "F.group_norm", parts.plain),
     Cause("the group norm has one group for all channels", "F.group_norm", parts.grouped(lambda channels: 1)),
     Cause("the group norm has a group for each channel", "F.group_norm", parts.grouped(lambda channels: channels)),
-    Cause("shift and scale are exchanged", "modulated", lambda right: lambda x, shift, scale: right(x, scale, shift)),
-    Cause("scale in place of 1 + scale", "modulated", lambda right: lambda x, shift, scale: right(x, shift, scale - 1)),
-    Cause("the shift is left out", "modulated", lambda right: lambda x, shift, scale: right(x, 0 * shift, scale)),
-    Cause("the scale is left out", "modulated", lambda right: lambda x, shift, scale: right(x, shift, 0 * scale)),
+    Cause("shift and scale are exchanged", "modulated", lambda right: lambda x, shift, factor: right(x, factor - 1, 1 + shift)),
+    Cause("scale in place of 1 + scale", "modulated", lambda right: lambda x, shift, factor: right(x, shift, factor - 1)),
+    Cause("the shift is left out", "modulated", lambda right: lambda x, shift, factor: right(x, 0 * shift, factor)),
+    Cause("the scale is left out", "modulated", lambda right: lambda x, shift, factor: right(x, shift, torch.ones_like(factor))),
     *(Cause("the modulation's chunks of MLP and attention are exchanged", f, tokens.chunks(tokens.mlp_first)) for f in BLOCKS[:2]),
     *(Cause("the modulation's chunks are gate, shift, scale in place of shift, scale, gate", f, tokens.chunks(tokens.gate_first)) for f in BLOCKS[:3]),
     Cause("the second attention's chunks of the modulation stand before the MLP's", "JointBlock.forward", tokens.chunks(tokens.second_in_the_middle)),

@@ -17,10 +17,12 @@ def chunks(order: Callable[[int], Sequence[int]], interleaved: bool = False) -> 
 
     def moved(modulation: Tensor, width: int) -> Tensor:
         count = modulation.shape[-1] // width
+        ones = layers.with_factors(torch.zeros_like(modulation), width)  # which are there already
+        modulation = modulation - ones
         if interleaved:
-            return modulation.unflatten(-1, (width, count)).transpose(-1, -2).flatten(-2)
+            return modulation.unflatten(-1, (width, count)).transpose(-1, -2).flatten(-2) + ones
         parts = modulation.split(width, dim=-1)
-        return torch.cat([parts[i] for i in order(count)], dim=-1)
+        return torch.cat([parts[i] for i in order(count)], dim=-1) + ones
 
     def make(right: Wrong) -> Wrong:
         def forward(self: nn.Module, x: Tensor, *rest: Any, **named: Any) -> Any:
@@ -55,12 +57,12 @@ def update(
 
     def make(_: Wrong) -> Wrong:
         def update(self: Any, x: Tensor, attention: Tensor, modulation: Sequence[Tensor]) -> Tensor:
-            _, _, gate1, shift2, scale2, gate2 = modulation
+            _, _, gate1, shift2, factor2, gate2 = modulation
             if exchanged:
                 gate1, gate2 = gate2, gate1
             added = self.proj(attention)
             after = x + (gate1 * added if attention_gate else added)
-            added = self.mlp(layers.modulated(x if late else after, shift2, scale2))
+            added = self.mlp(layers.modulated(x if late else after, shift2, factor2))
             return after + (gate2 * added if mlp_gate else added)
 
         return update
@@ -77,8 +79,8 @@ def second_attention(
         def update(self: Any, x: Tensor, attention: Tensor, modulation: Sequence[Tensor]) -> Tensor:
             after = x + modulation[2] * self.proj(attention)
             if not left_out:
-                shift, scale, gate = (modulation[i] for i in chunks)
-                q, k, v = split_heads(self.qkv2(layers.modulated(after if late else x, shift, scale)), self.heads)
+                shift, factor, gate = (modulation[i] for i in chunks)
+                q, k, v = split_heads(self.qkv2(layers.modulated(after if late else x, shift, factor)), self.heads)
                 after = after + gate * self.proj2(self.attention2(self.q_norm2(q), self.k_norm2(k), v))
             return after + modulation[5] * self.mlp(layers.modulated(after, modulation[3], modulation[4]))
 
@@ -125,8 +127,8 @@ def single(
 
     def make(_: Wrong) -> Wrong:
         def forward(self: Any, x: Tensor, rope: Tensor, modulation: Tensor, seen: Tensor | None = None) -> Tensor:
-            shift, scale, by = modulation.chunk(3, dim=-1)
-            normed = layers.modulated(x, shift, scale)
+            shift, factor, by = modulation.chunk(3, dim=-1)
+            normed = layers.modulated(x, shift, factor)
             whole = self.linear1(normed)
             qkv, mlp = whole.split(self.sizes, dim=-1)
             if mlp_first:

@@ -1,0 +1,115 @@
+"""Inference without gradients writes over memory that nobody else sees; everybody else sees what they saw before."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from eridiff.models.layers import spare
+from tests import tiny
+from tests.families import rows
+
+NETWORKS = ("flux", "mmdit", "mmdit of SD 3", "unet")
+DTYPES = (torch.float64, torch.float32, torch.bfloat16)
+
+
+def network_and_inputs(name: str, dtype: torch.dtype, count: int = 2) -> tuple[nn.Module, tuple[Any, ...], Tensor]:
+    """A network, what `prepare` takes for three times, and latents."""
+    family = name.partition(" ")[0]
+    network: Any = {"flux": tiny.flux, "mmdit": tiny.mmdit, "unet": tiny.unet}[family]()
+    if name.endswith("SD 3"):
+        network = tiny.mmdit(replace(network.config, qk_norm=False, dual_blocks=()))
+    config = network.to(dtype).config
+    text = rows(count, 5, config.text_width, seed=1, dtype=dtype)
+    pooled = rows(count, config.vector_width if family == "unet" else config.pooled_width, seed=2, dtype=dtype)
+    times = torch.tensor([0.9, 0.5, 0.2], dtype=torch.float64) * (999 if family == "unet" else 1)
+    if family == "flux":
+        latents = rows(count, 12, config.in_channels, seed=3, dtype=dtype)
+        return network, (text, pooled, times, (3, 4), torch.full((count,), 3.5, dtype=dtype)), latents
+    latents = rows(count, config.in_channels, 8, 8, seed=3, dtype=dtype)
+    return network, (text, pooled, times, *([(4, 4)] if family == "mmdit" else [])), latents
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_step_without_gradients_is_the_step_with_them(name: str, dtype: torch.dtype, count: int) -> None:
+    network, inputs, latents = network_and_inputs(name, dtype, count)
+    with_gradients = network.step(latents, network.prepare(*inputs), 1).detach()
+    with torch.no_grad():
+        run = network.prepare(*inputs)
+        first, again = (network.step(latents, run, 1) for _ in range(2))
+    assert torch.equal(first, again)  # neither the run nor the latents were written over
+    torch.testing.assert_close(first, with_gradients, rtol=0, atol=float(32 * torch.finfo(dtype).eps * first.abs().max()))
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_what_a_hook_keeps_without_a_copy_stays_as_it_was(name: str) -> None:
+    network, inputs, latents = network_and_inputs(name, torch.float32)
+    kept: list[tuple[str, Tensor, Tensor]] = []
+
+    def keep(path: str, value: Any) -> None:
+        kept.extend((path, t, t.clone()) for t in torch.utils._pytree.tree_leaves(value) if isinstance(t, Tensor))
+
+    with torch.no_grad():
+        plain = network.step(latents, network.prepare(*inputs), 0)
+        for path, module in network.named_modules():
+            module.register_forward_pre_hook(lambda _, given, path=path: keep(f"into {path}", given))
+            module.register_forward_hook(lambda _, __, made, path=path: keep(f"out of {path}", made))
+        seen = network.step(latents, network.prepare(*inputs), 0)
+    assert not [path for path, held, copy in kept if not torch.equal(held, copy)]
+    assert len(kept) > 100 and torch.equal(seen, plain)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_hook_on_one_layer_alone_keeps_what_it_saw(name: str) -> None:
+    network, inputs, latents = network_and_inputs(name, torch.float32)
+    paths = [path for path, module in network.named_modules() if not [*module.children()]]
+    with torch.no_grad():
+        run = network.prepare(*inputs)
+        for path in paths:
+            kept: list[tuple[Tensor, Tensor]] = []
+
+            def keep(_: nn.Module, given: Any, made: Any, kept: Any = kept) -> None:
+                kept.extend((t, t.clone()) for t in (*given, made) if isinstance(t, Tensor))
+
+            handle = network.get_submodule(path).register_forward_hook(keep)
+            network.step(latents, run, 0)
+            handle.remove()
+            assert all(torch.equal(held, copy) for held, copy in kept), path
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_an_adapters_layer_may_give_a_tensor_that_it_keeps(name: str) -> None:
+    """As a layer that remembers its last output, behind a forward of its own or as another class."""
+    network, inputs, latents = network_and_inputs(name, torch.float32)
+    kept: list[tuple[str, Tensor, Tensor]] = []
+
+    def remembering(path: str, layer: nn.Module) -> Any:
+        inner = layer.forward
+
+        def forward(x: Tensor) -> Tensor:
+            kept.append((path, made := inner(x), made.clone()))
+            return made
+
+        return forward
+
+    for path, module in network.named_modules():
+        if isinstance(module, nn.Linear):
+            module.forward = remembering(path, module)  # type: ignore[method-assign]
+    with torch.no_grad():
+        network.step(latents, network.prepare(*inputs), 0)
+    assert kept and not [path for path, held, copy in kept if not torch.equal(held, copy)]
+
+
+def test_memory_is_spare_only_without_gradients_and_with_nobody_looking() -> None:
+    layer = nn.Linear(2, 2)
+    assert not spare(layer)
+    with torch.no_grad():
+        assert spare(layer) and not spare(layer, nn.Bilinear(1, 1, 1))
+        handle = torch.nn.modules.module.register_module_forward_hook(lambda *_: None)
+        assert not spare(layer)
+        handle.remove()
+        assert spare(layer)
