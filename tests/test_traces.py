@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -263,6 +263,7 @@ DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int
         max_size=9,
     )
 )
+@example({"0": (torch.float64, [0]), "00": (torch.float64, [0])})
 def test_every_dtype_and_shape_comes_back_from_a_file(
     tmp_path_factory: pytest.TempPathFactory, plan: dict[str, tuple[torch.dtype, list[int]]]
 ) -> None:

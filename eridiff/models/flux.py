@@ -149,8 +149,8 @@ def apply_rope(x: Tensor, rope: Tensor) -> Tensor:
 
 
 def rotated(q: Tensor, k: Tensor, rope: Tensor, over: bool) -> tuple[Tensor, Tensor]:
-    """Both through `apply_rope`; with `over`, of `spare`, in their own memory, for which they must be contiguous."""
-    if not over:
+    """Both through `apply_rope`; with `over`, of `spare`, in their own memory."""
+    if not over or q.stride(-1) != 1 or k.stride(-1) != 1:
         return apply_rope(q, rope), apply_rope(k, rope)
     turn, work = torch.view_as_complex(rope.movedim(0, -1).contiguous()), torch.empty_like(q, dtype=rope.dtype)
     for x in (q, k):

@@ -109,8 +109,9 @@ class TraceFile(MutableMapping[str, Tensor]):
 
     def write(self, target: Path, metadata: Mapping[str, Any]) -> None:
         """The safetensors file: wide dtypes first, so that every tensor is aligned; values under two names stand once."""
-        holders = {span: name for name, span in reversed(self.spans.items())}  # the first name of each
-        same = {name: holders[span] for name, span in self.spans.items() if holders[span] != name}
+        first = {span: name for name, span in reversed(self.spans.items())}
+        # an empty tensor shares no values, though it may lie where another one does
+        same = {name: first[span] for name, span in self.spans.items() if first[span] != name and span.end > span.begin}
         said = {
             "order": list(self.spans),
             "same": same,
@@ -119,11 +120,12 @@ class TraceFile(MutableMapping[str, Tensor]):
             **metadata,
         }
         header: dict[str, Any] = {"__metadata__": _texts(said)}
-        spans = sorted(holders, key=lambda span: (-span.dtype.itemsize, span.begin))
+        held = {name: span for name, span in self.spans.items() if name not in same}
+        spans = dict(sorted(held.items(), key=lambda pair: (-pair[1].dtype.itemsize, pair[1].begin)))
         place = 0
-        for span in spans:
+        for name, span in spans.items():
             size = span.end - span.begin
-            header[holders[span]] = {
+            header[name] = {
                 "dtype": CODES[span.dtype], "shape": list(span.shape), "data_offsets": [place, place + size],
             }  # fmt: skip
             place += size
@@ -131,7 +133,7 @@ class TraceFile(MutableMapping[str, Tensor]):
         text += b" " * (-len(text) % 8)
         with open(target, "wb") as file:
             file.write(len(text).to_bytes(8, "little") + text)
-            for span in spans:
+            for span in spans.values():
                 self.data.seek(span.begin)
                 for begin in range(span.begin, span.end, CHUNK):
                     file.write(self.data.read(min(CHUNK, span.end - begin)))
