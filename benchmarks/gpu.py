@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import gpu_cases, gpu_measure, gpu_networks, gpu_offload
+from benchmarks import gpu_cases, gpu_measure, gpu_networks, gpu_offload, gpu_training
 from benchmarks.gpu_measure import ROOT, Budget
 from benchmarks.gpu_sections import Bench, Section, run_section, table, write
 
@@ -79,6 +79,7 @@ def plan(tiny: bool) -> list[Section]:
         Section("tests", "the tests marked gpu" if not tiny else "the same tests on the CPU", 30 if tiny else 150, run_tests),
         *(Section(c.name, c.what, c.seconds, partial(gpu_networks.run_case, case=c, compiled=False)) for c in cases),
         Section("offload", "offload='stages' of a whole Flux", 5 if tiny else 60, gpu_offload.run),
+        Section("training", "a LoRA of a whole Flux in training, and an image in between", 5 if tiny else 45, gpu_training.run),
         *(Section(f"{c.name} compiled", c.what, slow[c.name], partial(gpu_networks.run_case, case=c, compiled=True)) for c in cases),
     ]  # fmt: skip
 

@@ -44,9 +44,6 @@ def run(bench: Bench) -> None:
         None if layers == T5_LAYERS else f"T5 of {layers} layers, since the host's memory has no room for {T5_LAYERS}"
     )
     bench.row("weights on the host", gb=needed / 1e9, seconds=time.monotonic() - begun, note=note)
-    clip = ClipEncoder(parts["clip"], clip_tokenizer())
-    # a T5 with random weights needs no published tokenizer, only ids
-    t5 = T5Encoder(parts["t5"], t5_tokenizer(ROOT / "tests" / "goldens" / "text-tokenizers-tiny" / "t5"), 512)
     # of CLIP and T5 the tensors of their work are left out: small beside their weights
     found, sizes = {}, [predicted(bench, parts, n) for n in ("flux", "vae")]
     needs = {offload: max(stage.peak(offload) for stage in sizes) / 1e9 for offload in OFFLOAD}
@@ -58,7 +55,7 @@ def run(bench: Bench) -> None:
                 break
             for module in parts.values():
                 module.to(device)
-        model = FluxInference(parts["flux"], parts["vae"], clip, t5, device=device, offload=offload, progress=False)
+        model = whole(parts, device, offload)
         with bench.guarded(name):
             found[name] = draw(bench, name, model, bool(offload))
             bench.section.rows[name]["predicted_gb"] = needs.get(offload)
@@ -66,6 +63,13 @@ def run(bench: Bench) -> None:
         first, *others = found.values()
         equal = all(torch.equal(first, other) for other in others)
         bench.row("the same latents, bit for bit", "done" if equal else "failed", None if equal else "they differ")
+
+
+def whole(parts: dict[str, Any], device: torch.device, offload: str | None = None) -> FluxInference:
+    clip = ClipEncoder(parts["clip"], clip_tokenizer())
+    # a T5 with random weights needs no published tokenizer, only ids
+    t5 = T5Encoder(parts["t5"], t5_tokenizer(ROOT / "tests" / "goldens" / "text-tokenizers-tiny" / "t5"), 512)
+    return FluxInference(parts["flux"], parts["vae"], clip, t5, device=device, offload=offload, progress=False)
 
 
 def predicted(bench: Bench, parts: dict[str, Any], name: str) -> Stage:

@@ -17,7 +17,7 @@ from benchmarks.gpu_sections import Bench, Section, run_section, table, write
 
 ROOT = Path(__file__).parents[1]
 CASES = ["G1", "G3", "G5", "G4", "G6a", "G6b", "G2"]
-SECTIONS = ["rates", "tests", *CASES, "offload", *(f"{name} compiled" for name in CASES)]
+SECTIONS = ["rates", "tests", *CASES, "offload", "training", *(f"{name} compiled" for name in CASES)]
 
 
 def run(out: Path, *options: str) -> tuple[int, dict[str, Any], str]:
@@ -51,6 +51,11 @@ def test_every_section_runs_at_tiny_size(tmp_path: Path) -> None:
     assert set(rows["offload"]) == {
         "weights on the host", "offload='stages'", "offload='layers'", "all on the device", "the same latents, bit for bit"
     }  # fmt: skip
+    assert set(rows["training"]) == {
+        "without images", "with an image in between, verify=True", "the same losses, bit for bit",
+        "LoRA on the layers of modulation", "scale 0 and detached: as without it",
+    }  # fmt: skip
+    assert rows["training"]["LoRA on the layers of modulation"]["moved_by_1"] > 1e-4
     assert {"date", "commit", "cpu", "torch", "diffusers", "transformers", "peft", "device"} <= set(found["machine"])
 
 
