@@ -2,7 +2,8 @@
 
 float32, one thread, one process. Parity first. Then quads A B B A of eridiff and diffusers, so that a drift of the machine falls
 on both; a fixed matrix product before and after each quad tells whether the machine changed meanwhile, and such quads are
-left out. Prints the median of diffusers / eridiff with its quartiles, the ratio of the two minima, and the share of the rate
+left out. "step, oneDNN" is the step with `eridiff.onednn.use_onednn`, beside diffusers and beside eridiff's step without it; there is
+none where that changes no layer. Prints the median of diffusers / eridiff with its quartiles, the ratio of the two minima, and the share of the rate
 of the largest product that one thread reaches here; writes `benchmarks/results/cpu.json` and `docs/images/cpu.svg`.
 """
 
@@ -20,12 +21,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.gpu_cases import Case, decode_case, flux_case, in_diffusers, mmdit_case, random_weights, unet_case
+from benchmarks.gpu_cases import Case, decode_case, flux_case, in_diffusers, mmdit_case, random_weights, twin, unet_case
 from benchmarks.gpu_measure import version
 from eridiff.models.autoencoder import AutoencoderConfig
 from eridiff.models.flux import FluxConfig
 from eridiff.models.mmdit import MMDiTConfig
 from eridiff.models.unet import UNetConfig
+from eridiff.onednn import use_onednn
 from eridiff.trace.record import relative_l2
 
 RESULTS = Path(__file__).parent / "results" / "cpu.json"
@@ -34,6 +36,8 @@ CPU = torch.device("cpu")
 PARITY = 1e-5  # relative L2; of diffusers' channels-last convolutions twice that
 SAMPLE_SECONDS = 0.02  # of one sample at least
 DRIFT = 1.1  # how much the fixed product may change within a quad
+LINEAR = ("C2", "C3", "C4", "C5a", "C5b")  # whose time is in linear layers
+OWN = "eridiff's step"
 Ask = Callable[[], Tensor]
 
 
@@ -67,6 +71,9 @@ def ways(case: Case) -> tuple[dict[str, Ask], dict[str, Ask]]:
     if case.apart:
         run = case.prepare(networks, x)
         own["step"] = lambda: case.step(networks, x, run)
+        by_onednn = twin(case.ours, networks)
+        if case.name in LINEAR and sum(use_onednn(module) for module in by_onednn.values()):
+            own["step, oneDNN"] = lambda: case.step(by_onednn, x, run)
     theirs: dict[str, Ask] = {"diffusers": lambda: case.ask_theirs(others, x)}
     if case.name.startswith("C6"):
         last = {
@@ -164,7 +171,8 @@ def main() -> None:
             continue
         own, theirs = ways(case)
         for name, ask in own.items():
-            for other, their in theirs.items():
+            beside = theirs | ({OWN: own["step"]} if name == "step, oneDNN" else {})
+            for other, their in beside.items():
                 row = compare(case, name, ask, other, their, lambda: a @ b, rate, options.seconds)
                 rows.append(row)
                 if "ratio" not in row:
@@ -183,7 +191,7 @@ def main() -> None:
     }
     options.out.write_text(json.dumps({"machine": machine, "product_flop_per_s": rate, "rows": rows}, indent=1) + "\n")
     if options.out == RESULTS:
-        FIGURE.write_text(figure([row for row in rows if "ratio" in row]))
+        FIGURE.write_text(figure([row for row in rows if "ratio" in row and row["beside"] != OWN]))
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ if TYPE_CHECKING:  # what type checkers and editors see; a test compares it with
     from eridiff import lora as lora
     from eridiff import memory as memory
     from eridiff import models as models
+    from eridiff import onednn as onednn
     from eridiff import report as report
     from eridiff import run_files as run_files
     from eridiff import schedulers as schedulers
@@ -49,8 +50,8 @@ __version__ = "0.1.0.dev0"
 
 # imported on first use, so that importing a network imports no text encoder
 _MODULES = (
-    "adopt", "blocks", "errors", "images", "inference", "lora", "memory", "models", "report", "run_files", "schedulers", "text",
-    "trace", "training", "weights",
+    "adopt", "blocks", "errors", "images", "inference", "lora", "memory", "models", "onednn", "report", "run_files", "schedulers",
+    "text", "trace", "training", "weights",
 )  # fmt: skip
 _PLACES = {
     "load": "eridiff.inference",

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from benchmarks import cpu
+from eridiff import onednn
 from eridiff.models.flux import FluxConfig
 
 pytest.importorskip("diffusers")
@@ -23,15 +24,19 @@ def tiny() -> Any:
 def test_a_case_is_compared_and_written(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     threads = torch.get_num_threads()
     monkeypatch.setattr(cpu, "cases", lambda: [tiny()])
+    monkeypatch.setattr(cpu, "LINEAR", ("T",))
+    monkeypatch.setattr(onednn, "_measured", lambda weight, rows, seconds: (1e9, 2.0, 1.0))  # oneDNN is faster
     monkeypatch.setattr(cpu, "DRIFT", 100.0)  # a busy machine is none of this test's business
     monkeypatch.setattr(sys, "argv", ["cpu", "--seconds", "0.1", "--out", str(tmp_path / "cpu.json")])
     cpu.main()
     torch.set_num_threads(threads)
     rows = json.loads((tmp_path / "cpu.json").read_text())["rows"]
-    assert [(row["way"], row["beside"]) for row in rows] == [("forward", "diffusers"), ("step", "diffusers")]
+    assert [(row["way"], row["beside"]) for row in rows] == [
+        ("forward", "diffusers"), ("step", "diffusers"), ("step, oneDNN", "diffusers"), ("step, oneDNN", "eridiff's step"),
+    ]  # fmt: skip
     for row in rows:
         assert len(row["quads"]) >= 4 and row["quartiles"][0] <= row["ratio"] <= row["quartiles"][1] and row["ms"] > 0
-    assert cpu.figure(rows).count('class="bar"') == 2
+    assert cpu.figure(rows).count('class="bar"') == 4
 
 
 def test_other_numbers_are_not_timed() -> None:
