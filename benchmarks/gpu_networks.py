@@ -14,6 +14,7 @@ from benchmarks.gpu_cases import Case, Networks, in_diffusers, on_meta, random_w
 from benchmarks.gpu_measure import in_turns, kernels, memory, spread, synchronise, version
 from benchmarks.gpu_sections import Bench
 from eridiff.blocks import compile_blocks, repeated_blocks
+from eridiff.graphs import graph_steps
 from eridiff.lora import inject_lora
 from eridiff.trace.record import relative_l2
 
@@ -47,6 +48,11 @@ def run_case(bench: Bench, case: Case, compiled: bool) -> None:
         run = case.prepare(owned, x)
         return lambda: case.step(owned, x, run)
 
+    def as_graphs(owned: Networks) -> Callable[[], Tensor]:
+        for module in owned.values():
+            graph_steps(module)
+        return ours(owned)
+
     def with_blocks_compiled() -> Networks:
         others = twin(case.ours, networks)
         for module in others.values():
@@ -61,7 +67,7 @@ def run_case(bench: Bench, case: Case, compiled: bool) -> None:
     if case.apart:
         add("ours, step", lambda: ours(networks))
         if device.type == "cuda" and not compiled:
-            add("ours, step, as a CUDA graph", lambda: graphed(ours(networks)))
+            add("ours, step, as a CUDA graph", lambda: as_graphs(twin(case.ours, networks)))
     add("ours", lambda: lambda: case.forward(networks, x))
     diffusers = version("diffusers") is not None
     if diffusers:
@@ -81,7 +87,7 @@ def run_case(bench: Bench, case: Case, compiled: bool) -> None:
         step = ours(with_blocks_compiled())
         add("ours compiled, step", lambda: step)
         if device.type == "cuda":
-            add("ours compiled, step, as a CUDA graph", lambda: graphed(step))
+            add("ours compiled, step, as a CUDA graph", lambda: as_graphs(with_blocks_compiled()))
     else:
         others = with_blocks_compiled()
         add("ours compiled", lambda: lambda: case.forward(others, x))
@@ -97,25 +103,6 @@ def run_case(bench: Bench, case: Case, compiled: bool) -> None:
 
         add("diffusers compiled", lambda: theirs(change), note=how)
         measure(bench, ways, limit)
-
-
-def graphed(ask: Callable[[], Tensor]) -> Callable[[], Tensor]:
-    """The same kernels, launched as one: what is left of a step without the host."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):  # libraries make their workspaces outside of the graph
-        for _ in range(2):
-            ask()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        output = ask()
-
-    def replay() -> Tensor:
-        graph.replay()
-        return output
-
-    return replay
 
 
 def limit_ms(bench: Bench, case: Case, networks: Networks) -> float | None:

@@ -1,18 +1,19 @@
 """Networks as trainers treat them, from outside: compiled and checkpointed blocks, wrappers around the whole."""
 
 import inspect
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from types import FunctionType, MethodType
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from eridiff.errors import ConfigError
 from eridiff.lora.branches import install_slots
+from eridiff.models.layers import Attention
 from eridiff.weights.keymap import unwrapped as unwrapped
 
 GRAPHS = 64  # all kinds of blocks times the LoRAs that come and go; torch's 8 would leave SDXL's later ones uncompiled
@@ -28,16 +29,73 @@ def repeated_blocks(model: nn.Module) -> list[nn.Module]:
 
 
 def compile_blocks(model: nn.Module, **options: Any) -> None:
-    """`torch.compile` each repeated block, with these options; equal blocks are compiled once.
+    """`torch.compile` each repeated block, with these options; equal blocks are compiled once. Works with `fullgraph=True`.
 
     LoRAs that are attached, changed or detached afterwards take effect; another number or shape of them is compiled anew,
-    other values are not.
+    other values are not. A second image size compiles each kind of block once more, and further sizes none. Raises
+    ConfigError for a model that has no repeated blocks.
     """
+    blocks = compiled_parts(model)
     install_slots(model)
     if "recompile_limit" in inspect.signature(torch.compile).parameters:
         options = {"recompile_limit": GRAPHS} | options
-    for block in repeated_blocks(model):
-        block.compile(**options)
+    for block in blocks:
+        for attention in (m for m in block.modules() if isinstance(m, Attention)):
+            if _read_kernels not in attention._forward_pre_hooks.values():
+                attention.register_forward_pre_hook(_read_kernels)
+        block._compiled_call_impl = partial(_call, torch.compile(block._call_impl, **options))  # as nn.Module.compile
+
+
+def compiled_parts(model: nn.Module) -> list[nn.Module]:
+    """The repeated blocks that have a `forward` of their own, of `nn.Sequential` its parts, and what is made of the same.
+
+    The last is the middle of an autoencoder, which is in no list.
+    """
+    parts = [part for block in repeated_blocks(model) for part in _parts(block)]
+    kinds = {type(part) for part in parts}
+
+    def made_of_these(module: nn.Module) -> bool:
+        lists = any(isinstance(m, nn.ModuleList) for m in module.modules())
+        return not lists and any(type(child) in kinds for child in module.children())
+
+    return parts + [m for m in model.modules() if type(m) not in {nn.Sequential, *kinds} and made_of_these(m)]
+
+
+def _parts(block: nn.Module) -> list[nn.Module]:
+    if type(block) is nn.Sequential:
+        return [part for child in block for part in _parts(child)]
+    return [] if type(block).__module__.startswith("torch.nn.") else [block]  # of which the compiler sees nothing
+
+
+KERNELS = [""]  # of attention, as chosen when a compiled block was called last
+NAMES: dict[tuple[Any, ...], str] = {}  # of each choice a text, which is what the compiler guards
+
+
+def _read_kernels(*_: Any) -> None:
+    """Within compiled code: it is for this choice alone, of which the compiler does not know by itself."""
+    assert KERNELS[0]
+
+
+def _call(compiled: Callable[..., Any], *args: Any, **named: Any) -> Any:
+    """Call a compiled block; `sdpa_kernel` around it takes effect."""
+    if torch.compiler.is_compiling():  # a whole network around its blocks
+        return compiled(*args, **named)
+    KERNELS[0] = chosen_kernels()
+    if not torch.is_grad_enabled():
+        # a linear layer's output is a view, and a block's is not, for which the compiler would make two graphs
+        args = tuple(a.data if isinstance(a, Tensor) and a._is_view() else a for a in args)
+    return compiled(*args, **named)
+
+
+def chosen_kernels() -> str:
+    """Which kernels `scaled_dot_product_attention` may take, as `torch.nn.attention.sdpa_kernel` sets them."""
+    cuda = torch.backends.cuda
+    order: list[int] = getattr(torch._C, "_get_sdp_priority_order", list)()
+    allowed = (cuda.flash_sdp_enabled, cuda.mem_efficient_sdp_enabled, cuda.math_sdp_enabled, cuda.cudnn_sdp_enabled)
+    chosen = (*(enabled() for enabled in allowed), *order)
+    if chosen not in NAMES:
+        NAMES[chosen] = str(chosen)
+    return NAMES[chosen]
 
 
 def without_peft(module: nn.Module) -> Any:

@@ -127,7 +127,7 @@ SAMPLER_SYNONYMS = {  # of ai-toolkit and kohya
 }  # fmt: skip
 ABSENT_SAMPLERS = ("dpmsolver", "mean_flow")
 MODEL_OPTIONS: dict[str, type] = {
-    "variant": str, "prediction": str, "vram": str, "vae_rows": int, "zero_terminal_snr": bool, "allow_unknown": bool,
+    "variant": str, "prediction": str, "vram": str, "vae_rows": int, "compile": bool, "zero_terminal_snr": bool, "allow_unknown": bool,
 }  # fmt: skip
 TOP = ("model", "refiner", "device", "dtype", "offload", *MODEL_OPTIONS, "sample", "first_sample")
 

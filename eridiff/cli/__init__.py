@@ -41,6 +41,10 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"eridiff: {error}", file=sys.stderr)
         return 2
     except (MemoryError, RuntimeError) as error:
+        if any(kind.__name__ == "BackendCompilerFailed" for kind in type(error).__mro__):  # of torch
+            reason = str(error).strip().split("\n")[0]
+            print(f"eridiff: the network cannot be compiled here: {reason}; leave --compile out", file=sys.stderr)
+            return 2
         if not isinstance(error, MemoryError) and type(error).__name__ != "OutOfMemoryError":  # of torch
             raise
         print(

@@ -14,6 +14,7 @@ from eridiff.config import MODEL_OPTIONS, RunConfig, SampleSettings, Words
 from eridiff.errors import ConfigError, EridiffError
 from eridiff.images import contact_sheet, first_text, save_png, slug
 from eridiff.inference import BUILT_IN, DiffusionInference, SDXLInference, load
+from eridiff.inference.compiled import waiting_notice
 from eridiff.inference.sdxl import PREDICTIONS
 from eridiff.inference.section import early, requests_of
 from eridiff.inference.words import read_words
@@ -141,6 +142,7 @@ def _add_model(groups: dict[str, Any]) -> None:
     device.add_argument(
         "--offload", choices=OFFLOAD, help="keep only the component at work, or only the layer at work, on the device"
     )
+    switch(device, "--compile", "compile the network: the first image of a size waits, each step is faster")
     device.add_argument("--vae-rows", type=int, metavar="N", help="decode in strips of N rows: exact, in less memory")
 
 
@@ -215,9 +217,12 @@ def _ready(
         "progress": not quiet,
     }  # fmt: skip
     model = load(config.model, family=config.family, **common, **config.options)
+    if model.compile:
+        say(waiting_notice())
     if config.refiner:
         if not isinstance(model, SDXLInference):
             raise ConfigError("a refiner works with an SDXL base alone")
+        common["compile"] = model.compile
         model = model.with_refiner(load(config.refiner, **common))  # type: ignore[arg-type]
     _apply_loras(model, config.sample, say)
     explicit = {"cfg_scale" if word == "true_cfg_scale" else word for word in asked}

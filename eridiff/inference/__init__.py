@@ -27,7 +27,7 @@ def load(
     - model: a path, a hub id, a built-in model (tiny-flux, tiny-sd35, tiny-sdxl), or the parts by name (`{"transformer": PATH,
       "vae": PATH, ...}`, see `locate`); None is tiny-flux.
     - family: flux, mmdit or unet, which the model must be; None takes what it is.
-    - variant, device, dtype, offload, vae_rows, progress, allow_unknown: as in `eridiff.inference.options.Options`.
+    - variant, device, dtype, offload, vae_rows, compile, progress, allow_unknown: as in `eridiff.inference.options.Options`.
     - the rest: the keywords of FluxInference, SD35Inference or SDXLInference, as the model is.
 
     Raises CheckpointError for files that are damaged, incomplete or of another kind, ConfigError for an option that the

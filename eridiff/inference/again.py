@@ -20,7 +20,7 @@ from eridiff.inference.settings import sampled_as
 from eridiff.request import FIELDS, Request
 from eridiff.weights.locate import ModelPath
 
-LOAD = ("vae_rows", "prediction", "zero_terminal_snr")  # what a model is loaded with, of all families
+LOAD = ("vae_rows", "compile", "prediction", "zero_terminal_snr")  # what a model is loaded with, of all families
 
 
 def _is_lora(value: Any) -> bool:
@@ -38,6 +38,7 @@ FORMS: dict[str, Callable[[Any], bool]] = {  # settings that are not fields of `
     **dict.fromkeys(("model", "family", "variant", "device", "version", "torch"), lambda v: isinstance(v, str)),
     **dict.fromkeys(("parts", "refiner", "sampling", "training", "hashes"), lambda v: isinstance(v, dict)),
     **dict.fromkeys(("threads", "batch"), lambda v: type(v) is int),
+    "compile": lambda v: type(v) is bool,
     "loras": lambda v: isinstance(v, list) and all(map(_is_lora, v)),
     "handed_in": lambda v: isinstance(v, list) and all(isinstance(name, str) for name in v),
     "dtype": lambda v: v in DTYPES,
@@ -106,7 +107,9 @@ def load_again(
     loaded.model.sample_as(loaded.variant, sampled_as(loaded.sampling, sampling, "its setting sampling"))
     if settings.get("refiner"):
         dtype = getattr(torch, settings["dtype"])
-        refiner = eridiff.load(settings["refiner"], device=loaded.device, dtype=dtype, progress=loaded.progress)
+        refiner = eridiff.load(
+            settings["refiner"], device=loaded.device, dtype=dtype, compile=loaded.compile, progress=loaded.progress
+        )
         loaded = loaded.with_refiner(refiner)  # type: ignore[attr-defined]  # SDXL's alone record one
     return loaded
 

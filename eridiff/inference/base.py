@@ -23,6 +23,7 @@ from eridiff.adopt import Adopted
 from eridiff.blocks import evaluation
 from eridiff.errors import ConfigError, quoted
 from eridiff.images import to_images, to_tensor
+from eridiff.inference.compiled import cache_folder, check_compiler, compile_network
 from eridiff.inference.family import Encoder, Family
 from eridiff.inference.from_diffusers import model_of
 from eridiff.inference.handed_in import check_dtypes
@@ -102,7 +103,7 @@ class DiffusionInference(Family):
     The modules are public and may be anyone's: pass those of a training run, or read files by `load_model`.
     """
 
-    recorded: ClassVar[tuple[str, ...]] = ("vae_rows",)  # options that an image depends on
+    recorded: ClassVar[tuple[str, ...]] = ("vae_rows", "compile")  # options that an image depends on
     multiple: int = 16  # of which width and height must be multiples
     takes: Collection[str] = ()  # fields of Request that have an effect on some networks alone
     inpaints: bool = False  # whether the network itself is given the mask and the image around it
@@ -146,6 +147,14 @@ class DiffusionInference(Family):
             raise ConfigError("vram chooses offload and vae_rows: leave them out, or it")
         if self.vram is not None and network is not None:
             raise ConfigError("vram has no effect on modules that are passed, which lie where they are")
+        self.compile = options.get("compile", False)
+        if not isinstance(self.compile, bool):
+            raise ConfigError(f"compile must be True or False, not {self.compile!r}")
+        if self.compile and network is not None:
+            raise ConfigError(
+                "compile has no effect on modules that are passed: eridiff.blocks.compile_blocks compiles them"
+            )
+        self._check_compile()
         self._room: Room | None = None  # with a vram
         self._staged: nn.Module | None = None  # the component that is in use
         self._model: Model | None = None
@@ -180,6 +189,14 @@ class DiffusionInference(Family):
         if asked is not None and not self.offload and not same_device(own, asked):
             raise ConfigError(f"the network is on {own}, not on {asked}: move it there, or give no device")
         return self
+
+    def _check_compile(self) -> None:
+        """Raises ConfigError for layers that come and go beside compiled code, which does not see them."""
+        if self.compile and self.offload == "layers":
+            raise ConfigError(
+                "compiled code keeps its layers on one device, and offload='layers' moves each for its call: leave compile out"
+                + (f", or give more memory than {self.vram}" if self.vram is not None else ", or take offload='stages'")
+            )
 
     @classmethod
     def from_diffusers(
@@ -266,10 +283,16 @@ class DiffusionInference(Family):
             placement = self._room.placement
             self.offload, self.vae_rows = placement.offload, placement.vae_rows
             log.info("with %s of memory: %s", self.vram, placement.flags)
+            self._check_compile()
+        if self.compile:
+            cache_folder()  # before the compiler is asked, which takes its own
+            check_compiler(device)
         self.model = read(
             type(self), parts, device=device, dtype=self.dtype, variant=self.asked_variant,
             offload=self.offload is not None, progress=self.progress,
         )  # fmt: skip
+        if self.compile:
+            compile_network(self.network)
         return self
 
     def apply_lora(

@@ -75,7 +75,7 @@ class FluxInference(DiffusionInference):
         - network, autoencoder: eridiff's modules, those of a training run for example.
         - clip, t5: the text encoders; not needed where conditionings are passed in.
         - variant: dev, schnell, fill, canny or depth.
-        - device, dtype, offload, vae_rows, progress, allow_unknown: as in `eridiff.inference.options.Options`.
+        - device, dtype, offload, vae_rows, compile, progress, allow_unknown: as in `eridiff.inference.options.Options`.
         """
         super().__init__(network, autoencoder, {"clip": clip, "t5": t5}, **options)
 

@@ -24,6 +24,8 @@ class Options(TypedDict, total=False):
       layers of modulation for their calls alone. "layers" moves each linear layer of the network and the text encoders for its
       calls alone: the least memory, at the price of the whole network over the bus in each step.
     - vae_rows: the autoencoder works in strips of so many rows, exactly and in less memory (memory/strips.py).
+    - compile: the network's blocks are compiled (`eridiff.blocks.compile_blocks`), which the first image waits for. Another image
+      size compiles them once more, further sizes do not. The last digits of an image are others than without.
     - progress: whether to show progress bars, True by default.
     - allow_unknown: tensors of a file that its network does not use are left out with a warning, and are not an error.
     """
@@ -34,6 +36,7 @@ class Options(TypedDict, total=False):
     vram: int | str | None
     offload: str | None
     vae_rows: int | None
+    compile: bool
     progress: bool
     allow_unknown: bool
 

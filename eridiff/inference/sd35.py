@@ -82,7 +82,7 @@ class SD35Inference(DiffusionInference):
         - network, autoencoder: eridiff's modules, those of a training run for example.
         - clip, clip_g, t5: the text encoders; not needed where conditionings are passed in.
         - variant: sd3-medium, sd3.5-medium, sd3.5-large or sd3.5-large-turbo.
-        - device, dtype, offload, vae_rows, progress, allow_unknown: as in `eridiff.inference.options.Options`.
+        - device, dtype, offload, vae_rows, compile, progress, allow_unknown: as in `eridiff.inference.options.Options`.
         """
         super().__init__(network, autoencoder, {"clip": clip, "clip_g": clip_g, "t5": t5}, **options)
 

@@ -101,7 +101,7 @@ class SDXLInference(DiffusionInference):
         - prediction: epsilon, v or sample; None is what the file says, else epsilon.
         - zero_terminal_snr: whether the schedule ends in pure noise; None is what the file says, else not.
         - variant: base, refiner, inpaint, turbo, lightning or lcm.
-        - device, dtype, offload, vae_rows, progress, allow_unknown: as in `eridiff.inference.options.Options`.
+        - device, dtype, offload, vae_rows, compile, progress, allow_unknown: as in `eridiff.inference.options.Options`.
         """
         if prediction not in (None, *PREDICTIONS):
             raise ConfigError(f"prediction must be {' or '.join(PREDICTIONS)}, not '{prediction}'")

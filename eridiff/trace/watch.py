@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from eridiff.errors import TraceError, quoted
+from eridiff.graphs import Steps
 from eridiff.weights.keymap import without_wrappers
 
 METHODS = ("encode", "decode", "conditioning_vector", "prepare", "step")  # of a network, beside its modules
@@ -142,8 +143,9 @@ def refuse_compiled(prefix: str, root: nn.Module) -> None:
     for path, child in root.named_modules():
         compiled = child._compiled_call_impl is not None or "_orig_mod" in child._modules
         forward = vars(child).get("forward")
+        compiled = compiled or isinstance(vars(child).get("step"), Steps)
         if compiled or isinstance(child, torch.jit.ScriptModule) or hasattr(forward, "_torchdynamo_orig_callable"):
             raise TraceError(
-                f"{quoted(prefix + path) if prefix + path else 'the network'} is compiled, and what runs inside cannot be seen; "
+                f"{quoted(prefix + path) if prefix + path else 'the network'} is compiled or a graph, and what runs inside cannot be seen; "
                 "record before it is compiled"
             )
