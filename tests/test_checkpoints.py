@@ -425,7 +425,7 @@ def test_the_heads_of_a_narrow_clip_have_to_be_stated(tmp_path: Path) -> None:
     assert eridiff.load_encoder(path).config.num_attention_heads == 2
 
 
-WRONG_SAMPLING: list[tuple[str, str, str]] = [  # variant, JSON, what is said of it
+WRONG_SAMPLING: list[tuple[str, str, str]] = [  # variant, JSON, the message
     ("dev", '{"stepz": 4}', "there is no stepz among steps, cfg_scale, sampler"),
     ("dev", '{"__class__": 4}', "there is no __class__ among steps"),
     ("dev", '{"clip_windows": "all"}', "there is no clip_windows among steps"),
