@@ -4,6 +4,7 @@ The keywords of `generate`, the keys of a `sample:` section, the flags of the co
 generating again are all derived from the fields of `Request`. A new option is one field, its use and its test.
 """
 
+import logging
 import os
 import re
 import secrets
@@ -20,9 +21,10 @@ from eridiff.errors import ConfigError
 from eridiff.images import read_image, transparency, upright
 from eridiff.recipe import recipe, recipes
 from eridiff.schedulers.guidance import SkipLayers
-from eridiff.schedulers.samplers import CHURNED, DISCRETE_ALONE, ETA, FLOW_ALONE, SAMPLERS
+from eridiff.schedulers.samplers import CHURNED, DISCRETE_ALONE, ETA, FLOW_ALONE, SAMPLERS, noises_of_a_step
 from eridiff.schedulers.tables import ROUNDINGS
 
+log = logging.getLogger(__name__)
 Text = str | Mapping[str, str]  # a prompt, or one for each text encoder by name: clip, clip_g, t5
 Table = str | Sequence[float] | Tensor  # a schedule by name, or its sigmas
 Picture = (
@@ -201,6 +203,8 @@ def _offset(request: "Request", model: Any) -> str | None:
 def _ending(request: "Request", model: Any) -> str | None:
     if request.schedule is not None and not isinstance(request.schedule, str):
         return "on sigmas that are given"
+    if "final_noise" in model.takes and _sampler_of(request, model) == "lcm":
+        return "on the sampler lcm, whose last step gives the clean image"
     return _taken("final_noise")(request, model)
 
 
@@ -253,6 +257,19 @@ def _edited(request: "Request", model: Any) -> str | None:
     if "references" not in model.takes or request.strength is not None:
         return None
     return "on kontext without a strength: what it edits are references"
+
+
+def _skipped(request: "Request", model: Any) -> str | None:
+    asked = request.skip_layers.blocks if isinstance(request.skip_layers, SkipLayers) else ()
+    if "skip_layers" not in model.takes or not asked:
+        return _taken("skip_layers")(request, model)
+    depth = model.network.config.depth
+    lacking = [block for block in asked if block >= depth]
+    return f"on a network whose blocks are 0 to {depth - 1}: it lacks {lacking[0]}" if lacking else None
+
+
+def _scored_negative(request: "Request", model: Any) -> str | None:
+    return _taken("aesthetic_score")(request, model) or _guided(request, model)
 
 
 def _handed_over(request: "Request", model: Any) -> str | None:
@@ -369,7 +386,7 @@ class Request:
         (0.0, 1.0), SHARES, "first and last share of the steps with guidance", effect=_guided
     )
     skip_layers: bool | SkipLayers = option(
-        False, SKIPPED, "skip-layer guidance, as published for sd3.5-medium", effect=_taken("skip_layers")
+        False, SKIPPED, "skip-layer guidance, as published for sd3.5-medium", effect=_skipped
     )
     part: tuple[float, float] = option(
         (0.0, 1.0), SHARES, "shares of the run; the `run` of the first part is the noise of the second", python=True
@@ -392,7 +409,7 @@ class Request:
     )
     negative_aesthetic_score: float | None = option(
         None, NUMBER, "the same for the negative prompt (2.5)", low=0, high=10,
-        effect=_taken("aesthetic_score"),
+        effect=_scored_negative,
     )  # fmt: skip
     image: Picture | None = option(None, FILE, "start from this image", effect=_edited)
     strength: float | None = option(
@@ -557,6 +574,15 @@ class Request:
             pair = getattr(self, name)
             if len(pair) != 2 or not 0 <= pair[0] < pair[1] <= 1:
                 raise ConfigError(f"{name} must be two rising {what} such as 0 and 0.8, not {pair}")
+        skip = self.skip_layers
+        if isinstance(skip, SkipLayers):
+            if not skip.blocks or any(type(block) is not int or block < 0 for block in skip.blocks):
+                raise ConfigError(f"skip_layers needs blocks, numbers such as 7, 8, 9, not {list(skip.blocks)}")
+            if not (0 <= skip.start < skip.end <= 1 and -1000 <= skip.scale <= 1000):
+                raise ConfigError(
+                    f"skip_layers must have a scale between -1000 and 1000 and rising shares of the steps, not {skip.scale:g}, "
+                    f"{skip.start:g} and {skip.end:g}"
+                )
         if self.sampler is not None and self.sampler not in SAMPLERS:
             raise ConfigError(f"'{self.sampler}' is not a sampler; there are {', '.join(SAMPLERS)}")
         if self.hand_over is not None and self.hand_over in (0, 1):
@@ -607,6 +633,21 @@ class Request:
     def text(self) -> dict[str, Any]:
         """How the prompts are to be encoded, as `encode_prompt` takes it: what is set of it."""
         return {name: getattr(self, name) for name in ENCODING if self.says(name)}
+
+    def check_beside(self, noise: Any, checked: Checked) -> None:
+        """Raises ConfigError for what says how noise is made where it was passed and the sampler makes none on the way.
+
+        One seed, which such an image records, is only warned of; several are as many images. `checked` is this request as
+        `checked` gives it. A part that goes on with a run is asked what the run was.
+        """
+        if noise is None or checked.part[0] > 0 or noises_of_a_step(checked.sampler, checked.eta, checked.churn):
+            return
+        why = f"has no effect beside noise, as {checked.sampler} makes none on the way"
+        for name in NOISE:
+            if self.says(name) and getattr(self, name) != FIELDS[name].metadata["usual"]:
+                raise ConfigError(f"{name} {why}")
+        if len(seeds_of(self)) == 1:
+            log.warning("seed %s", why)
 
     def encoded(self) -> "Request":
         """What is left to ask when the prompts are encoded."""
@@ -688,6 +729,7 @@ class Request:
 
 
 FIELDS = {told.name: told for told in fields(Request)}
+NOISE = ("noise_layout", "noise_dtype", "noise_device", "noise_generator", "noise_skip", "noise_row")
 ENCODING = ("t5_length", "t5_mask", "t5_padding", "without_t5", "clip_windows", "empty_negative", "prompt_weights")
 WORDS = {
     word: name for name, told in FIELDS.items() for word in told.metadata["words"]

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,6 +18,8 @@ from eridiff import load_network
 from eridiff.cli import main
 from eridiff.errors import CheckpointError, ConfigError, EridiffError
 from eridiff.files import replacing
+from eridiff.inference.family import Family
+from eridiff.inference.settings import sampled_as
 from eridiff.models.mmdit import MMDiTConfig
 from eridiff.models.unet import UNetConfig
 from eridiff.report import inspect
@@ -420,6 +423,53 @@ def test_the_heads_of_a_narrow_clip_have_to_be_stated(tmp_path: Path) -> None:
         eridiff.load_encoder(path)
     (tmp_path / "config.json").write_text('{"num_attention_heads": 2, "hidden_act": "gelu"}')
     assert eridiff.load_encoder(path).config.num_attention_heads == 2
+
+
+WRONG_SAMPLING: list[tuple[str, str, str]] = [  # variant, JSON, the message
+    ("dev", '{"stepz": 4}', "there is no stepz among steps, cfg_scale, sampler"),
+    ("dev", '{"__class__": 4}', "there is no __class__ among steps"),
+    ("dev", '{"clip_windows": "all"}', "there is no clip_windows among steps"),
+    ("dev", '{"steps": 0}', "steps must be at least 1, not 0"),
+    ("dev", '{"steps": 2.0}', "steps must be a whole number, not 2.0"),
+    ("dev", '{"steps": null}', "steps must be a whole number, not None"),
+    ("dev", '{"cfg_scale": NaN}', "cfg_scale must be between 0 and 1000, not nan"),
+    ("dev", '{"guidance_scale": -1}', "guidance_scale must be between 0 and 1000, not -1.0"),
+    ("dev", '{"text_length": 513}', "text_length must be between 1 and 512, not 513"),
+    ("dev", '{"shift": 3.0}', "shift must be true or false, not 3.0"),
+    ("dev", '{"width": 1001}', "the width must be a multiple of 8, not 1001"),
+    ("dev", '{"sampler": "eulr"}', "sampler must be one of euler, "),
+    ("dev", '{"sampler": "plms"}', "sampler must be one of euler, "),
+    ("sd3.5-medium", '{"script_shift": 0}', "script_shift must be between 0.01 and 100, not 0.0"),
+    ("sd3.5-medium", '{"t5_padding": "both"}', "t5_padding must be one of original, diffusers, not 'both'"),
+    ("sd3.5-medium", '{"without_t5": ""}', "without_t5 must be one of zeros, none, not ''"),
+    ("sd3.5-medium", '{"skip_layers": true}', "skip_layers must be {blocks, scale, start, end}, not True"),
+    ("sd3.5-medium", '{"skip_layers": {"block": [1]}}', "'block' is not a key of skip_layers; did you mean 'blocks'?"),
+    ("base", '{"sampler": "dpmpp_2m_rf"}', "sampler must be one of euler, "),
+    ("base", '{"schedule": "kaaras"}', "schedule must be one of leading, "),
+    ("base", '{"clip_windows": "some"}', "clip_windows must be one of first, all, not 'some'"),
+    ("base", '{"empty_negative": "none"}', "empty_negative must be one of zeros, encoded, not 'none'"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("variant", "told", "says"), WRONG_SAMPLING, ids=[f"{v} {t}" for v, t, _ in WRONG_SAMPLING])
+def test_a_file_that_is_sampled_in_an_impossible_way_is_named(variant: str, told: str, says: str) -> None:
+    (kind,) = (kind for kind in Family.kinds.values() if variant in kind.variants)
+    with pytest.raises(ConfigError, match=f"^one.safetensors is invalid: {re.escape(says)}"):
+        sampled_as(kind.variants[variant], json.loads(told), "one.safetensors")
+
+
+def test_the_defaults_of_all_variants_are_possible() -> None:
+    for kind in Family.kinds.values():
+        for usual in kind.variants.values():
+            given = {**vars(usual), "skip_layers": None} if "skip_layers" in vars(usual) else vars(usual)
+            assert vars(sampled_as(usual, given, "")) == given
+
+
+def test_a_wrong_word_of_a_models_sampling_names_its_file(tmp_path: Path) -> None:
+    tiny.write_sd3_model(tmp_path, t5_padding="both")
+    says = "sd3.safetensors: the metadata eridiff.sampling is invalid: t5_padding must be one of original, diffusers, not 'both'"
+    with pytest.raises(ConfigError, match=re.escape(says)):
+        eridiff.load(tmp_path, progress=False)
 
 
 def test_the_folder_of_another_pipeline_is_named(tmp_path: Path) -> None:

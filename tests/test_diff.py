@@ -485,6 +485,15 @@ def test_two_traces_of_a_gigabyte_are_compared_within_300_megabytes(tmp_path: Pa
     assert found == 1 and peak < 300
 
 
+@pytest.mark.parametrize("imaginary", [False, True])
+def test_complex_numbers_differ_in_either_part(imaginary: bool) -> None:
+    table = torch.polar(torch.ones(40), torch.linspace(0, 3, 40))
+    other = table + (1e-3j if imaginary else 1e-3)
+    assert compare({"rope": table}, {"rope": table * (1 + 1e-8)}).equal
+    report = compare({"rope": other}, {"rope": table})
+    assert not report.equal and abs(report.made[0].distance - 1e-3) < 1e-6
+
+
 def test_probes_are_compared_with_a_whole_trace(tmp_path: Path) -> None:
     network = tiny.flux()
     with record(network, probes=True, to=tmp_path / "t.safetensors"):

@@ -90,6 +90,14 @@ def test_brackets_may_be_deep(program: str) -> None:
     assert text == "a" and weight == pytest.approx(1.1**2000)
 
 
+@pytest.mark.parametrize(
+    "text", ["(a" * 10000 + ")" * 10000, "(" * 10001 + "a" + ")" * 10000, "(a:1.1" * 5000 + ")" * 5000]
+)
+@pytest.mark.parametrize("program", ["kohya", "a1111", "comfyui"])
+def test_letters_between_ten_thousand_brackets_are_kept(program: str, text: str) -> None:
+    assert "".join(piece for piece, _ in pieces(text, program)).count("a") == text.count("a")
+
+
 def test_a_weight_that_is_not_a_number_is_an_error() -> None:
     with pytest.raises(ConfigError, match="the weight '1.2.3' in a prompt is not a number"):
         pieces("a (swan:1.2.3)", "kohya")

@@ -218,7 +218,7 @@ def test_lora_check_fits_into_80_columns(capsys: pytest.CaptureFixture[str]) -> 
         assert max(map(len, capsys.readouterr().out.splitlines())) > 80
 
 
-ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "COLUMNS": "80"}
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
 
 def python(*arguments: str) -> subprocess.CompletedProcess[str]:

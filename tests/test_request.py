@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
 import eridiff
+from eridiff import SDXLInference
 from eridiff.cli import _parser, main
 from eridiff.cli.sample import _asked
 from eridiff.config import SAID, parse_config
@@ -19,7 +20,7 @@ from eridiff.files import tensors_hash
 from eridiff.images import read_image
 from eridiff.inference.section import early
 from eridiff.lora.save import save_lora
-from eridiff.request import FIELDS, GUIDANCE, WORDS, Request, merged
+from eridiff.request import ENCODING, FIELDS, GUIDANCE, WORDS, Request, merged
 from eridiff.run_files import load_config
 from eridiff.schedulers.guidance import SkipLayers
 from eridiff.yaml_reader import read_yaml
@@ -80,6 +81,10 @@ def test_names_of_settings_are_checked_in_python_with_the_nearest() -> None:
         ({"eta": 1.5}, "eta must be between 0 and 1"), ({"timestep_rounding": "up"}, "timestep_rounding must be none, down or nearest"),
         ({"crop": (1, 2, 3)}, "crop must be two whole numbers"), ({"part": (0.5, 0.5)}, "part must be two rising shares"),
         ({"noise_dtype": "int8"}, "noise_dtype must be float32, float16, bfloat16, weights or float64, not 'int8'"),
+        ({"skip_layers": SkipLayers((), 2.5, 0, 1)}, "skip_layers needs blocks"),
+        ({"skip_layers": SkipLayers((-1,), 2.5, 0, 1)}, "skip_layers needs blocks"),
+        ({"skip_layers": SkipLayers((1,), 2.5, 0.5, 0.5)}, "skip_layers must have a scale .* and rising shares of the steps"),
+        ({"skip_layers": SkipLayers((1,), float("nan"), 0, 1)}, "skip_layers must have a scale between -1000 and 1000"),
         ({"pixels": "floor"}, "pixels must be round or truncate, not 'floor'"), ({"noise_skip": -1}, "noise_skip must be between 0"),
         ({"noise_row": (2, 2), "noise_generator": "one"}, "noise_row must be a row and the number of rows"),
         ({"noise_generator": "one", "seed": [1, 2]}, "noise_generator one begins with one seed, not with 2"),
@@ -153,11 +158,13 @@ IDLE: list[tuple[str, str, dict[str, Any], str]] = [  # field, family, settings,
     ("steps", "flux", {"steps": 4, "schedule": (1.0, 0.5, 0.0)}, "beside 3 sigmas, which are 2 steps"),
     ("skip_layers", "flux", {"skip_layers": SkipLayers((1,), 2.5, 0, 1)}, "on dev"),
     ("skip_layers", "unet", {"skip_layers": True}, "on base"),
+    ("skip_layers", "mmdit", {"skip_layers": SkipLayers((1, 30), 2.5, 0, 1)}, "on a network whose blocks are 0 to 2: it lacks 30"),
     ("hand_over", "unet", {"hand_over": 0.5}, "without a refiner"), ("crop", "flux", {"crop": (0, 8)}, "on dev"),
     ("original_size", "mmdit", {"original_size": (64, 64)}, "on sd3"),
     ("target_size", "flux", {"target_size": (64, 64)}, "on dev"),
     ("aesthetic_score", "unet", {"aesthetic_score": 5.0}, "on base"),
     ("negative_aesthetic_score", "flux", {"negative_aesthetic_score": 5.0}, "on dev"),
+    ("negative_aesthetic_score", "refiner", {"negative_aesthetic_score": 5.0, "cfg_scale": 1.0}, "without classifier-free guidance"),
     ("strength", "flux", {"strength": 0.5}, "without the image that it is for"),
     ("mask", "flux", {"mask": PICTURE.convert("L")}, "without the image that it is for"),
     ("mask_alpha", "flux", {"mask_alpha": True}, "without a mask"),
@@ -173,6 +180,7 @@ IDLE: list[tuple[str, str, dict[str, Any], str]] = [  # field, family, settings,
     ("timestep_offset", "mmdit", {"timestep_offset": 0}, "on the schedule original"),
     ("final_noise", "mmdit", {"final_noise": "zero"}, "on sd3"),
     ("final_noise", "unet", {"final_noise": "lowest", "schedule": (9.0, 0.0)}, "on sigmas that are given"),
+    ("final_noise", "unet", {"final_noise": "lowest", "sampler": "lcm"}, "on the sampler lcm, whose last step gives the clean image"),
     ("eta", "unet", {"eta": 0.5, "sampler": "euler"}, "on the sampler euler, whose share of new noise is fixed"),
     ("churn", "unet", {"churn": 9.0, "sampler": "lms"}, "on the sampler lms; euler and heun take it"),
     ("churn", "flux", {"churn": 9.0}, "on dev: Karras' churn is for discrete noise levels"),
@@ -196,9 +204,11 @@ IDLE: list[tuple[str, str, dict[str, Any], str]] = [  # field, family, settings,
 def test_a_setting_without_effect_is_an_error_that_says_why(
     name: str, family: str, settings: dict[str, Any], why: str
 ) -> None:
-    model = families.inference("flux" if family == "kontext" else family)
+    model = families.inference({"kontext": "flux", "refiner": "unet"}.get(family, family))
     if family == "kontext":
         model.set_variant("kontext")
+    if family == "refiner":
+        model = SDXLInference(tiny.unet(tiny.SDXL_REFINER), model.autoencoder, device="cpu", progress=False)
     with pytest.raises(ConfigError, match=f"^{name} has no effect .*{why}"):
         model.generate("a", width=32, height=32, **settings)
 
@@ -207,12 +217,99 @@ def test_every_field_with_a_condition_is_tried_where_it_has_no_effect() -> None:
     assert {name for name, told in FIELDS.items() if told.metadata["effect"]} == {name for name, *_ in IDLE}
 
 
+GUIDED: dict[str, Any] = {"cfg_scale": 2.0}
+BEGUN: dict[str, Any] = {"image": PICTURE, "strength": 0.6}
+BETWEEN: dict[str, Any] = {"schedule": "karras", "steps": 3}  # with a time between whole numbers
+TAKEN: list[tuple[str, Any, dict[str, Any]]] = [  # field, value, beside which others
+    ("width", 64, {}), ("height", 64, {}), ("steps", 3, {}), ("seed", 2, {}), ("sampler", "heun", {}), ("schedule", "karras", {}),
+    ("shift", 2.0, {}), ("shift", 2.0, {"schedule": "karras"}), ("guidance_scale", 2.0, {}), ("cfg_scale", 2.0, {}), ("cfg_rescale", 0.5, GUIDED),
+    ("cfg_interval", (0.5, 1.0), GUIDED), ("skip_layers", SkipLayers((1,), 2.5, 0.0, 1.0), {}), ("original_size", (96, 64), {}),
+    ("crop", (8, 0), {}), ("target_size", (96, 64), {}), ("aesthetic_score", 3.0, {}), ("negative_aesthetic_score", 3.0, GUIDED),
+    ("image", PICTURE, {"steps": 4}), ("strength", 0.3, {"image": PICTURE}), ("mask", Image.linear_gradient("L").resize((32, 32)), BEGUN),
+    ("control", PICTURE, {}), ("references", [PICTURE], {}), ("timestep_offset", 7, {}), ("timestep_rounding", "down", BETWEEN),
+    ("final_noise", "lowest", {}), ("clip_clean", 0.1, {}), ("eta", 0.5, {"sampler": "euler_ancestral"}), ("churn", 1.0, {"sampler": "euler"}),
+    ("noise_scale", "sigma", {}), ("noise_layout", "packed", {}), ("noise_dtype", "float64", {}), ("noise_skip", 1, {}),
+    ("noise_row", (1, 2), {"noise_generator": "one"}), ("latents_dtype", "bfloat16", {}), ("time_dtype", "bfloat16", BETWEEN),
+    ("guidance_dtype", "bfloat16", {"guidance_scale": 3.3}), ("cfg_dtype", "bfloat16", GUIDED),
+    ("strength_rounding", "down", {"image": PICTURE, "strength": 0.7}),
+    ("pixels", "truncate", {}),
+]  # fmt: skip
+ALIKE = {  # fields that may change nothing
+    "noise_device": "on a CPU", "noise_generator": "of one image", "cfg_batch": "but rounding", "mask_alpha": "as another mask does",
+    "prompt": "conditioning is passed", "negative": "conditioning is passed", "recipe": "others follow from it", "lora_scale": "without LoRAs",
+    "hand_over": "without a refiner", "part": "is the run's",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", families.FAMILIES)
+def test_a_setting_that_is_taken_changes_the_image(family: str) -> None:
+    model, taken = families.inference(family), set()
+    both = eridiff.Prompt(families.conditioning(model), families.conditioning(model, seed=5))
+    rest: dict[str, Any] = {
+        "conditioning": both, "width": 32, "height": 32, "steps": 2, "seed": 1, "cfg_scale": 1.0, "keep": ["latents"],
+    }  # fmt: skip
+    before: dict[str, Any] = {}
+    for name, value, beside in TAKEN:
+        try:
+            base = before.get(repr(beside)) or before.setdefault(repr(beside), model.generate(**{**rest, **beside}))
+            found = model.generate(**{**rest, **beside, name: value})
+        except ConfigError as error:
+            assert "has no effect" in str(error), name
+            continue
+        same = found.latents.shape == base.latents.shape and torch.equal(found.latents, base.latents)
+        assert not same or found.images[0].tobytes() != base.images[0].tobytes(), (name, beside)
+        taken.add(name)
+    assert taken >= {"width", "steps", "sampler", "image", "mask", "noise_dtype", "pixels"} and len(taken) > 20
+
+
+def test_every_field_is_tried_where_it_is_taken() -> None:
+    assert {name for name, *_ in TAKEN} | ALIKE.keys() | {*ENCODING} == FIELDS.keys()
+
+
 @pytest.mark.parametrize("settings", [{"prompt": "a swan"}, {"negative": "x", "cfg_scale": 2.0}])
 def test_a_prompt_beside_its_conditioning_is_an_error(settings: dict[str, Any]) -> None:
     model = families.inference("flux")
     prompt = eridiff.Prompt(families.conditioning(model), families.conditioning(model, seed=5))
     with pytest.raises(ConfigError, match="has no effect beside conditioning"):
         model.generate(conditioning=prompt, **settings)
+
+
+MADE = {
+    "noise_layout": "packed", "noise_dtype": "bfloat16", "noise_device": "model", "noise_generator": "one", "noise_skip": 2,
+    "noise_row": (0, 2),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MADE)
+def test_how_noise_is_made_has_no_effect_beside_noise_unless_the_sampler_makes_more(name: str) -> None:
+    model = families.inference("flux")
+    asked: dict[str, Any] = {
+        "conditioning": eridiff.Prompt(families.conditioning(model)), "noise": model.noise([1], 32, 32), "width": 32, "height": 32,
+        "steps": 2, name: MADE[name], **({"noise_generator": "one"} if name == "noise_row" else {}),
+    }  # fmt: skip
+    first = "noise_generator" if name == "noise_row" else name
+    for sampler in ({}, {"sampler": "euler_ancestral", "eta": 0.0}):
+        with pytest.raises(ConfigError, match=f"^{first} has no effect beside noise, as euler.* makes none on the way"):
+            model.generate(**asked, **sampler)
+    rest = {key: value for key, value in asked.items() if key.startswith("noise_")}
+    with pytest.raises(ConfigError, match=f"^{first} has no effect beside noise"):
+        model.denoise(asked["noise"], asked["conditioning"], 2, seeds=[1], **rest)
+    model.generate(**asked, sampler="euler_ancestral")
+    model.generate(**asked, part=(0.5, 1.0))  # of a run that was asked the same
+
+
+def test_one_seed_beside_noise_is_warned_of_and_several_are_as_many_images(caplog: pytest.LogCaptureFixture) -> None:
+    model = families.inference("flux")
+    asked: dict[str, Any] = {
+        "conditioning": eridiff.Prompt(families.conditioning(model)), "width": 32, "height": 32, "steps": 1,
+        "noise": model.noise([3, 4], 32, 32),
+    }  # fmt: skip
+    assert len(model.generate(**asked, seed=[1, 2]).images) == 2 and "seed" not in caplog.text
+    asked["noise"] = asked["noise"][:1]
+    model.generate(**asked, seed=1, sampler="euler_ancestral")
+    assert "seed" not in caplog.text
+    model.generate(**asked, seed=1)
+    assert "seed has no effect beside noise, as euler makes none on the way" in caplog.text
 
 
 def test_noise_of_another_size_is_an_error_that_gives_both() -> None:

@@ -3,12 +3,14 @@
 import io
 import json
 import math
+import statistics
 import subprocess
 import sys
 import zipfile
 from collections import namedtuple
 from collections.abc import Callable
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -241,14 +243,51 @@ def test_probes_keep_statistics_and_values_at_fixed_places(tmp_path: Path) -> No
     assert path.stat().st_size < 0.5 * sum(t.nbytes for t in whole.values())
 
 
-@settings(max_examples=50, deadline=None)
-@given(st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=200), st.integers(0, 3))
-def test_a_probe_says_what_the_values_are(values: list[float], lost: int) -> None:
-    tensor = torch.tensor(values + [math.nan] * lost, dtype=torch.float64)
-    found, kept = probe(tensor), np.array(values)
-    expected = [kept.mean(), kept.std(), kept.min(), kept.max(), np.linalg.norm(kept), lost]
-    assert np.allclose(found[:6], expected, rtol=1e-6, atol=1e-2)
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=200), st.integers(0, 3), st.sampled_from([1, 2, 7, 1000]))
+@example([699051.561986095] * 3, 0, 1000)
+@example([1e6 + 1e-3 * i for i in range(100)], 0, 7)
+def test_a_probe_says_what_the_values_are(values: list[float], lost: int, size: int) -> None:
+    """To the last digits but two of float64, wherever parts of a tensor that are read one by one are cut."""
+    tensor = torch.tensor(values + [math.nan, math.inf, -math.inf][:lost], dtype=torch.float64)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("eridiff.trace.format.CHUNK", 8 * size)
+        found = probe(tensor)
+    expected = [statistics.fmean(values), _deviation(values), min(values), max(values), math.hypot(*values), lost]
+    largest = max(map(abs, values))
+    assert np.allclose(found[:6], expected, rtol=1e-13, atol=1e-14 * largest)
     assert torch.equal(found[6], tensor[0]) and len(found) == 70
+
+
+def _deviation(values: list[float]) -> float:
+    """By exact fractions of the largest, of which the root is the one rounding."""
+    largest = max(map(abs, values)) or 1.0
+    return largest * math.sqrt(statistics.pvariance(Fraction(value) / Fraction(largest) for value in values))
+
+
+@pytest.mark.parametrize("size", [1e200, 1e-200, 1.0])
+def test_a_probe_of_values_of_any_size_has_their_digits(size: float) -> None:
+    found = probe(torch.tensor([size, -size, 3 * size, size], dtype=torch.float64))
+    assert np.allclose(found[:5] / size, [1, math.sqrt(2), -1, 3, math.sqrt(12)], rtol=1e-14)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.int64, torch.uint8, torch.bool])
+def test_a_probe_of_another_dtype_is_that_of_its_values(dtype: torch.dtype) -> None:
+    values = (torch.arange(1000) % 97 + 3).to(dtype)
+    assert torch.equal(probe(values), probe(values.double()))
+    assert torch.equal(probe(values), probe(values.reshape(10, 100).T.contiguous().T))
+
+
+def test_a_probe_of_complex_numbers_is_that_of_their_parts() -> None:
+    pairs = torch.randn(5, 3, 2, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(probe(torch.view_as_complex(pairs)), probe(pairs))
+
+
+def test_a_probe_of_few_values_or_none_has_all_statistics() -> None:
+    assert probe(torch.tensor(2.5))[:6].tolist() == [2.5, 0, 2.5, 2.5, 2.5, 0]
+    assert probe(torch.zeros(3))[:6].tolist() == [0, 0, 0, 0, 0, 0]
+    for nothing, lost in ((torch.zeros(0, 4), 0), (torch.tensor([math.nan, math.inf]), 2)):
+        assert probe(nothing)[:6].tolist() == [0, 0, math.inf, -math.inf, 0, lost]
 
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.bool, torch.uint8]

@@ -466,6 +466,7 @@ class DiffusionInference(Family):
         count = steps if isinstance(steps, int) else steps.steps
         request = Request.of({**asked, "width": width, "height": height, "steps": count})
         settled = request.checked(self, rows[0])
+        request.check_beside(latents, settled)
         schedule = self.points(replace(settled, schedule=request.schedule)) if isinstance(steps, int) else steps
         if noises_of_a_step(settled.sampler, settled.eta, settled.churn) and seeds is None:
             raise ConfigError(f"{settled.sampler} draws noise on the way: give seeds, one per image")
@@ -640,6 +641,7 @@ class DiffusionInference(Family):
         if unknown:
             raise ConfigError(f"'{unknown[0]}' cannot be kept; there are {', '.join(KEEP)}")
         asked = request.checked(self, len(given.conditioning.positive) if given.conditioning else 1)
+        request.check_beside(given.noise, asked)
         if given.conditioning is not None:
             asked = replace(asked, **{name: FIELDS[name].default for name in ENCODING})
         width, height, count = asked.width, asked.height, len(asked.prompt)

@@ -26,6 +26,7 @@ from eridiff.models.unet import UNet, UNetConfig, UNetRun, size_vector
 from eridiff.request import Checked, Request, Text
 from eridiff.schedulers import Schedule, discrete, tables
 from eridiff.schedulers.flow_match import even_sigmas
+from eridiff.schedulers.samplers import FLOW_ALONE, SAMPLERS
 from eridiff.text import Conditioning
 from eridiff.text.encoders import ClipEncoder, ClipFeatures
 from eridiff.weights.detect import Component
@@ -55,6 +56,9 @@ SIZES = 256  # features of each number beside the pooled vector
 class SDXLDefaults(Defaults):
     """How a published SDXL is sampled by default."""
 
+    words: ClassVar[Mapping[str, Collection[str]]] = {
+        "sampler": [name for name in SAMPLERS if name not in FLOW_ALONE], "schedule": SCHEDULES,
+    }  # fmt: skip
     steps: int = 50
     cfg_scale: float = 5.0
     schedule: str = "leading"

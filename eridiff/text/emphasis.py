@@ -16,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from itertools import groupby
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -75,12 +76,13 @@ def _multiplied(text: str, number: re.Pattern[str]) -> Pieces:
     A backslash makes a bracket text and is itself left out. What is not closed is closed by the end of the text; what was
     never opened is text. Neighbours of one weight are one piece.
     """
-    found: list[tuple[str, float]] = []  # each character with its weight
+    found: list[str] = []  # the characters that stay, and their weights
+    weights = np.ones(len(text))
     begun: dict[str, list[int]] = {"(": [], "[": []}
 
     def close(bracket: str, factor: float) -> None:
-        start = begun[bracket].pop()
-        found[start:] = [(character, weight * factor) for character, weight in found[start:]]
+        with np.errstate(all="ignore"):  # thousands of brackets are an infinite weight
+            weights[begun[bracket].pop() : len(found)] *= factor
 
     i = 0
     while i < len(text):
@@ -88,7 +90,7 @@ def _multiplied(text: str, number: re.Pattern[str]) -> Pieces:
         if character == "\\":
             escaped = text[i : i + 1]
             if escaped and escaped in "()[]\\":
-                found.append((escaped, 1.0))
+                found.append(escaped)
                 i += 1
         elif character in begun:
             begun[character].append(len(found))
@@ -100,11 +102,11 @@ def _multiplied(text: str, number: re.Pattern[str]) -> Pieces:
         elif character == "]" and begun["["]:
             close("[", 1 / STEP)
         else:
-            found.append((character, 1.0))
+            found.append(character)
     for bracket, factor in (("(", STEP), ("[", 1 / STEP)):
         while begun[bracket]:
             close(bracket, factor)
-    joined = groupby(found, key=lambda each: each[1])
+    joined = groupby(zip(found, weights.tolist(), strict=False), key=lambda each: each[1])
     return [("".join(c for c, _ in group), weight) for weight, group in joined] or [("", 1.0)]
 
 
@@ -114,38 +116,49 @@ def _interpolated(text: str) -> Pieces:
     A backslash makes a bracket text. Where brackets do not match, those that remain are text.
     """
     signs = re.findall(r"\\[()]|.", text, re.DOTALL)
+    ends, open_ = {}, []
+    for i, sign in enumerate(signs):
+        if sign == "(":
+            open_.append(i)
+        elif sign == ")" and open_:
+            ends[open_.pop()] = i
     found: list[tuple[str, float]] = []
-    waiting = [(part, 1.0) for part in reversed(list(_outermost(signs)))]  # no recursion: brackets may be deep
-    while waiting:
-        part, around = waiting.pop()
-        if len(part) < 2 or part[0] != "(" or part[-1] != ")":
-            found.append(("".join(part).replace("\\(", "(").replace("\\)", ")"), around))
+    waiting = [(begin, end, 1.0) for begin, end in reversed(list(_outermost(signs, ends, 0, len(signs))))]
+    while waiting:  # no recursion: brackets may be deep
+        begin, end, weight = waiting.pop()
+        if end - begin < 2 or signs[begin] != "(" or signs[end - 1] != ")":
+            found.append(("".join(signs[begin:end]).replace("\\(", "(").replace("\\)", ")"), weight))
             continue
-        inner, weight = part[1:-1], around * STEP
-        colon = max((i for i, sign in enumerate(inner) if sign == ":"), default=0)
-        if colon > 0:
+        begin, end, weight = begin + 1, end - 1, weight * STEP
+        colon = end - 1
+        while colon > begin and signs[colon] not in ("(", ")", ":"):  # a number has none of them
+            colon -= 1
+        if colon > begin and signs[colon] == ":":
             with suppress(ConfigError):  # without a number the colon is text
-                inner, weight = inner[:colon], _number("".join(inner[colon + 1 :]))
-        waiting += [(each, weight) for each in reversed(list(_outermost(inner)))]
+                weight = _number("".join(signs[colon + 1 : end]))
+                end = colon
+        waiting += [(*inner, weight) for inner in reversed(list(_outermost(signs, ends, begin, end)))]
     return found or [("", 1.0)]
 
 
-def _outermost(signs: list[str]) -> Iterator[list[str]]:
-    """Brackets that nothing surrounds, whole, and what lies between them."""
-    start = depth = 0
-    for i, sign in enumerate(signs):
-        if sign == "(":
-            if depth == 0 and i > start:
-                yield signs[start:i]
-                start = i
-            depth += 1
-        elif sign == ")":
-            depth -= 1
-            if depth == 0:
-                yield signs[start : i + 1]
-                start = i + 1
-    if start < len(signs):
-        yield signs[start:]
+def _outermost(signs: list[str], ends: dict[int, int], begin: int, end: int) -> Iterator[tuple[int, int]]:
+    """Where brackets lie that nothing between `begin` and `end` surrounds, whole, and what lies between them.
+
+    `ends` has the place that closes each bracket, if one does.
+    """
+    i, depth = begin, 0
+    while i < end:
+        if signs[i] == "(" and depth == 0:
+            if i > begin:
+                yield begin, i
+            begin = min(ends.get(i, end) + 1, end)
+            yield i, begin
+            i = begin
+        else:
+            depth += (signs[i] == "(") - (signs[i] == ")")
+            i += 1
+    if begin < end:
+        yield begin, end
 
 
 def _number(text: str) -> float:

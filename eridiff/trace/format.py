@@ -31,23 +31,34 @@ def probe(tensor: Tensor) -> Tensor:
     """A tensor of any shape and dtype -> `[6 + 64]` float64 on the CPU.
 
     Mean, deviation, smallest, largest, L2 norm and number of values that are not finite; then the values at the flat
-    positions `k * numel // 64`.
+    positions `k * numel // 64`. Complex numbers are two values each.
     """
-    values = tensor.detach().reshape(-1)
+    values = (torch.view_as_real(tensor) if tensor.is_complex() else tensor).detach().reshape(-1)
     places = torch.arange(PROBES, device=values.device) * values.numel() // PROBES
     chosen = values[places].to("cpu", torch.float64) if values.numel() else torch.zeros(PROBES, dtype=torch.float64)
-    totals = torch.zeros(4, dtype=torch.float64)  # count, sum, sum of squares, not finite
+    count, lost, mean, spread, norm = 0, 0, 0.0, 0.0, 0.0  # spread: the norm of what differs from the mean
     low, high = math.inf, -math.inf
     for part in values.split(CHUNK // 8):
         wide = part.to("cpu", torch.float64)
         finite = wide[wide.isfinite()]
-        totals += torch.tensor([len(finite), finite.sum(), finite.square().sum(), len(wide) - len(finite)])
-        if len(finite):
-            low, high = min(low, float(finite.min())), max(high, float(finite.max()))
-    count, total, squares, lost = totals.tolist()
-    mean = total / max(count, 1)
-    deviation = math.sqrt(max(squares / max(count, 1) - mean * mean, 0.0))
-    return torch.cat([torch.tensor([mean, deviation, low, high, math.sqrt(squares), lost]).double(), chosen])
+        lost += len(wide) - len(finite)
+        if not len(finite):
+            continue
+        low, high = min(low, float(finite.min())), max(high, float(finite.max()))
+        size = float(finite.abs().max()) or 1.0
+        centre = float((finite / size).mean()) * size
+        # Chan, Golub and LeVeque 1979: from the means of both parts, as a difference of squares loses the digits of a large mean
+        gap, share = centre - mean, len(finite) / (count + len(finite))
+        spread = math.hypot(spread, _norm(finite - centre), gap * math.sqrt(count * share))
+        mean, count, norm = mean + gap * share, count + len(finite), math.hypot(norm, _norm(finite))
+    deviation = spread / math.sqrt(max(count, 1))
+    return torch.cat([torch.tensor([mean, deviation, low, high, norm, lost], dtype=torch.float64), chosen])
+
+
+def _norm(values: Tensor) -> float:
+    """L2, of values whose squares may be more or less than float64 holds."""
+    size = float(values.abs().max()) or 1.0
+    return size * math.sqrt(float((values / size).square().sum()))
 
 
 @dataclass(frozen=True)

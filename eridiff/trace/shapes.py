@@ -144,7 +144,7 @@ def distances(found: Tensor, expected: Tensor) -> dict[str, Any]:
     return {
         "relative": relative if math.isfinite(relative) else math.inf,
         "max_abs": worst, "max_rel": worst_relative,
-        "cosine": product / max(math.sqrt(a2 * b2), 1e-300), "ulp": worst_ulp,
+        "cosine": product / max(math.sqrt(a2) * math.sqrt(b2), 1e-300), "ulp": worst_ulp,
         "first": [int(i) for i in np.unravel_index(first, tuple(found.shape))] if first >= 0 else [],
     }  # fmt: skip
 

@@ -24,14 +24,16 @@ class Side:
         return native in self.sources
 
     def read(self, native: str) -> Tensor:
-        return self.sources[native].read(self.trace)
+        """The tensor; complex numbers are pairs of real ones along a new last axis."""
+        found = self.sources[native].read(self.trace)
+        return torch.view_as_real(found) if found.is_complex() else found
 
     def name(self, native: str) -> str:
         """As the trace has it; empty if it does not."""
         return self.sources[native].name if native in self.sources else ""
 
     def dtype(self, native: str) -> torch.dtype:
-        return torch.as_tensor(self.trace[self.sources[native].names[0]]).dtype
+        return torch.as_tensor(self.trace[self.sources[native].names[0]]).dtype.to_real()
 
     def eps(self, native: str) -> float:
         """Of the tensor's dtype; of float64 for whole numbers, and for what the trace does not have."""
