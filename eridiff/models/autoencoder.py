@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.module import _global_forward_hooks as GLOBAL_HOOKS
 
 from eridiff.errors import ConfigError
 from eridiff.models.layers import Attention
@@ -57,6 +58,41 @@ PRESETS = {
 }
 
 
+def writable(x: Tensor, maker: nn.Module | None = None) -> bool:
+    """Whether x, which `maker` has just given (None: a function), may be written over: nobody else sees it.
+
+    Not where a gradient may be asked for, not in compiled code, which plans its memory by itself, and not if anything that is
+    unknown here acts on the module or on a part of it, as it may keep the tensor: a hook, unless it is marked `keeps_nothing`,
+    another forward, a layer of another package.
+    """
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or GLOBAL_HOOKS or type(x) is not Tensor:
+        return False
+    for module in maker.modules() if maker is not None else ():
+        if not type(module).__module__.startswith(KNOWN) or "forward" in vars(module):
+            return False
+        if not all(hasattr(hook, "keeps_nothing") for hook in module._forward_hooks.values()):
+            return False
+    return True
+
+
+KNOWN = ("torch.nn.", "eridiff.models.")  # packages whose modules keep nothing of what they give
+
+
+def activated(x: Tensor, norm: nn.Module) -> Tensor:
+    """SiLU of a norm."""
+    h = norm(x)
+    return F.silu(h, inplace=writable(h, norm))
+
+
+def added(x: Tensor, h: Tensor, maker: nn.Module) -> Tensor:
+    """`x + h`, in the memory of h, which `maker` has given, where it may be written over and the sum lies in it the same way.
+
+    x is as large as h, or has one number for each row and channel.
+    """
+    alike = (x.shape == h.shape and x.stride() == h.stride()) or x.shape == (*h.shape[:2], 1, 1)
+    return h.add_(x) if alike and x.dtype == h.dtype and writable(h, maker) else x + h
+
+
 def group_norm(channels: int) -> nn.GroupNorm:
     return nn.GroupNorm(32, channels, eps=1e-6)
 
@@ -73,8 +109,10 @@ class ResidualBlock(nn.Module):
         self.shortcut = nn.Conv2d(channels_in, channels_out, 1) if channels_in != channels_out else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.conv1(F.silu(self.norm1(x)))
-        return self.shortcut(x) + self.conv2(F.silu(self.norm2(h)))
+        h = self.conv1(activated(x, self.norm1))
+        h = activated(h, self.norm2)  # under the same name: the map before it is of no more use, and is large
+        h = self.conv2(h)
+        return added(self.shortcut(x), h, self.conv2)
 
 
 class AttentionBlock(nn.Module):
@@ -93,7 +131,7 @@ class AttentionBlock(nn.Module):
         h = self.norm(x)
         # contiguous: GPUs have no kernel for a head whose features are not side by side, and form the whole score matrix
         q, k, v = (project(h).flatten(2).mT.contiguous()[:, None] for project in (self.q, self.k, self.v))  # B 1 HW C
-        return x + self.proj_out(self.attention(q, k, v).transpose(1, 2).reshape(x.shape))
+        return added(x, self.proj_out(self.attention(q, k, v).transpose(1, 2).reshape(x.shape)), self.proj_out)
 
 
 class Middle(nn.Module):
@@ -162,7 +200,7 @@ class Encoder(nn.Module):
         h = self.conv_in(pictures)
         for down in self.down:
             h = down(h)
-        return self.conv_out(F.silu(self.norm_out(self.middle(h))))
+        return self.conv_out(activated(self.middle(h), self.norm_out))
 
 
 class Decoder(nn.Module):
@@ -191,7 +229,7 @@ class Decoder(nn.Module):
         h = self.middle(self.conv_in(latents))
         for up in reversed(self.up):
             h = up(h)
-        return self.conv_out(F.silu(self.norm_out(h)))
+        return self.conv_out(activated(h, self.norm_out))
 
 
 class Autoencoder(nn.Module):

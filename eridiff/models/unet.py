@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from eridiff.errors import ConfigError
+from eridiff.models.autoencoder import activated, added, writable
 from eridiff.models.layers import Attention, VectorMLP, check_shape, forward_times, over_rows, prepare_times, sinusoid
 
 RESIDUAL_BLOCKS = 2  # of a stage on the way down; one more on the way up
@@ -142,8 +143,10 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x: Tensor, shift: Tensor) -> Tensor:
         """x `[B, C, h, w]`, shift `[B, channels_out]` -> `[B, channels_out, h, w]`."""
-        h = self.conv1(F.silu(self.norm1(x))) + shift[:, :, None, None]
-        return self.shortcut(x) + self.conv2(F.silu(self.norm2(h)))
+        h = added(shift[:, :, None, None], self.conv1(activated(x, self.norm1)), self.conv1)
+        h = activated(h, self.norm2)
+        h = self.conv2(h)
+        return added(self.shortcut(x), h, self.conv2)
 
 
 class HeadAttention(nn.Module):
@@ -189,10 +192,13 @@ class TransformerBlock(nn.Module):
     def forward(self, x: Tensor, keys_values: tuple[Tensor, Tensor]) -> Tensor:
         """x `[B, h * w, C]`."""
         normed = self.norm1(x)
-        x = x + self.self_attention(normed, self.self_attention.keys_values(normed))
-        x = x + self.cross_attention(self.norm2(x), keys_values)
+        attention = self.self_attention(normed, self.self_attention.keys_values(normed))
+        x = added(x, attention, self.self_attention)
+        x = added(x, self.cross_attention(self.norm2(x), keys_values), self.cross_attention)
         value, gate = self.mlp_in(self.norm3(x)).chunk(2, dim=-1)
-        return x + self.mlp_out(value * F.gelu(gate))
+        h = F.gelu(gate)
+        h = h.mul_(value) if writable(h) else h * value
+        return added(x, self.mlp_out(h), self.mlp_out)
 
 
 class SpatialTransformer(nn.Module):
@@ -401,7 +407,7 @@ class UNet(nn.Module):
         for stage, stage_run in zip(reversed(self.up), reversed(run.up), strict=True):
             kept, skips = kept[: -RESIDUAL_BLOCKS - 1], kept[-RESIDUAL_BLOCKS - 1 :]
             x = stage(x, skips[::-1], stage_run, i)
-        return self.conv_out(F.silu(self.norm_out(x)))
+        return self.conv_out(activated(x, self.norm_out))
 
     def forward(
         self, latents: Tensor, text: Tensor, vector: Tensor, times: Tensor, guidance: Tensor | None = None
