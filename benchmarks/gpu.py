@@ -78,7 +78,7 @@ def plan(tiny: bool) -> list[Section]:
         Section("rates", "what the device reaches", 5, run_rates),
         Section("tests", "the tests marked gpu" if not tiny else "the same tests on the CPU", 30 if tiny else 150, run_tests),
         *(Section(c.name, c.what, c.seconds, partial(gpu_networks.run_case, case=c, compiled=False)) for c in cases),
-        Section("offload", "offload='stages' of a whole Flux", 5 if tiny else 60, gpu_offload.run),
+        Section("offload", "a whole Flux on the host, by each offload", 5 if tiny else 90, gpu_offload.run),
         Section("training", "a LoRA of a whole Flux in training, and an image in between", 5 if tiny else 45, gpu_training.run),
         *(Section(f"{c.name} compiled", c.what, slow[c.name], partial(gpu_networks.run_case, case=c, compiled=True)) for c in cases),
     ]  # fmt: skip

@@ -15,8 +15,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import eridiff
 from eridiff import Prompt
 from eridiff.images import to_tensor
+from eridiff.memory.plan import stages
+from eridiff.memory.stages import on_device
+from eridiff.models.flux import Flux, FluxConfig
 from eridiff.trace.record import first_difference, record, relative_l2
 from eridiff.training import Sampler
+from eridiff.weights.detect import Component
+from eridiff.weights.header import Checkpoint
+from eridiff.weights.keymap import key_map
 from tests import tiny
 from tests.devices import device as device
 from tests.devices import far
@@ -116,18 +122,57 @@ def loaded(path: Path, device: torch.device, **options: Any) -> Any:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_stages_generate_bit_for_bit_what_resident_modules_generate(
-    name: str, models: dict[str, Path], device: torch.device
+@pytest.mark.parametrize("offload", ["stages", "stream"])
+def test_offloaded_modules_generate_bit_for_bit_what_resident_ones_generate(
+    offload: str, name: str, models: dict[str, Path], device: torch.device
 ) -> None:
     found = []
-    for offload, place in ((None, device.type), ("stages", "cpu")):
-        model = loaded(models[name], device, offload=offload)
+    for how, place in ((None, device.type), (offload, "cpu")):
+        model = loaded(models[name], device, offload=how)
         modules = (model.network, model.autoencoder, model.clip.module)
         before = [p for module in modules for p in module.parameters()]
         found.append(model.generate(["a swan on mars", "a fox"], seed=[1, 2], steps=2, keep=("latents",)))
         after = [p for module in modules for p in module.parameters()]
         assert all(a is b for a, b in zip(before, after, strict=True)) and {p.device.type for p in after} == {place}
     assert torch.equal(found[0].latents, found[1].latents) and np.array_equal(*map(pixels, found))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("share", [None, 0.6])
+def test_a_stream_takes_the_memory_that_is_planned(share: float | None) -> None:
+    """Blocks of 57 and 113 MB, passing or as many as a share of the weights has room for, and the bits of a resident network."""
+    device, config = (
+        torch.device("cuda"),
+        replace(FluxConfig.preset("dev"), hidden=1536, heads=12, double_depth=4, single_depth=8),
+    )
+    torch.manual_seed(0)
+    network = Flux(config).bfloat16().requires_grad_(False)
+    component = Component("flux", key_map("flux").layouts["original"], "", Checkpoint(Path(), {}, {}, {}), config)
+    (stage,) = stages({"flux": component}, 512, 512, steps=3)
+    room = None if share is None else int(share * stage.weights)
+    latents = torch.randn(1, 1024, 64).to(device, torch.bfloat16)
+    text, pooled = torch.randn(1, 512, 4096).to(latents), torch.randn(1, 768).to(latents)
+    times, guidance = torch.tensor([1.0, 0.7, 0.4]), torch.ones(1, device=device)
+
+    def outputs(place: Any) -> list[Tensor]:
+        with torch.no_grad(), place:
+            run = network.prepare(text, pooled, times, (32, 32), guidance)
+            return [network.step(latents, run, i).cpu() for i in range(3)]
+
+    def peak() -> int:
+        return torch.cuda.max_memory_allocated() - before
+
+    outputs(on_device(network, device, "stages"))  # cuBLAS has its memory now
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    expected = outputs(on_device(network, device, "stages"))
+    resident = peak()
+    torch.cuda.reset_peak_memory_stats()
+    found = outputs(on_device(network, device, "stream", room))
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    most = stage.peak("stream") if room is None else room + stage.work
+    assert peak() < 1.1 * most and peak() < resident and (room is not None or peak() > 0.9 * most)
+    assert torch.cuda.memory_allocated() == before
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -49,7 +49,8 @@ def test_every_section_runs_at_tiny_size(tmp_path: Path) -> None:
         assert all(row["ms"] > 0 and row["first_s"] > 0 for row in rows[f"{name} compiled"].values())
     assert {"ours, step, LoRA of rank 16", "diffusers, LoRA of rank 16"} <= set(rows["G1"])
     assert set(rows["offload"]) == {
-        "weights on the host", "offload='stages'", "offload='layers'", "all on the device", "the same latents, bit for bit"
+        "weights on the host", "offload='stages'", "offload='stream'", "offload='layers'", "offload='stream' in 24 GiB",
+        "offload='stream' in 12 GiB", "all on the device", "the same latents, bit for bit"
     }  # fmt: skip
     assert set(rows["training"]) == {
         "without images", "with an image in between, verify=True", "the same losses, bit for bit",

@@ -13,7 +13,7 @@ import eridiff
 from eridiff.cli import main
 from eridiff.errors import ConfigError, MemoryPlanError
 from eridiff.inference import BUILT_IN, FAMILIES
-from eridiff.inference.placing import RUNTIME, Plan, bytes_of, plan_parts
+from eridiff.inference.placing import RUNTIME, Plan, Room, bytes_of, plan_parts
 from eridiff.weights.locate import locate
 from tests import tiny
 from tests.sparse import sparse_manifest
@@ -43,7 +43,8 @@ def planned(model: str, **options: Any) -> Plan:
     [
         ("flux1-dev", "48GiB", "(no option)"), ("flux1-dev", "24GiB", "--offload stages"), ("sd_xl_base_1.0", "12GiB", "(no option)"),
         ("sd_xl_base_1.0", "10GiB", "--vae-rows 64"), ("sd_xl_base_1.0", "8 GB", "--offload stages"),
-        ("flux1-dev", "12GiB", "--offload layers"), ("flux1-dev", "4GiB", "--offload layers --vae-rows 64"),
+        ("flux1-dev", "12GiB", "--offload stream"), ("flux1-dev", "4GiB", "--offload stream --vae-rows 64"),
+        ("sd3.5-large", "2GiB", "--offload layers --vae-rows 64"),
         ("sd3.5-large", "32GiB", "(no option)"), ("sd3.5-large", "24GiB", "--offload stages"),
     ],
 )  # fmt: skip
@@ -57,7 +58,7 @@ def test_the_fastest_placement_that_fits_is_chosen(model: str, vram: str, flags:
 
 def test_what_does_not_fit_is_refused_with_the_numbers() -> None:
     plan = planned("flux1-dev")
-    with pytest.raises(MemoryPlanError, match=r"^dev at 1024x1024 needs 2\.\d GiB with --offload layers --vae-rows 64, most of it for decoding, and there are 2\.0 GiB"):  # fmt: skip
+    with pytest.raises(MemoryPlanError, match=r"^dev at 1024x1024 needs 2\.\d GiB with --offload stream --vae-rows 64, most of it for decoding, and there are 2\.0 GiB"):  # fmt: skip
         plan.placement("2GiB")
     larger = planned("flux1-dev", width=2048, height=2048, images=2)
     for before, after in zip(plan.placements, larger.placements, strict=True):
@@ -75,6 +76,17 @@ def test_a_plan_adds_up_what_is_on_the_device() -> None:
     assert (
         alone.stages[2].work < 0.7 * plan.stages[2].work and alone.stages[3] == plan.stages[3]
     )  # one image is decoded
+
+
+def test_weights_may_take_what_the_largest_image_so_far_leaves() -> None:
+    room = Room("12GiB", lambda **asked: planned("flux1-dev", **asked))
+    (stage,) = (s for s in planned("flux1-dev").stages if s.component == "flux")
+    left = room.weights("flux")
+    assert left + stage.work + RUNTIME == 12 * GIB and stage.weights / 2 > left / 2 > stage.peak("stream")
+    room.check(width=1536, height=1024)
+    larger = room.weights("flux")
+    room.check(width=512, height=512)
+    assert room.weights("flux") == larger < left and room.weights("t5") > left
 
 
 def test_vram_chooses_at_loading_and_refuses_what_would_not_fit(tmp_path: Path) -> None:
@@ -115,7 +127,7 @@ def test_the_command_prints_stages_and_placements_and_answers_by_its_status(caps
     assert said[-1] == "1GiB: (no option) fits"
     assert main(["plan", BUILT_IN, "--json", "--size", "128x64", "--batch", "2"]) == 0
     told = json.loads(capsys.readouterr().out)
-    assert (told["width"], told["height"], told["images"]) == (128, 64, 2) and len(told["placements"]) == 6
+    assert (told["width"], told["height"], told["images"]) == (128, 64, 2) and len(told["placements"]) == 8
     assert [stage["component"] for stage in told["stages"]] == ["clip", "t5", "flux", "vae"]
     assert main(["plan", "--vram", "10MiB"]) == 2
     assert "and there are 10 MiB" in capsys.readouterr().err

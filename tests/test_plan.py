@@ -10,7 +10,6 @@ import torch
 
 from eridiff.inference import BUILT_IN, FluxInference
 from eridiff.memory.plan import peak_bytes, stages
-from eridiff.memory.stages import OFFLOAD
 from eridiff.models.flux import patchify, unpatchify
 from eridiff.trace.record import relative_l2
 from eridiff.weights.locate import locate
@@ -93,7 +92,7 @@ def test_memory_use(tmp_path: Path) -> None:
     assert needed["decoding"] < 3 * GIB
 
 
-@pytest.mark.parametrize("offload", OFFLOAD)
+@pytest.mark.parametrize("offload", ["stages", "layers"])  # "stream" has not run on one yet
 def test_memory_use_is_predicted_as_it_was_measured_on_a_gpu(offload: str, tmp_path: Path) -> None:
     """`benchmarks/gpu.py` has generated 1024 x 1024 pixels with a network of flux1-dev's size under a cap of 24 GiB."""
     parts = locate(full_size(tmp_path))

@@ -10,7 +10,7 @@ import eridiff
 import eridiff.inference.base
 from eridiff.errors import ConfigError
 from eridiff.inference import DiffusionInference
-from eridiff.memory.stages import OFFLOAD, asked_once, on_device
+from eridiff.memory.stages import asked_once, on_device
 from tests import tiny
 from tests.loras import FAMILIES, arguments, some_lora
 from tests.on_gpu import folder as folder
@@ -19,7 +19,7 @@ from tests.on_gpu import modules, photo
 from tests.pretend_gpu import PretendedGPU
 
 
-@pytest.mark.parametrize("offload", OFFLOAD)
+@pytest.mark.parametrize("offload", ["stages", "layers"])  # "stream": test_stream.py
 def test_with_offload_an_image_is_the_same_and_everything_is_back_after_it(
     offload: str, folder: Path, gpu: PretendedGPU
 ) -> None:
@@ -51,11 +51,11 @@ def test_offload_moves_each_component_once_for_all_prompts(
     alone = [model.generate(**request).images[0] for request in requests]
     stages: list[str] = []
 
-    def spy(module: Any, device: Any, by_layer: bool) -> Any:
+    def spy(module: Any, device: Any, *how: Any) -> Any:
         name = next(name for name, component in modules(model).items() if component is module)
         crossing = next(module.parameters()).device.type != device.type
         stages.extend([name] * crossing)
-        return on_device(module, device, by_layer)
+        return on_device(module, device, *how)
 
     monkeypatch.setattr(eridiff.inference.base, "on_device", spy)
     together = [result.images[0] for result in model.generate_each(requests)]

@@ -48,7 +48,7 @@ def main(arguments: list[str] | None = None) -> int:
         if not isinstance(error, MemoryError) and type(error).__name__ != "OutOfMemoryError":  # of torch
             raise
         print(
-            "eridiff: out of memory: --offload stages keeps one component on the device, --offload layers one layer, "
+            "eridiff: out of memory: --offload stages keeps one component on the device, --offload stream a few of its blocks, "
             "--vae-rows 64 decodes in strips; eridiff plan says what is needed",
             file=sys.stderr,
         )

@@ -140,7 +140,9 @@ def _add_model(groups: dict[str, Any]) -> None:
         "--vram", metavar="SIZE", help="memory of the device, such as 24GiB: chooses --offload and --vae-rows"
     )
     device.add_argument(
-        "--offload", choices=OFFLOAD, help="keep only the component at work, or only the layer at work, on the device"
+        "--offload",
+        choices=OFFLOAD,
+        help="keep only the component at work on the device, or only a few of its blocks, or only the layer at work",
     )
     switch(device, "--compile", "compile the network: the first image of a size waits, each step is faster")
     device.add_argument("--vae-rows", type=int, metavar="N", help="decode in strips of N rows: exact, in less memory")

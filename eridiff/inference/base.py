@@ -182,6 +182,10 @@ class DiffusionInference(Family):
                     "the %s is float16 on a CPU, where convolutions take a hundred times as long as in float32 or bfloat16",
                     name,
                 )
+        if self.offload == "stream" and self.device.type == "cpu":
+            log.warning(
+                "offload='stream' has no effect on the CPU, where a file's weights are mapped and read as they are needed"
+            )
 
     def _check_device(self) -> Self:
         """This inference; raises ConfigError for modules on another device than the one that is asked for."""
@@ -766,10 +770,7 @@ class DiffusionInference(Family):
             for one in adopted:
                 one.refresh()
             with (
-                # the autoencoder is small, and has layers whose weights are read without a call
-                on_device(module, self.device, self.offload == "layers" and module is not self.autoencoder)
-                if self.offload
-                else nullcontext(),
+                on_device(module, self.device, *self._how(module)) if self.offload else nullcontext(),
                 evaluation({"": module}),
                 nullcontext() if module is self.network else outside_autocast(self.device),
             ):
@@ -778,6 +779,14 @@ class DiffusionInference(Family):
             self._staged = before
             for one in adopted:
                 one.release()
+
+    def _how(self, module: nn.Module) -> tuple[str, int | None]:
+        """How a component comes to the device, and how many bytes its weights may take there if that is known."""
+        assert self.offload is not None
+        name = next((name for name, component in self.model.modules().items() if component is module), None)
+        if name is None:  # the autoencoder is small, and has layers whose weights are read without a call
+            return "stages", None
+        return self.offload, None if self._room is None else self._room.weights(name)
 
     def _place(self, module: nn.Module) -> torch.device:
         """Where a component computes."""

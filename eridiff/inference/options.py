@@ -21,7 +21,8 @@ class Options(TypedDict, total=False):
     - vram: how much memory the device has ("24GiB", or bytes), which chooses `offload` and `vae_rows`; an image that would not fit
       is refused before it is begun.
     - offload: "stages" keeps every component on the CPU and moves it to the device only for its stage, its
-      layers of modulation for their calls alone. "layers" moves each linear layer of the network and the text encoders for its
+      layers of modulation for their calls alone. "stream" keeps a few blocks of the network and the text encoders there and copies
+      the next while one computes (CUDA; on the CPU it has no effect); with `vram` as many stay as fit. "layers" moves each linear layer of the network and the text encoders for its
       calls alone: the least memory, at the price of the whole network over the bus in each step.
     - vae_rows: the autoencoder works in strips of so many rows, exactly and in less memory (memory/strips.py).
     - compile: the network's blocks are compiled (`eridiff.blocks.compile_blocks`), which the first image waits for. Another image

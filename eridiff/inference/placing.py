@@ -85,6 +85,8 @@ class Room:
         """`planned` gives the plan of images of a size; without arguments that of the variant's own size."""
         self.vram, self._planned = vram, cache(planned)
         self.placement = self._planned().placement(vram)
+        self._work: dict[str, int] = {}  # of each component, the most that an image so far needed beside its weights
+        self._count(self._planned())
 
     def check(self, **asked: Any) -> None:
         """Raises MemoryPlanError for images that do not fit as the model is placed; arguments as of `plan_parts`."""
@@ -95,6 +97,15 @@ class Room:
                 f"{plan.images} of {plan.width}x{plan.height} would need {gib(placed.peak + RUNTIME)} as the model is placed "
                 f"({placed.flags}), and there are {gib(bytes_of(self.vram))}: ask for smaller images or fewer at once"
             )
+        self._count(plan)
+
+    def _count(self, plan: Plan) -> None:
+        for stage in plan.stages:
+            self._work[stage.component] = max(stage.work, self._work.get(stage.component, 0))
+
+    def weights(self, component: str) -> int:
+        """Bytes that a component's weights may take on the device, beside the largest image so far."""
+        return bytes_of(self.vram) - RUNTIME - self._work[component]
 
 
 def plan_parts(

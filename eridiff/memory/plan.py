@@ -20,7 +20,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 from eridiff.errors import ConfigError
-from eridiff.memory.stages import asked_once
+from eridiff.memory.stages import asked_once, block_parts, held_bytes
+from eridiff.memory.stream import ring_size
 from eridiff.memory.strips import decode_in_strips
 from eridiff.models.autoencoder import Autoencoder
 from eridiff.models.flux import Flux
@@ -107,10 +108,12 @@ class Stage:
     work: int
     visiting: int = 0  # of the weights, those that `on_device` brings for a call alone, but for the largest
     by_layer: int = 0  # the same where it brings every layer so
+    passing: int = 0  # and where blocks pass through a ring, but for the ring
 
     def peak(self, offload: str | None) -> int:
-        """With this stage's component on the device, whole (None), for its stage ("stages") or by "layers"."""
-        return self.weights + self.work - {"stages": self.visiting, "layers": self.by_layer}.get(offload or "", 0)
+        """With this stage's component on the device, whole (None), for its stage ("stages"), by "stream" or by "layers"."""
+        absent = {"stages": self.visiting, "stream": self.passing, "layers": self.by_layer}
+        return self.weights + self.work - absent.get(offload or "", 0)
 
     @property
     def total(self) -> int:
@@ -153,9 +156,11 @@ def stages(
             weights = sum(t.nbytes for t in [*module.parameters(), *module.buffers()])
             linears = [m for m in module.modules() if isinstance(m, nn.Linear)] if network != "vae" else []
             visiting, by_layer = (_but_the_largest(layers) for layers in (asked_once(module), linears))
+            blocks = [held_bytes(parts) for parts in block_parts(module).values()] if network != "vae" else []
+            passing = visiting + sum(blocks) - ring_size(blocks)
             rows = images if network == "vae" or not guided else 2 * images
             work = peak_bytes(partial(_run, module, width, height, steps, text_length, rows, own, vae_rows))
-            found.append(Stage(stage, network, weights, work, visiting, by_layer))
+            found.append(Stage(stage, network, weights, work, visiting, by_layer, passing))
     return found
 
 

@@ -2,10 +2,14 @@
 
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from itertools import chain
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+
+from eridiff.blocks import repeated_blocks
+from eridiff.memory.stream import streamed
 
 T = TypeVar("T")
 Stages = Generator[nn.Module, None, T]  # work that yields the component which its next lines compute with
@@ -48,26 +52,55 @@ def asked_once(network: nn.Module) -> list[nn.Linear]:
     return [layer for layer in named if isinstance(layer, nn.Linear)]
 
 
-OFFLOAD = ("stages", "layers")  # what is on the device at once: a component, or of most components a layer
+# what is on the device at once, the fastest first: a component, or of most components a few blocks, or a layer
+OFFLOAD = ("stages", "stream", "layers")
+
+
+def block_parts(module: nn.Module) -> dict[nn.Module, list[nn.Module]]:
+    """The repeated blocks of a network or a text encoder, each with its modules and the LoRAs beside them.
+
+    Layers that are `asked_once` are left out: they have visits of their own. Raises ConfigError for a module without blocks.
+    """
+    apart = set(map(id, asked_once(module)))
+    parts = {b: with_branches([m for m in b.modules() if id(m) not in apart]) for b in repeated_blocks(module)}
+    return {block: modules for block, modules in parts.items() if held_bytes(modules)}
+
+
+def with_branches(modules: Sequence[nn.Module]) -> list[nn.Module]:
+    """Modules and the LoRAs beside them, which are not in the tree of any."""
+    return [*modules, *(branch for m in modules for branch in vars(m).get("lora_branches", ()))]
 
 
 @contextmanager
-def on_device(module: nn.Module, device: torch.device, by_layer: bool = False) -> Iterator[None]:
+def on_device(
+    module: nn.Module, device: torch.device, offload: str = "stages", room: int | None = None
+) -> Iterator[None]:
     """Within the block the module works with copies of its parameters and buffers on `device`, its own afterwards; LoRAs beside it come along.
 
     The module's tensors are left as they are and not copied back: memory-mapped weights stay mapped, an optimizer keeps
     its parameters, and tensors that several modules share are copied once. Layers that are `asked_once` come for each call
-    alone, so that they take no memory beside the steps; `by_layer` every `nn.Linear` does.
+    alone, so that they take no memory beside the steps; with "layers" every `nn.Linear` does. With "stream" blocks pass
+    through a ring of buffers, but for those that stay, as many as `room` bytes hold beside the rest; on the CPU nothing moves.
     """
-    visitors = [m for m in module.modules() if isinstance(m, nn.Linear)] if by_layer else asked_once(module)
-    apart = set(map(id, visitors))
-    branches = [branch for m in module.modules() for branch in vars(m).get("lora_branches", ())]  # no parts of a module
-    staying = [m for m in [*module.modules(), *branches] if id(m) not in apart]
+    linears = [m for m in module.modules() if isinstance(m, nn.Linear)]
+    visitors = linears if offload == "layers" else asked_once(module)
+    blocks = block_parts(module) if offload == "stream" and device.type != "cpu" else {}
+    apart = set(map(id, [*visitors, *chain(*blocks.values())]))
+    staying = [m for m in with_branches(list(module.modules())) if id(m) not in apart]
     with ExitStack() as stack:
         for layer in visitors:
             stack.enter_context(_visiting(layer, device))
         stack.enter_context(_copied(staying, device))
+        if blocks:
+            rest = held_bytes(staying) + max((held_bytes([layer]) for layer in visitors), default=0)
+            stack.enter_context(streamed(blocks, device, None if room is None else room - rest))
         yield
+
+
+def held_bytes(modules: Sequence[nn.Module]) -> int:
+    """Of the tensors of modules, without those of their children; one that several have is counted once."""
+    own = {id(t): t.nbytes for m in modules for t in [*m._parameters.values(), *m._buffers.values()] if t is not None}
+    return sum(own.values())
 
 
 @contextmanager

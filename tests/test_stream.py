@@ -1,0 +1,294 @@
+"""offload="stream": blocks pass through a ring of buffers on the device, and every order of copies and computing gives the same bits."""
+
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from eridiff import FluxInference, Prompt
+from eridiff.blocks import repeated_blocks
+from eridiff.errors import ConfigError
+from eridiff.lora import attach_lora
+from eridiff.memory import stream
+from eridiff.memory.plan import Fused, LiveBytes, _run, stages
+from eridiff.memory.stages import asked_once, on_device
+from eridiff.memory.stream import Block, InOrder, Ring, chosen, ring_size
+from eridiff.schedulers.guidance import SkipLayers
+from eridiff.training import Sampler
+from eridiff.weights.detect import Component
+from eridiff.weights.header import Checkpoint
+from eridiff.weights.keymap import key_map
+from tests import families, loras, tiny
+from tests.adversary import ORDERS, Adversary, Watch
+from tests.on_gpu import gpu as gpu
+from tests.on_gpu import photo
+from tests.pretend_gpu import CUDA, PretendedGPU
+
+
+class Queues:
+    """The device's queues are adversaries in an order, of which `made` are all."""
+
+    def __init__(self, watch: Watch) -> None:
+        self.watch, self.order, self.ignores, self.made = watch, "late", "", list[Adversary]()
+
+    def __call__(self, device: torch.device) -> Adversary:
+        self.made.append(Adversary(device, self.watch, self.order, self.ignores))
+        return self.made[-1]
+
+
+@pytest.fixture
+def queues(gpu: PretendedGPU, monkeypatch: pytest.MonkeyPatch) -> Iterator[Queues]:
+    with Watch() as watch:
+        made = Queues(watch)
+        monkeypatch.setattr(stream, "queue_of", made)
+        yield made
+    assert all(not queue.waiting for queue in made.made if not queue.ignores)  # no copy goes on to memory that is free
+
+
+def there(value: Any) -> Any:
+    return value.to("cuda") if isinstance(value, Tensor) and value.dtype != torch.float64 else value
+
+
+def networks_outputs(network: Any, offload: str, room: int | None = None) -> list[Tensor]:
+    """Of steps in any order, of SD 3 some without a block."""
+    latents, given = loras.arguments(network)
+    skips = [{}, {"skip_blocks": (1,)}] if hasattr(network, "joint_blocks") else [{}]
+    with torch.no_grad(), on_device(network, CUDA, offload, room):
+        run = network.prepare(*map(there, given))
+        return [network.step(there(latents), run, i, **skip).cpu() for i in (0, 1) for skip in skips]
+
+
+def text_outputs(module: Any, offload: str, room: int | None = None) -> list[Tensor]:
+    ids = torch.arange(1, 13).reshape(2, 6)
+    with torch.no_grad(), on_device(module, CUDA, offload, room):
+        return [module(input_ids=some.to("cuda")).last_hidden_state.cpu() for some in (ids, ids.flip(1))]
+
+
+MODULES: dict[str, tuple[Callable[[], Any], Callable[..., list[Tensor]]]] = {
+    **{family: (make, networks_outputs) for family, make in loras.FAMILIES.items()},
+    "t5": (tiny.t5_module, text_outputs), "clip": (tiny.clip_module, text_outputs),
+}  # fmt: skip
+
+
+def equal(found: list[Tensor], expected: list[Tensor]) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("name", MODULES)
+def test_every_order_of_copies_and_computing_gives_the_same_bits(
+    name: str, order: str, queues: Queues, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make, outputs = MODULES[name]
+    module: nn.Module = make()
+    if name == "flux":
+        attach_lora(module, loras.every_kind_on_flux(module))
+    own = [id(p) for p in module.parameters()]
+    expected, queues.order = outputs(module, "stages"), order
+    monkeypatch.setattr(stream, "RING", 3 if order == "mixed" else 2)
+    assert equal(outputs(module, "stream"), expected)
+    assert [id(p) for p in module.parameters()] == own
+    assert queues.made[0].copies >= len(repeated_blocks(module))
+    assert not any(m._forward_pre_hooks for m in module.modules())
+
+
+@pytest.mark.parametrize("ignored", ["mark", "wait", "finish"])
+def test_the_bits_depend_on_each_wait(ignored: str, queues: Queues) -> None:
+    """The double that the other tests rely on sees each that is missing."""
+    network = tiny.flux()
+    expected, queues.ignores = networks_outputs(network, "stages"), ignored
+    assert not equal(networks_outputs(network, "stream"), expected)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_blocks_stay_on_the_device_as_far_as_there_is_room(order: str, queues: Queues) -> None:
+    network = tiny.flux(replace(tiny.FLUX, double_depth=1, single_depth=6))
+    queues.order = order
+    expected, copies, whole = networks_outputs(network, "stages"), [], sum(p.nbytes for p in network.parameters())
+    for room in (None, 3 * whole // 4, whole):
+        assert equal(networks_outputs(network, "stream", room), expected)
+        copies.append(queues.made[-1].copies)
+    assert copies[0] > copies[1] > copies[2] == 7  # each block once
+
+
+def test_the_next_block_is_copied_while_one_computes() -> None:
+    """By the order of the pass before; a wrong guess is replaced by the block that is asked for."""
+    blocks = [Block([nn.Linear(2, 2)]) for _ in range(4)]
+    ring, guessed = Ring(blocks, InOrder(torch.device("cpu"))), []
+    with torch.no_grad():
+        for order in ((0, 1, 2, 3), (0, 2, 1, 3), (0, 2, 1, 3)):
+            for i in order:
+                guessed.append(blocks[i].slot is not None)
+                ring.ask(blocks[i])
+                assert torch.equal(blocks[i].own[0], blocks[i].entries[0][0]["weight"])
+                ring.leave(), ring.foresee()
+    assert guessed == [False, True, True, True, True, False, False, False, True, True, True, True]
+    ring.close()
+    assert all(block.slot is None and block.entries[0][0]["weight"] is block.own[0] for block in blocks)
+
+
+# images -------------------------------------------------------------------------------------------------------------
+
+
+def offloaded(model: Any, offload: str, **encoders: Any) -> Any:
+    return type(model)(model.network, model.autoencoder, device="cuda", offload=offload, progress=False, **encoders)
+
+
+def latents_of(model: Any, **asked: Any) -> Tensor:
+    told = Prompt(families.conditioning(model), families.conditioning(model, seed=5))
+    given = {"conditioning": told, "width": 32, "height": 32, "steps": 3, "seed": 1, "cfg_scale": 3.0} | asked
+    return model.generate(**given, keep=("latents",)).latents.cpu()
+
+
+ASKED: dict[str, tuple[str, dict[str, Any]]] = {
+    "two calls per step": ("flux", {"cfg_batch": "apart"}),
+    "image to image": ("unet", {"image": photo(), "strength": 0.7, "cfg_scale": 1.0}),
+    "skipped blocks": ("mmdit", {"skip_layers": SkipLayers((1,), 2.5, 0.0, 1.0), "steps": 4}),
+}
+
+
+@pytest.mark.parametrize("kind", ASKED)
+def test_images_are_the_same_however_the_network_is_asked(kind: str, queues: Queues) -> None:
+    family, asked = ASKED[kind]
+    model = families.inference(family)
+    expected, found = (latents_of(offloaded(model, offload), **asked) for offload in ("stages", "stream"))
+    assert torch.equal(found, expected) and queues.made[0].copies > 6
+
+
+def test_a_run_goes_on_in_another_network(queues: Queues) -> None:
+    """As that of a base does in its refiner."""
+    found = []
+    for offload in ("stages", "stream"):
+        first, second = (offloaded(FluxInference(tiny.flux(seed=i), tiny.autoencoder()), offload) for i in (0, 1))
+        asked = {"conditioning": Prompt(families.conditioning(first)), "width": 32, "height": 32, "steps": 3, "seed": 1}
+        run = first.generate(**asked, part=(0, 0.6), keep=("run",)).run
+        found.append(second.generate(**asked, part=(0.6, 1), noise=run, keep=("latents",)).latents.cpu())
+    assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_weights_that_change_meanwhile_are_never_old_ones(order: str, queues: Queues) -> None:
+    """A LoRA that changes tensors in place is weighed in a callback, when the next blocks may have been copied."""
+    model = families.inference("flux")
+    attached = attach_lora(model.network, loras.every_kind_on_flux(model.network))
+    assert attached.patches
+    queues.order = order
+
+    def weigh(step: Any) -> None:
+        attached.set_scale(0.25 if step.index == 0 else 1.0)
+
+    expected, found = (latents_of(offloaded(model, o), callback=weigh) for o in ("stages", "stream"))
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("failure", [KeyboardInterrupt, RuntimeError])
+def test_after_an_interrupt_everything_is_as_it_was(failure: type[BaseException], queues: Queues) -> None:
+    model = offloaded(families.inference("flux"), "stream")
+    own = [id(p) for p in model.network.parameters()]
+    plain, calls = latents_of(model), 0
+
+    def fail(*_: Any) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 5:
+            raise failure("in a block")
+
+    for block in repeated_blocks(model.network):
+        hooks = [layer.register_forward_hook(fail) for layer in block.modules() if isinstance(layer, nn.Linear)]
+        with pytest.raises(failure):
+            latents_of(model)
+        calls = 0
+        for hook in hooks:
+            hook.remove()
+    assert [id(p) for p in model.network.parameters()] == own
+    assert not any(m._forward_pre_hooks or len(m._forward_hooks) > 1 for m in model.network.modules())
+    assert torch.equal(latents_of(model), plain)
+
+
+def test_a_sampler_sees_the_weights_as_they_are_in_training(queues: Queues, tmp_path: Path) -> None:
+    images = []
+    for offload in ("stages", "stream"):
+        model = offloaded(families.inference("flux"), offload)
+        model.network.requires_grad_(True).train()
+        model.encode_prompt = lambda *_, model=model: Prompt(families.conditioning(model))
+        asked = {"width": 32, "height": 32, "sample_steps": 2, "seed": 1}
+        sampler = Sampler(
+            model, {"prompts": ["a swan"], "out": str(tmp_path / offload), **asked}, verify=True, raise_errors=True
+        )
+        optimizer = torch.optim.SGD(model.network.parameters(), lr=0.1)
+        for step in (0, 1):
+            images.append(sampler.sample(step).images[0].tobytes())
+            latents, given = loras.arguments(model.network)
+            model.network.step(latents, model.network.prepare(*given), 0).square().mean().backward()
+            optimizer.step()
+    assert images[:2] == images[2:] and images[0] != images[1]
+
+
+def test_gradients_are_refused(queues: Queues) -> None:
+    network = tiny.flux()
+    latents, given = loras.arguments(network)
+    with on_device(network, CUDA, "stream"):
+        with torch.no_grad():
+            run = network.prepare(*map(there, given))
+        with pytest.raises(ConfigError, match=r"^offload='stream' copies blocks over one another, so no gradient"):
+            network.step(there(latents), run, 0)
+
+
+def test_compiled_blocks_are_refused_unless_they_stay(queues: Queues) -> None:
+    network = tiny.flux()
+    for block in repeated_blocks(network):
+        block._compiled_call_impl = block._call_impl  # type: ignore[assignment]
+    with pytest.raises(ConfigError, match="is for blocks that are not compiled"), on_device(network, CUDA, "stream"):
+        pass
+    with on_device(network, CUDA, "stream", 10**9):
+        pass
+
+
+def test_on_the_cpu_it_says_that_it_has_no_effect(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        model = families.inference("flux")
+        assert not caplog.messages
+        streaming = type(model)(model.network, model.autoencoder, device="cpu", offload="stream", progress=False)
+    assert caplog.messages[0].startswith("offload='stream' has no effect on the CPU")
+    assert torch.equal(latents_of(streaming), latents_of(model))
+
+
+# the plan -----------------------------------------------------------------------------------------------------------
+
+
+class OnDevice(LiveBytes):
+    """Of the meta device alone."""
+
+    def _count(self, tensor: Tensor, given: set[int]) -> Tensor:
+        return super()._count(tensor, given) if tensor.is_meta else tensor
+
+
+@pytest.mark.parametrize("family", families.FAMILIES)
+def test_the_plan_counts_what_is_on_the_device(family: str) -> None:
+    network = loras.FAMILIES[family]()
+    component = Component(
+        family, key_map(family).layouts["original"], "", Checkpoint(Path(), {}, {}, {}), network.config
+    )
+    (stage,) = stages({family: component}, 64, 64, steps=2, text_length=5, dtype=torch.float32)
+    with torch.no_grad(), OnDevice() as live, Fused(), on_device(network, torch.device("meta"), "stream"):
+        _run(network, 64, 64, 2, 5, 1, torch.float32, None)
+    largest = max(
+        sum(p.nbytes for p in layer.parameters()) for layer in asked_once(network)
+    )  # which visits when there is less work
+    assert stage.peak("stream") < stage.peak("stages")
+    assert stage.peak("stream") - 1.02 * largest <= live.peak <= stage.peak("stream")
+
+
+def test_as_few_blocks_pass_as_the_room_asks_for() -> None:
+    sizes = [3] * 4 + [2] * 8
+    assert chosen(sizes, sum(sizes)) == [] and chosen(sizes, None) == list(range(12))
+    for room in range(6, sum(sizes)):
+        passing = chosen(sizes, room)
+        staying = sum(sizes) - sum(sizes[i] for i in passing)
+        assert staying + ring_size([sizes[i] for i in passing]) <= room and passing == sorted(set(passing))
+    assert chosen(sizes, 25) == [1, 4, 7, 10]
