@@ -132,6 +132,23 @@ def test_a_row_reuses_what_its_own_blocks_gave(family: str) -> None:
             torch.testing.assert_close(one[row : row + 1], other, rtol=1e-9, atol=1e-9)
 
 
+def test_the_row_that_changed_most_decides() -> None:
+    network = network_of("flux")
+    run, xs = run_of(network, 2), walk("flux", 2)
+    xs[1][0] = xs[0][0]  # one row stays as it was
+    rows = []
+    for i in (0, 1):
+        before, first, _, _ = blocks_by_hand(network, xs[i], run, 0)
+        rows.append(first - before)
+    still, moved = ((b - a).abs().mean() / a.abs().mean() for a, b in zip(*rows, strict=True))
+    assert still == 0 < moved
+    for threshold, reused in ((0.9 * float(moved), 0), (1.1 * float(moved), 1)):
+        cache = BlockCache(network, threshold)
+        for x in xs[:2]:
+            cache(lambda x=x: network.step(x, run, 0), run)
+        assert cache.reuse.reused == reused
+
+
 @pytest.mark.parametrize("family", ["flux", "mmdit"])
 def test_runs_in_turns_have_a_memory_each(family: str) -> None:
     """As the positive and the negative prompts of a guidance in two calls."""
