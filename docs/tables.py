@@ -107,6 +107,17 @@ def on_a_gpu() -> Iterator[str]:
     yield f"| limit by arithmetic | {' | '.join(f'{limit:.0f}' for limit in limits)} |"
 
 
+def cached() -> Iterator[str]:
+    """Per steps and threshold, of both built-in models: share of evaluations from the cache, distance of latents and of pixels."""
+    found = json.loads((RESULTS / "block_cache.json").read_text())
+    for flux, sd35 in zip(found["tiny-flux"], found["tiny-sd35"], strict=True):
+        cells = [
+            f"{row['reused']:.0%} | {row['latents']:.1%} | {row['levels']:.1f} | {row['measured']:.0%}"
+            for row in (flux, sd35)
+        ]
+        yield f"| {flux['steps']} | {flux['threshold']:g} | {' | '.join(cells)} |"
+
+
 def choices(family: str) -> tuple[str, Callable[[], Iterator[str]]]:
     """Head and rows of what every program chooses for a family; a dagger is from reading alone."""
     names = [name for name in recipes() if name != OWN and family in families(name)]
@@ -136,6 +147,10 @@ TABLES = {
         "gpu": (
             f"| ms a step | {' | '.join(CASES.values())} |",
             on_a_gpu,
+        ),
+        "block_cache": (
+            f"| steps | threshold |{' from the cache | latents | pixels | measured |' * 2}",
+            cached,
         ),
     },
 }

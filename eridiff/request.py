@@ -330,6 +330,12 @@ def _emphasised(request: "Request", model: Any) -> str | None:
     return f"on {model.variant}: kohya's scripts weigh the prompts of SDXL alone"
 
 
+def _cached(request: "Request", model: Any) -> str | None:
+    if model.family != "unet":
+        return None
+    return f"on {model.variant}: the last blocks of a UNet read what the first ones gave, not only what came between"
+
+
 def _weighed(request: "Request", model: Any) -> str | None:
     return (
         None if any(handle.scale is None for handle in model.loras) else "without a LoRA that has no scale of its own"
@@ -427,6 +433,10 @@ class Request:
     lora_scale: float | None = option(
         None, NUMBER, "scale of the LoRAs that have none of their own (1)", low=-1000, high=1000,
         words=("network_multiplier",), effect=_weighed,
+    )  # fmt: skip
+    block_cache: float | None = option(
+        None, NUMBER, "lossy, Flux and SD 3: blocks behind the first are not computed while it changes by less than this (0.1)",
+        low=0, high=100, effect=_cached,
     )  # fmt: skip
     recipe: str | None = option(None, PROGRAM, "generate as another program does, where nothing else is asked")
     # schedules and samplers, where programs differ

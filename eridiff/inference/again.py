@@ -12,6 +12,7 @@ import torch
 
 import eridiff
 from eridiff.errors import ConfigError
+from eridiff.float8 import use_float8
 from eridiff.images import METADATA_KEY, read_image, with_paths
 from eridiff.inference.base import DiffusionInference
 from eridiff.inference.handed_in import MATRICES
@@ -39,6 +40,7 @@ FORMS: dict[str, Callable[[Any], bool]] = {  # settings that are not fields of `
     **dict.fromkeys(("parts", "refiner", "sampling", "training", "hashes"), lambda v: isinstance(v, dict)),
     **dict.fromkeys(("threads", "batch"), lambda v: type(v) is int),
     "compile": lambda v: type(v) is bool,
+    "float8": lambda v: v is True,
     "loras": lambda v: isinstance(v, list) and all(map(_is_lora, v)),
     "handed_in": lambda v: isinstance(v, list) and all(isinstance(name, str) for name in v),
     "dtype": lambda v: v in DTYPES,
@@ -96,6 +98,8 @@ def load_again(
         raise ConfigError("its settings name no files that it was generated with: give the model")
     told = {name: settings[name] for name in LOAD if settings.get(name) is not None}
     loaded = eridiff.load(chosen, **{"device": settings.get("device"), "dtype": _dtypes(settings), **told, **options})
+    if settings.get("float8"):
+        use_float8(loaded.network)
     for file, scale in _loras(settings) if loras is None else loras:
         recorded = [entry["scale"] for entry in settings.get("loras") or ()]
         own = recorded[0] if len(recorded) == 1 else 1.0

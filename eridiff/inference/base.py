@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 from typing_extensions import Self, Unpack
 
 from eridiff.adopt import Adopted
+from eridiff.block_cache import BlockCache
 from eridiff.blocks import evaluation
 from eridiff.errors import ConfigError, quoted
 from eridiff.images import to_images, to_tensor
@@ -515,7 +516,8 @@ class DiffusionInference(Family):
         move, schedule = sampler(asked.sampler, asked.eta, asked.churn), self.sampled(schedule, asked)
         image, mask, condition = (None if t is None else t.to(self.device) for t in (image, mask, condition))
         with self._stage(self.network):
-            predict = self.predictor(prompt, schedule, asked, condition, first)
+            cache = None if asked.block_cache is None else BlockCache(self.network, asked.block_cache)
+            predict = self.predictor(prompt, schedule, asked, condition, first, cache)
             run.x = rounded(run.x, asked.latents_dtype, schedule, first, asked.sampler)
             for i in tqdm(range(first, last), desc="denoising", unit="step", **self._bar):
                 run.x, seen = move(predict, run.x, schedule, i, run.past, run.draw)
@@ -526,10 +528,14 @@ class DiffusionInference(Family):
                 if callback and callback(Step(i, schedule.steps, float(schedule.sigmas[i + 1]), run.x, seen[0])):
                     run.stopped = True
                     break
+        if cache is not None:
+            run.reuse = cache.reuse
+            log.warning("%s", run.reuse)
 
     def predictor(
-        self, prompt: Prompt, schedule: Schedule, asked: Checked, condition: Tensor | None = None, first: int = 0
-    ) -> Predict:
+        self, prompt: Prompt, schedule: Schedule, asked: Checked, condition: Tensor | None = None, first: int = 0,
+        cache: BlockCache | None = None,
+    ) -> Predict:  # fmt: skip
         """A function from latents `[B, C, H / 8, W / 8]` and a step to the guided network's raw output of that shape."""
         rows = [prompt.positive]
         guidance = Guidance(
@@ -549,7 +555,9 @@ class DiffusionInference(Family):
         run = self.prepare(conditioning, len(conditioning) - len(prompt.positive), times, asked)
 
         def ask(x: Tensor, run: Any, i: int, skip_blocks: Collection[int]) -> Tensor:
-            return self.step(x, run, i, skip_blocks, condition)
+            if cache is None:
+                return self.step(x, run, i, skip_blocks, condition)
+            return cache(lambda: self.step(x, run, i, skip_blocks, condition), run, skip_blocks)
 
         return guided(ask, run, guidance, len(prompt.positive), schedule.steps, first)
 

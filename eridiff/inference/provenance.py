@@ -8,6 +8,7 @@ import torch
 
 import eridiff
 from eridiff.files import content_hash
+from eridiff.float8 import is_float8
 from eridiff.inference.latents import dtype_of
 from eridiff.inference.model import Model
 from eridiff.inference.result import HandedIn
@@ -22,7 +23,7 @@ def provenance(model: Model) -> dict[str, Any]:
     return {
         **model.source, "family": model.kind.family, "variant": model.variant,
         "sampling": differing(model.sampling, model.kind.variants[model.variant]),
-        "dtype": dtypes[model.kind.family], "dtypes": dtypes, "threads": torch.get_num_threads(),
+        "dtype": dtypes[model.kind.family], "dtypes": dtypes, "float8": is_float8(model.network) or None, "threads": torch.get_num_threads(),
         "version": eridiff.__version__, "torch": torch.__version__,
     }  # fmt: skip
 

@@ -7,6 +7,7 @@ from typing import Any
 from PIL import Image
 from torch import Tensor
 
+from eridiff.block_cache import Reuse
 from eridiff.images import contact_sheet, described, first_text, html_of, png_bytes
 from eridiff.schedulers.step import Draw, Past
 from eridiff.text import Conditioning
@@ -44,6 +45,7 @@ class Run:
     start: int = 0  # the step that it began with
     past: Sequence[Past] = ()  # what multi-step samplers remember: (clean, noise) of the last steps
     stopped: bool = False  # by the callback
+    reuse: Reuse | None = None  # what a block_cache left out in this part, and its error
 
 
 @dataclass(frozen=True)

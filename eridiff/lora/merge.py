@@ -252,8 +252,14 @@ def merge_into(
 
     Several merges, and what attached LoRAs change in place, add up on the module's own tensors, and come off in any order. To
     merge for good, without a second copy, load what `merge_lora` returns. Arguments and errors as for `merge_lora`; a LoRA that
-    enlarges a layer is not merged in place.
+    enlarges a layer is not merged in place, nor one for a layer whose weight is not a parameter, as in float8.
     """
+    changed = {item.target.module for item in lora.items if item.changes_weight}
+    for path, layer in module.named_modules():
+        if path in changed and isinstance(layer, nn.Linear) and "weight" not in layer._parameters:
+            raise LoraError(
+                f"the weight of {path} is not a parameter (in float8?): attach the LoRA, or merge it before"
+            )
     names = [*dict(module.named_parameters()), *dict(module.named_buffers())]
     merged = merge_lora({name: inplace.original(module, name) for name in names}, lora, scale, dtype=dtype, dora=dora)
     wider = next((n for n in merged.tensors if merged.state[n].shape != inplace.original(module, n).shape), None)
