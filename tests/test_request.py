@@ -233,7 +233,7 @@ TAKEN: list[tuple[str, Any, dict[str, Any]]] = [  # field, value, beside which o
     ("noise_row", (1, 2), {"noise_generator": "one"}), ("latents_dtype", "bfloat16", {}), ("time_dtype", "bfloat16", BETWEEN),
     ("guidance_dtype", "bfloat16", {"guidance_scale": 3.3}), ("cfg_dtype", "bfloat16", GUIDED),
     ("strength_rounding", "down", {"image": PICTURE, "strength": 0.7}),
-    ("pixels", "truncate", {}),
+    ("pixels", "truncate", {}), ("block_cache", 100.0, {}),
 ]  # fmt: skip
 ALIKE = {  # fields that may change nothing
     "noise_device": "on a CPU", "noise_generator": "of one image", "cfg_batch": "but rounding", "mask_alpha": "as another mask does",
