@@ -142,6 +142,7 @@ def test_every_change_of_a_weight_counts_at_once(change: Callable[[nn.Linear], A
 @families
 def test_training_is_as_before_bit_for_bit_and_an_optimizers_step_counts(family: str, faster: None) -> None:
     both = pair(family)
+    assert apart(*both) < BOUND  # without gradients, before
     assert torch.equal(*map(ask, both))  # with grad mode, also of weights that are frozen
     for network in both:
         network.requires_grad_(True)
@@ -167,6 +168,7 @@ def test_tensors_names_and_files_stay_what_they_are(tmp_path: Path, faster: None
 @torch.no_grad()
 def test_a_copy_and_a_pickled_network_have_weights_of_their_own(faster: None) -> None:
     network, twin = pair()
+    assert apart(network, twin) < BOUND
     for copied in (copy.deepcopy(network), pickle.loads(pickle.dumps(network))):
         copied.double_blocks[0].image.qkv.weight.mul_(2)
         assert apart(network, twin) < BOUND < apart(copied, twin)
