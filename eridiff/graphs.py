@@ -19,16 +19,10 @@ from eridiff.errors import ConfigError
 
 log = logging.getLogger(__name__)
 
-TABLES = (
-    "double",
-    "single",
-    "joint",
-    "final",
-    "shifts",
-)  # fields of runs whose tensors `[B, T, ...]` have a row for each step
-Capture = Callable[
-    [Callable[[], Tensor]], tuple[Callable[[], object], Tensor]
-]  # a step -> what replays it, and its output
+# fields of runs whose tensors `[B, T, ...]` have a row for each step
+TABLES = ("double", "single", "joint", "final", "shifts")
+# a step -> what replays it, and where its output then is
+Capture = Callable[[Callable[[], Tensor]], tuple[Callable[[], object], Tensor]]
 
 
 def mapped(value: Any, change: Callable[[Tensor, bool], Any], table: bool = False) -> Any:

@@ -196,10 +196,10 @@ class DiffusionInference(Family):
         return self
 
     def _check_compile(self) -> None:
-        """Raises ConfigError for layers that come and go beside compiled code, which does not see them."""
-        if self.compile and self.offload == "layers":
+        """Raises ConfigError for layers that come and go while compiled code runs, which does not see it."""
+        if self.compile and self.offload not in (None, "stages"):
             raise ConfigError(
-                "compiled code keeps its layers on one device, and offload='layers' moves each for its call: leave compile out"
+                f"compiled code keeps its layers on one device, and offload={self.offload!r} moves them meanwhile: leave compile out"
                 + (f", or give more memory than {self.vram}" if self.vram is not None else ", or take offload='stages'")
             )
 
