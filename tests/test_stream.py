@@ -10,9 +10,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import eridiff
 from eridiff import FluxInference, Prompt
 from eridiff.blocks import repeated_blocks
 from eridiff.errors import ConfigError
+from eridiff.inference.placing import RUNTIME, plan_parts
 from eridiff.lora import attach_lora
 from eridiff.memory import stream
 from eridiff.memory.plan import Fused, LiveBytes, _run, stages
@@ -23,6 +25,7 @@ from eridiff.training import Sampler
 from eridiff.weights.detect import Component
 from eridiff.weights.header import Checkpoint
 from eridiff.weights.keymap import key_map
+from eridiff.weights.locate import locate
 from tests import families, loras, tiny
 from tests.adversary import ORDERS, Adversary, Watch
 from tests.on_gpu import gpu as gpu
@@ -129,6 +132,7 @@ def test_the_next_block_is_copied_while_one_computes() -> None:
                 ring.ask(blocks[i])
                 assert torch.equal(blocks[i].own[0], blocks[i].entries[0][0]["weight"])
                 ring.leave(), ring.foresee()
+                assert all(b.entries[0][0]["weight"] is b.own[0] for b in blocks if b.slot is None)
     assert guessed == [False, True, True, True, True, False, False, False, True, True, True, True]
     ring.close()
     assert all(block.slot is None and block.entries[0][0]["weight"] is block.own[0] for block in blocks)
@@ -149,7 +153,7 @@ def latents_of(model: Any, **asked: Any) -> Tensor:
 
 ASKED: dict[str, tuple[str, dict[str, Any]]] = {
     "two calls per step": ("flux", {"cfg_batch": "apart"}),
-    "image to image": ("unet", {"image": photo(), "strength": 0.7, "cfg_scale": 1.0}),
+    "image to image": ("unet", {"image": photo(), "strength": 0.7, "cfg_scale": 1.0, "steps": 2}),
     "skipped blocks": ("mmdit", {"skip_layers": SkipLayers((1,), 2.5, 0.0, 1.0), "steps": 4}),
 }
 
@@ -237,7 +241,7 @@ def test_a_sampler_sees_the_weights_as_they_are_in_training(queues: Queues, tmp_
         model = offloaded(families.inference("flux"), offload)
         model.network.requires_grad_(True).train()
         model.encode_prompt = lambda *_, model=model: Prompt(families.conditioning(model))
-        asked = {"width": 32, "height": 32, "sample_steps": 1, "seed": 1}
+        asked = {"width": 16, "height": 16, "sample_steps": 1, "seed": 1}
         sampler = Sampler(
             model, {"prompts": ["a swan"], "out": str(tmp_path / offload), **asked}, verify=True, raise_errors=True
         )
@@ -313,3 +317,16 @@ def test_as_few_blocks_pass_as_the_room_asks_for() -> None:
         staying = sum(sizes) - sum(sizes[i] for i in passing)
         assert staying + ring_size([sizes[i] for i in passing]) <= room and passing == sorted(set(passing))
     assert chosen(sizes, 25) == [1, 4, 7, 10]
+
+
+def test_vram_lets_as_many_blocks_stay_as_fit(queues: Queues, tmp_path: Path) -> None:
+    folder = tiny.write_model(tmp_path / "model", replace(tiny.FLUX, hidden=96, heads=6, single_depth=6))
+    plan = plan_parts(FluxInference, locate(folder))
+    least, most = (max(stage.peak(offload) for stage in plan.stages) for offload in ("stream", "stages"))
+    model = eridiff.load(folder, progress=False, vram=RUNTIME + (least + most) // 2)
+    assert model.offload == "stream"
+    asked: dict[str, Any] = {"width": 16, "height": 16, "steps": 2, "seed": 1, "keep": ("latents",)}
+    found = model.generate("a swan", **asked).latents
+    assert 8 < queues.made[-1].copies < 17  # 8 blocks in 2 steps, and the first as a third would need it
+    model.offload = "stages"
+    assert torch.equal(found, model.generate("a swan", **asked).latents)
