@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from eridiff.lora import attach_lora
 from eridiff.memory import stream
 from eridiff.memory.plan import Fused, LiveBytes, _run, stages
 from eridiff.memory.stages import asked_once, on_device
-from eridiff.memory.stream import Block, InOrder, Ring, chosen, ring_size
+from eridiff.memory.stream import Block, InOrder, Ring, Streams, chosen, ring_size
 from eridiff.schedulers.guidance import SkipLayers
 from eridiff.training import Sampler
 from eridiff.weights.detect import Component
@@ -138,6 +139,30 @@ def test_the_next_block_is_copied_while_one_computes() -> None:
     assert all(block.slot is None and block.entries[0][0]["weight"] is block.own[0] for block in blocks)
 
 
+def test_on_cuda_a_copy_has_a_stream_of_its_own_between_two_events(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+
+    class Named:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def record_event(self) -> str:
+            said.append(f"{self.name} record")
+            return f"event of {self.name}"
+
+        def wait_event(self, event: str) -> None:
+            said.append(f"{self.name} wait for the {event}")
+
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: Named("copies"))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Named("kernels"))
+    monkeypatch.setattr(torch.cuda, "stream", lambda on: nullcontext(said.append(f"on the stream of {on.name}")))
+    queue, target = Streams(torch.device("cpu")), torch.zeros(2)
+    queue.wait(queue.copy(target, torch.ones(2), queue.mark()))
+    assert target.tolist() == [1, 1] and said == [
+        "kernels record", "copies wait for the event of kernels", "on the stream of copies", "copies record", "kernels wait for the event of copies",
+    ]  # fmt: skip
+
+
 # images -------------------------------------------------------------------------------------------------------------
 
 
@@ -153,7 +178,7 @@ def latents_of(model: Any, **asked: Any) -> Tensor:
 
 ASKED: dict[str, tuple[str, dict[str, Any]]] = {
     "two calls per step": ("flux", {"cfg_batch": "apart"}),
-    "image to image": ("unet", {"image": photo(), "strength": 0.7, "cfg_scale": 1.0, "steps": 2}),
+    "image to image": ("flux", {"image": photo(), "strength": 0.7, "cfg_scale": 1.0, "steps": 2}),
     "skipped blocks": ("mmdit", {"skip_layers": SkipLayers((1,), 2.5, 0.0, 1.0), "steps": 4}),
 }
 
