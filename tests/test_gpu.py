@@ -148,15 +148,15 @@ def test_a_stream_takes_the_memory_that_is_planned(share: float | None) -> None:
     torch.manual_seed(0)
     network = Flux(config).bfloat16().requires_grad_(False)
     component = Component("flux", key_map("flux").layouts["original"], "", Checkpoint(Path(), {}, {}, {}), config)
-    (stage,) = stages({"flux": component}, 512, 512, steps=3)
+    (stage,) = stages({"flux": component}, 1024, 1024, steps=3)
     room = None if share is None else int(share * stage.weights)
-    latents = torch.randn(1, 1024, 64).to(device, torch.bfloat16)
+    latents = torch.randn(1, 4096, 64).to(device, torch.bfloat16)
     text, pooled = torch.randn(1, 512, 4096).to(latents), torch.randn(1, 768).to(latents)
     times, guidance = torch.tensor([1.0, 0.7, 0.4]), torch.ones(1, device=device)
 
     def outputs(place: Any) -> list[Tensor]:
         with torch.no_grad(), place:
-            run = network.prepare(text, pooled, times, (32, 32), guidance)
+            run = network.prepare(text, pooled, times, (64, 64), guidance)
             return [network.step(latents, run, i).cpu() for i in range(3)]
 
     def peak() -> int:

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,19 +11,22 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import eridiff
 from eridiff import FluxInference, Prompt
 from eridiff.blocks import repeated_blocks
 from eridiff.errors import ConfigError
+from eridiff.inference.placing import RUNTIME, plan_parts
 from eridiff.lora import attach_lora
 from eridiff.memory import stream
 from eridiff.memory.plan import Fused, LiveBytes, _run, stages
 from eridiff.memory.stages import asked_once, on_device
-from eridiff.memory.stream import Block, InOrder, Ring, chosen, ring_size
+from eridiff.memory.stream import Block, InOrder, Ring, Streams, chosen, ring_size
 from eridiff.schedulers.guidance import SkipLayers
 from eridiff.training import Sampler
 from eridiff.weights.detect import Component
 from eridiff.weights.header import Checkpoint
 from eridiff.weights.keymap import key_map
+from eridiff.weights.locate import locate
 from tests import families, loras, tiny
 from tests.adversary import ORDERS, Adversary, Watch
 from tests.on_gpu import gpu as gpu
@@ -58,9 +62,10 @@ def networks_outputs(network: Any, offload: str, room: int | None = None) -> lis
     """Of steps in any order, of SD 3 some without a block."""
     latents, given = loras.arguments(network)
     skips = [{}, {"skip_blocks": (1,)}] if hasattr(network, "joint_blocks") else [{}]
+    steps = (0,) if hasattr(network, "conv_in") else (0, 1)
     with torch.no_grad(), on_device(network, CUDA, offload, room):
         run = network.prepare(*map(there, given))
-        return [network.step(there(latents), run, i, **skip).cpu() for i in (0, 1) for skip in skips]
+        return [network.step(there(latents), run, i, **skip).cpu() for i in steps for skip in skips]
 
 
 def text_outputs(module: Any, offload: str, room: int | None = None) -> list[Tensor]:
@@ -120,6 +125,7 @@ def test_the_next_block_is_copied_while_one_computes() -> None:
     """By the order of the pass before; a wrong guess is replaced by the block that is asked for."""
     blocks = [Block([nn.Linear(2, 2)]) for _ in range(4)]
     ring, guessed = Ring(blocks, InOrder(torch.device("cpu"))), []
+    ring.start()
     with torch.no_grad():
         for order in ((0, 1, 2, 3), (0, 2, 1, 3), (0, 2, 1, 3)):
             for i in order:
@@ -127,9 +133,34 @@ def test_the_next_block_is_copied_while_one_computes() -> None:
                 ring.ask(blocks[i])
                 assert torch.equal(blocks[i].own[0], blocks[i].entries[0][0]["weight"])
                 ring.leave(), ring.foresee()
+                assert all(b.entries[0][0]["weight"] is b.own[0] for b in blocks if b.slot is None)
     assert guessed == [False, True, True, True, True, False, False, False, True, True, True, True]
     ring.close()
     assert all(block.slot is None and block.entries[0][0]["weight"] is block.own[0] for block in blocks)
+
+
+def test_on_cuda_a_copy_has_a_stream_of_its_own_between_two_events(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+
+    class Named:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def record_event(self) -> str:
+            said.append(f"{self.name} record")
+            return f"event of {self.name}"
+
+        def wait_event(self, event: str) -> None:
+            said.append(f"{self.name} wait for the {event}")
+
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: Named("copies"))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Named("kernels"))
+    monkeypatch.setattr(torch.cuda, "stream", lambda on: nullcontext(said.append(f"on the stream of {on.name}")))
+    queue, target = Streams(torch.device("cpu")), torch.zeros(2)
+    queue.wait(queue.copy(target, torch.ones(2), queue.mark()))
+    assert target.tolist() == [1, 1] and said == [
+        "kernels record", "copies wait for the event of kernels", "on the stream of copies", "copies record", "kernels wait for the event of copies",
+    ]  # fmt: skip
 
 
 # images -------------------------------------------------------------------------------------------------------------
@@ -147,7 +178,7 @@ def latents_of(model: Any, **asked: Any) -> Tensor:
 
 ASKED: dict[str, tuple[str, dict[str, Any]]] = {
     "two calls per step": ("flux", {"cfg_batch": "apart"}),
-    "image to image": ("unet", {"image": photo(), "strength": 0.7, "cfg_scale": 1.0}),
+    "image to image": ("flux", {"image": photo(), "strength": 0.7, "cfg_scale": 1.0, "steps": 2}),
     "skipped blocks": ("mmdit", {"skip_layers": SkipLayers((1,), 2.5, 0.0, 1.0), "steps": 4}),
 }
 
@@ -186,28 +217,47 @@ def test_weights_that_change_meanwhile_are_never_old_ones(order: str, queues: Qu
     assert torch.equal(found, expected)
 
 
-@pytest.mark.parametrize("failure", [KeyboardInterrupt, RuntimeError])
-def test_after_an_interrupt_everything_is_as_it_was(failure: type[BaseException], queues: Queues) -> None:
+def test_after_an_interrupt_everything_is_as_it_was(queues: Queues) -> None:
     model = offloaded(families.inference("flux"), "stream")
     own = [id(p) for p in model.network.parameters()]
-    plain, calls = latents_of(model), 0
+    plain, calls = latents_of(model, steps=2), 0
 
     def fail(*_: Any) -> None:
         nonlocal calls
         calls += 1
         if calls == 5:
-            raise failure("in a block")
+            raise KeyboardInterrupt
 
-    for block in repeated_blocks(model.network):
+    for block in repeated_blocks(model.network)[::3]:
         hooks = [layer.register_forward_hook(fail) for layer in block.modules() if isinstance(layer, nn.Linear)]
-        with pytest.raises(failure):
-            latents_of(model)
+        with pytest.raises(KeyboardInterrupt):
+            latents_of(model, steps=2)
         calls = 0
         for hook in hooks:
             hook.remove()
     assert [id(p) for p in model.network.parameters()] == own
     assert not any(m._forward_pre_hooks or len(m._forward_hooks) > 1 for m in model.network.modules())
-    assert torch.equal(latents_of(model), plain)
+    assert torch.equal(latents_of(model, steps=2), plain)
+
+
+@pytest.mark.parametrize("call", ["copy", "wait"])
+def test_an_interrupt_while_blocks_come_leaves_everything_as_it_was(
+    call: str, queues: Queues, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    network, whole = tiny.flux(), 10**9
+    own, usual = [id(p) for p in network.parameters()], getattr(Adversary, call)
+    for before in range(4):
+        calls = iter(range(9))
+
+        def interrupted(self: Adversary, *given: Any, last: int = before, calls: Iterator[int] = calls) -> Any:
+            if next(calls) == last:
+                raise KeyboardInterrupt
+            return usual(self, *given)
+
+        monkeypatch.setattr(Adversary, call, interrupted)
+        with pytest.raises(KeyboardInterrupt), on_device(network, CUDA, "stream", whole):
+            pass
+        assert [id(p) for p in network.parameters()] == own
 
 
 def test_a_sampler_sees_the_weights_as_they_are_in_training(queues: Queues, tmp_path: Path) -> None:
@@ -216,7 +266,7 @@ def test_a_sampler_sees_the_weights_as_they_are_in_training(queues: Queues, tmp_
         model = offloaded(families.inference("flux"), offload)
         model.network.requires_grad_(True).train()
         model.encode_prompt = lambda *_, model=model: Prompt(families.conditioning(model))
-        asked = {"width": 32, "height": 32, "sample_steps": 2, "seed": 1}
+        asked = {"width": 16, "height": 16, "sample_steps": 1, "seed": 1}
         sampler = Sampler(
             model, {"prompts": ["a swan"], "out": str(tmp_path / offload), **asked}, verify=True, raise_errors=True
         )
@@ -292,3 +342,16 @@ def test_as_few_blocks_pass_as_the_room_asks_for() -> None:
         staying = sum(sizes) - sum(sizes[i] for i in passing)
         assert staying + ring_size([sizes[i] for i in passing]) <= room and passing == sorted(set(passing))
     assert chosen(sizes, 25) == [1, 4, 7, 10]
+
+
+def test_vram_lets_as_many_blocks_stay_as_fit(queues: Queues, tmp_path: Path) -> None:
+    folder = tiny.write_model(tmp_path / "model", replace(tiny.FLUX, hidden=96, heads=6, single_depth=6))
+    plan = plan_parts(FluxInference, locate(folder))
+    least, most = (max(stage.peak(offload) for stage in plan.stages) for offload in ("stream", "stages"))
+    model = eridiff.load(folder, progress=False, vram=RUNTIME + (least + most) // 2)
+    assert model.offload == "stream"
+    asked: dict[str, Any] = {"width": 16, "height": 16, "steps": 2, "seed": 1, "keep": ("latents",)}
+    found = model.generate("a swan", **asked).latents
+    assert 8 < queues.made[-1].copies < 17  # 8 blocks in 2 steps, and the first as a third would need it
+    model.offload = "stages"
+    assert torch.equal(found, model.generate("a swan", **asked).latents)

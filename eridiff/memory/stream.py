@@ -103,15 +103,17 @@ class Block:
 
     def gather(self, memory: Tensor) -> None:
         """Copy the block's tensors into one piece of the host's memory."""
-        self.read = [(tensor.detach(), version(tensor)) for tensor in self.own]
-        for view, tensor in zip(self.views(memory), self.own, strict=True):
+        self.read = [(t.detach(), 0 if t.is_inference() else t._version) for t in self.own]
+        for view, (tensor, _) in zip(self.views(memory), self.read, strict=True):
             view.copy_(tensor)
 
     @property
     def changed(self) -> bool:
         """Whether a tensor was changed since, as a LoRA does that is weighed in a callback."""
-        now = zip(self.own, self.read, strict=True)
-        return any(t.data_ptr() != seen.data_ptr() or version(t) != before for t, (seen, before) in now)
+        both = zip(self.own, self.read, strict=True)
+        return any(
+            t.data_ptr() != seen.data_ptr() or (not t.is_inference() and t._version != then) for t, (seen, then) in both
+        )
 
     def put(self, memory: Tensor) -> None:
         """Let the modules work with the block's tensors in memory on the device."""
@@ -124,10 +126,6 @@ class Block:
         """Let the modules work with their own tensors."""
         for (table, name), own in zip(self.entries, self.own, strict=True):
             table[name] = own
-
-
-def version(tensor: Tensor) -> int:
-    return 0 if tensor.is_inference() else tensor._version
 
 
 @dataclass(eq=False)
@@ -149,14 +147,20 @@ class Ring:
         self.follow = dict(zip(blocks, [*blocks[1:], *blocks[:1]], strict=True))  # whom each block was followed by
         self.current: Block | None = None  # computes, or is about to
         self.last: Block | None = None
+        self.begun: Any = None  # the last copy
         self.spare = int(PINNED * machine_memory())
-        largest = max((block.size for block in [*blocks, *resident]), default=0)
-        self.pinned = deque(Memory(queue.host_memory(largest)) for _ in range(min(RING, len(blocks) + len(resident))))
-        for block in resident:
+        self.pinned, self.slots = deque[Memory](), deque[Memory]()  # the one to be filled next first
+
+    def start(self) -> None:
+        """Take the memory, and bring the blocks that stay."""
+        every = [*self.resident, *self.blocks]
+        largest = max((block.size for block in every), default=0)
+        self.pinned.extend(Memory(self.queue.host_memory(largest)) for _ in every[:RING])
+        for block in self.resident:
             self._load(block, self._memory(block.size))
-        size = max((block.size for block in blocks), default=0)
-        self.slots = deque(self._memory(size) for _ in range(min(RING, len(blocks))))  # the one to be filled next first
-        for block in resident:
+        largest = max((block.size for block in self.blocks), default=0)
+        self.slots.extend(self._memory(largest) for _ in self.blocks[:RING])
+        for block in self.resident:
             self._arrive(block)
 
     def _memory(self, size: int) -> Memory:
@@ -210,7 +214,8 @@ class Ring:
             slot.block.slot = None
         slot.block, block.slot = block, slot
         source = self._gathered(block)
-        slot.copied = source.copied = self.queue.copy(slot.bytes[: block.size], source.bytes[: block.size], slot.left)
+        self.begun = self.queue.copy(slot.bytes[: block.size], source.bytes[: block.size], slot.left)
+        slot.copied = source.copied = self.begun
 
     def _gathered(self, block: Block) -> Memory:
         """Pinned memory that holds the block: its own from its second copy on, if there is room for that."""
@@ -233,13 +238,12 @@ class Ring:
 
     def close(self) -> None:
         """The modules work with their own tensors again, and the device's memory is free."""
-        for slot in self.slots:
-            if slot.copied is not None:
-                self.queue.wait(slot.copied)  # else what takes the memory next would be copied over
+        if self.begun is not None:
+            self.queue.wait(self.begun)  # else what takes the memory next would be copied over
         self.slots.clear()
         for block in [*self.resident, *self.blocks]:
             block.restore()
-            block.slot = None
+            block.slot = None  # not left to Python's search for circles
 
 
 @contextmanager
@@ -264,6 +268,7 @@ def streamed(
     ring = Ring(list(ring_blocks.values()), queue_of(device), resident)
     with ExitStack() as stack:
         stack.callback(ring.close)
+        ring.start()
         for module, block in ring_blocks.items():
             for part in blocks[module]:
                 arrive = part.register_forward_pre_hook(lambda *_, block=block: ring.ask(block), prepend=True)
@@ -275,12 +280,10 @@ def streamed(
 
 def chosen(sizes: Sequence[int], room: int | None) -> list[int]:
     """Which of blocks of these sizes pass through the ring: as few as `room` asks for, evenly spaced, so that copies have time."""
-    for count in range(len(sizes)):
+    for count in range(len(sizes) if room else 0):
         passing = [(2 * i + 1) * len(sizes) // (2 * count) for i in range(count)]
-        if (
-            room is not None
-            and sum(sizes) - sum(sizes[i] for i in passing) + ring_size([sizes[i] for i in passing]) <= room
-        ):
+        through = [sizes[i] for i in passing]
+        if sum(sizes) - sum(through) + ring_size(through) <= (room or 0):
             return passing
     return list(range(len(sizes)))
 
