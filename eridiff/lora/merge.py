@@ -252,7 +252,7 @@ def merge_into(
 
     Several merges, and what attached LoRAs change in place, add up on the module's own tensors, and come off in any order. To
     merge for good, without a second copy, load what `merge_lora` returns. Arguments and errors as for `merge_lora`; a LoRA that
-    enlarges a layer is not merged in place, nor one for a layer whose weight is not a parameter, as in float8.
+    enlarges a layer is not merged in place, and neither is a layer whose weight is not a parameter, as in float8.
     """
     changed = {item.target.module for item in lora.items if item.changes_weight}
     for path, layer in module.named_modules():
