@@ -109,13 +109,20 @@ def on_a_gpu() -> Iterator[str]:
 
 def cached() -> Iterator[str]:
     """Per steps and threshold, of both built-in models: share of evaluations from the cache, distance of latents and of pixels."""
-    found = json.loads((RESULTS / "block_cache.json").read_text())
+    found = json.loads((RESULTS / "lossy.json").read_text())["block_cache"]
     for flux, sd35 in zip(found["tiny-flux"], found["tiny-sd35"], strict=True):
         cells = [
             f"{row['reused']:.0%} | {row['latents']:.1%} | {row['levels']:.1f} | {row['measured']:.0%}"
             for row in (flux, sd35)
         ]
         yield f"| {flux['steps']} | {flux['threshold']:g} | {' | '.join(cells)} |"
+
+
+def in_float8() -> Iterator[str]:
+    """Distance of images with float8 layers from those in bfloat16, of each built-in model."""
+    for name, rows in json.loads((RESULTS / "lossy.json").read_text())["float8"].items():
+        for row in rows:
+            yield f"| {name} | {row['steps']} | {row['latents']:.1%} | {row['levels']:.1f} | {row['measured']:.1%} |"
 
 
 def choices(family: str) -> tuple[str, Callable[[], Iterator[str]]]:
@@ -152,6 +159,7 @@ TABLES = {
             f"| steps | threshold |{' from the cache | latents | pixels | measured |' * 2}",
             cached,
         ),
+        "float8": ("| | steps | latents | pixels | measured |", in_float8),
     },
 }
 

@@ -109,9 +109,8 @@ class BlockCache:
             return output
         self._memory[key] = _Whole(run, one.added, one.others)
         if before is not None:
-            one.reuses = (
-                True  # once more with what is known of the first block: the output that the cache would have given
-            )
+            # once more with what is known of the first block: the output that the cache would have given
+            one.reuses = True
             self.reuse.measured.append(_distance(self._evaluated(evaluate, one), output))
         return output
 

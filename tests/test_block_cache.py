@@ -210,7 +210,7 @@ WAYS: dict[str, tuple[str, dict[str, Any]]] = {
     "a batch": ("flux", {"seed": [1, 2, 3]}),
     "negative first": ("mmdit", {"cfg_batch": "negative_first"}),
     "two calls": ("mmdit", {"cfg_batch": "apart", "cfg_interval": (0.2, 0.8)}),
-    "skipped blocks": ("mmdit", {"skip_layers": SkipLayers((1,), 2.5, 0.01, 0.7)}),
+    "skipped blocks": ("mmdit", {"cfg_scale": 1.0, "skip_layers": SkipLayers((1,), 2.5, 0.01, 0.7)}),
     "two evaluations per step": ("mmdit", {"sampler": "heun"}),
     "a mask": ("mmdit", {"image": PICTURE, "mask": MASK}),
 }

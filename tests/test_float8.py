@@ -50,9 +50,10 @@ def test_a_layer_is_the_product_that_is_computed_by_hand() -> None:
     network = tiny.flux().to(torch.bfloat16)
     layer: Any = network.double_blocks[0].image.qkv
     x = families.rows(20, layer.in_features, dtype=torch.bfloat16) * torch.logspace(-6, 3, 20)[:, None].bfloat16()
-    expected, plain = by_hand(layer, x), layer(x)
+    expected, plain, weight = by_hand(layer, x), layer(x), layer.weight.clone()
     use_float8(network)
     assert type(layer) is Float8Linear and layer.weight8.dtype == torch.float8_e4m3fn
+    assert bool(((layer.weight - weight).abs() <= weight.abs() / 16 + weight.abs().amax() * 2.0**-16).all())
     found = layer(x)
     assert found.dtype == torch.bfloat16 and layer(x.reshape(4, 5, -1)).shape == (4, 5, layer.out_features)
     assert bool(((found.double() - expected).abs() <= expected.abs() * 2.0**-8 + 1e-6).all())

@@ -14,6 +14,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import eridiff
 from eridiff import Prompt
+from eridiff.errors import ConfigError
+from eridiff.float8 import Float8Linear, rounded, use_float8
 from eridiff.images import to_tensor
 from eridiff.memory.plan import stages
 from eridiff.memory.stages import on_device
@@ -301,3 +303,23 @@ def test_recordings_of_two_devices_are_compared(device: torch.device) -> None:
         network.double_blocks[1].text.proj.bias += 0.1
     difference = first_difference(traced(network, device), wide, bound)
     assert difference is not None and difference.name.startswith("double_blocks.1.text.proj")
+
+
+# float8 ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+def test_a_float8_layer_equals_the_cpus() -> None:
+    """Where the GPU has such products; elsewhere `use_float8` says so."""
+    if torch.cuda.get_device_capability() < (8, 9):
+        with pytest.raises(ConfigError, match="capability 8.9"):
+            use_float8(tiny.flux().to("cuda", torch.bfloat16))
+        return
+    network = tiny.flux().to("cuda", torch.bfloat16)
+    assert 1e-3 < use_float8(network) < 0.5
+    layer: Any = network.double_blocks[0].image.qkv
+    x = torch.randn(128, layer.in_features).bfloat16()
+    with torch.no_grad():
+        (rows, scale), own = rounded(x), layer.weight8.cpu().double() * layer.weight_scale.cpu().double()[:, None]
+        expected = (rows.double() * scale.double()[:, None]) @ own.T + layer.bias.cpu().double()
+        assert type(layer) is Float8Linear and relative_l2(layer(x.cuda()).cpu(), expected) < 2**-7
