@@ -302,6 +302,7 @@ DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int
         max_size=9,
     )
 )
+@example({"a": (torch.float64, [0]), "b": (torch.float64, [0])})
 def test_every_dtype_and_shape_comes_back_from_a_file(
     tmp_path_factory: pytest.TempPathFactory, plan: dict[str, tuple[torch.dtype, list[int]]]
 ) -> None:

@@ -121,7 +121,7 @@ class TraceFile(MutableMapping[str, Tensor]):
     def write(self, target: Path, metadata: Mapping[str, Any]) -> None:
         """The safetensors file: wide dtypes first, so that every tensor is aligned; values under two names stand once."""
         holders = {span: name for name, span in reversed(self.spans.items())}  # the first name of each
-        same = {name: holders[span] for name, span in self.spans.items() if holders[span] != name}
+        same = {n: holders[span] for n, span in self.spans.items() if holders[span] != n and span.end > span.begin}
         said = {
             "order": list(self.spans),
             "same": same,
@@ -130,11 +130,12 @@ class TraceFile(MutableMapping[str, Tensor]):
             **metadata,
         }
         header: dict[str, Any] = {"__metadata__": _texts(said)}
-        spans = sorted(holders, key=lambda span: (-span.dtype.itemsize, span.begin))
+        written = [(name, span) for name, span in self.spans.items() if name not in same]  # empty ones under each name
+        written.sort(key=lambda item: (-item[1].dtype.itemsize, item[1].begin))
         place = 0
-        for span in spans:
+        for name, span in written:
             size = span.end - span.begin
-            header[holders[span]] = {
+            header[name] = {
                 "dtype": CODES[span.dtype], "shape": list(span.shape), "data_offsets": [place, place + size],
             }  # fmt: skip
             place += size
@@ -142,7 +143,7 @@ class TraceFile(MutableMapping[str, Tensor]):
         text += b" " * (-len(text) % 8)
         with open(target, "wb") as file:
             file.write(len(text).to_bytes(8, "little") + text)
-            for span in spans:
+            for _, span in written:
                 self.data.seek(span.begin)
                 for begin in range(span.begin, span.end, CHUNK):
                     file.write(self.data.read(min(CHUNK, span.end - begin)))
