@@ -78,7 +78,9 @@ def losses(model: Any, parameters: list[nn.Parameter], steps: int, maybe_sample:
     return found
 
 
-@pytest.mark.parametrize(("trained", "count"), [("lora", 200), ("network", 20)])
+@pytest.mark.parametrize(
+    ("trained", "count"), [("lora", 40), ("network", 20), pytest.param("lora", 200, marks=pytest.mark.slow)]
+)
 def test_sampling_events_leave_the_loss_curve_as_it_is(
     folders: dict[str, Path], tmp_path: Path, trained: str, count: int
 ) -> None:

@@ -15,6 +15,7 @@ from eridiff.errors import ConfigError, EridiffError
 from eridiff.images import contact_sheet, first_text, save_png, slug
 from eridiff.inference import BUILT_IN, DiffusionInference, SDXLInference, load
 from eridiff.inference.compiled import waiting_notice
+from eridiff.inference.encoding import check_words
 from eridiff.inference.sdxl import PREDICTIONS
 from eridiff.inference.section import early, requests_of
 from eridiff.inference.words import read_words
@@ -281,7 +282,7 @@ def _generate(model: DiffusionInference, requests: list[Request], out: Path) -> 
     if single and len(requests) > 1:
         raise ConfigError(f"'{out}' is one file and there are {len(requests)} prompts; give a folder")
     start = agreed(0 if single else _next_number(out))
-    model.check_words([unweighted(r.prompt, r.prompt_weights) for r in requests])  # type: ignore[arg-type]  # each has one
+    check_words(model, [unweighted(r.prompt, r.prompt_weights) for r in requests])  # type: ignore[arg-type]  # each has one
     model.words = None  # `generate` need not say it again for each image
     rank, size = ranks()
     generated = model.generate_each(requests[rank::size])

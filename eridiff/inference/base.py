@@ -25,6 +25,7 @@ from eridiff.blocks import evaluation
 from eridiff.errors import ConfigError, quoted
 from eridiff.images import to_images, to_tensor
 from eridiff.inference.compiled import cache_folder, check_compiler, compile_network
+from eridiff.inference.encoding import check_conditioning, conditioned, encoded, text_asked, text_told
 from eridiff.inference.family import Encoder, Family
 from eridiff.inference.from_diffusers import model_of
 from eridiff.inference.handed_in import check_dtypes
@@ -52,7 +53,7 @@ from eridiff.lora.load import Lora
 from eridiff.memory.stages import OFFLOAD, Stages, on_device, together
 from eridiff.memory.strips import decode_in_strips, encode_in_strips
 from eridiff.precision import outside_autocast
-from eridiff.request import ENCODING, FIELDS, Checked, Request, Table, Text, known_names, listed, own
+from eridiff.request import ENCODING, FIELDS, Checked, Request, Table, Text, known_names, listed
 from eridiff.schedulers import Schedule
 from eridiff.schedulers.flow_match import flow_points, flow_schedule
 from eridiff.schedulers.guidance import Guidance, guided
@@ -60,7 +61,6 @@ from eridiff.schedulers.samplers import noises_of_a_step, sampler, with_inside
 from eridiff.schedulers.step import REMEMBERED, Predict, mixed
 from eridiff.schedulers.tables import rounded_times
 from eridiff.text import Conditioning
-from eridiff.text.emphasis import unweighted
 from eridiff.weights.locate import ModelPath, Parts, locate
 
 log = logging.getLogger(__name__)
@@ -68,20 +68,7 @@ USUAL: Checked = Request(
     **{name: told.metadata["usual"] for name, told in FIELDS.items() if told.metadata["usual"] is not None}
 )
 KEEP = ("conditioning", "noise", "latents", "run")
-SAMPLING_NAMES = {"t5_length": "text_length"}  # of fields of Request, where the variants' defaults have another
 T = TypeVar("T")
-
-
-def check_conditioning(request: Request, given: object) -> None:
-    """Raises ConfigError for what cannot stand for a prompt, and for a prompt beside it."""
-    if not isinstance(given, Prompt):
-        raise ConfigError(
-            f"conditioning must be an eridiff.Prompt, not a {type(given).__name__}: "
-            "Prompt(Conditioning(text, pooled)), with the negative one behind it if there is guidance"
-        )
-    for name in ("prompt", "negative", *ENCODING):
-        if request.says(name):
-            raise ConfigError(f"{name} has no effect beside conditioning, which is what was encoded of it")
 
 
 def of_model(name: str) -> Any:
@@ -243,7 +230,7 @@ class DiffusionInference(Family):
 
     def encode(self, prompts: Sequence[Text], **asked: Any) -> Conditioning:
         """One row of conditioning per prompt, on the devices of the encoders; `asked` as of `encode_prompt`."""
-        return self._finished(self.encoding(prompts, self._text_asked(asked)))
+        return self._finished(self.encoding(prompts, text_asked(self, asked)))
 
     @abstractmethod
     def encoding(self, prompts: Sequence[Text], asked: Checked) -> Stages[Conditioning]:
@@ -342,52 +329,12 @@ class DiffusionInference(Family):
 
         Raises ConfigError for another field, and for values that are impossible or would have no effect.
         """
-        told = self._text_asked({**asked, "negative": negative, "cfg_scale": cfg_scale})
-        return self._finished(self._encoding(listed(prompt), negative, told))
-
-    def _text_asked(self, asked: Mapping[str, Any]) -> Checked:
-        """A request of which all is settled that the encoding of a prompt asks for."""
-        known_names(asked, ("negative", "cfg_scale", *ENCODING), "the encoding of a prompt", "is not a setting of")
-        request = Request.of(asked)
-        request.check()
-        for name, reason in request.without_effect(self).items():
-            if name in ENCODING:
-                raise ConfigError(f"{name} has no effect {reason}")
-        return replace(request, cfg_scale=own(request, self, "cfg_scale"), **self._text_told(request))
-
-    def check_words(self, prompts: Sequence[Text]) -> None:
-        """If the model's file lists the words it knows, warn of others in prompts for images (`Words.check`).
-
-        Raises ConfigError for a prompt without a known noun, unless new words may have been learned: by a LoRA on the model,
-        or by a network in training.
-        """
-        if self.words is not None:
-            taught = any(p.requires_grad for p in self.network.parameters()) or any(
-                vars(module).get("lora_branches") for module in self.network.modules()
-            )
-            self.words.check(prompts, refuse=not taught)
+        told = text_asked(self, {**asked, "negative": negative, "cfg_scale": cfg_scale})
+        return self._finished(encoded(self, listed(prompt), negative, told))
 
     def default_negative(self, prompts: list[Text], asked: Checked) -> Stages[Prompt]:
         """Prompts with what they are guided away from when no negative prompt is given: the empty one."""
-        return self._encoding(prompts, "", asked)
-
-    def _encoding(self, prompts: list[Text], negative: Text | Sequence[Text] | None, asked: Checked) -> Stages[Prompt]:
-        if negative is None and asked.cfg_scale != 1:
-            return (yield from self.default_negative(prompts, asked))
-        negatives = None if negative is None else listed(negative)
-        if negatives is not None and len(negatives) not in (1, len(prompts)):
-            raise ConfigError(f"{len(negatives)} negative prompts for {len(prompts)} prompts: give as many, or one")
-        if negatives is not None and self._weighs_rows:  # then equal texts are not encoded alike
-            negatives *= len(prompts) // len(negatives)
-        both = yield from self.encoding([*prompts, *(negatives or [])], asked)
-        positive, other = (both.rows(part) for part in (slice(0, len(prompts)), slice(len(prompts), None)))
-        if negatives is None:
-            return Prompt(positive)
-        return Prompt(positive, other if len(negatives) == len(prompts) else other.repeat(len(prompts)))
-
-    @property
-    def _weighs_rows(self) -> bool:
-        return any(handle.weighs_rows for handle in self.loras)
+        return encoded(self, prompts, "", asked)
 
     @property
     def latent_channels(self) -> int:
@@ -648,7 +595,7 @@ class DiffusionInference(Family):
     def _stages(self, request: Request, given: HandedIn) -> Stages[Result]:
         """`generate` in stages."""
         if given.conditioning is not None:
-            check_conditioning(request, given.conditioning)
+            check_conditioning(self, request, given.conditioning)
         unknown = sorted(set(given.keep) - set(KEEP))
         if unknown:
             raise ConfigError(f"'{unknown[0]}' cannot be kept; there are {', '.join(KEEP)}")
@@ -666,7 +613,7 @@ class DiffusionInference(Family):
         for name, rows in (("image", image), ("control", control), ("mask", mask)):
             if rows is not None and len(rows) not in (1, count):
                 raise ConfigError(f"{len(rows)} rows of {name} for {count} prompts and seeds: give as many")
-        conditioning = yield from self._conditioned(asked, given.conditioning)
+        conditioning = yield from conditioned(self, asked, given.conditioning)
         if image is not None or control is not None or asked.references:
             yield self.autoencoder
         condition = self.condition(image, mask, control, asked.references or ())
@@ -688,23 +635,6 @@ class DiffusionInference(Family):
             settings,
             **{name: kept[name] for name in given.keep},
         )
-
-    def _conditioned(self, asked: Checked, given: Prompt | None) -> Stages[Prompt]:
-        """The prompts of a batch, encoded; one of its rows serves all."""
-        prompts, count = asked.prompt, len(asked.prompt)
-        found = given
-        if found is None:
-            self.check_words([unweighted(prompt, asked.prompt_weights) for prompt in prompts])
-            negative = asked.negative
-            same = all(p == prompts[0] for p in prompts) and (negative is None or len(negative) == 1)
-            found = yield from self._encoding(
-                prompts[:1] if same and not self._weighs_rows else prompts,
-                negative if asked.cfg_scale != 1 else None,
-                asked,
-            )
-        if len(found.positive) == 1:
-            found = Prompt(found.positive.repeat(count), found.negative and found.negative.repeat(count))
-        return found
 
     def _noise(self, asked: Checked, given: Tensor | Run | None) -> Tensor | Run:
         """Of the seeds, or what was passed; raises ConfigError for noise of another shape."""
@@ -750,18 +680,7 @@ class DiffusionInference(Family):
 
     def told(self, asked: Checked) -> dict[str, Any]:
         """Fields of a request that only this family settles."""
-        return self._text_told(asked)
-
-    def _text_told(self, asked: Request) -> dict[str, Any]:
-        """How a prompt is encoded where a request does not say it; None where it would have no effect."""
-        found: dict[str, Any] = {}
-        for name in ENCODING:
-            effect = FIELDS[name].metadata["effect"]
-            if getattr(asked, name) is None and effect(asked, self) is None:
-                t5 = self.model.encoders.get("t5") if name == "t5_length" else None
-                usual = FIELDS[name].metadata["usual"]
-                found[name] = t5.length if t5 else usual or getattr(self.sampling, SAMPLING_NAMES.get(name, name))
-        return found
+        return text_told(self, asked)
 
     @contextmanager
     def _stage(self, module: nn.Module) -> Iterator[None]:

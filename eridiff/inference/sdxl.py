@@ -15,6 +15,7 @@ from typing_extensions import Self, Unpack
 
 from eridiff.errors import ConfigError
 from eridiff.inference.base import DiffusionInference, of_encoder
+from eridiff.inference.encoding import encoded
 from eridiff.inference.family import Encoder
 from eridiff.inference.latents import beside, dtype_of, finite_features
 from eridiff.inference.options import Options
@@ -214,11 +215,6 @@ class SDXLInference(DiffusionInference):
         both.refiner = refiner
         return both
 
-    def _conditioned(self, asked: Checked, given: Prompt | None) -> Stages[Prompt]:
-        if self.refiner is not None and given is not None:
-            raise ConfigError("the refiner reads prompts by its own encoder: give them as text, not as conditioning")
-        return (yield from super()._conditioned(asked, given))
-
     def _denoised(
         self, noise: Tensor | Run, prompt: Prompt, points: Schedule, asked: Checked, image: Tensor | None,
         mask: Tensor | None, condition: Tensor | None, callback: Callback | None,
@@ -230,7 +226,7 @@ class SDXLInference(DiffusionInference):
         if self.refiner is None:
             return (yield from super()._denoised(noise, prompt, points, asked, image, mask, condition, callback))
         refiner = self.refiner
-        own = yield from refiner._encoding(asked.prompt, asked.negative, asked)
+        own = yield from encoded(refiner, asked.prompt, asked.negative, asked)
         cut = min(max(first, self.place(points, asked.hand_over)), last)
         run = self.begun(noise, points, first, image, asked, asked.seed)
         yield self.network

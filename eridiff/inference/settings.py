@@ -22,9 +22,8 @@ class Defaults:
 
 
 SKIP = FIELDS["skip_layers"].metadata["kind"]  # the one setting that is not a number or text
-ASKED = {  # defaults that have another name, or none, as fields of Request, and the field with their range
-    "text_length": "t5_length", "text_shortest": "t5_length", "script_shift": "shift",
-}  # fmt: skip
+NAMED = {"t5_length": "text_length"}  # fields of Request that have another name among the defaults
+ASKED = {own: field for field, own in NAMED.items()} | {"text_shortest": "t5_length", "script_shift": "shift"}
 
 
 def sampled_as(usual: Any, given: Mapping[str, Any], where: str) -> Any:

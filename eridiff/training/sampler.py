@@ -21,6 +21,7 @@ from eridiff.config import RunConfig, parse_config
 from eridiff.errors import ConfigError, TrainingError
 from eridiff.images import described, first_text, html_of, save_png, slug
 from eridiff.inference import DiffusionInference, Prompt, Result, Step
+from eridiff.inference.encoding import check_words
 from eridiff.inference.handed_in import bare, check_dtypes, check_sharding
 from eridiff.inference.section import requests_of
 from eridiff.ranks import agreed, collected, everyones, ranks
@@ -174,7 +175,7 @@ class Sampler:
         for notice in dict.fromkeys((*config.notices_in_training, *notices)):
             log.warning("%s", notice)
         every = [*self.requests, *first]
-        inference.check_words([unweighted(r.prompt, r.prompt_weights) for r in every])  # type: ignore[arg-type]  # each has one
+        check_words(inference, [unweighted(r.prompt, r.prompt_weights) for r in every])  # type: ignore[arg-type]  # each has one
         self._handed_in = conditioning is not None
         prompts: list[Prompt] = []
         if conditioning is not None:

@@ -4,7 +4,7 @@ Each run of case.json says what is run; tests/goldens/README.md has the words.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -20,7 +20,7 @@ from eridiff.trace.hashfill import parameter, uniform
 from tests.golden.case import Row, inputs_of, row
 from tests.golden.sdxl import load_unet
 
-Network = Callable[[Tensor, float, str], Tensor]  # latents, timestep, "cond" or "uncond" -> output
+Network = Callable[..., Sequence[Tensor]]  # latents, timestep, "cond" and "uncond" or one of them -> an output for each
 
 
 def run_sdxl_trajectories(case: Mapping[str, Any], expected: Mapping[str, Tensor], dtype: torch.dtype) -> list[Row]:
@@ -66,10 +66,10 @@ def trajectory(
 
     def predict(x: Tensor, i: int) -> Tensor:
         t = float(timesteps[i])
-        output = network(x, t, "cond")
-        if scale != 1:
-            positive, output = output, classifier_free(output, network(x, t, "uncond"), scale)
-            output = rescaled(output, positive, run["rescale"]) if "rescale" in run else output
+        positive, *negative = network(x, t, "cond", *(["uncond"] if scale != 1 else []))
+        output = classifier_free(positive, *negative, scale) if negative else positive
+        if negative and "rescale" in run:
+            output = rescaled(output, positive, run["rescale"])
         return output * float(asked_at[i])
 
     def step(x: Tensor, i: int, past: list[Past]) -> tuple[Tensor, Past]:
@@ -109,9 +109,9 @@ def formula(case: Mapping[str, Any], dtype: torch.dtype) -> Network:
     matrix = torch.from_numpy(parameter("W", (channels, channels), salt)).to(dtype)
     u, v = (torch.from_numpy(uniform(name, (channels,), salt)).to(dtype)[:, None, None] for name in ("u", "v"))
 
-    def ask(x: Tensor, t: float, prompt: str) -> Tensor:
-        inner = torch.einsum("km,bmhw->bkhw", matrix, x) + u * math.cos(t / said["period"]) + v * said[prompt]
-        return said["kept"] * x + said["added"] * torch.tanh(inner)
+    def ask(x: Tensor, t: float, *prompts: str) -> list[Tensor]:
+        inner = torch.einsum("km,bmhw->bkhw", matrix, x) + u * math.cos(t / said["period"])
+        return [said["kept"] * x + said["added"] * torch.tanh(inner + v * said[prompt]) for prompt in prompts]
 
     return ask
 
@@ -119,7 +119,9 @@ def formula(case: Mapping[str, Any], dtype: torch.dtype) -> Network:
 def unet(case: Mapping[str, Any], given: Mapping[str, Tensor], dtype: torch.dtype) -> Network:
     model = load_unet(case, dtype)
 
-    def ask(x: Tensor, t: float, prompt: str) -> Tensor:
-        return model(x, given[f"{prompt}.context"], given[f"{prompt}.y"], torch.tensor([[t]], dtype=torch.float64))
+    def ask(x: Tensor, t: float, *prompts: str) -> Sequence[Tensor]:
+        context, y = (torch.cat([given[f"{prompt}.{name}"] for prompt in prompts]) for name in ("context", "y"))
+        times = torch.full((1, len(context)), t, dtype=torch.float64)
+        return model(x.repeat(len(prompts), 1, 1, 1), context, y, times).split(len(x))
 
     return ask
