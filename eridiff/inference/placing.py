@@ -1,5 +1,6 @@
 """Where a model's components lie while images are generated: what each placement needs, from headers alone, and which fits."""
 
+import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -125,8 +126,13 @@ def plan_parts(
     - images: in one batch.
     - device: where images would be computed, which decides the dtypes and what is counted; None is a GPU.
 
-    Raises as `eridiff.load`.
+    Raises as `eridiff.load`, and ConfigError for impossible numbers.
     """
+    for name, number in (("images", images), ("steps", steps)):
+        if number is not None and number < 1:
+            raise ConfigError(f"{name} must be a whole number, at least 1, not {number}")
+    if cfg_scale is not None and not math.isfinite(cfg_scale):
+        raise ConfigError(f"cfg_scale must be a finite number, not {cfg_scale}")
     check_parts(kind, parts.components)
     own = parts.components[kind.family]
     chosen, why = kind.choose_variant(own.config, model_name(own, parts), variant)
