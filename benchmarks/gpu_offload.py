@@ -90,7 +90,7 @@ class Capped(Room):
         pass
 
     def weights(self, component: str) -> int:
-        return self.cap - RUNTIME - self.work  # a text encoder works with less than the network
+        return self.cap - RUNTIME["cuda"] - self.work  # a text encoder works with less than the network
 
 
 def predicted(bench: Bench, parts: dict[str, Any], name: str) -> Stage:

@@ -348,7 +348,7 @@ def test_vram_lets_as_many_blocks_stay_as_fit(queues: Queues, tmp_path: Path) ->
     folder = tiny.write_model(tmp_path / "model", replace(tiny.FLUX, hidden=96, heads=6, single_depth=6))
     plan = plan_parts(FluxInference, locate(folder))
     least, most = (max(stage.peak(offload) for stage in plan.stages) for offload in ("stream", "stages"))
-    model = eridiff.load(folder, progress=False, vram=RUNTIME + (least + most) // 2)
+    model = eridiff.load(folder, progress=False, vram=RUNTIME["cuda"] + (least + most) // 2)
     assert model.offload == "stream"
     asked: dict[str, Any] = {"width": 16, "height": 16, "steps": 2, "seed": 1, "keep": ("latents",)}
     found = model.generate("a swan", **asked).latents

@@ -4,10 +4,12 @@ import argparse
 import json
 from typing import Any
 
+import torch
+
 from eridiff.cli.common import DTYPES, dtype_of
 from eridiff.errors import CheckpointError
 from eridiff.inference import BUILT_IN, FAMILIES
-from eridiff.inference.placing import RUNTIME, Plan, gib, plan_parts
+from eridiff.inference.placing import RUNTIME, Plan, bytes_of, gib, plan_parts
 from eridiff.request import size_of
 from eridiff.weights.locate import locate
 
@@ -26,7 +28,12 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--steps", type=int, metavar="N", help="number of sampling steps (the variant's)")
     parser.add_argument("--cfg", type=float, metavar="X", help="scale of classifier-free guidance (the variant's)")
     parser.add_argument("--variant", help="whose defaults to use if several variants have these sizes")
-    parser.add_argument("--dtype", choices=DTYPES, help="dtype of the computation (the file's)")
+    parser.add_argument(
+        "--dtype", choices=DTYPES, help="dtype of the computation (the file's; float32 on a CPU with room for it)"
+    )
+    parser.add_argument(
+        "--device", choices=("cuda", "cpu"), default="cuda", help="where images would be computed (cuda)"
+    )
     parser.add_argument(
         "--vram",
         metavar="SIZE",
@@ -36,6 +43,8 @@ def add_parser(commands: Any) -> None:
 
 
 def _plan(options: argparse.Namespace) -> int:
+    if options.vram:
+        bytes_of(options.vram)
     parts = locate(options.model or BUILT_IN)
     kind = next((family for family in FAMILIES if family.family in parts.components), None)
     if kind is None:
@@ -43,7 +52,7 @@ def _plan(options: argparse.Namespace) -> int:
     height, width = size_of("--size", options.size) if options.size else (None, None)
     plan = plan_parts(
         kind, parts, width=width, height=height, steps=options.steps, images=options.batch, cfg_scale=options.cfg,
-        variant=options.variant, dtype=dtype_of(options.dtype),
+        variant=options.variant, dtype=dtype_of(options.dtype), device=torch.device(options.device),
     )  # fmt: skip
     if options.json:
         print(json.dumps(described(plan), indent=1))
@@ -58,21 +67,31 @@ def _plan(options: argparse.Namespace) -> int:
 
 def described(plan: Plan) -> dict[str, Any]:
     """A plan as JSON holds it."""
-    stages = [{"stage": s.name, "component": s.component, "weights": s.weights, "work": s.work} for s in plan.stages]
+    stages = [
+        {"stage": s.name, "component": s.component, "weights": s.held, "mapped": s.mapped, "work": s.work}
+        for s in plan.stages
+    ]
     placements = [{"offload": p.offload, "vae_rows": p.vae_rows, "peak": p.peak} for p in plan.placements]
     size = {name: getattr(plan, name) for name in ("variant", "width", "height", "steps", "images", "guided")}
-    return {**size, "runtime": RUNTIME, "stages": stages, "placements": placements}
+    return {**size, "device": plan.device, "runtime": RUNTIME[plan.device], "stages": stages, "placements": placements}
 
 
 def lines(plan: Plan) -> list[str]:
     """A plan as text."""
     guided = ", guided" if plan.guided else ""
+    cpu = plan.device == "cpu"
     found = [
         f"{plan.variant} ({plan.why}): {plan.images} of {plan.width}x{plan.height} in {plan.steps} steps{guided}",
-        f"{'stage':12}{'dtype':>10}{'weights':>12}{'work':>12}",
+        f"{'stage':12}{'dtype':>10}{'weights':>12}{'mapped' if cpu else '':>{12 * cpu}}{'work':>12}",
     ]
     for stage in plan.stages:
         dtype = str(plan.dtypes[stage.component]).removeprefix("torch.")
-        found.append(f"{stage.name:12}{dtype:>10}{gib(stage.weights):>12}{gib(stage.work):>12}")
-    found.append(f"on the device at once, with {gib(RUNTIME)} for its runtime:")
-    return [*found, *(f"  {gib(p.peak + RUNTIME):>10}  {p.flags}" for p in plan.placements)]
+        mapped = f"{gib(stage.mapped):>12}" if cpu else ""
+        found.append(f"{stage.name:12}{dtype:>10}{gib(stage.held):>12}{mapped}{gib(stage.work):>12}")
+    runtime = gib(RUNTIME[plan.device])
+    if cpu:
+        said = f"in memory at once, with {runtime} for libraries and what malloc keeps; {gib(plan.mapped)} stay in the mapped files:"
+    else:
+        said = f"on the device at once, with {runtime} for its runtime:"
+    found.append(said)
+    return [*found, *(f"  {gib(p.needed):>10}  {p.flags}" for p in plan.placements)]

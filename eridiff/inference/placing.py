@@ -1,5 +1,6 @@
 """Where a model's components lie while images are generated: what each placement needs, from headers alone, and which fits."""
 
+import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -16,7 +17,8 @@ from eridiff.memory.stages import OFFLOAD
 from eridiff.weights.locate import Parts
 
 UNITS = {"kib": 2**10, "mib": 2**20, "gib": 2**30, "kb": 10**3, "mb": 10**6, "gb": 10**9}
-RUNTIME = 600 * 2**20  # what CUDA takes for itself, and what its allocator cannot use
+# Beside the tensors: what CUDA takes for itself and what its allocator cannot use; on a CPU what libraries take on first use
+RUNTIME = {"cuda": 600 * 2**20, "cpu": 4 * 2**20}
 STRIPS = 64  # rows of a strip
 
 
@@ -27,6 +29,12 @@ class Placement:
     offload: str | None
     vae_rows: int | None
     peak: int
+    runtime: int
+
+    @property
+    def needed(self) -> int:
+        """Bytes in all."""
+        return self.peak + self.runtime
 
     @property
     def flags(self) -> str:
@@ -49,16 +57,27 @@ class Plan:
     dtypes: Mapping[str, torch.dtype]
     stages: tuple[Stage, ...]
     in_strips: Stage  # the autoencoder's, decoding in strips
+    device: str  # cuda or cpu
+
+    @property
+    def mapped(self) -> int:
+        """Bytes of weights that stay in the mapped file and are not counted: on a CPU those of the file's dtype."""
+        return sum(stage.mapped for stage in self.stages)
 
     @property
     def placements(self) -> list[Placement]:
-        """The fastest first."""
+        """The fastest first. On a CPU components lie where they are computed with."""
         found = []
-        for offload in (None, *OFFLOAD):
+        for offload in (None, *OFFLOAD) if self.device == "cuda" else (None,):
             for rows in (None, STRIPS):
                 own = [self.in_strips if rows and s.component == "vae" else s for s in self.stages]
-                resident = sum(s.weights for s in own) + max(s.work for s in own)
-                found.append(Placement(offload, rows, max(s.peak(offload) for s in own) if offload else resident))
+                if self.device == "cpu":  # what malloc keeps of one stage is there in the next
+                    work = max(s.heap for s in own) + max(s.large for s in own)
+                else:
+                    work = max(s.work for s in own)
+                resident = sum(s.held for s in own) + work
+                peak = max(s.peak(offload) for s in own) if offload else resident
+                found.append(Placement(offload, rows, peak, RUNTIME[self.device]))
         return found
 
     def placement(self, vram: int | str) -> Placement:
@@ -66,15 +85,15 @@ class Plan:
 
         Raises MemoryPlanError, with what the smallest needs, where none does.
         """
-        room = bytes_of(vram) - RUNTIME
+        room = bytes_of(vram)
         for placement in self.placements:
-            if placement.peak <= room:
+            if placement.needed <= room:
                 return placement
         least = min(self.placements, key=lambda p: p.peak)
         largest = max(self.stages, key=lambda s: s.peak(least.offload))
         raise MemoryPlanError(
-            f"{self.variant} at {self.width}x{self.height} needs {gib(least.peak + RUNTIME)} with {least.flags}, most of it for "
-            f"{largest.name}, and there are {gib(bytes_of(vram))}: ask for a smaller image or a narrower dtype"
+            f"{self.variant} at {self.width}x{self.height} needs {gib(least.needed)} with {least.flags}, most of it for "
+            f"{largest.name}, and there are {gib(room)}: ask for a smaller image or a narrower dtype"
         )
 
 
@@ -92,9 +111,9 @@ class Room:
         """Raises MemoryPlanError for images that do not fit as the model is placed; arguments as of `plan_parts`."""
         plan, own = self._planned(**asked), self.placement
         placed = next(p for p in plan.placements if (p.offload, p.vae_rows) == (own.offload, own.vae_rows))
-        if placed.peak + RUNTIME > bytes_of(self.vram):
+        if placed.needed > bytes_of(self.vram):
             raise MemoryPlanError(
-                f"{plan.images} of {plan.width}x{plan.height} would need {gib(placed.peak + RUNTIME)} as the model is placed "
+                f"{plan.images} of {plan.width}x{plan.height} would need {gib(placed.needed)} as the model is placed "
                 f"({placed.flags}), and there are {gib(bytes_of(self.vram))}: ask for smaller images or fewer at once"
             )
         self._count(plan)
@@ -105,7 +124,7 @@ class Room:
 
     def weights(self, component: str) -> int:
         """Bytes that a component's weights may take on the device, beside the largest image so far."""
-        return bytes_of(self.vram) - RUNTIME - self._work[component]
+        return bytes_of(self.vram) - self.placement.runtime - self._work[component]
 
 
 def plan_parts(
@@ -116,24 +135,38 @@ def plan_parts(
     """The plan of a model whose headers were read; what is None is the variant's.
 
     - images: in one batch.
-    - device: where images would be computed, which decides the dtypes; None is a GPU.
+    - device: where images would be computed, which decides the dtypes and what is counted; None is a GPU.
 
-    Raises as `eridiff.load`.
+    Raises as `eridiff.load`, and ConfigError for impossible numbers.
     """
+    for name, number in (("images", images), ("steps", steps)):
+        if number is not None and number < 1:
+            raise ConfigError(f"{name} must be a whole number, at least 1, not {number}")
+    if cfg_scale is not None and not math.isfinite(cfg_scale):
+        raise ConfigError(f"cfg_scale must be a finite number, not {cfg_scale}")
     check_parts(kind, parts.components)
     own = parts.components[kind.family]
     chosen, why = kind.choose_variant(own.config, model_name(own, parts), variant)
     sampling = own_sampling(own, chosen, kind.variants)
-    dtypes = dtypes_of(kind, parts.components, device or torch.device("cuda"), dtype)
+    device = device or torch.device("cuda")
+    dtypes = dtypes_of(kind, parts.components, device, dtype)
     size: dict[str, Any] = {
         "width": sampling.width if width is None else width, "height": sampling.height if height is None else height,
         "steps": sampling.steps if steps is None else steps, "images": images,
         "guided": (sampling.cfg_scale if cfg_scale is None else cfg_scale) != 1,
     }  # fmt: skip
-    told = {**size, "dtype": dtypes, "text_length": t5_length or getattr(sampling, "text_length", 77)}
+    where = "cpu" if device.type == "cpu" else "cuda"
+    told = {
+        **size,
+        "cpu": where == "cpu",
+        "dtype": dtypes,
+        "text_length": t5_length or getattr(sampling, "text_length", 77),
+    }
     components = used(kind, parts.components)
     (strip,) = stages({"vae": components["vae"]}, **told, vae_rows=STRIPS)
-    return Plan(chosen, why, **size, dtypes=dtypes, stages=tuple(stages(components, **told)), in_strips=strip)
+    return Plan(
+        chosen, why, **size, dtypes=dtypes, stages=tuple(stages(components, **told)), in_strips=strip, device=where
+    )
 
 
 def bytes_of(size: int | str) -> int:

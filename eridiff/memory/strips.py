@@ -71,7 +71,8 @@ def _residual(block: ResidualBlock, x: Tensor, rows: int) -> Tensor:
 
 def _attention(block: AttentionBlock, x: Tensor) -> Tensor:
     h = block.norm(x)
-    q, k, v = (project(h).flatten(2).transpose(1, 2)[:, None] for project in (block.q, block.k, block.v))  # B 1 HW C
+    # contiguous as in the block itself: else a CPU too forms the score matrix
+    q, k, v = (project(h).flatten(2).mT.contiguous()[:, None] for project in (block.q, block.k, block.v))  # B 1 HW C
     found = torch.cat([block.attention(chunk, k, v) for chunk in q.split(QUERIES, dim=2)], dim=1)
     return x + block.proj_out(found.transpose(1, 2).reshape(x.shape))
 

@@ -199,6 +199,21 @@ def native_reader(
     return read, {native: shapes[native] for native in found}, dtypes
 
 
+def mapped_bytes(component: Component, dtype: torch.dtype) -> int:
+    """Of a component's tensors those, in bytes, that stay in the mapped file when it is loaded to a CPU in this dtype.
+
+    The others are converted, or joined of several (query, key and value of diffusers' files), in memory of their own.
+    """
+    if component.network in NETWORKS:
+        wanted = {name: tuple(t.shape) for name, t in empty_network(component).state_dict().items()}
+        kept = (e.foreign for e in plan(component, wanted) if e.operation not in ("rows", "swap_halves", "transpose"))
+        names = {name for foreign in kept for name in foreign} & component.keys
+    else:
+        names = set(component.keys)
+    entries = [component.entry(name) for name in names]
+    return sum(math.prod(entry.shape) * dtype.itemsize for entry in entries if entry.dtype == dtype)
+
+
 def default_dtypes(components: Mapping[str, Component], device: torch.device) -> dict[str, torch.dtype]:
     """In what to compute by default: the files' dtypes on a GPU, float32 on a CPU with room for it.
 

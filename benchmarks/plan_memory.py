@@ -1,0 +1,188 @@
+"""Memory that `eridiff plan --device cpu` predicts against what a run takes: `python -m benchmarks.plan_memory [WORD ...]`.
+
+Each case is a process of its own, on one thread. Measured is the highest anonymous resident memory (RssAnon of /proc/PID/status,
+read every millisecond by the parent) less what the process held when torch, transformers and eridiff were imported; what is
+mapped from files is shown apart. Full-size files have published headers and zeros for weights: sparse files, of which nothing is
+read from a disk. With words only cases whose names have all of them are measured; the others keep their rows. Prints a table and
+writes `benchmarks/results/plan_memory.json`.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+RESULTS = Path(__file__).parent / "results" / "plan_memory.json"
+ASSETS = Path(__file__).parents[1] / "eridiff" / "assets"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One image of a built-in model (`tiny-*`), or the decoding of one at the width of published autoencoders ("decode")."""
+
+    what: str
+    size: int
+    dtype: str = "float32"
+    rows: int = 0  # of a strip, 0 is the plain decode
+
+    @property
+    def name(self) -> str:
+        return f"{self.what} {self.size} {self.dtype} {f'strips of {self.rows}' if self.rows else 'plain'}"
+
+
+CASES = [
+    *(Case("tiny-flux", size, dtype) for dtype in DTYPES for size in (64, 512, 1024)),
+    *(Case("tiny-flux", size, rows=64) for size in (512, 1024)),
+    *(Case("tiny-sd35", size) for size in (64, 256)),
+    *(Case("tiny-sdxl", size) for size in (64, 512, 1024)),
+    Case("tiny-sdxl", 1024, "bfloat16", 64),
+    *(Case("decode", size) for size in (256, 512, 1024)),
+    *(Case("decode", size, "bfloat16") for size in (256, 512)),
+    *(Case("decode", size, rows=64) for size in (512, 1024)),
+]
+
+
+def components(case: Case, folder: Path) -> Any:
+    """The parts of a case's model; a published header is written to the folder."""
+    from eridiff.weights.locate import locate, locate_part
+    from tests.sparse import sparse_manifest
+
+    if case.what != "decode":
+        return locate(ASSETS / case.what)
+    return locate_part(sparse_manifest(folder / "ae.safetensors", "ae"), "vae")
+
+
+def predicted(case: Case) -> dict[str, int]:
+    """Bytes of a case in memory of its own, and those of weights that stay in their file."""
+    from eridiff.inference import FAMILIES
+    from eridiff.inference.placing import RUNTIME, plan_parts
+    from eridiff.memory.plan import stages
+
+    dtype = DTYPES[case.dtype]
+    with tempfile.TemporaryDirectory() as folder:
+        found = components(case, Path(folder))
+        if case.what == "decode":
+            (stage,) = stages({"vae": found}, case.size, case.size, dtype=dtype, vae_rows=case.rows or None, cpu=True)
+            return {
+                "predicted": stage.held + stage.heap + stage.large + RUNTIME["cpu"], "predicted_mapped": stage.mapped,
+                "tensors": stage.held + stage.work,
+            }  # fmt: skip
+        kind = next(family for family in FAMILIES if family.family in found.components)
+        size = {"width": case.size, "height": case.size, "steps": 2}
+        plan = plan_parts(kind, found, **size, dtype=dtype, device=torch.device("cpu"))
+    (placement,) = (p for p in plan.placements if bool(p.vae_rows) == bool(case.rows))
+    own = [plan.in_strips if case.rows and s.component == "vae" else s for s in plan.stages]
+    tensors = sum(s.held for s in own) + max(s.work for s in own)
+    return {"predicted": placement.needed, "predicted_mapped": plan.mapped, "tensors": tensors}
+
+
+def work(case: Case, folder: Path) -> None:
+    """In a process of its own: imports, waits for a line, generates or decodes."""
+    from transformers import CLIPTextModelWithProjection, CLIPTokenizerFast, T5EncoderModel, T5TokenizerFast
+
+    import eridiff
+    from eridiff.inference import DiffusionInference
+    from eridiff.memory.strips import decode_in_strips
+    from eridiff.weights.load import build
+
+    assert (
+        CLIPTextModelWithProjection and CLIPTokenizerFast and T5EncoderModel and T5TokenizerFast and DiffusionInference
+    )
+    torch.set_num_threads(1)
+    found = components(case, folder)
+    print("ready", flush=True)
+    sys.stdin.readline()
+    dtype, rows = DTYPES[case.dtype], case.rows or None
+    if case.what == "decode":
+        autoencoder: Any = build(found, dtype=dtype, progress=False)
+        latents = torch.zeros(1, autoencoder.config.latent_channels, case.size // 8, case.size // 8, dtype=dtype)
+        with torch.no_grad():
+            decode_in_strips(autoencoder, latents, rows) if rows else autoencoder.decode(latents)
+        return
+    model = eridiff.load(ASSETS / case.what, device="cpu", dtype=dtype, vae_rows=rows, progress=False)
+    model.generate("a swan", width=case.size, height=case.size, steps=2, seed=1)
+
+
+def measured(case: Case, **environment: str) -> dict[str, Any]:
+    """Highest anonymous memory of a case in bytes, and pages that it has mapped from files, less those of its libraries."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-m", "benchmarks.plan_memory", "--one", json.dumps(asdict(case)), folder]
+        env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **environment}
+        pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "env": env}
+        with subprocess.Popen(command, **pipes) as child:
+            assert child.stdin and child.stdout
+            if child.stdout.readline() != "ready\n":
+                raise RuntimeError(f"{case.name} did not start")
+            most = before = _resident(child.pid)
+            begun = time.monotonic()
+            child.stdin.write("\n")
+            child.stdin.flush()
+            while child.poll() is None:
+                now = _resident(child.pid)
+                most = [max(pair) for pair in zip(most, now, strict=True)]
+                time.sleep(0.001)
+        if child.returncode:
+            raise RuntimeError(f"{case.name} ended with {child.returncode}")
+    anonymous, file = (a - b for a, b in zip(most, before, strict=True))
+    return {"measured": anonymous, "measured_mapped": file, "seconds": round(time.monotonic() - begun, 1)}
+
+
+def _resident(pid: int) -> list[int]:
+    """Anonymous bytes and those of mapped files that a process has in memory; zeros when it has ended."""
+    try:
+        fields = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
+    except ProcessLookupError:
+        return [0, 0]
+    return [int(fields.get(name, "0 kB").split()[0]) * 1024 for name in ("RssAnon", "RssFile")]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("words", nargs="*", help="measure the cases whose names have all of these; without any, all")
+    parser.add_argument("--keep", action="store_true", help="measure nothing, predict anew")
+    parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.one:
+        work(Case(**json.loads(options.one[0])), Path(options.one[1]))
+        return
+    before = json.loads(RESULTS.read_text())["runs"] if RESULTS.exists() else []
+    kept = {Case(**row["case"]): row for row in before}
+    print(
+        "| case | measured MB | predicted MB | measured / predicted | mapped MB | seconds |\n|---|---|---|---|---|---|"
+    )
+    rows = []
+    for case in CASES:
+        if not options.keep and all(word in case.name for word in options.words):
+            row = measured(case)
+        elif case in kept:
+            row = {name: kept[case][name] for name in ("measured", "measured_mapped", "seconds")}
+        else:
+            continue
+        row = {"case": asdict(case), **row, **predicted(case)}
+        rows.append(row)
+        print(
+            f"| {case.name} | {row['measured'] / 1e6:.0f} | {row['predicted'] / 1e6:.0f} | "
+            f"{row['measured'] / row['predicted']:.2f} | {row['predicted_mapped'] / 1e6:.0f} | {row['seconds']} |",
+            flush=True,
+        )
+        machine = {
+            "torch": torch.__version__,
+            "threads": 1,
+            "libc": " ".join(os.confstr("CS_GNU_LIBC_VERSION").split()),
+        }
+        known = [row["case"] for row in rows]
+        others = [row for row in before if row["case"] not in known]
+        RESULTS.write_text(json.dumps({"machine": machine, "runs": [*rows, *others]}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
