@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from eridiff.models.autoencoder import writable
 from tests import tiny
 
 LAYOUTS = (torch.contiguous_format, torch.channels_last)
@@ -129,30 +128,3 @@ def bytes_anew(ask: Callable[[], Tensor]) -> int:
     with torch.no_grad(), Anew() as anew:
         ask()
     return anew.bytes
-
-
-class Other(nn.Linear):
-    """A layer of another package."""
-
-
-def test_what_may_be_kept_is_not_writable() -> None:
-    layer, x = nn.Linear(2, 2), torch.zeros(2)
-    assert not writable(x, layer)
-    with torch.no_grad():
-        assert writable(x, layer) and writable(x) and not writable(nn.Parameter(x), layer)
-        assert not writable(x, Other(2, 2)) and not writable(x, nn.Sequential(layer, Other(2, 2)))
-        replaced = nn.Linear(2, 2)
-        replaced.forward = lambda y: y  # type: ignore[method-assign]
-        assert not writable(x, replaced)
-
-        def hook(*_: object) -> None: ...
-
-        handle = layer.register_forward_hook(hook)
-        assert not writable(x, layer) and not writable(x, nn.Sequential(layer))
-        hook.keeps_nothing = True  # type: ignore[attr-defined]
-        assert writable(x, layer)
-        handle.remove()
-        handle = nn.modules.module.register_module_forward_hook(hook)
-        assert not writable(x, layer)
-        handle.remove()
-        assert writable(x, layer)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from eridiff.models.layers import spare
+from eridiff.models.layers import keeps_nothing, spare
 from tests import tiny
 from tests.families import rows
 
@@ -113,12 +113,30 @@ def test_an_adapters_layer_may_give_a_tensor_that_it_keeps(name: str) -> None:
     assert kept and not [path for path, held, copy in kept if not torch.equal(held, copy)]
 
 
+class Other(nn.Linear):
+    """A layer of another package."""
+
+
 def test_memory_is_spare_only_without_gradients_and_with_nobody_looking() -> None:
-    layer = nn.Linear(2, 2)
+    layer, replaced = nn.Linear(2, 2), nn.Linear(2, 2)
     assert not spare(layer)
     with torch.no_grad():
-        assert spare(layer) and not spare(layer, nn.Bilinear(1, 1, 1))
-        handle = torch.nn.modules.module.register_module_forward_hook(lambda *_: None)
-        assert not spare(layer)
-        handle.remove()
+        assert spare() and spare(layer) and not spare(Other(2, 2)) and not spare(layer, Other(2, 2))
+        replaced.forward = lambda y: y  # type: ignore[method-assign]
+        assert not spare(replaced)
+
+        def hook(*_: object) -> None: ...
+
+        for register in (layer.register_forward_hook, layer.register_forward_pre_hook):
+            handle = register(hook)
+            assert not spare(layer)
+            handle.remove()
+            handle = register(keeps_nothing(lambda *_: None))
+            assert spare(layer)
+            handle.remove()
+        everywhere = nn.modules.module
+        for register in (everywhere.register_module_forward_hook, everywhere.register_module_forward_pre_hook):
+            handle = register(hook)
+            assert not spare(layer)
+            handle.remove()
         assert spare(layer)

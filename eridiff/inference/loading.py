@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import nn
 
 from eridiff.errors import CheckpointError, ConfigError
 from eridiff.inference.family import Family
@@ -15,8 +14,6 @@ from eridiff.inference.model import Model
 from eridiff.inference.settings import sampled_as
 from eridiff.inference.words import read_words
 from eridiff.lora.branches import install_slots
-from eridiff.models.autoencoder import Autoencoder
-from eridiff.models.unet import UNet
 from eridiff.text.encoders import build_encoder
 from eridiff.text.tokenizers import clip_tokenizer, t5_tokenizer
 from eridiff.weights.configs import DRAWN, check_fixed
@@ -62,8 +59,6 @@ def read(
 
     network = build(own, **options(kind.family))
     autoencoder = build(components["vae"], **options("vae"))
-    if device.type == "cpu":
-        arrange(network, autoencoder)
     install_slots(network)  # so that a LoRA may come after compiling
     modules = {n: build_encoder(components[n], **options(n)) for n in text}
     encoders = kind.text_encoders(modules, tokenizers, sampling)
@@ -72,16 +67,6 @@ def read(
     model.source = {"model": str(path), "parts": _places(parts)}
     vars(network)["said_by_file"][VARIANT] = model.variant  # for `save_network`
     return model
-
-
-def arrange(*modules: nn.Module) -> None:
-    """Weights of convolutions with the channels last, and so every map behind the first one: what oneDNN computes with.
-
-    Any other arrangement it copies before and after each convolution. Names and values stay. For GPUs it is not measured.
-    """
-    for module in modules:
-        if isinstance(module, UNet | Autoencoder):
-            module.to(memory_format=torch.channels_last)
 
 
 def used(kind: type[Family], components: Mapping[str, Component]) -> dict[str, Component]:

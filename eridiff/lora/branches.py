@@ -16,6 +16,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from eridiff.errors import LoraError
 from eridiff.lora.deltas import Item, columns, kronecker_factors
 from eridiff.lora.names import Target
+from eridiff.models.layers import keeps_nothing
 
 
 class Branches(list["Branch"]):
@@ -37,14 +38,12 @@ def install_slots(network: nn.Module) -> None:
             module.register_forward_hook(_add_branches, with_kwargs=True)
 
 
+@keeps_nothing
 def _add_branches(module: Any, inputs: tuple[Tensor, ...], named: dict[str, Tensor], output: Tensor) -> Tensor:
     plain = output
     for branch in module.lora_branches:
         output = branch(module, *inputs, *named.values(), plain, output)
     return output
-
-
-_add_branches.keeps_nothing = True  # type: ignore[attr-defined]  # as `eridiff.models.layers.spare` asks
 
 
 class Branch(nn.Module):

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from eridiff.blocks import repeated_blocks
 from eridiff.memory.stream import streamed
+from eridiff.models.layers import keeps_nothing
 
 T = TypeVar("T")
 Stages = Generator[nn.Module, None, T]  # work that yields the component which its next lines compute with
@@ -108,14 +109,14 @@ def _visiting(layer: nn.Module, device: torch.device) -> Iterator[None]:
     """Within the block a layer is on the device while it is called. Hooks that were there before, a LoRA's, find it there."""
     call = ExitStack()
 
+    @keeps_nothing
     def arrive(*_: object) -> None:
         call.enter_context(_copied([layer], device))
 
+    @keeps_nothing
     def leave(*_: object) -> None:
         call.close()
 
-    for function in (arrive, leave):
-        function.keeps_nothing = True  # type: ignore[attr-defined]  # as `eridiff.models.layers.spare` asks
     hooks = [layer.register_forward_pre_hook(arrive), layer.register_forward_hook(leave, always_call=True)]
     try:
         yield

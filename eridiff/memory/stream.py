@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from eridiff.errors import ConfigError
+from eridiff.models.layers import keeps_nothing
 from eridiff.weights.load import machine_memory
 
 RING = 2  # buffers on the device, and as many in pinned memory
@@ -271,7 +272,8 @@ def streamed(
         ring.start()
         for module, block in ring_blocks.items():
             for part in blocks[module]:
-                arrive = part.register_forward_pre_hook(lambda *_, block=block: ring.ask(block), prepend=True)
+                asked = keeps_nothing(lambda *_, block=block: ring.ask(block))
+                arrive = part.register_forward_pre_hook(asked, prepend=True)
                 stack.callback(arrive.remove)
             for then in (ring.leave, ring.foresee):
                 stack.callback(module.register_forward_hook(lambda *_, then=then: then()).remove)

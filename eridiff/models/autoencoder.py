@@ -13,10 +13,9 @@ from dataclasses import dataclass, replace
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.module import _global_forward_hooks as GLOBAL_HOOKS
 
 from eridiff.errors import ConfigError
-from eridiff.models.layers import Attention
+from eridiff.models.layers import Attention, activated, added
 
 
 @dataclass(frozen=True)
@@ -56,41 +55,6 @@ PRESETS = {
     "sd3": AutoencoderConfig(scale=1.5305, shift=0.0609),
     "sdxl": AutoencoderConfig(latent_channels=4, scale=0.13025, shift=0.0, quant_convolutions=True),
 }
-
-
-def writable(x: Tensor, maker: nn.Module | None = None) -> bool:
-    """Whether x, which `maker` has just given (None: a function), may be written over: nobody else sees it.
-
-    Not where a gradient may be asked for, not in compiled code, which plans its memory by itself, and not if anything that is
-    unknown here acts on the module or on a part of it, as it may keep the tensor: a hook, unless it is marked `keeps_nothing`,
-    another forward, a layer of another package.
-    """
-    if torch.is_grad_enabled() or torch.compiler.is_compiling() or GLOBAL_HOOKS or type(x) is not Tensor:
-        return False
-    for module in maker.modules() if maker is not None else ():
-        if not type(module).__module__.startswith(KNOWN) or "forward" in vars(module):
-            return False
-        if not all(hasattr(hook, "keeps_nothing") for hook in module._forward_hooks.values()):
-            return False
-    return True
-
-
-KNOWN = ("torch.nn.", "eridiff.models.")  # packages whose modules keep nothing of what they give
-
-
-def activated(x: Tensor, norm: nn.Module) -> Tensor:
-    """SiLU of a norm."""
-    h = norm(x)
-    return F.silu(h, inplace=writable(h, norm))
-
-
-def added(x: Tensor, h: Tensor, maker: nn.Module) -> Tensor:
-    """`x + h`, in the memory of h, which `maker` has given, where it may be written over and the sum lies in it the same way.
-
-    x is as large as h, or has one number for each row and channel.
-    """
-    alike = (x.shape == h.shape and x.stride() == h.stride()) or x.shape == (*h.shape[:2], 1, 1)
-    return h.add_(x) if alike and x.dtype == h.dtype and writable(h, maker) else x + h
 
 
 def group_norm(channels: int) -> nn.GroupNorm:

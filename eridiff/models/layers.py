@@ -5,7 +5,7 @@ Letters: B batch, L tokens, H heads, D features of one head, T steps of a run.
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -116,6 +116,15 @@ def timestep_sinusoid(times: Tensor, width: int = 256) -> Tensor:
     return sinusoid(1000.0 * times, width)
 
 
+Hook = TypeVar("Hook", bound=Callable[..., Any])
+
+
+def keeps_nothing(hook: Hook) -> Hook:
+    """Mark a hook of a module as one that keeps no tensor, for `spare`."""
+    hook.keeps_nothing = True  # type: ignore[attr-defined]
+    return hook
+
+
 def spare(*modules: nn.Module) -> bool:
     """Whether what these modules are given and give may be written over: nobody else sees it.
 
@@ -125,12 +134,30 @@ def spare(*modules: nn.Module) -> bool:
     if torch.is_grad_enabled() or torch.compiler.is_compiling() or GLOBAL_HOOKS or GLOBAL_PRE_HOOKS:
         return False
     for module in modules:
-        if type(module) not in KNOWN or "forward" in vars(module):
+        if not type(module).__module__.startswith(KNOWN) or "forward" in vars(module):
             return False
         for hooks in (module._forward_hooks, module._forward_pre_hooks):
             if hooks and not all(hasattr(hook, "keeps_nothing") for hook in hooks.values()):
                 return False
     return True
+
+
+KNOWN = ("torch.nn.modules.", "eridiff.")  # packages whose modules keep nothing of what they are given and give
+
+
+def activated(x: Tensor, norm: nn.Module) -> Tensor:
+    """SiLU of a norm."""
+    h = norm(x)
+    return F.silu(h, inplace=type(h) is Tensor and spare(norm))
+
+
+def added(x: Tensor, h: Tensor, *makers: nn.Module) -> Tensor:
+    """`x + h`, in the memory of h, which `makers` have given, if it is spare and the sum would lie in it the same way.
+
+    x is as large as h, or has one number for each row and channel.
+    """
+    alike = (x.shape == h.shape and x.stride() == h.stride()) or x.shape == (*h.shape[:2], 1, 1)
+    return h.add_(x) if alike and type(h) is Tensor and x.dtype == h.dtype and spare(*makers) else x + h
 
 
 class RMSNorm(nn.Module):
@@ -184,7 +211,7 @@ def modulated(x: Tensor, shift: Tensor, factor: Tensor) -> Tensor:
 
 def gated(x: Tensor, gate: Tensor, y: Tensor, over: bool) -> Tensor:
     """`x + gate * y`: `[B, L, D]`, gate `[B, 1, D]`; with `over`, of `spare`, in y's memory."""
-    over = over and x.shape == y.shape and x.dtype == y.dtype == gate.dtype
+    over = over and type(y) is Tensor and x.shape == y.shape and x.dtype == y.dtype == gate.dtype
     return torch.addcmul(x, gate, y, out=y if over else None)
 
 
@@ -288,6 +315,3 @@ class FinalLayer(nn.Module):
 
     def forward(self, x: Tensor, modulation: Tensor) -> Tensor:
         return self.linear(modulated(x, *modulation.chunk(2, dim=-1)))
-
-
-KNOWN = {nn.Linear, RMSNorm, GELU, MLP, Attention}  # modules that keep nothing of what they are given and give

@@ -16,8 +16,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from eridiff.errors import ConfigError
-from eridiff.models.autoencoder import activated, added, writable
-from eridiff.models.layers import Attention, VectorMLP, check_shape, forward_times, over_rows, prepare_times, sinusoid
+from eridiff.models.layers import (
+    Attention,
+    VectorMLP,
+    activated,
+    added,
+    check_shape,
+    forward_times,
+    over_rows,
+    prepare_times,
+    sinusoid,
+    spare,
+)
 
 RESIDUAL_BLOCKS = 2  # of a stage on the way down; one more on the way up
 
@@ -193,11 +203,12 @@ class TransformerBlock(nn.Module):
         """x `[B, h * w, C]`."""
         normed = self.norm1(x)
         attention = self.self_attention(normed, self.self_attention.keys_values(normed))
-        x = added(x, attention, self.self_attention)
-        x = added(x, self.cross_attention(self.norm2(x), keys_values), self.cross_attention)
+        x = added(x, attention, self.self_attention, self.self_attention.proj)
+        attention = self.cross_attention(self.norm2(x), keys_values)
+        x = added(x, attention, self.cross_attention, self.cross_attention.proj)
         value, gate = self.mlp_in(self.norm3(x)).chunk(2, dim=-1)
         h = F.gelu(gate)
-        h = h.mul_(value) if writable(h) else h * value
+        h = h.mul_(value) if spare() else h * value
         return added(x, self.mlp_out(h), self.mlp_out)
 
 
