@@ -152,7 +152,7 @@ def rotated(q: Tensor, k: Tensor, rope: Tensor, over: bool) -> tuple[Tensor, Ten
     """Both through `apply_rope`; with `over`, of `spare`, in their own memory."""
     if not over or q.stride(-1) != 1 or k.stride(-1) != 1:
         return apply_rope(q, rope), apply_rope(k, rope)
-    turn, work = torch.view_as_complex(rope.movedim(0, -1).contiguous()), torch.empty_like(q, dtype=rope.dtype)
+    turn, work = torch.view_as_complex(rope.movedim(0, -1).contiguous()), q.new_empty(q.shape, dtype=rope.dtype)
     for x in (q, k):
         numbers = x if x.dtype == rope.dtype else work.copy_(x)
         torch.view_as_complex(numbers.unflatten(-1, (-1, 2))).mul_(turn)
