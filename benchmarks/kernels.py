@@ -54,7 +54,9 @@ class _Operations(TorchDispatchMode):
         self.count.synchronisations += name in SYNCHRONISING
         self.count.copies_from_host += name == "aten._to_copy.default" and any(t.device != META for t in given)
         in_place = operation._schema.is_mutable
-        if (fresh or in_place) and not name.startswith("aten.empty"):
+        if name.startswith("aten.new_empty"):  # memory without a kernel
+            self.count.fresh_bytes += sum(t.untyped_storage().nbytes() for t in fresh)
+        elif (fresh or in_place) and not name.startswith("aten.empty"):
             self.count.add(name, *fresh)
         return found
 

@@ -259,15 +259,6 @@ def _edited(request: "Request", model: Any) -> str | None:
     return "on kontext without a strength: what it edits are references"
 
 
-def _skipped(request: "Request", model: Any) -> str | None:
-    asked = request.skip_layers.blocks if isinstance(request.skip_layers, SkipLayers) else ()
-    if "skip_layers" not in model.takes or not asked:
-        return _taken("skip_layers")(request, model)
-    depth = model.network.config.depth
-    lacking = [block for block in asked if block >= depth]
-    return f"on a network whose blocks are 0 to {depth - 1}: it lacks {lacking[0]}" if lacking else None
-
-
 def _scored_negative(request: "Request", model: Any) -> str | None:
     return _taken("aesthetic_score")(request, model) or _guided(request, model)
 
@@ -392,7 +383,7 @@ class Request:
         (0.0, 1.0), SHARES, "first and last share of the steps with guidance", effect=_guided
     )
     skip_layers: bool | SkipLayers = option(
-        False, SKIPPED, "skip-layer guidance, as published for sd3.5-medium", effect=_skipped
+        False, SKIPPED, "skip-layer guidance, as published for sd3.5-medium", effect=_taken("skip_layers")
     )
     part: tuple[float, float] = option(
         (0.0, 1.0), SHARES, "shares of the run; the `run` of the first part is the noise of the second", python=True

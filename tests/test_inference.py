@@ -301,7 +301,7 @@ def test_stages_are_on_the_device_one_at_a_time(tmp_path: Path, monkeypatch: pyt
     events: list[str] = []
 
     @contextmanager
-    def watched(module: Any, device: torch.device, by_layer: bool) -> Any:
+    def watched(module: Any, device: torch.device, *_: object) -> Any:
         events.append(f"+{names[id(module)]}")
         yield
         events.append(f"-{names[id(module)]}")

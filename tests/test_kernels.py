@@ -14,7 +14,7 @@ CASES = {case.name: case for case in published()}
 
 
 @pytest.mark.parametrize(
-    ("name", "kernels", "gigabytes"), [("G1", 1260, 25.5), ("G3", 1292, 33.0), ("G4", 935, 16.5), ("G5", 1485, 12.0)]
+    ("name", "kernels", "gigabytes"), [("G1", 1260, 28.7), ("G3", 1292, 33.0), ("G4", 935, 16.5), ("G5", 1485, 12.0)]
 )
 def test_a_step_asks_for_no_more_kernels_and_memory_than_it_did(name: str, kernels: int, gigabytes: float) -> None:
     found = of_step(CASES[name])

@@ -165,8 +165,11 @@ def test_a_plan_imports_no_transformers_and_no_compiler() -> None:
 
 
 def test_memory_on_a_cpu_is_predicted_as_it_was_measured() -> None:
-    """`benchmarks/plan_memory.py`, from 450 MB on: decodes at full width and the small Flux; the small SDXL is missed by 13 %."""
-    runs = json.loads(plan_memory.RESULTS.read_text())["runs"]
+    """`benchmarks/plan_memory.py`, float32 from 450 MB on: decodes at full width and the small Flux.
+
+    The small SDXL is missed by 16 % there, the small Flux in bfloat16 by 12 % (docs/memory.md).
+    """
+    runs = [row for row in json.loads(plan_memory.RESULTS.read_text())["runs"] if row["case"]["dtype"] == "float32"]
     large = [row for row in runs if row["measured"] > 450e6 and row["case"]["what"] != "tiny-sdxl"]
     assert {row["case"]["what"] for row in large} == {"tiny-flux", "decode"}
     for row in large:
