@@ -152,11 +152,12 @@ def rotated(q: Tensor, k: Tensor, rope: Tensor, over: bool) -> tuple[Tensor, Ten
     """Both through `apply_rope`; with `over`, of `spare`, in their own memory."""
     if not over or q.stride(-1) != 1 or k.stride(-1) != 1:
         return apply_rope(q, rope), apply_rope(k, rope)
-    turn, work = torch.view_as_complex(rope.movedim(0, -1).contiguous()), q.new_empty(q.shape, dtype=rope.dtype)
+    turn = torch.view_as_complex(rope.movedim(0, -1).contiguous())
+    work = None if q.dtype == rope.dtype else q.new_empty(q.shape, dtype=rope.dtype)
     for x in (q, k):
-        numbers = x if x.dtype == rope.dtype else work.copy_(x)
+        numbers = x if work is None else work.copy_(x)
         torch.view_as_complex(numbers.unflatten(-1, (-1, 2))).mul_(turn)
-        if numbers is work:
+        if work is not None:
             x.copy_(work)
     return q, k
 
@@ -217,12 +218,10 @@ class SingleBlock(nn.Module):
         q, k, v = split_heads(qkv, self.heads)
         q, k = rotated(*normed(q, k, self.q_norm, self.k_norm), rope, over)
         attention, mlp = self.attention(q, k, v, seen), self.mlp_act(mlp, over)
-        if over and not getattr(self.linear2, "lora_branches", None):
-            inner = whole[
-                ..., 2 * x.shape[-1] :
-            ]  # v, which has been read, and the MLP: attention beside it needs no copy
-            inner[..., : x.shape[-1]] = attention
-            y = self.linear2(inner.flatten(0, 1)).unflatten(0, x.shape[:2])  # as rows, which need not be contiguous
+        if over and len(x) == 1:  # attention goes where v was, beside the MLP: nothing is copied to join them
+            inner = whole[0, :, 2 * x.shape[-1] :]
+            inner[:, : x.shape[-1]] = attention[0]
+            y = self.linear2(inner)[None]  # a matrix, whose rows need not be contiguous
         else:
             y = self.linear2(torch.cat([attention, mlp], dim=-1))
         return gated(x, gate, y, over)
