@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from eridiff import inject_lora
 from eridiff.models.layers import keeps_nothing, spare
 from tests import tiny
 from tests.families import rows
@@ -111,6 +112,25 @@ def test_an_adapters_layer_may_give_a_tensor_that_it_keeps(name: str) -> None:
     with torch.no_grad():
         network.step(latents, network.prepare(*inputs), 0)
     assert kept and not [path for path, held, copy in kept if not torch.equal(held, copy)]
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_lora_counts_the_same_without_gradients(name: str, count: int) -> None:
+    network, inputs, latents = network_and_inputs(name, torch.float64, count)
+    lora = inject_lora(network.requires_grad_(False), 2, targets="*", dtype=torch.float64)
+    with torch.no_grad():
+        for seed, parameter in enumerate(lora.parameters()):
+            parameter.copy_(0.3 * rows(*parameter.shape, seed=seed))
+    found = {}
+    for scale in (1.0, [0.0, 0.5][:count]):
+        lora.set_scale(scale)
+        with torch.no_grad():
+            found[str(scale)] = network.step(latents, network.prepare(*inputs), 0)
+        with_gradients = network.step(latents, network.prepare(*inputs), 0).detach()
+        torch.testing.assert_close(found[str(scale)], with_gradients, rtol=1e-12, atol=1e-12)
+    first, second = found.values()
+    assert not torch.allclose(first, second)
 
 
 class Other(nn.Linear):
