@@ -5,8 +5,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # what type checkers and editors see; a test compares it with the two tables below
     from eridiff import adopt as adopt
+    from eridiff import block_cache as block_cache
     from eridiff import blocks as blocks
     from eridiff import errors as errors
+    from eridiff import float8 as float8
+    from eridiff import graphs as graphs
     from eridiff import images as images
     from eridiff import inference as inference
     from eridiff import lora as lora
@@ -50,8 +53,8 @@ __version__ = "0.1.0.dev0"
 
 # imported on first use, so that importing a network imports no text encoder
 _MODULES = (
-    "adopt", "blocks", "errors", "images", "inference", "lora", "memory", "models", "onednn", "report", "run_files", "schedulers",
-    "text", "trace", "training", "weights",
+    "adopt", "block_cache", "blocks", "errors", "float8", "graphs", "images", "inference", "lora", "memory", "models",
+    "onednn", "report", "run_files", "schedulers", "text", "trace", "training", "weights",
 )  # fmt: skip
 _PLACES = {
     "load": "eridiff.inference",
