@@ -3,6 +3,8 @@
 import json
 import pkgutil
 import re
+import subprocess
+import sys
 import types
 from pathlib import Path
 from xml.etree import ElementTree
@@ -46,6 +48,30 @@ def test_links_are_found_and_wrong_ones_are_seen(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     page.write_text("# What `adopt` does, now\n\n[a](no.md) `[b](x)` [c](#what-adopt-does-now) [d](https://x.org)\n")
     assert links(page) == ["no.md", "#what-adopt-does-now"] and anchors(page) == {"what-adopt-does-now"}
+
+
+UNRESOLVED = """
+import eridiff, importlib, sys
+for name in sys.stdin.read().split():
+    thing = eridiff
+    try:
+        for part in name.split(".")[1:]:
+            thing = getattr(thing, part)
+    except AttributeError:
+        try:
+            importlib.import_module(name)
+        except ImportError:
+            print(name)
+"""
+
+
+def test_every_name_of_eridiff_in_the_documents_is_there_after_importing_it() -> None:
+    """`eridiff.a.b` as it is written, or the module of that name; without what another test has imported."""
+    pages = [page for page in PAGES if page.name != "CHANGELOG.md" and page.parent.name != "adr"]
+    names = {name for page in pages for name in re.findall(r"`(eridiff(?:\.[A-Za-z_]\w*)+)", page.read_text(), re.M)}
+    assert len(names) > 20
+    ran = subprocess.run([sys.executable, "-c", UNRESOLVED], input="\n".join(names), capture_output=True, text=True)
+    assert ran.returncode == 0 and ran.stdout.split() == [], ran.stderr
 
 
 def entries(nav: object) -> list[str]:
