@@ -5,6 +5,7 @@ same. The first block is always computed. If what it adds to the image's tokens 
 whole evaluation, what all others added then is added again. The networks know nothing of it.
 """
 
+import math
 import statistics
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
@@ -76,6 +77,8 @@ class BlockCache:
     """
 
     def __init__(self, network: nn.Module, threshold: float) -> None:
+        if isinstance(threshold, bool) or not isinstance(threshold, int | float) or not 0 <= threshold < math.inf:
+            raise ConfigError(f"the threshold of a block cache must be a number from 0 on, not {threshold!r}")
         inner = unwrapped(network)
         streams = next((streams for kind, streams in STREAMS.items() if isinstance(inner, kind)), None)
         if streams is None:

@@ -329,3 +329,9 @@ def test_a_recording_a_unet_and_a_single_block_are_refused() -> None:
         BlockCache(tiny.unet(), 0.1)
     with pytest.raises(ConfigError, match="at least two blocks"):
         BlockCache(tiny.mmdit(replace(tiny.MMDIT, depth=1)), 0.1)
+
+
+@pytest.mark.parametrize("threshold", [float("nan"), float("inf"), -1, True, "x", None])
+def test_a_threshold_is_a_number_from_zero_on(threshold: Any) -> None:
+    with pytest.raises(ConfigError, match="threshold of a block cache must be a number from 0 on"):
+        BlockCache(families.inference("flux").network, threshold)

@@ -261,7 +261,9 @@ def test_only_shapes_and_rows_that_are_faster_change(monkeypatch: pytest.MonkeyP
     network = nn.Sequential(*(nn.Linear(8, outputs) for outputs in (64, 64, 32, 16)), nn.Linear(8, 64).double())
     with caplog.at_level(logging.INFO, "eridiff"):
         assert use_onednn(network) == 3
-    assert caplog.messages == ["oneDNN computes 3 of 4 float32 linear layers on the CPU: 1 GFLOP/s in place of 1"]
+    assert caplog.messages == [
+        "oneDNN computes 3 of 4 float32 linear layers on the CPU, of at least 128 rows: 1 GFLOP/s in place of 1"
+    ]
     assert [getattr(m, "onednn_rows", None) for m in network] == [512, 512, 128, None, None]
     with torch.no_grad():
         for rows, expected in ((511, 0), (512, 1)):
@@ -283,6 +285,13 @@ def test_a_torch_without_the_operator_is_one_clear_line(monkeypatch: pytest.Monk
     assert caplog.messages == [
         f"torch {torch.__version__} has no torch.ops.mkldnn._gone: linear layers stay torch's own"
     ]
+
+
+@built_without
+def test_a_network_without_such_layers_is_one_line(caplog: Any) -> None:
+    with caplog.at_level(logging.INFO, "eridiff"):
+        assert use_onednn(nn.Sequential(nn.Linear(8, 8).bfloat16())) == 0
+    assert caplog.messages == ["the Sequential has no float32 linear layer on a CPU, so oneDNN computes none"]
 
 
 @built_without

@@ -106,7 +106,7 @@ def test_vram_chooses_at_loading_and_refuses_what_would_not_fit(tmp_path: Path) 
     assert model.generate("a", **asked).images[0].tobytes() == plain.generate("a", **asked).images[0].tobytes()
     with pytest.raises(MemoryPlanError, match=r"1 of 4096x4096 would need \d+\.\d GiB as the model is placed \(\(no option\)\)|as the model"):  # fmt: skip
         model.generate("a", seed=1, steps=1, width=4096, height=4096)
-    with pytest.raises(MemoryPlanError, match="needs .* MiB .*, and there are 20 MiB"):
+    with pytest.raises(MemoryPlanError, match="needs .* MiB, .*, and there are 20 MiB"):
         eridiff.load(vram="20MiB", device="cpu", progress=False)
 
 
@@ -134,7 +134,8 @@ def test_vram_beside_modules_that_are_there_is_an_error() -> None:
         ("--batch 0", "images must be a whole number, at least 1, not 0"), ("--batch -1", "images must be a whole number"),
         ("--steps 0", "steps must be a whole number"), ("--cfg nan", "cfg_scale must be a finite number"),
         ("--size 100x100", "multiples of 16"), ("--vram 24", "a text such as 24GiB"),
-        ("--device cpu --vram 20MiB", "and there are 20 MiB"),
+        ("--device cpu --vram 20MiB", "and there are 20 MiB"), ("--batch 100000000000000", "a plan counts images up to 10000"),
+        ("--size 1600000x1600000 --device cpu", "a plan counts width up to 16384"), ("--steps 1000000000", "counts steps up to"),
     ],
 )  # fmt: skip
 def test_impossible_numbers_of_a_plan_are_one_sentence(arguments: str, says: str, capsys: Any) -> None:

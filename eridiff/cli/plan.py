@@ -71,7 +71,9 @@ def described(plan: Plan) -> dict[str, Any]:
         {"stage": s.name, "component": s.component, "weights": s.held, "mapped": s.mapped, "work": s.work}
         for s in plan.stages
     ]
-    placements = [{"offload": p.offload, "vae_rows": p.vae_rows, "peak": p.peak} for p in plan.placements]
+    placements = [
+        {"offload": p.offload, "vae_rows": p.vae_rows, "peak": p.peak, "needed": p.needed} for p in plan.placements
+    ]
     size = {name: getattr(plan, name) for name in ("variant", "width", "height", "steps", "images", "guided")}
     return {**size, "device": plan.device, "runtime": RUNTIME[plan.device], "stages": stages, "placements": placements}
 

@@ -19,6 +19,7 @@ from eridiff.weights.locate import Parts
 UNITS = {"kib": 2**10, "mib": 2**20, "gib": 2**30, "kb": 10**3, "mb": 10**6, "gb": 10**9}
 # Beside the tensors: what CUDA takes for itself and what its allocator cannot use; on a CPU what libraries take on first use
 RUNTIME = {"cuda": 600 * 2**20, "cpu": 4 * 2**20}
+LIMITS = {"width": 2**14, "height": 2**14, "images": 10_000, "steps": 100_000}  # above which nothing is counted
 STRIPS = 64  # rows of a strip
 
 
@@ -91,8 +92,9 @@ class Plan:
                 return placement
         least = min(self.placements, key=lambda p: p.peak)
         largest = max(self.stages, key=lambda s: s.peak(least.offload))
+        way = f" with {least.flags}" if least.offload or least.vae_rows else ""
         raise MemoryPlanError(
-            f"{self.variant} at {self.width}x{self.height} needs {gib(least.needed)} with {least.flags}, most of it for "
+            f"{self.variant} at {self.width}x{self.height} needs {gib(least.needed)}{way}, most of it for "
             f"{largest.name}, and there are {gib(room)}: ask for a smaller image or a narrower dtype"
         )
 
@@ -142,6 +144,10 @@ def plan_parts(
     for name, number in (("images", images), ("steps", steps)):
         if number is not None and number < 1:
             raise ConfigError(f"{name} must be a whole number, at least 1, not {number}")
+    asked = {"width": width, "height": height, "images": images, "steps": steps}
+    for name, high in LIMITS.items():
+        if (asked[name] or 0) > high:
+            raise ConfigError(f"a plan counts {name} up to {high}, not {asked[name]}")
     if cfg_scale is not None and not math.isfinite(cfg_scale):
         raise ConfigError(f"cfg_scale must be a finite number, not {cfg_scale}")
     check_parts(kind, parts.components)
