@@ -215,10 +215,10 @@ def test_without_a_compiler_one_sentence_says_what_is_missing(
     from torch._inductor import config, cpp_builder
 
     cpp_builder.cpp_compiler_search.cache_clear()
-    monkeypatch.setattr(config.cpp, "cxx", (None, "no-such-compiler"))
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     command = ["sample", "--compile", "--device", "cpu", "--prompt", "a swan on mars", "--out", str(tmp_path / "a.png")]
-    assert main(command) == 2
+    with config.patch({"cpp.cxx": (None, "no-such-compiler")}):  # monkeypatch would delete the option on its way back
+        assert main(command) == 2
     assert (
         capsys.readouterr()
         .err.strip()
