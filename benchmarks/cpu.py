@@ -3,7 +3,7 @@
 float32, one thread, one process. Parity first. Then quads A B B A of eridiff and diffusers, so that a drift of the machine falls
 on both; a fixed matrix product before and after each quad tells whether the machine changed meanwhile, and such quads are
 left out. "step, oneDNN" is the step with `eridiff.onednn.use_onednn`, beside diffusers and beside eridiff's step without it; there is
-none where that changes no layer. Prints the median of diffusers / eridiff with its quartiles, the ratio of the two minima, and the share of the rate
+none where that changes no layer. "step, compiled" is beside diffusers, eager and compiled. Prints the median of diffusers / eridiff with its quartiles, the ratio of the two minima, and the share of the rate
 of the largest product that one thread reaches here; writes `benchmarks/results/cpu.json` and `docs/images/cpu.svg`.
 """
 
@@ -23,6 +23,7 @@ from torch import Tensor
 
 from benchmarks.gpu_cases import Case, decode_case, flux_case, in_diffusers, mmdit_case, random_weights, twin, unet_case
 from benchmarks.gpu_measure import version
+from eridiff.blocks import compile_blocks
 from eridiff.models.autoencoder import AutoencoderConfig
 from eridiff.models.flux import FluxConfig
 from eridiff.models.mmdit import MMDiTConfig
@@ -37,7 +38,12 @@ PARITY = 1e-5  # relative L2; of diffusers' channels-last convolutions twice tha
 SAMPLE_SECONDS = 0.02  # of one sample at least
 DRIFT = 1.1  # how much the fixed product may change within a quad
 LINEAR = ("C2", "C3", "C4", "C5a", "C5b")  # whose time is in linear layers
+CALLS = ("C1s",)  # whose time is in calls, which a compiler saves
 OWN = "eridiff's step"
+THEIRS = {
+    "step, oneDNN": ("diffusers", OWN),
+    "step, compiled": ("diffusers", "diffusers, compiled"),
+}  # beside what a way stands
 Ask = Callable[[], Tensor]
 
 
@@ -75,6 +81,14 @@ def ways(case: Case) -> tuple[dict[str, Ask], dict[str, Ask]]:
         if case.name in LINEAR and sum(use_onednn(module) for module in by_onednn.values()):
             own["step, oneDNN"] = lambda: case.step(by_onednn, x, run)
     theirs: dict[str, Ask] = {"diffusers": lambda: case.ask_theirs(others, x)}
+    if case.name in CALLS:
+        compiled, their_compiled = twin(case.ours, networks), in_diffusers(case.theirs, networks)
+        for module in compiled.values():
+            compile_blocks(module, fullgraph=True)
+        for module in their_compiled.values():
+            module.compile_repeated_blocks(fullgraph=True)
+        own["step, compiled"] = lambda: case.step(compiled, x, run)
+        theirs["diffusers, compiled"] = lambda: case.ask_theirs(their_compiled, x)
     if case.name.startswith(("C5", "C6")):
         last = {
             name: module.to(memory_format=torch.channels_last)
@@ -142,7 +156,7 @@ def figure(rows: list[dict[str, Any]]) -> str:
     ]
     for i, row in enumerate(rows):
         y, (low, high) = 30 + line * i, row["quartiles"]
-        beside = ", against channels last" if row["beside"].endswith("last") else ""
+        beside = f", against {row['beside'].split(', ')[1]}" if ", " in row["beside"] else ""
         parts += [
             f'<text x="292" y="{y + 13}" text-anchor="end">{row["case"]}, {row["way"]}{beside}</text>',
             f'<rect class="bar" x="300" y="{y}" width="{unit * row["ratio"]:.0f}" height="18"/>',
@@ -171,8 +185,9 @@ def main() -> None:
             continue
         own, theirs = ways(case)
         for name, ask in own.items():
-            beside = theirs | ({OWN: own["step"]} if name == "step, oneDNN" else {})
-            for other, their in beside.items():
+            every = theirs | {OWN: own["step"]} if "step" in own else theirs
+            for other in THEIRS.get(name, [other for other in theirs if not other.endswith("compiled")]):
+                their = every[other]
                 row = compare(case, name, ask, other, their, lambda: a @ b, rate, options.seconds)
                 rows.append(row)
                 if "ratio" not in row:

@@ -58,10 +58,8 @@ def cache_folder() -> str:
     """
     name = "TORCHINDUCTOR_CACHE_DIR"
     given = Path(os.environ.get(name, ""))
-    torchs = given.parent == Path(tempfile.gettempdir()) and given.name.startswith(
-        "torchinductor_"
-    )  # set by its import
-    if name in os.environ and not torchs:
+    by_import = given.parent == Path(tempfile.gettempdir()) and given.name.startswith("torchinductor_")  # of torch
+    if name in os.environ and not by_import:
         return os.environ[name]
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "eridiff" / "compiled"
     try:

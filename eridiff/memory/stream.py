@@ -20,9 +20,7 @@ from eridiff.models.layers import keeps_nothing
 from eridiff.weights.load import machine_memory
 
 RING = 2  # buffers on the device, and as many in pinned memory
-PINNED = (
-    0.25  # of the machine's memory: how much may be pinned so that blocks need not be read from their file in each step
-)
+PINNED = 0.25  # of the machine's memory may be pinned, so that blocks need not be read from their file in each step
 ALIGNED = 256  # bytes at which a tensor begins, as where torch allocates it
 
 

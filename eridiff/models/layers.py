@@ -309,9 +309,8 @@ class FinalLayer(nn.Module):
 
     def modulate(self, vec: Tensor) -> Tensor:
         """SiLU of the conditioning vector `[B, T, hidden]` -> shift, 1 + scale `[B, T, 2 * hidden]`."""
-        return with_factors(
-            self.modulation(vec), vec.shape[-1]
-        )  # diffusers stores scale, shift: the key maps swap them
+        # diffusers stores scale, shift: the key maps swap them
+        return with_factors(self.modulation(vec), vec.shape[-1])
 
     def forward(self, x: Tensor, modulation: Tensor) -> Tensor:
         return self.linear(modulated(x, *modulation.chunk(2, dim=-1)))
