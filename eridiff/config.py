@@ -21,9 +21,7 @@ class SampleSettings:
     shared: Words = field(default_factory=dict)  # of all images
     entries: tuple[Words, ...] = ()  # one per image: its prompt, and what it has in place of the above
     walk_seed: bool = False  # seed, seed + 1, ... over the prompts
-    lenient: bool = (
-        False  # as in trainers, sides go down to what the model can generate, and Karras' levels to SDXL alone
-    )
+    lenient: bool = False  # as in trainers: sides go down to what the model can generate, Karras' levels to SDXL alone
     lora: tuple[tuple[str, float | None], ...] = ()  # files, each with its scale; None is each image's `lora_scale`
     use_lora: bool | None = None  # false generates without them
     lora_partial: bool = False  # what does not fit is left out, not an error

@@ -202,9 +202,8 @@ def calling(entry: Entry, theirs: Sequence[tuple[str, nn.Module]], copies: bool)
         raise ConfigError(
             f"'{bare}' has weights but no forward to call; say allow_copies=True, so that they are copied"
         )
-    turned = (
-        entry.operation == "squeeze" and len(declared(theirs[0][1])["weight"]) == 2
-    )  # the trainer's is linear, eridiff's a 1x1 convolution
+    # the trainer's is linear, eridiff's a 1x1 convolution
+    turned = entry.operation == "squeeze" and len(declared(theirs[0][1])["weight"]) == 2
 
     def forward(x: Tensor) -> Tensor:
         x = x.movedim(1, -1) if turned else x

@@ -104,9 +104,8 @@ def load_again(
         recorded = [entry["scale"] for entry in settings.get("loras") or ()]
         own = recorded[0] if len(recorded) == 1 else 1.0
         loaded.apply_lora(file, _scale(own) if scale is None else scale)
-    loaded.set_variant(
-        settings["variant"]
-    )  # of the network as its LoRAs have left it: a control LoRA changes its input
+    # of the network as its LoRAs have left it: a control LoRA changes its input
+    loaded.set_variant(settings["variant"])
     sampling = settings.get("sampling") or {}  # a checkpoint of a training run may not say it again
     loaded.model.sample_as(loaded.variant, sampled_as(loaded.sampling, sampling, "its setting sampling"))
     if settings.get("refiner"):

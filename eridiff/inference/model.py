@@ -39,12 +39,10 @@ class Model:
     words: Words | None = None  # that it knows, if its file lists them
     adopted: tuple[Adopted, ...] = ()  # the network and the autoencoder of a trainer
     loras: list[LoraHandle] = field(default_factory=list)
-    followed: dict[str, Any] = field(
-        default_factory=dict
-    )  # of any variant's defaults, what a pipeline says in their place
-    narrower: dict[Any, tuple[str, Any, str]] = field(
-        default_factory=dict
-    )  # what it was before control LoRAs, by configuration
+    # of any variant's defaults, what a pipeline says in their place
+    followed: dict[str, Any] = field(default_factory=dict)
+    # what it was before control LoRAs, by configuration
+    narrower: dict[Any, tuple[str, Any, str]] = field(default_factory=dict)
 
     @classmethod
     def of(

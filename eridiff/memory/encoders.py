@@ -96,9 +96,8 @@ class _T5Layer(nn.Module):
         h = x + self.out(_attended(self.q(h), self.k(h), self.v(h)))
         normed = self.norm2(h)
         gate = self.gate(normed)
-        gate = (
-            0.5 * gate * (1 + torch.tanh(0.7979 * (gate + 0.044715 * torch.pow(gate, 3))))
-        )  # as transformers has it, unfused
+        # as transformers has it, unfused
+        gate = 0.5 * gate * (1 + torch.tanh(0.7979 * (gate + 0.044715 * torch.pow(gate, 3))))
         return h + self.narrow(gate * self.wide(normed))
 
 

@@ -70,9 +70,8 @@ def sd3_sigmas(steps: int, shift: float) -> Tensor:
 def diffusers_sigmas(steps: int, shift: float) -> Tensor:
     """The table of diffusers' FlowMatchEulerDiscreteScheduler `[steps + 1]`: SD 3's original with its float32 roundings."""
     even_sigmas(steps)
-    lowest = shifted(
-        torch.tensor(1 / 1000, dtype=torch.float32, device="cpu"), shift
-    )  # of a float32 table of the training's times
+    # of a float32 table of the training's times
+    lowest = shifted(torch.tensor(1 / 1000, dtype=torch.float32, device="cpu"), shift)
     evenly = torch.linspace(1, float(lowest), steps, **EXACT)
     sigmas = shifted(evenly, shift).float().double()
     return torch.cat([sigmas, sigmas.new_zeros(1)])

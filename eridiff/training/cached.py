@@ -183,9 +183,8 @@ def _conditioning(
         raise ConfigError(f"the embeddings of {quoted(text)} have no mask of T5's padding, which t5_mask hides")
     if not hidden or mask is None:
         return Conditioning(rows, pooled)
-    return Conditioning(
-        rows, pooled, F.pad(mask, (rows.shape[1] - mask.shape[1], 0), value=1).bool()
-    )  # CLIP's are seen
+    seen = F.pad(mask, (rows.shape[1] - mask.shape[1], 0), value=1).bool()  # all of CLIP's, which stand first
+    return Conditioning(rows, pooled, seen)
 
 
 def _joined(texts: Sequence[str], parts: Sequence[Conditioning]) -> Conditioning:
