@@ -106,7 +106,7 @@ def returns_an_alias(function: Any) -> bool:
 
 @cache
 def _of(function: Any) -> tuple[str, bool, bool, bool]:
-    """An operation's name; whether it joins tensors, draws numbers, writes to its first argument."""
+    """An operation's name; whether it joins tensors, makes random numbers, writes to its first argument."""
     name = str(function)
     return name, "cat" in name or "stack" in name, any(word in name for word in RANDOM), function._schema.is_mutable
 
