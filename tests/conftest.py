@@ -24,7 +24,7 @@ def shared() -> dict[str, Any]:
     found: dict[str, Any] = {
         "the environment": {(name, value) for name, value in os.environ.items() if name != "PYTEST_CURRENT_TEST"},
         "the working folder": os.getcwd(),
-        "sys.path": sys.path.copy(),
+        "sys.path": [folder for folder in sys.path if "setuptools" not in folder],  # which adds one on its import
         "sys.argv": sys.argv.copy(),
         "loggers": [(log.level, log.disabled, log.propagate, log.handlers.copy()) for log in (root, own)],
         "gradients": (torch.is_grad_enabled(), torch.is_inference_mode_enabled()),
