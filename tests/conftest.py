@@ -16,13 +16,14 @@ settings.register_profile("eridiff", deadline=None)  # a busy machine is not a m
 settings.load_profile("eridiff")
 
 everywhere = torch.nn.modules.module
+WRITTEN = ("PYTEST_", "_TORCH", "TRITON_")  # by pytest and inductor themselves
 
 
 def shared() -> dict[str, Any]:
     """What all tests of a process share, read in less than 0.1 ms."""
     root, own = logging.getLogger(), logging.getLogger("eridiff")
     found: dict[str, Any] = {
-        "the environment": {(name, value) for name, value in os.environ.items() if name != "PYTEST_CURRENT_TEST"},
+        "the environment": {(n, value) for n, value in os.environ.items() if not n.startswith(WRITTEN)},
         "the working folder": os.getcwd(),
         "sys.path": [folder for folder in sys.path if "setuptools" not in folder],  # which adds one on its import
         "sys.argv": sys.argv.copy(),
