@@ -16,6 +16,7 @@ from sybil.parsers.markdown import PythonCodeBlockParser, SkipParser
 os.environ |= {
     "HF_HUB_OFFLINE": "1",
     "HF_HUB_CACHE": os.path.join(tempfile.gettempdir(), "eridiff-tests-know-no-model"),
+    "TORCHINDUCTOR_CACHE_DIR": os.path.join(tempfile.gettempdir(), "eridiff-tests-compiled"),
     "COLUMNS": "80",
     "PYTHONUTF8": "1",
 }

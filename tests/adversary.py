@@ -13,10 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from eridiff.memory.stream import InOrder
-from tests.pretend_gpu import OnGPU
+from tests.pretend_gpu import OnGPU, leaves
 
 ORDERS = ("early", "late", "mixed")
 POISON = 255
@@ -35,7 +34,7 @@ class Watch(TorchDispatchMode):
         view = any(r.alias_info is not None and not r.alias_info.is_write for r in returned)  # which computes nothing
         if self.counts and not view:
             self.clock += 1
-            for tensor in tree_leaves((args, kwargs, result)):
+            for tensor in leaves((args, kwargs, result)):
                 if isinstance(tensor, Tensor) and not tensor.is_meta:
                     self.used[address(tensor)] = self.clock
         return result

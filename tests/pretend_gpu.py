@@ -12,15 +12,15 @@ Copies between the two are counted: `gpu.to_device`, `gpu.to_host`, the latter b
 """
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
-from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
 CUDA, META, CPU = (
     torch.device("cuda", 0),
@@ -83,19 +83,44 @@ class OnGPU(Tensor):
         return _on_cpu(function, args, kwargs or {}, None)
 
 
+def leaves(holder: Any) -> Iterator[Any]:
+    """What a list, tuple or dictionary holds at any depth; torch's pytree knows more and took half of the tests' time."""
+    for each in holder.values() if isinstance(holder, dict) else holder:
+        if isinstance(each, (list, tuple, dict)):
+            yield from leaves(each)
+        else:
+            yield each
+
+
+def _mapped(change: Callable[[Any], Any], value: Any) -> Any:
+    kind = type(value)
+    if kind is list or kind is tuple:
+        return kind([_mapped(change, each) for each in value])
+    return {key: _mapped(change, each) for key, each in value.items()} if kind is dict else change(value)
+
+
+@cache
+def returns_an_alias(function: Any) -> bool:
+    return any(returned.alias_info is not None for returned in function._schema.returns)
+
+
+@cache
+def _of(function: Any) -> tuple[str, bool, bool, bool]:
+    """An operation's name; whether it joins tensors, makes random numbers, writes to its first argument."""
+    name = str(function)
+    return name, "cat" in name or "stack" in name, any(word in name for word in RANDOM), function._schema.is_mutable
+
+
 def _on_cpu(function: Any, args: Any, kwargs: dict[str, Any], gpu: "PretendedGPU | None") -> Any:
     """Run an operation on the CPU and put its result where the operation would have put it."""
-    given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+    given = [t for t in leaves((args, kwargs)) if isinstance(t, Tensor)]
     on_gpu = [t for t in given if isinstance(t, OnGPU)]
-    name = str(function)
+    name, joined, random, writes = _of(function)
     if on_gpu and function not in COPIES:
         # indices may lie on the CPU, and numbers; not what is written to, and not what is joined
         where = [args[0], *args[2:]] if function in BY_INDEX else given
-        joined = "cat" in name or "stack" in name
-        mixed = [
-            t for t in tree_leaves(where) if isinstance(t, Tensor) and not isinstance(t, OnGPU) and t.device == CPU
-        ]
-        written = [args[0]] if function._schema.is_mutable and isinstance(args[0], Tensor) else []
+        mixed = [t for t in leaves(where) if isinstance(t, Tensor) and not isinstance(t, OnGPU) and t.device == CPU]
+        written = [args[0]] if writes and isinstance(args[0], Tensor) else []
         other = next((t for t in mixed if t.ndim or joined or any(t is w for w in written)), None)
         if other is not None:
             raise RuntimeError(f"{name} mixes cuda:0 and a CPU tensor of the shape {list(other.shape)}")
@@ -103,7 +128,7 @@ def _on_cpu(function: Any, args: Any, kwargs: dict[str, Any], gpu: "PretendedGPU
         return 0  # plain products, which every device has
     wanted = kwargs.get("device")
     stays = bool(on_gpu) if wanted is None else torch.device(wanted) == META
-    if stays and any(word in name for word in RANDOM):
+    if stays and random:
         raise RuntimeError(f"{name} draws random numbers on the GPU")
     if gpu is not None and function in COPIES:
         source = args[1] if function is aten.copy_.default else args[0]
@@ -113,7 +138,7 @@ def _on_cpu(function: Any, args: Any, kwargs: dict[str, Any], gpu: "PretendedGPU
             gpu.to_host += not target
     if gpu is not None and function is aten._local_scalar_dense.default and on_gpu:
         gpu.to_host += 1
-    inner_args, inner_kwargs = tree_map_only(OnGPU, lambda t: t.inner, (args, kwargs))
+    inner_args, inner_kwargs = _mapped(lambda t: t.inner if isinstance(t, OnGPU) else t, (args, kwargs))
     if stays and wanted is not None:
         inner_kwargs = {**inner_kwargs, "device": CPU}
     if inner_kwargs.get("pin_memory"):
@@ -121,8 +146,8 @@ def _on_cpu(function: Any, args: Any, kwargs: dict[str, Any], gpu: "PretendedGPU
     out = function(*inner_args, **inner_kwargs)
     if not stays:
         return out
-    out = tree_map(lambda t: OnGPU(t) if isinstance(t, Tensor) else t, out)
-    return return_and_correct_aliasing(function, args, kwargs, out) if on_gpu else out
+    out = _mapped(lambda t: OnGPU(t) if isinstance(t, Tensor) else t, out)
+    return return_and_correct_aliasing(function, args, kwargs, out) if on_gpu and returns_an_alias(function) else out
 
 
 class _Devices(TorchFunctionMode):
@@ -143,7 +168,9 @@ class _Devices(TorchFunctionMode):
             return args[0].to(META)
         if function is Tensor.new_tensor and isinstance(args[0], OnGPU):
             return torch.tensor(args[1], **{"dtype": args[0].dtype, **kwargs, "device": CPU}).to(META)
-        args, kwargs = tree_map(_as_meta, (args, kwargs))
+        if not kwargs and all(isinstance(each, Tensor) for each in args):
+            return function(*args)
+        args, kwargs = _mapped(_as_meta, (args, kwargs))
         return function(*args, **kwargs)
 
 

@@ -20,13 +20,13 @@ from tests.trainers import BOUND, FAMILIES, Family, drawing, pictures
 def float8(foreign: nn.Module) -> None:
     from torchao.quantization import Float8WeightOnlyConfig, quantize_
 
-    quantize_(foreign, Float8WeightOnlyConfig())
+    quantize_(foreign, Float8WeightOnlyConfig(set_inductor_config=False))
 
 
 def int8(foreign: nn.Module) -> None:
     from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
-    quantize_(foreign, Int8WeightOnlyConfig())
+    quantize_(foreign, Int8WeightOnlyConfig(set_inductor_config=False))
 
 
 def quanto(foreign: nn.Module) -> None:

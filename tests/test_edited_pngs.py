@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,9 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 import eridiff
+from eridiff.blocks import compile_blocks
 from eridiff.errors import EridiffError
+from eridiff.inference import compiled
 from eridiff.inference.again import generate_again, load_again, read_settings
 from eridiff.request import FIELDS
 from tests import tiny
@@ -32,7 +35,11 @@ def written(settings: dict[str, Any], image: Image.Image, path: Path) -> Path:
     return path
 
 
-def test_no_edited_setting_ends_in_anything_but_a_sentence(generated: tuple[Path, Any]) -> None:
+def test_no_edited_setting_ends_in_anything_but_a_sentence(
+    generated: tuple[Path, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # inductor takes 15 s and changes nothing of this
+    monkeypatch.setattr(compiled, "compile_blocks", partial(compile_blocks, backend="eager"))
     folder, result = generated
     outcomes: Counter[str] = Counter()
     loaded = load_again(result.settings[0], progress=False)

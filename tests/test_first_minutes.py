@@ -162,7 +162,9 @@ def offline(folder: Path) -> dict[str, str]:
 @pytest.mark.slow
 def test_the_readmes_commands_run_one_by_one_in_a_fresh_clone(tmp_path: Path) -> None:
     environment = offline(tmp_path)
-    by_make, by_pip = (commands(block + "```\n") for block in section("Install").split("Without make"))
+    blocks, sentence = section("Install").split("Without make: ")
+    by_make = commands(blocks)
+    by_pip = re.findall(r"`([^`]+)`", re.sub(r"\(on Windows [^)]*\)", "", sentence.split("[Installation]")[0]))
     assert by_make[:3] == ["git clone URL_OF_THIS_REPOSITORY eridiff", "cd eridiff", "make sample"]
     assert by_pip[0] == "python -m venv .venv" and by_pip[-1] == "pip install -e ."
     elsewhere = [command for command in COMMANDS if runs_offline(command) and command not in by_make]
