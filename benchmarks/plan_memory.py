@@ -1,9 +1,9 @@
-"""Memory that `eridiff plan --device cpu` predicts against what a run takes: `python -m benchmarks.plan_memory [WORD ...]`.
+"""Memory on a CPU beside what `eridiff plan --device cpu` predicts: `python -m benchmarks.plan_memory [WORD ...]`.
 
-Each case is a process of its own, on one thread. Measured is the highest anonymous resident memory (RssAnon of /proc/PID/status,
+Images of the built-in models, and the decoder at full width beside diffusers', plain, channels-last and in strips. Each case is a process of its own, on one thread. Measured is the highest anonymous resident memory (RssAnon of /proc/PID/status,
 read every millisecond by the parent) less what the process held when torch, transformers and eridiff were imported; what is
 mapped from files is shown apart. Full-size files have published headers and zeros for weights: sparse files, of which nothing is
-read from a disk. With words only cases whose names have all of them are measured; the others keep their rows. Prints a table and
+read from a disk. diffusers' weights are made before, and so not counted either. With words only cases whose names have all of them are measured; the others keep their rows. Prints a table and
 writes `benchmarks/results/plan_memory.json`.
 """
 
@@ -23,6 +23,7 @@ import torch
 RESULTS = Path(__file__).parent / "results" / "plan_memory.json"
 ASSETS = Path(__file__).parents[1] / "eridiff" / "assets"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+LAST = "diffusers, channels-last"
 
 
 @dataclass(frozen=True)
@@ -33,10 +34,11 @@ class Case:
     size: int
     dtype: str = "float32"
     rows: int = 0  # of a strip, 0 is the plain decode
+    by: str = ""  # eridiff, or "diffusers" or LAST, whose decoders are not predicted
 
     @property
     def name(self) -> str:
-        return f"{self.what} {self.size} {self.dtype} {f'strips of {self.rows}' if self.rows else 'plain'}"
+        return f"{self.what} {self.size} {self.dtype} {self.by or (f'strips of {self.rows}' if self.rows else 'plain')}"
 
 
 CASES = [
@@ -45,10 +47,12 @@ CASES = [
     *(Case("tiny-sd35", size) for size in (64, 256)),
     *(Case("tiny-sdxl", size) for size in (64, 512, 1024)),
     Case("tiny-sdxl", 1024, "bfloat16", 64),
-    *(Case("decode", size) for size in (256, 512, 1024)),
     *(Case("decode", size, "bfloat16") for size in (256, 512)),
-    *(Case("decode", size, rows=64) for size in (512, 1024)),
-]
+    *(case for size in (256, 512, 1024) for case in [
+        *(Case("decode", size, by=by) for by in ("diffusers", LAST)),
+        *(Case("decode", size, rows=rows) for rows in (0, 64, 32, 16)),
+    ]),
+]  # fmt: skip
 
 
 def components(case: Case, folder: Path) -> Any:
@@ -67,6 +71,8 @@ def predicted(case: Case) -> dict[str, int]:
     from eridiff.inference.placing import RUNTIME, plan_parts
     from eridiff.memory.plan import stages
 
+    if case.by:
+        return {}
     dtype = DTYPES[case.dtype]
     with tempfile.TemporaryDirectory() as folder:
         found = components(case, Path(folder))
@@ -90,8 +96,10 @@ def work(case: Case, folder: Path) -> None:
     from transformers import CLIPTextModelWithProjection, CLIPTokenizerFast, T5EncoderModel, T5TokenizerFast
 
     import eridiff
+    from benchmarks.gpu_cases import their_autoencoder
     from eridiff.inference import DiffusionInference
     from eridiff.memory.strips import decode_in_strips
+    from eridiff.models.autoencoder import AutoencoderConfig
     from eridiff.weights.load import build
 
     assert (
@@ -99,12 +107,17 @@ def work(case: Case, folder: Path) -> None:
     )
     torch.set_num_threads(1)
     found = components(case, folder)
+    dtype, rows = DTYPES[case.dtype], case.rows or None
+    autoencoder: Any = None
+    if case.by:
+        autoencoder = their_autoencoder(AutoencoderConfig.preset("flux")).eval().to(dtype)
+    if case.by == LAST:
+        autoencoder.to(memory_format=torch.channels_last)
     print("ready", flush=True)
     sys.stdin.readline()
-    dtype, rows = DTYPES[case.dtype], case.rows or None
     if case.what == "decode":
-        autoencoder: Any = build(found, dtype=dtype, progress=False)
-        latents = torch.zeros(1, autoencoder.config.latent_channels, case.size // 8, case.size // 8, dtype=dtype)
+        autoencoder = autoencoder or build(found, dtype=dtype, progress=False)
+        latents = torch.zeros(1, 16, case.size // 8, case.size // 8, dtype=dtype)
         with torch.no_grad():
             decode_in_strips(autoencoder, latents, rows) if rows else autoencoder.decode(latents)
         return
@@ -157,9 +170,9 @@ def main() -> None:
     before = json.loads(RESULTS.read_text())["runs"] if RESULTS.exists() else []
     kept = {Case(**row["case"]): row for row in before}
     print(
-        "| case | measured MB | predicted MB | measured / predicted | mapped MB | seconds |\n|---|---|---|---|---|---|"
+        "| case | measured MB | of diffusers' | predicted MB | measured / predicted | mapped MB | seconds |\n|---|---|---|---|---|---|---|"
     )
-    rows = []
+    rows: list[dict[str, Any]] = []
     for case in CASES:
         if not options.keep and all(word in case.name for word in options.words):
             row = measured(case)
@@ -169,19 +182,25 @@ def main() -> None:
             continue
         row = {"case": asdict(case), **row, **predicted(case)}
         rows.append(row)
-        print(
-            f"| {case.name} | {row['measured'] / 1e6:.0f} | {row['predicted'] / 1e6:.0f} | "
-            f"{row['measured'] / row['predicted']:.2f} | {row['predicted_mapped'] / 1e6:.0f} | {row['seconds']} |",
-            flush=True,
-        )
+        print(line(case, row, rows), flush=True)
         machine = {
             "torch": torch.__version__,
             "threads": 1,
             "libc": " ".join(os.confstr("CS_GNU_LIBC_VERSION").split()),
         }
         known = [row["case"] for row in rows]
-        others = [row for row in before if row["case"] not in known]
+        others = [row for at, row in kept.items() if at in CASES and asdict(at) not in known]
         RESULTS.write_text(json.dumps({"machine": machine, "runs": [*rows, *others]}, indent=1) + "\n")
+
+
+def line(case: Case, row: dict[str, Any], rows: list[dict[str, Any]]) -> str:
+    """Of the table; the measured memory also as a part of what diffusers' plain decode took, if that is in `rows`."""
+    beside = asdict(Case(case.what, case.size, case.dtype, by="diffusers"))
+    of = "".join(f"{row['measured'] / other['measured']:.2f}" for other in rows if other["case"] == beside)
+    planned = " | | | "
+    if not case.by:
+        planned = f" | {row['predicted'] / 1e6:.0f} | {row['measured'] / row['predicted']:.2f} | {row['predicted_mapped'] / 1e6:.0f}"
+    return f"| {case.name} | {row['measured'] / 1e6:.0f} | {of}{planned} | {row['seconds']} |"
 
 
 if __name__ == "__main__":

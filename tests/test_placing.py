@@ -166,20 +166,17 @@ def test_a_plan_imports_no_transformers_and_no_compiler() -> None:
 
 
 def test_memory_on_a_cpu_is_predicted_as_it_was_measured() -> None:
-    """`benchmarks/plan_memory.py`, float32 from 450 MB on: decodes at full width and the small Flux.
-
-    The small SDXL is missed by 16 % there, the small Flux in bfloat16 by 12 % (docs/memory.md).
-    """
+    """`benchmarks/plan_memory.py`, float32 from 450 MB on: the small Flux and the small SDXL (docs/memory.md)."""
     runs = [row for row in json.loads(plan_memory.RESULTS.read_text())["runs"] if row["case"]["dtype"] == "float32"]
-    large = [row for row in runs if row["measured"] > 450e6 and row["case"]["what"] != "tiny-sdxl"]
-    assert {row["case"]["what"] for row in large} == {"tiny-flux", "decode"}
+    large = [row for row in runs if row["measured"] > 450e6 and not row["case"]["by"]]
+    assert {row["case"]["what"] for row in large} == {"tiny-flux", "tiny-sdxl"}
     for row in large:
         predicted = plan_memory.predicted(plan_memory.Case(**row["case"]))["predicted"]
         assert math.isclose(row["measured"], predicted, rel_tol=0.1), (row["case"], predicted)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", [plan_memory.Case("tiny-flux", 1024), plan_memory.Case("decode", 256)])
+@pytest.mark.parametrize("case", [plan_memory.Case("tiny-flux", 1024), plan_memory.Case("decode", 512)])
 def test_memory_on_a_cpu_is_predicted_as_it_is_measured(case: plan_memory.Case) -> None:
     """A process of its own generates with a built-in model, or decodes at the width of published autoencoders."""
     measured, predicted = plan_memory.measured(case)["measured"], plan_memory.predicted(case)["predicted"]
