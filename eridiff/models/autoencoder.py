@@ -201,8 +201,7 @@ class Decoder(nn.Module):
     def forward(self, latents: Tensor) -> Tensor:
         h = self.middle(self.conv_in(arranged(latents)))
         for up in reversed(self.up):
-            for part in up.children():  # not `up` as a whole, which would keep what it was given until its end
-                h = part(h)
+            h = up(h)
         return self.conv_out(activated(h, self.norm_out)).contiguous()
 
 
