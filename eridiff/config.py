@@ -1,6 +1,6 @@
 """The configuration of what to generate: every key known, every mistake one sentence."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from typing import Any
@@ -142,7 +142,7 @@ def parse_config(document: Any, without_effect: Mapping[str, str] | None = None)
     lost = next((name for name in document if name not in TOP and name in ("prompts", "samples", *SAID, *KEYS)), None)
     if lost is not None:
         raise ConfigError(f"'{lost}' belongs under 'sample:'")
-    known_names(document, TOP, "the file")
+    _known_keys(document, TOP, "the file")
     model = document.get("model")
     if model is not None and not isinstance(model, str | dict):
         raise ConfigError(f"model must be a path, a hub id or the parts by name, not {model!r}")
@@ -155,6 +155,8 @@ def parse_config(document: Any, without_effect: Mapping[str, str] | None = None)
         for name in ("device", "dtype", "offload", "refiner")
         if document.get(name)
     }
+    if type(document.get("vram")) is int:  # bytes, or a size whose unit is missing
+        document = document | {"vram": str(document["vram"])}
     options = {n: scalar(n, document[n], kind) for n, kind in MODEL_OPTIONS.items() if document.get(n) is not None}
     first = document.get("first_sample")
     if first is not None:
@@ -164,6 +166,17 @@ def parse_config(document: Any, without_effect: Mapping[str, str] | None = None)
         first_sample=None if first is None else _sample(_mapping("first_sample", first), {}, []),
         unused=unused, told=tuple(dict.fromkeys(notices)), **texts,
     )  # fmt: skip
+
+
+def _known_keys(given: Mapping[str, Any], known: Collection[str], where: str) -> None:
+    """As `known_names`; options of a model that are in a section get the line that has an effect."""
+    for name, value in given.items():
+        inner = {name: value} if name in TOP else value
+        said = {key: inner[key] for key in inner if key in TOP} if isinstance(inner, dict) else {}
+        lines = [f"{key}: {str(value).lower() if isinstance(value, bool) else value}" for key, value in said.items()]
+        if name not in known and lines:
+            raise ConfigError(f"'{name}' is not a key of {where}; write {', '.join(lines)} at the top of the file")
+    known_names(given, known, where)
 
 
 def _listed(unused: Mapping[str, str]) -> list[str]:
@@ -179,7 +192,7 @@ def _listed(unused: Mapping[str, str]) -> list[str]:
 
 
 def _sample(section: Mapping[str, Any], unused: dict[str, str], notices: list[str]) -> SampleSettings:
-    known_names(section, ["prompts", "samples", *SAID, *KEYS, *NO_EFFECT], "sample")
+    _known_keys(section, ["prompts", "samples", *SAID, *KEYS, *NO_EFFECT], "sample")
     if "samples" in section and section.get("prompts") is not None:
         raise ConfigError("sample: 'prompts' and 'samples' both list prompts; keep one")
     values: dict[str, Any] = {}
@@ -195,7 +208,7 @@ def _sample(section: Mapping[str, Any], unused: dict[str, str], notices: list[st
         prompts, own = prompts_of([entry["prompt"] for entry in entries]), []
         for number, (prompt, entry) in enumerate(zip(prompts, entries, strict=True), 1):
             settings = {key: value for key, value in entry.items() if key != "prompt"}
-            known_names(settings, [*SAID, *NO_EFFECT], f"sample: entry {number}")
+            _known_keys(settings, [*SAID, *NO_EFFECT], f"sample: entry {number}")
             own.append({"prompt": prompt} | _values(settings, f"sample: entry {number}", unused, notices))
         values["entries"] = tuple(own)
     return SampleSettings(shared=_values(section, "sample", unused, notices), **values)

@@ -113,7 +113,8 @@ def test_vram_chooses_at_loading_and_refuses_what_would_not_fit(tmp_path: Path) 
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"vram": "24"}, "a size of memory is a text such as 24GiB"), ({"vram": True}, "a size of memory"),
+        ({"vram": "24"}, "a size of memory is a text such as 24GiB or 12GB, or bytes, at least 1 MiB, not '24'"),
+        ({"vram": True}, "a size of memory"), ({"vram": 24}, "a size of memory"), ({"vram": "9" * 400 + "GiB"}, "a size of memory"),
         ({"vram": "0GiB"}, "a size of memory"), ({"vram": "24GiB", "offload": "stages"}, "vram chooses offload and vae_rows"),
         ({"vram": "24GiB", "vae_rows": 64}, "vram chooses offload and vae_rows"),
     ],
@@ -121,6 +122,35 @@ def test_vram_chooses_at_loading_and_refuses_what_would_not_fit(tmp_path: Path) 
 def test_an_impossible_vram_is_one_sentence(options: dict[str, Any], says: str) -> None:
     with pytest.raises(ConfigError, match=says):
         eridiff.load(device="cpu", progress=False, **options)
+
+
+@pytest.mark.parametrize("size", ["24GiB", "24gib", "24 GiB", 24 * GIB, str(24 * GIB), "24576 MiB", "25769803.776kB"])
+def test_sizes_of_memory_in_any_writing(size: int | str) -> None:
+    assert bytes_of(size) == 24 * GIB and bytes_of("24GB") == 24 * 10**9
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", PUBLISHED)
+def test_more_memory_and_smaller_images_never_have_a_slower_placement(model: str) -> None:
+    """Over sizes of memory, of images and of batches: what is refused counts as the slowest."""
+
+    def slowness(plan: Plan, vram: int) -> int:
+        try:
+            return plan.placements.index(plan.placement(vram))
+        except MemoryPlanError as error:
+            assert f"there are {vram / GIB:.1f} GiB" in str(error)
+            return len(plan.placements)
+
+    sizes = [4 * GIB, 8 * GIB, 12 * GIB, 16 * GIB, 24 * GIB, 48 * GIB]
+    found = {}
+    for side, images in ((512, 1), (512, 4), (1024, 1), (1024, 4), (2048, 1), (2048, 4)):
+        plan = planned(model, width=side, height=side, images=images)
+        found[side, images] = [slowness(plan, vram) for vram in sizes]
+    for (side, images), chosen in found.items():
+        assert chosen == sorted(chosen, reverse=True)
+        for (larger, more), others in found.items():
+            if larger >= side and more >= images:
+                assert all(a <= b for a, b in zip(chosen, others, strict=True)), (side, images, larger, more)
 
 
 def test_vram_beside_modules_that_are_there_is_an_error() -> None:
@@ -133,7 +163,7 @@ def test_vram_beside_modules_that_are_there_is_an_error() -> None:
     [
         ("--batch 0", "images must be a whole number, at least 1, not 0"), ("--batch -1", "images must be a whole number"),
         ("--steps 0", "steps must be a whole number"), ("--cfg nan", "cfg_scale must be a finite number"),
-        ("--size 100x100", "multiples of 16"), ("--vram 24", "a text such as 24GiB"),
+        ("--size 100x100", "multiples of 16"), ("--vram 24", "a text such as 24GiB"), ("--vram -1GiB", "at least 1 MiB, not '-1GiB'"), ("--vram=", "at least 1 MiB, not ''"),
         ("--device cpu --vram 20MiB", "and there are 20 MiB"), ("--batch 100000000000000", "a plan counts images up to 10000"),
         ("--size 1600000x1600000 --device cpu", "a plan counts width up to 16384"), ("--steps 1000000000", "counts steps up to"),
     ],

@@ -3,6 +3,7 @@
 import argparse
 import logging
 import os
+import re
 import sys
 from collections.abc import Sequence
 from difflib import get_close_matches
@@ -69,6 +70,10 @@ class _Format(logging.Formatter):
 
 class _Parser(argparse.ArgumentParser):
     """argparse, whose mistakes are one sentence as all others are, with the nearest name."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._negative_number_matcher = re.compile(r"-\.?\d")  # -1GiB is a value too, which its option refuses
 
     def error(self, message: str) -> None:  # type: ignore[override]
         raise EridiffError(f"{message}; {self.prog} --help shows what there is")

@@ -43,7 +43,7 @@ def add_parser(commands: Any) -> None:
 
 
 def _plan(options: argparse.Namespace) -> int:
-    if options.vram:
+    if options.vram is not None:
         bytes_of(options.vram)
     parts = locate(options.model or BUILT_IN)
     kind = next((family for family in FAMILIES if family.family in parts.components), None)
@@ -58,7 +58,7 @@ def _plan(options: argparse.Namespace) -> int:
         print(json.dumps(described(plan), indent=1))
     else:
         print("\n".join(lines(plan)))
-    if options.vram:
+    if options.vram is not None:
         placement = plan.placement(options.vram)
         if not options.json:
             print(f"{options.vram}: {placement.flags} fits")

@@ -16,7 +16,7 @@ from eridiff.memory.plan import Stage, stages
 from eridiff.memory.stages import OFFLOAD
 from eridiff.weights.locate import Parts
 
-UNITS = {"kib": 2**10, "mib": 2**20, "gib": 2**30, "kb": 10**3, "mb": 10**6, "gb": 10**9}
+UNITS = {None: 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "kb": 10**3, "mb": 10**6, "gb": 10**9}
 # Beside the tensors: what CUDA takes for itself and what its allocator cannot use; on a CPU what libraries take on first use
 RUNTIME = {"cuda": 600 * 2**20, "cpu": 4 * 2**20}
 LIMITS = {"width": 2**14, "height": 2**14, "images": 10_000, "steps": 100_000}  # above which nothing is counted
@@ -177,12 +177,12 @@ def plan_parts(
 
 def bytes_of(size: int | str) -> int:
     """Bytes of a size: a number of them, or a text such as "24GiB", "12 GB", "8192MiB". Raises ConfigError."""
-    if isinstance(size, int) and not isinstance(size, bool) and size > 0:
-        return size
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmg]i?b)\s*", size.lower()) if isinstance(size, str) else None
-    if not found or not float(found[1]):
-        raise ConfigError(f"a size of memory is a text such as 24GiB or 12GB, or bytes, not {size!r}")
-    return int(float(found[1]) * UNITS[found[2]])
+    whole = str(size) if type(size) is int else size
+    found = re.fullmatch(r"\s*(\d{1,15}(?:\.\d+)?)\s*([kmg]i?b)?\s*", whole.lower()) if isinstance(whole, str) else None
+    count = int(float(found[1]) * UNITS[found[2]]) if found else 0
+    if count < 2**20:  # 24 means 24GiB, which a guess may get wrong
+        raise ConfigError(f"a size of memory is a text such as 24GiB or 12GB, or bytes, at least 1 MiB, not {size!r}")
+    return count
 
 
 def gib(size: int) -> str:
