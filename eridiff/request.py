@@ -20,7 +20,8 @@ from torch import Tensor
 from eridiff.errors import ConfigError
 from eridiff.images import read_image, transparency, upright
 from eridiff.recipe import recipe, recipes
-from eridiff.schedulers.guidance import SkipLayers
+from eridiff.schedulers import first_step
+from eridiff.schedulers.guidance import SkipLayers, within
 from eridiff.schedulers.samplers import CHURNED, DISCRETE_ALONE, ETA, FLOW_ALONE, SAMPLERS, noises_of_a_step
 from eridiff.schedulers.tables import ROUNDINGS
 
@@ -171,6 +172,38 @@ def _guided(request: "Request", model: Any) -> str | None:
     return "without classifier-free guidance (cfg_scale)" if scale == 1 else None
 
 
+def strength_of(request: "Request", model: Any) -> float | None:
+    """What is asked, or by default the whole run with a mask and 0.75 without; None without an image."""
+    if request.image is None:
+        return None
+    whole = request.mask is not None or model.inpaints
+    return (1.0 if whole else 0.75) if request.strength is None else request.strength
+
+
+def _steps(request: "Request", model: Any) -> tuple[range, int]:
+    """The steps that are run from where an image lets it begin, and how many the schedule has."""
+    given = request.schedule is not None and not isinstance(request.schedule, str)
+    steps = len(request.schedule) - 1 if given else request.steps or model.sampling.steps  # type: ignore[arg-type]
+    strength = strength_of(request, model)
+    first = 0 if strength is None else first_step(steps, strength, request.strength_rounding or "up")
+    return range(first, steps), steps
+
+
+def _skipped(request: "Request", model: Any) -> str | None:
+    skip: Any = getattr(model.sampling, "skip_layers", None) if request.skip_layers is True else request.skip_layers
+    if "skip_layers" not in model.takes or skip is None:
+        return _taken("skip_layers")(request, model)
+    blocks = model.network.config.depth
+    if missing := [str(block) for block in skip.blocks if block >= blocks]:
+        return f"on block{'s' * (len(missing) > 1)} {', '.join(missing)}: this network has {blocks}, from 0 on"
+    if skip.scale == 0:
+        return "at scale 0"
+    run, steps = _steps(request, model)
+    if not run or any(skip.acts(step - run.start, steps) for step in run):
+        return None
+    return f"on a run of {len(run)} steps, none of which lies between its shares {skip.start:g} and {skip.end:g}"
+
+
 def _embedded(request: "Request", model: Any) -> str | None:
     if model.guidance_embedding:
         return None
@@ -179,9 +212,9 @@ def _embedded(request: "Request", model: Any) -> str | None:
 
 def _suits(request: "Request", model: Any) -> str | None:
     if request.sampler in DISCRETE_ALONE and model.flow:
-        return f"on {model.variant}: {request.sampler} is for discrete noise levels, not for rectified flow"
+        return f"on {model.called}: {request.sampler} is for discrete noise levels, not for rectified flow"
     if request.sampler in FLOW_ALONE and not model.flow:
-        return f"on {model.variant}: {request.sampler} is for rectified flow, not for discrete noise levels"
+        return f"on {model.called}: {request.sampler} is for rectified flow, not for discrete noise levels"
     return None
 
 
@@ -216,7 +249,7 @@ def _renewed(request: "Request", model: Any) -> str | None:
 def _churned(request: "Request", model: Any) -> str | None:
     name = _sampler_of(request, model)
     if model.flow:
-        return f"on {model.variant}: Karras' churn is for discrete noise levels, not for rectified flow"
+        return f"on {model.called}: Karras' churn is for discrete noise levels, not for rectified flow"
     return None if name in CHURNED else f"on the sampler {name}; {' and '.join(CHURNED)} take it"
 
 
@@ -228,7 +261,7 @@ def _scaled(request: "Request", model: Any) -> str | None:
 
 def _shifted(request: "Request", model: Any) -> str | None:
     if not model.shifts(request.schedule):
-        return f"on the schedules of {model.variant}"
+        return f"on the schedules of {model.called}"
     return None if request.schedule is None or isinstance(request.schedule, str) else "on sigmas that are given"
 
 
@@ -240,17 +273,17 @@ def _counted(request: "Request", model: Any) -> str | None:
 
 def _taken(name: str) -> Callable[["Request", Any], str | None]:
     def effect(request: "Request", model: Any) -> str | None:
-        return None if name in model.takes else f"on {model.variant}"
+        return None if name in model.takes else f"on {model.called}"
 
     return effect
 
 
 def _followed(request: "Request", model: Any) -> str | None:
-    return None if "control" in model.takes else f"on {model.variant}: Flux Canny and Depth follow a control image"
+    return None if "control" in model.takes else f"on {model.called}: Flux Canny and Depth follow a control image"
 
 
 def _referred(request: "Request", model: Any) -> str | None:
-    return None if "references" in model.takes else f"on {model.variant}: Flux Kontext edits references"
+    return None if "references" in model.takes else f"on {model.called}: Flux Kontext edits references"
 
 
 def _edited(request: "Request", model: Any) -> str | None:
@@ -291,13 +324,13 @@ def _lacks_t5(model: Any) -> bool:
 
 def _hidden(request: "Request", model: Any) -> str | None:
     if "t5" not in model.encoders:
-        return f"on {model.variant}"
+        return f"on {model.called}"
     return "without T5" if _lacks_t5(model) else None
 
 
 def _rows_of_t5(request: "Request", model: Any) -> str | None:
     if "t5" not in model.encoders:
-        return f"on {model.variant}"
+        return f"on {model.called}"
     return "without T5 and its rows" if _lacks_t5(model) and own(request, model, "without_t5") == "none" else None
 
 
@@ -318,13 +351,13 @@ def _missing_negative(request: "Request", model: Any) -> str | None:
 def _emphasised(request: "Request", model: Any) -> str | None:
     if request.prompt_weights != "kohya" or model.family == "unet":
         return None
-    return f"on {model.variant}: kohya's scripts weigh the prompts of SDXL alone"
+    return f"on {model.called}: kohya's scripts weigh the prompts of SDXL alone"
 
 
 def _cached(request: "Request", model: Any) -> str | None:
     if model.family != "unet":
         return None
-    return f"on {model.variant}: the last blocks of a UNet read what the first ones gave, not only what came between"
+    return f"on {model.called}: the last blocks of a UNet read what the first ones gave, not only what came between"
 
 
 def _weighed(request: "Request", model: Any) -> str | None:
@@ -383,7 +416,7 @@ class Request:
         (0.0, 1.0), SHARES, "first and last share of the steps with guidance", effect=_guided
     )
     skip_layers: bool | SkipLayers = option(
-        False, SKIPPED, "skip-layer guidance, as published for sd3.5-medium", effect=_taken("skip_layers")
+        False, SKIPPED, "skip-layer guidance, as published for sd3.5-medium", effect=_skipped
     )
     part: tuple[float, float] = option(
         (0.0, 1.0), SHARES, "shares of the run; the `run` of the first part is the noise of the second", python=True
@@ -675,6 +708,13 @@ class Request:
         asked.check()
         for name, reason in asked.without_effect(model).items():
             raise ConfigError(f"{name} has no effect {reason}")
+        run, count = _steps(asked, model)
+        if asked.says("cfg_interval") and run and not any(within(asked.cfg_interval, step, count) for step in run):
+            low, high = asked.cfg_interval
+            raise ConfigError(
+                f"no step would be guided: of {len(run)} steps none lies in the cfg_interval from {low:g} to {high:g}; "
+                "widen it, or ask for a cfg_scale of 1"
+            )
         prompts, seeds = matched(asked, rows)
         opened: dict[str, Any] = {name: _opened(getattr(asked, name)) for name in ("image", "mask", "control")}
         if asked.mask_alpha:
@@ -690,24 +730,18 @@ class Request:
         if schedule is not None and not isinstance(schedule, str):
             schedule = tuple(float(sigma) for sigma in schedule)
             steps = len(schedule) - 1
-        strength = None
-        if opened["image"] is not None:
-            whole = opened["mask"] is not None or model.inpaints
-            strength = (1.0 if whole else 0.75) if asked.strength is None else asked.strength
         skip: Any = asked.skip_layers
         if skip is True:
             skip = getattr(model.sampling, "skip_layers", None)
             if skip is None:
-                raise ConfigError(
-                    f"there is no published skip-layer guidance for {model.variant}; sd3.5-medium has one"
-                )
+                raise ConfigError(f"there is no published skip-layer guidance for {model.called}; sd3.5-medium has one")
         usual: dict[str, Any] = {
             name: told.metadata["usual"] if getattr(asked, name) is None else narrowed(getattr(asked, name), model.weights_dtype)
             for name, told in FIELDS.items() if told.metadata["usual"] is not None
         }  # fmt: skip
         settled = replace(
             asked, **usual, prompt=prompts, seed=seeds, width=width, height=height, sampler=sampler, schedule=schedule,
-            steps=steps, strength=strength, skip_layers=skip, guidance_scale=model.guidance(asked.guidance_scale),
+            steps=steps, strength=strength_of(asked, model), skip_layers=skip, guidance_scale=model.guidance(asked.guidance_scale),
             cfg_scale=model.sampling.cfg_scale if asked.cfg_scale is None else asked.cfg_scale,
             negative=None if asked.negative is None else listed(asked.negative), **opened,
         )  # fmt: skip

@@ -15,9 +15,9 @@ import eridiff
 import eridiff.images
 from eridiff.errors import ConfigError, EridiffError
 from eridiff.inference import FluxInference, Prompt, Step
-from eridiff.inference.latents import first_step
 from eridiff.memory.stages import on_device
 from eridiff.models.flux import FluxConfig, patchify, unpatchify
+from eridiff.schedulers import first_step
 from eridiff.schedulers.flow_match import flux_mu
 from eridiff.text import Conditioning
 from tests import tiny
@@ -222,7 +222,7 @@ def test_an_image_gives_its_size_rounded_down(dev: FluxInference) -> None:
         ({"image": checker(), "strength": 1.5}, "strength must be between 0 and 1"),
         ({"guidance_scale": float("nan")}, "guidance_scale must be between"),
         ({"keep": ("images",)}, "'images' cannot be kept"),
-        ({"control": checker()}, "control has no effect on dev: Flux Canny and Depth follow a control image"),
+        ({"control": checker()}, "control has no effect on Flux dev: Flux Canny and Depth follow a control image"),
         ({"image": torch.zeros(1, 3, 8, 8), "width": 16, "height": 16}, r"\[1, 3, 8, 8\], \[B, 3, 16, 16\] is needed"),
         ({"conditioning": None}, "no text encoders are loaded"),
     ],

@@ -141,7 +141,7 @@ def test_what_is_not_an_edit_is_refused(kontext: FluxInference) -> None:
     ):
         edited(kontext, None, image=picture(32, 48))
     assert edited(kontext, None, image=picture(32, 48), strength=0.5).images  # image to image, as asked
-    with pytest.raises(ConfigError, match="references has no effect on dev: Flux Kontext edits references"):
+    with pytest.raises(ConfigError, match="references has no effect on Flux dev: Flux Kontext edits references"):
         edited(families.inference("flux"), picture(32, 32))
     with pytest.raises(ConfigError, match="width of a reference must be a multiple of 16, not 40"):
         edited(kontext, picture(40, 32))

@@ -227,7 +227,7 @@ def test_a_control_lora_makes_a_flux_follow_an_image_and_leaves_it_as_it_was(tmp
     plain = tiny.draw(model, "a swan")
     state = {name: t.clone() for name, t in model.network.state_dict().items()}
     controls = [torch.full((1, 3, 32, 32), value) for value in (-0.5, 0.5)]
-    with pytest.raises(ConfigError, match="control has no effect on dev"):
+    with pytest.raises(ConfigError, match="control has no effect on Flux dev"):
         tiny.draw(model, "a swan", control=controls[0])
     with model.apply_lora(file, 0.85) as handle:
         assert model.variant == "depth" and model.network.config.in_channels == 128

@@ -53,7 +53,7 @@ def test_a_network_that_takes_over_from_itself_gives_the_run_in_one(both: tuple[
     assert steps == list(range(6)) and torch.equal(parts, whole)
 
 
-def test_the_refiner_takes_over_at_any_strength(both: tuple[Any, Any]) -> None:
+def test_the_refiner_takes_over_at_any_strength(both: tuple[Any, Any], caplog: pytest.LogCaptureFixture) -> None:
     """Where the base has nothing to do, the refiner begins where the image does, not where the base would end."""
     model, refiner = both
     picture = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
@@ -62,6 +62,9 @@ def test_the_refiner_takes_over_at_any_strength(both: tuple[Any, Any]) -> None:
     found, steps = run(model, image=picture, strength=0.1, hand_over=0.5)
     hook.remove()
     assert steps == [9] and not asked
+    assert caplog.messages == ["a hand_over of 0.5 leaves the base none of the steps"]
+    run(model, hand_over=0.999)
+    assert caplog.messages[1:] == ["a hand_over of 0.999 leaves the refiner none of the steps"]
     expected, _ = run(refiner, image=picture, strength=0.1)
     assert torch.allclose(found, expected, atol=1e-4)  # its autoencoder has the same weights
     assert run(model, image=picture, strength=0.6, hand_over=0.5)[1] == [4, 5, 6, 7, 8, 9]

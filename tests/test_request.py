@@ -17,7 +17,7 @@ from eridiff.cli.sample import _asked
 from eridiff.config import SAID, parse_config
 from eridiff.errors import ConfigError
 from eridiff.files import tensors_hash
-from eridiff.images import read_image
+from eridiff.images import read_image, to_tensor
 from eridiff.inference.section import early
 from eridiff.lora.save import save_lora
 from eridiff.request import ENCODING, FIELDS, GUIDANCE, WORDS, Request, merged
@@ -153,16 +153,19 @@ IDLE: list[tuple[str, str, dict[str, Any], str]] = [  # field, family, settings,
     ("cfg_interval", "flux", {"cfg_interval": (0, 0.5)}, "without classifier-free guidance"),
     ("guidance_scale", "mmdit", {"guidance_scale": 3.0}, "this network has no guidance embedding"),
     ("guidance_scale", "unet", {"guidance_scale": 3.0}, "this network has no guidance embedding"),
-    ("shift", "flux", {"shift": 3.0}, "on the schedules of dev"),
+    ("shift", "flux", {"shift": 3.0}, "on the schedules of Flux dev"),
     ("shift", "mmdit", {"shift": 2.0, "schedule": (1.0, 0.0)}, "on sigmas that are given"),
     ("steps", "flux", {"steps": 4, "schedule": (1.0, 0.5, 0.0)}, "beside 3 sigmas, which are 2 steps"),
-    ("skip_layers", "flux", {"skip_layers": SkipLayers((1,), 2.5, 0, 1)}, "on dev"),
-    ("skip_layers", "unet", {"skip_layers": True}, "on base"),
-    ("hand_over", "unet", {"hand_over": 0.5}, "without a refiner"), ("crop", "flux", {"crop": (0, 8)}, "on dev"),
+    ("skip_layers", "flux", {"skip_layers": SkipLayers((1,), 2.5, 0, 1)}, "on Flux dev"),
+    ("skip_layers", "unet", {"skip_layers": True}, "on SDXL base"),
+    ("skip_layers", "mmdit", {"skip_layers": SkipLayers((0, 9), 2.5, 0, 1)}, "on block 9: this network has 3, from 0 on"),
+    ("skip_layers", "mmdit", {"skip_layers": SkipLayers((0,), 0.0, 0, 1)}, "at scale 0"),
+    ("skip_layers", "mmdit", {"skip_layers": SkipLayers((0,), 2.5, 0.01, 0.2), "steps": 5}, "on a run of 5 steps, none of which"),
+    ("hand_over", "unet", {"hand_over": 0.5}, "without a refiner"), ("crop", "flux", {"crop": (0, 8)}, "on Flux dev"),
     ("original_size", "mmdit", {"original_size": (64, 64)}, "on sd3"),
-    ("target_size", "flux", {"target_size": (64, 64)}, "on dev"),
-    ("aesthetic_score", "unet", {"aesthetic_score": 5.0}, "on base"),
-    ("negative_aesthetic_score", "flux", {"negative_aesthetic_score": 5.0}, "on dev"),
+    ("target_size", "flux", {"target_size": (64, 64)}, "on Flux dev"),
+    ("aesthetic_score", "unet", {"aesthetic_score": 5.0}, "on SDXL base"),
+    ("negative_aesthetic_score", "flux", {"negative_aesthetic_score": 5.0}, "on Flux dev"),
     ("negative_aesthetic_score", "refiner", {"negative_aesthetic_score": 5.0, "cfg_scale": 1.0}, "without classifier-free guidance"),
     ("strength", "flux", {"strength": 0.5}, "without the image that it is for"),
     ("mask", "flux", {"mask": PICTURE.convert("L")}, "without the image that it is for"),
@@ -171,9 +174,9 @@ IDLE: list[tuple[str, str, dict[str, Any], str]] = [  # field, family, settings,
     ("references", "flux", {"references": [PICTURE]}, "Flux Kontext edits references"),
     ("image", "kontext", {"image": PICTURE}, "without a strength: what it edits are references"),
     ("lora_scale", "flux", {"lora_scale": 0.5}, "without a LoRA that has no scale of its own"),
-    ("block_cache", "unet", {"block_cache": 0.1}, "on base: the last blocks of a UNet read what the first ones gave"),
-    ("sampler", "flux", {"sampler": "pndm"}, "on dev: pndm is for discrete noise levels, not for rectified flow"),
-    ("sampler", "unet", {"sampler": "dpmpp_2m_rf"}, "on base: dpmpp_2m_rf is for rectified flow, not for discrete"),
+    ("block_cache", "unet", {"block_cache": 0.1}, "on SDXL base: the last blocks of a UNet read what the first ones gave"),
+    ("sampler", "flux", {"sampler": "pndm"}, "on Flux dev: pndm is for discrete noise levels, not for rectified flow"),
+    ("sampler", "unet", {"sampler": "dpmpp_2m_rf"}, "on SDXL base: dpmpp_2m_rf is for rectified flow, not for discrete"),
     ("timestep_offset", "unet", {"timestep_offset": 0, "schedule": "karras"}, "on the schedule karras"),
     ("timestep_offset", "unet", {"timestep_offset": 0, "sampler": "lcm"}, "on the schedule lcm"),
     ("timestep_offset", "unet", {"timestep_offset": 0, "schedule": (9.0, 0.0)}, "on sigmas that are given"),
@@ -183,17 +186,17 @@ IDLE: list[tuple[str, str, dict[str, Any], str]] = [  # field, family, settings,
     ("final_noise", "unet", {"final_noise": "lowest", "sampler": "lcm"}, "on the sampler lcm, whose last step gives the clean image"),
     ("eta", "unet", {"eta": 0.5, "sampler": "euler"}, "on the sampler euler, whose share of new noise is fixed"),
     ("churn", "unet", {"churn": 9.0, "sampler": "lms"}, "on the sampler lms; euler and heun take it"),
-    ("churn", "flux", {"churn": 9.0}, "on dev: Karras' churn is for discrete noise levels"),
-    ("noise_scale", "flux", {"noise_scale": "sigma"}, "on dev"),
+    ("churn", "flux", {"churn": 9.0}, "on Flux dev: Karras' churn is for discrete noise levels"),
+    ("noise_scale", "flux", {"noise_scale": "sigma"}, "on Flux dev"),
     ("noise_scale", "unet", {"noise_scale": "sigma", "image": PICTURE}, "on a run that begins from an image"),
-    ("noise_layout", "unet", {"noise_layout": "packed"}, "on base"), ("noise_row", "flux", {"noise_row": (0, 2)}, "without noise_generator: one"),
-    ("guidance_dtype", "unet", {"guidance_dtype": "bfloat16"}, "on base"),
+    ("noise_layout", "unet", {"noise_layout": "packed"}, "on SDXL base"), ("noise_row", "flux", {"noise_row": (0, 2)}, "without noise_generator: one"),
+    ("guidance_dtype", "unet", {"guidance_dtype": "bfloat16"}, "on SDXL base"),
     ("cfg_dtype", "flux", {"cfg_dtype": "bfloat16"}, "without classifier-free guidance"),
     ("cfg_batch", "flux", {"cfg_batch": "apart"}, "without classifier-free guidance"),
     ("strength_rounding", "flux", {"strength_rounding": "down"}, "without the image that it is for"),
-    ("t5_length", "unet", {"t5_length": 128}, "on base"), ("t5_mask", "unet", {"t5_mask": True}, "on base"),
-    ("t5_padding", "flux", {"t5_padding": "diffusers"}, "on dev"), ("without_t5", "unet", {"without_t5": "none"}, "on base"),
-    ("clip_windows", "flux", {"clip_windows": "all"}, "on dev"), ("empty_negative", "mmdit", {"empty_negative": "zeros"}, "on sd3"),
+    ("t5_length", "unet", {"t5_length": 128}, "on SDXL base"), ("t5_mask", "unet", {"t5_mask": True}, "on SDXL base"),
+    ("t5_padding", "flux", {"t5_padding": "diffusers"}, "on Flux dev"), ("without_t5", "unet", {"without_t5": "none"}, "on SDXL base"),
+    ("clip_windows", "flux", {"clip_windows": "all"}, "on Flux dev"), ("empty_negative", "mmdit", {"empty_negative": "zeros"}, "on sd3"),
     ("empty_negative", "unet", {"empty_negative": "encoded", "negative": "x"}, "beside a negative prompt"),
     ("empty_negative", "unet", {"empty_negative": "encoded", "cfg_scale": 1.0}, "without classifier-free guidance"),
     ("prompt_weights", "mmdit", {"prompt_weights": "kohya"}, "kohya's scripts weigh the prompts of SDXL alone"),
@@ -211,6 +214,47 @@ def test_a_setting_without_effect_is_an_error_that_says_why(
         model = SDXLInference(tiny.unet(tiny.SDXL_REFINER), model.autoencoder, device="cpu", progress=False)
     with pytest.raises(ConfigError, match=f"^{name} has no effect .*{why}"):
         model.generate("a", width=32, height=32, **settings)
+
+
+@pytest.mark.parametrize("family", families.FAMILIES)
+def test_guidance_that_no_step_has_is_an_error(family: str) -> None:
+    model = families.inference(family)
+    steps = {"cfg_scale": 2.0, "steps": 4}
+    for asked, run in (
+        ({"cfg_interval": (0.3, 0.4)}, 4),
+        ({"cfg_interval": (0.8, 1.0)}, 4),
+        ({"cfg_interval": (0.0, 0.5), "image": PICTURE, "strength": 0.5}, 2),
+    ):
+        with pytest.raises(
+            ConfigError, match=f"^no step would be guided: of {run} steps none lies in the cfg_interval"
+        ):
+            Request(**steps, **asked).checked(model)
+    Request(**steps, cfg_interval=(0.75, 1.0)).checked(model)
+    Request(**steps, cfg_interval=(0.5, 0.6), image=PICTURE, strength=0.5).checked(model)
+
+
+@pytest.mark.parametrize("family", families.FAMILIES)
+def test_a_run_that_keeps_all_or_nothing_of_its_image_says_so(family: str, caplog: pytest.LogCaptureFixture) -> None:
+    model = families.inference(family)
+    asked: dict[str, Any] = {
+        "conditioning": eridiff.Prompt(families.conditioning(model)), "width": 32, "height": 32, "steps": 2, "cfg_scale": 1.0,
+        "image": PICTURE, "keep": ["latents"],
+    }  # fmt: skip
+    kept = model.generate(**asked, strength=0).latents
+    assert torch.equal(kept, model.encode_vae(to_tensor(PICTURE, 32, 32)))
+    assert caplog.messages == ["a strength of 0 denoises nothing: the image is only encoded and decoded"]
+    caplog.clear()
+    model.generate(**asked, strength=0.5)
+    assert not caplog.messages
+    model.generate(**asked, strength=0.75)
+    nothing = ["a strength of 0.75 of 2 steps keeps nothing of the image: the run begins from noise alone"]
+    assert caplog.messages == (nothing if model.flow else [])  # SDXL's first point is not all noise
+    caplog.clear()
+    model.generate(**asked, strength=1.0, mask=Image.linear_gradient("L").resize((32, 32)))
+    assert not caplog.messages
+    del asked["image"]
+    model.generate(**asked, part=(0.3, 0.4))
+    assert caplog.messages == ["the part 0.3 to 0.4 of the run holds none of its 2 steps"]
 
 
 def test_every_field_with_a_condition_is_tried_where_it_has_no_effect() -> None:

@@ -27,9 +27,10 @@ from eridiff import FluxInference, Prompt, SD35Inference, SDXLInference
 from eridiff.errors import ConfigError
 from eridiff.images import to_images
 from eridiff.inference.base import USUAL
-from eridiff.inference.latents import as_told, first_step, noises, rounded
+from eridiff.inference.latents import as_told, noises, rounded
 from eridiff.models.flux import unpatchify
 from eridiff.request import Request
+from eridiff.schedulers import first_step
 from eridiff.schedulers.discrete import alphas_cumprod, discrete_schedule, leading_timesteps, sigmas_at
 from eridiff.schedulers.flow_match import flow_schedule
 from eridiff.schedulers.guidance import Guidance, guided

@@ -102,7 +102,10 @@ def test_skip_layers_take_the_published_setting_or_ones_own(whole: SD35Inference
     found = draw(whole, steps=30, skip_layers=SkipLayers((1,), 2.5, 0.01, 0.2))
     assert not torch.allclose(found.latents, plain.latents, atol=1e-3)
     assert found.settings[0]["skip_layers"] == {"blocks": (1,), "scale": 2.5, "start": 0.01, "end": 0.2}
-    assert draw(whole, steps=1, skip_layers=True).settings[0]["skip_layers"]["blocks"] == (7, 8, 9)
+    with pytest.raises(
+        ConfigError, match="^skip_layers has no effect on blocks 7, 8, 9: this network has 3, from 0 on$"
+    ):
+        draw(whole, steps=30, skip_layers=True)
     large = SD35Inference(tiny.mmdit(MMDiTConfig(16, 16, 16, 20, 128, 2, 2.0, 2, 6)), tiny.autoencoder(), device="cpu")
     with pytest.raises(ConfigError, match="no published skip-layer guidance for sd3.5-large"):
         draw(large, conditioning=Prompt(conditioning()), skip_layers=True)
@@ -413,7 +416,6 @@ def test_the_command_line_generates_with_sd3(folder: Path, tmp_path: Path, capsy
                 "heun",
                 "--schedule",
                 "candle",
-                "--skip-layers",
                 "--quiet",
             ]
         )
@@ -421,6 +423,7 @@ def test_the_command_line_generates_with_sd3(folder: Path, tmp_path: Path, capsy
     )
     for extra, says in (
         (["--variant", "dev"], "'dev' is not a variant of Stable Diffusion 3; there are sd3-medium"),
+        (["--skip-layers"], "skip_layers has no effect on blocks 7, 8, 9"),
         (["--schedule", "x"], "'x' is not a schedule of SD 3"),
         (["--size", "960x32"], "larger than this network's table"),
     ):

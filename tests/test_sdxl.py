@@ -416,10 +416,10 @@ def test_a_float16_autoencoder_decodes_in_float32(folder: Path) -> None:
         ({"width": 80}, "the width must be a multiple of 32, not 80; the nearest is 64"),
         ({"schedule": "candle"}, "'candle' is not a schedule of SDXL; there are leading"),
         ({"schedule": [0.0, 14.0], "steps": None}, "sigmas must be at least two numbers that fall to 0"),
-        ({"shift": 3.0}, "shift has no effect on the schedules of base"),
+        ({"shift": 3.0}, "shift has no effect on the schedules of SDXL base"),
         ({"schedule": "turbo", "steps": 5}, "Turbo's own schedule has 1 to 4 steps, not 5"),
         ({"part": (0.8, 0.2)}, "part must be two rising shares"),
-        ({"skip_layers": True}, "skip_layers has no effect on base"),
+        ({"skip_layers": True}, "skip_layers has no effect on SDXL base"),
     ],
 )
 def test_impossible_settings_end_in_a_sentence(options: dict[str, Any], says: str, whole: SDXLInference) -> None:
@@ -483,7 +483,7 @@ def test_the_command_line_generates_with_sdxl(folder: Path, tmp_path: Path, caps
     capsys.readouterr()
     refused = [
         (["--size", "80x64"], "a multiple of 32"), (["--variant", "refiner"], "not of refiner"),
-        (["--aesthetic-score", "5"], "aesthetic_score has no effect on base"),
+        (["--aesthetic-score", "5"], "aesthetic_score has no effect on SDXL base"),
         (["--original-size", "512"], "--original-size must be WIDTHxHEIGHT such as 1024x768, not '512'"),
         (["--crop", "-8", "0"], "crop must be two whole numbers"),
     ]  # fmt: skip

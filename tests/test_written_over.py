@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from eridiff import inject_lora
-from eridiff.models.layers import keeps_nothing, spare
+from eridiff.models.layers import activated, added, keeps_nothing, spare
 from tests import tiny
 from tests.families import rows
 
@@ -131,6 +131,22 @@ def test_a_lora_counts_the_same_without_gradients(name: str, count: int) -> None
         torch.testing.assert_close(found[str(scale)], with_gradients, rtol=1e-12, atol=1e-12)
     first, second = found.values()
     assert not torch.allclose(first, second)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "module",
+    [nn.Identity(), nn.Dropout(0.5).eval(), nn.Dropout(0.0), nn.Flatten(2), nn.Unflatten(1, (4,)), nn.Sequential()],
+    ids=str,
+)
+def test_a_module_that_gives_what_it_is_given_leaves_it_as_it_was(module: nn.Module) -> None:
+    x = rows(2, 4, 6, seed=1)
+    before = x.clone()
+    h = module(x)
+    assert h.data_ptr() == x.data_ptr()
+    activated(x, module)
+    added(rows(*h.shape, seed=2), h, module)
+    assert torch.equal(x, before)
 
 
 class Other(nn.Linear):

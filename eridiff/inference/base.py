@@ -35,7 +35,6 @@ from eridiff.inference.latents import (  # fmt: skip
     device_of,
     dtype_of,
     finite,
-    first_step,
     latent_mask,
     noises,
     rounded,
@@ -54,7 +53,7 @@ from eridiff.memory.stages import OFFLOAD, Stages, on_device, together
 from eridiff.memory.strips import decode_in_strips, encode_in_strips
 from eridiff.precision import outside_autocast
 from eridiff.request import ENCODING, FIELDS, Checked, Request, Table, Text, known_names, listed
-from eridiff.schedulers import Schedule
+from eridiff.schedulers import Schedule, first_step
 from eridiff.schedulers.flow_match import flow_points, flow_schedule
 from eridiff.schedulers.guidance import Guidance, guided
 from eridiff.schedulers.samplers import noises_of_a_step, sampler, with_inside
@@ -337,6 +336,11 @@ class DiffusionInference(Family):
         return encoded(self, prompts, "", asked)
 
     @property
+    def called(self) -> str:
+        """The variant in a sentence, with its family unless its name has it: SDXL base, Flux dev, sd3.5-medium."""
+        return self.variant if self.family == "mmdit" else f"{self.title()} {self.variant}"
+
+    @property
     def latent_channels(self) -> int:
         return self.autoencoder.config.latent_channels
 
@@ -422,15 +426,26 @@ class DiffusionInference(Family):
         schedule = self.points(replace(settled, schedule=request.schedule)) if isinstance(steps, int) else steps
         if noises_of_a_step(settled.sampler, settled.eta, settled.churn) and seeds is None:
             raise ConfigError(f"{settled.sampler} draws noise on the way: give seeds, one per image")
-        first, last = self.ends(schedule, settled, 1.0 if image is None else strength)
+        first, last = self.ends(schedule, replace(settled, strength=strength), image, mask)
         run = self.begun(latents, schedule, first, image, settled, seeds)
         self.walk(run, prompt, schedule, settled, first, last, image, mask, condition, callback)
         return finite(run.x, "denoising")
 
-    def ends(self, schedule: Schedule, asked: Checked, strength: float) -> tuple[int, int]:
-        """The first step of a run and the one behind its last."""
+    def ends(self, schedule: Schedule, asked: Checked, image: Tensor | None, mask: Tensor | None) -> tuple[int, int]:
+        """The first step of a run and the one behind its last; says in the log where there is nothing to do, or all."""
         first, last = (self.place(schedule, share) for share in asked.part)
-        return max(first, first_step(schedule.steps, strength, asked.strength_rounding)), last
+        if image is not None:
+            start = first_step(schedule.steps, asked.strength, asked.strength_rounding)
+            if start == schedule.steps:
+                log.warning("a strength of %g denoises nothing: the image is only encoded and decoded", asked.strength)
+                return start, last
+            if start == 0 and schedule.alphas[0] == 0 and mask is None and not self.inpaints:
+                what = "a strength of %g of %d steps keeps nothing of the image: the run begins from noise alone"
+                log.warning(what, asked.strength, schedule.steps)
+            first = max(first, start)
+        if first >= last:
+            log.warning("the part %g to %g of the run holds none of its %d steps", *asked.part, schedule.steps)
+        return first, last
 
     def begun(
         self, noise: Tensor | Run, schedule: Schedule, first: int, image: Tensor | None, asked: Checked,
@@ -652,7 +667,7 @@ class DiffusionInference(Family):
         mask: Tensor | None, condition: Tensor | None, callback: Callback | None,
     ) -> Stages[Run]:  # fmt: skip
         """As `denoise`, in stages; the run at its end."""
-        first, last = self.ends(points, asked, 1.0 if image is None else asked.strength)
+        first, last = self.ends(points, asked, image, mask)
         run = self.begun(noise, points, first, image, asked, asked.seed)
         yield self.network
         self.walk(run, prompt, points, asked, first, last, image, mask, condition, callback)

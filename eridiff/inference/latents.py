@@ -1,6 +1,5 @@
 """What goes into the loop and what comes out: noise from seeds, masks, where a run begins, values that must be finite."""
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,24 +14,6 @@ from eridiff.schedulers.samplers import EXPLODING
 from eridiff.schedulers.step import Draw
 
 LATENT_SCALE = 8  # pixels a latent's side, in every autoencoder of the three families
-
-
-def first_step(steps: int, strength: float, rounding: str = "up") -> int:
-    """Where image to image begins: the share `strength` of the steps is run, at least one unless it is 0.
-
-    - up: a share that is a whole number of steps is that number: 25 * 0.28 is 7, though the product of floats is above it.
-    - float_up: as diffusers computes for Flux and SD 3, in floats: 25 * 0.56 is 15.
-    - down: as diffusers computes for SDXL: 28 * 0.3 is 8, and 9 by the others. Raises ConfigError where nothing is left.
-    """
-    if rounding == "float_up":
-        return int(max(steps - min(steps * strength, steps), 0))
-    if rounding == "down":
-        if strength > 0 and steps * strength < 1:
-            raise ConfigError(
-                f"strength {strength:g} of {steps} steps, rounded down, leaves none: raise it, or the steps"
-            )
-        return steps - int(steps * strength)
-    return steps - max(math.ceil(round(steps * strength, 4)), int(strength > 0))
 
 
 def noises(seeds: Sequence[int], shape: Sequence[int], asked: Any, device: torch.device) -> Draw:

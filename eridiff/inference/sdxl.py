@@ -4,6 +4,7 @@ Sources: Stability-AI/generative-models; Podell et al. 2023; the schedulers that
 """
 
 import copy
+import logging
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -34,6 +35,7 @@ from eridiff.weights.detect import Component
 from eridiff.weights.load import prediction_told
 from eridiff.weights.locate import ModelPath, Parts, locate
 
+log = logging.getLogger(__name__)
 TIMESTEPS = {
     "leading": discrete.leading_timesteps, "trailing": discrete.trailing_timesteps, "legacy": discrete.legacy_timesteps,
     "linspace": discrete.linspace_timesteps, "ddim": discrete.leading_timesteps, "lcm": discrete.lcm_timesteps,
@@ -220,14 +222,17 @@ class SDXLInference(DiffusionInference):
         mask: Tensor | None, condition: Tensor | None, callback: Callback | None,
     ) -> Stages[Run]:  # fmt: skip
         """The base as far as it goes, then the refiner, which takes over latents, noise and memory of the sampler."""
-        first, last = self.ends(points, asked, 1.0 if image is None else asked.strength)
-        if self.refines and first == 0 and image is None:
+        if self.refines and image is None and self.place(points, asked.part[0]) == 0:
             raise ConfigError("the refiner finishes images: give it to a base as refiner, or an image with a strength")
         if self.refiner is None:
             return (yield from super()._denoised(noise, prompt, points, asked, image, mask, condition, callback))
         refiner = self.refiner
+        first, last = self.ends(points, asked, image, mask)
         own = yield from encoded(refiner, asked.prompt, asked.negative, asked)
         cut = min(max(first, self.place(points, asked.hand_over)), last)
+        if cut in (first, last) and first < last and asked.part == (0.0, 1.0):
+            idle = "the base" if cut == first else "the refiner"
+            log.warning("a hand_over of %g leaves %s none of the steps", asked.hand_over, idle)
         run = self.begun(noise, points, first, image, asked, asked.seed)
         yield self.network
         self.walk(run, prompt, points, asked, first, cut, image, mask, condition, callback)

@@ -44,7 +44,7 @@ def _request(
     values, notices = settle_guidance(words, model)
     if settings.euler_elsewhere and model.family != "unet" and "sampler" not in explicit:
         if (said := values.get("sampler")) not in (None, "euler"):
-            notices.append(f"the sampler {said} has no effect: the file's program samples {model.variant} by euler")
+            notices.append(f"the sampler {said} has no effect: the file's program samples {model.called} by euler")
         values["sampler"] = "euler"
     if settings.lenient:
         for name in ("width", "height"):
@@ -53,7 +53,7 @@ def _request(
                 notices.append(f"the {name} {side} becomes {fitting}, a multiple of {model.multiple}")
                 values[name] = fitting
         if values.get("schedule") == "karras" and model.family != "unet":
-            notices.append(f"Karras' noise levels have no effect: {model.variant} has its own")
+            notices.append(f"Karras' noise levels have no effect: {model.called} has its own")
             del values["schedule"]
     request = Request.of(values).filled(model)  # what a recipe chooses decides, too, what has an effect
     request.check()

@@ -134,7 +134,8 @@ def spare(*modules: nn.Module) -> bool:
     if torch.is_grad_enabled() or torch.compiler.is_compiling() or GLOBAL_HOOKS or GLOBAL_PRE_HOOKS:
         return False
     for module in modules:
-        if not type(module).__module__.startswith(KNOWN) or "forward" in vars(module):
+        kind = type(module)
+        if not (kind in MAKERS or kind.__module__.startswith("eridiff.")) or "forward" in vars(module):
             return False
         for hooks in (module._forward_hooks, module._forward_pre_hooks):
             if hooks and not all(hasattr(hook, "keeps_nothing") for hook in hooks.values()):
@@ -142,7 +143,8 @@ def spare(*modules: nn.Module) -> bool:
     return True
 
 
-KNOWN = ("torch.nn.modules.", "eridiff.")  # packages whose modules keep nothing of what they are given and give
+# torch's modules that give a tensor of their own; nn.Identity, nn.Dropout, nn.Flatten and others may give what they are given
+MAKERS = (nn.Linear, nn.Conv2d, nn.GroupNorm, nn.LayerNorm)
 
 
 def activated(x: Tensor, norm: nn.Module) -> Tensor:

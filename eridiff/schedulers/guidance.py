@@ -25,6 +25,10 @@ class SkipLayers:
     start: float
     end: float
 
+    def acts(self, step: int, steps: int) -> bool:
+        """At a step that is counted from the first that is run; `steps` is how many the schedule has."""
+        return self.start * steps < step < self.end * steps
+
 
 @dataclass(frozen=True)
 class Guidance:
@@ -36,6 +40,11 @@ class Guidance:
     skip_layers: SkipLayers | None = None
     batch: str = "positive_first"  # or "negative_first", or "apart" for two calls
     dtype: torch.dtype | None = None  # in which the outputs are mixed; None is their own
+
+
+def within(interval: tuple[float, float], step: int, steps: int) -> bool:
+    """Whether a step is in an interval of shares of the schedule, its end excluded."""
+    return interval[0] <= step / steps < interval[1]
 
 
 def classifier_free(positive: Tensor, negative: Tensor, scale: float) -> Tensor:
@@ -74,14 +83,14 @@ def guided(ask: Ask, run: Any, guidance: Guidance, batch: int, steps: int, first
 
     def predict(x: Tensor, i: int) -> Tensor:
         place = i % steps  # points inside the steps follow behind those of the steps
-        if steered and guidance.cfg_interval[0] <= place / steps < guidance.cfg_interval[1]:
+        if steered and within(guidance.cfg_interval, place, steps):
             positive, negative = (out if guidance.dtype is None else out.to(guidance.dtype) for out in both(x, i))
             output = classifier_free(positive, negative, guidance.cfg_scale)
             if guidance.cfg_rescale:
                 output = rescaled(output, positive, guidance.cfg_rescale)
         else:
             output = positive = ask(x, positive_run, i, ())
-        if skip and skip.start * steps < place - first < skip.end * steps:
+        if skip and skip.acts(place - first, steps):
             without = ask(x, positive_run, i, skip.blocks).to(positive.dtype)
             output = output + skip.scale * (positive - without)
         return output
