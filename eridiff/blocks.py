@@ -21,7 +21,7 @@ GRAPHS = 64  # all kinds of blocks times the LoRAs that come and go; torch's 8 w
 
 def repeated_blocks(model: nn.Module) -> list[nn.Module]:
     """The members of a model's `nn.ModuleList`s that hold no further list; raises ConfigError for a model that has none."""
-    members = [block for child in model.modules() if isinstance(child, nn.ModuleList) for block in child]
+    members = [block for child in unwrapped(model).modules() if isinstance(child, nn.ModuleList) for block in child]
     blocks = [block for block in members if not any(isinstance(m, nn.ModuleList) for m in block.modules())]
     if not blocks:
         raise ConfigError(f"{type(model).__name__} has no repeated blocks")

@@ -16,6 +16,10 @@ from torch import Tensor, nn
 
 from eridiff.blocks import chosen_kernels
 from eridiff.errors import ConfigError
+from eridiff.models.flux import Flux
+from eridiff.models.mmdit import MMDiT
+from eridiff.models.unet import UNet
+from eridiff.weights.keymap import unwrapped
 
 log = logging.getLogger(__name__)
 
@@ -116,8 +120,11 @@ def graph_steps(network: nn.Module, capture: Capture | None = None) -> Steps:
 
     Weights may change in place. After another LoRA, another scale of one, or weights in other memory (offload, `.to()`) the
     graphs are captured again; hooks on layers do not run in a replay. Under gradients, and with LoRAs weighed row by row, the
-    network is asked as before. Raises ConfigError for a network elsewhere, and for one whose steps are graphs already.
+    network is asked as before. Raises ConfigError for another module, for a network elsewhere, and for one whose steps are
+    graphs already.
     """
+    if not isinstance(unwrapped(network), Flux | MMDiT | UNet):
+        raise ConfigError(f"steps are those of a Flux, MMDiT or UNet, and a {type(network).__name__} has none")
     if capture is None:
         device = next(network.parameters()).device
         if device.type != "cuda":

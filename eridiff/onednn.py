@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
+from eridiff.weights.keymap import unwrapped
+
 log = logging.getLogger(__name__)
 OPERATOR = "_linear_pointwise"  # of torch.ops.mkldnn; private, so that another torch may not have it
 ROWS = (512, 128)  # with which a layer is measured; of fewer than 128 nearly all layers are slower
@@ -65,10 +67,10 @@ def use_onednn(network: nn.Module, seconds: float = 1.0) -> int:
     says what came of it; another call decides anew. Outputs change in their last bits: each layer by less than a relative
     1e-6. Weights, names and `state_dict` stay as they are, and no second copy is made: a merged LoRA, an optimizer's step or
     `load_state_dict` takes effect at once. With gradients, in another dtype, on another device, under autocast, in compiled code and for few
-    rows a layer is torch's own, so that a network in training trains as before.
+    rows a layer is torch's own, so that a network in training trains as before. Raises ConfigError for what is not a module.
     """
     layers: dict[tuple[int, ...], list[nn.Linear]] = {}
-    for layer in network.modules():
+    for layer in unwrapped(network).modules():
         if type(layer) in (nn.Linear, OneDNNLinear) and isinstance(layer, nn.Linear) and _plain(layer.weight):
             layers.setdefault(tuple(layer.weight.shape), []).append(layer)
     total = sum(map(len, layers.values()))

@@ -19,7 +19,7 @@ import torch
 import yaml
 from torch import Tensor, nn
 
-from eridiff.errors import CheckpointError
+from eridiff.errors import CheckpointError, ConfigError
 
 Shape = tuple[int, ...]
 OPERATORS: dict[type[ast.operator], Callable[[int, int], int]] = {
@@ -273,7 +273,10 @@ def without_wrappers(name: str) -> str:
 
 
 def unwrapped(module: nn.Module) -> Any:
-    """The module inside compiled, distributed, checkpointing and averaging wrappers."""
+    """The module inside compiled, distributed, checkpointing and averaging wrappers. Raises ConfigError for what is not a module."""
+    if not isinstance(module, nn.Module):
+        hint = ": pass its .network" if isinstance(getattr(module, "network", None), nn.Module) else ""
+        raise ConfigError(f"a network must be an nn.Module, not a {type(module).__name__}{hint}")
     inner: nn.Module | None = module
     while inner is not None:
         module = inner
