@@ -1,4 +1,4 @@
-"""UNet and autoencoder write over what nobody else sees, and over nothing else; the autoencoder copies no map on a CPU."""
+"""UNet and autoencoder write over what nobody else sees, and over nothing else."""
 
 from collections.abc import Callable
 from typing import Any
@@ -9,11 +9,6 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from eridiff.memory import strips
-from eridiff.memory.strips import decode_in_strips, encode_in_strips
-from eridiff.models import autoencoder
-from eridiff.models.autoencoder import Autoencoder, AutoencoderConfig
-from eridiff.trace.record import relative_l2
 from tests import tiny
 
 LAYOUTS = (torch.contiguous_format, torch.channels_last)
@@ -133,66 +128,3 @@ def bytes_anew(ask: Callable[[], Tensor]) -> int:
     with torch.no_grad(), Anew() as anew:
         ask()
     return anew.bytes
-
-
-CODECS: dict[str, tuple[tuple[int, ...], Callable[[Autoencoder, Tensor], Tensor]]] = {
-    "decode": ((4, 6, 5), Autoencoder.decode),
-    "encode": ((3, 24, 20), Autoencoder.encode),
-    "decode in strips": ((4, 6, 5), lambda model, x: decode_in_strips(model, x, 4)),
-    "encode in strips": ((3, 24, 20), lambda model, x: encode_in_strips(model, x, 4)),
-}
-every_codec = pytest.mark.parametrize(("shape", "ask"), CODECS.values(), ids=CODECS)
-
-
-def small() -> Autoencoder:
-    """Maps have 32 channels or more, and its inputs and results at most 8."""
-    return tiny.autoencoder(AutoencoderConfig(32, (1, 2, 2), 1, 4, 0.5, 0.1)).double()
-
-
-class Maps(TorchDispatchMode):
-    """Which operations made a map of an autoencoder anew, and which convolutions were asked of one that they must copy."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.made: list[str] = []
-        self.copied: list[tuple[int, ...]] = []
-
-    def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        made = operation(*args, **(kwargs or {}))
-        if isinstance(made, Tensor) and made.ndim == 4 and made.shape[1] >= 32:
-            self.made.append(operation.name())
-        if operation is torch.ops.aten.convolution.default:
-            x = args[0]
-            b, c, h, w = x.shape
-            if x.stride() != (c * h * w, 1, c * w, c):
-                self.copied.append(x.stride())
-        return made
-
-
-@pytest.mark.parametrize("batch", [1, 2])
-@pytest.mark.parametrize("ask", [Autoencoder.decode, Autoencoder.encode])
-def test_no_map_of_the_autoencoder_is_copied_for_its_layout(ask: Any, batch: int) -> None:
-    x = numbers(batch, 4, 6, 5) if ask is Autoencoder.decode else numbers(batch, 3, 24, 20)
-    with torch.no_grad(), Maps() as maps:
-        ask(small(), x.double())
-    assert "aten::convolution" in maps.made and "aten::add_.Tensor" in maps.made and not maps.copied
-    assert not {"aten::clone", "aten::copy_", "aten::add.Tensor", "aten::silu"} & {*maps.made}
-
-
-@every_codec
-@pytest.mark.parametrize("batch", [1, 2])
-def test_the_layout_of_an_autoencoders_input_changes_nothing(shape: tuple[int, ...], ask: Any, batch: int) -> None:
-    model, x = small(), numbers(batch, *shape).double()
-    found = [ask(model, x.contiguous(memory_format=layout)) for layout in LAYOUTS]
-    assert torch.equal(*found) and all(each.is_contiguous() for each in found)
-
-
-@every_codec
-def test_an_autoencoders_own_layout_changes_only_rounding(
-    shape: tuple[int, ...], ask: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model, x = small(), numbers(2, *shape).double()
-    found = ask(model, x)
-    for module in (autoencoder, strips):
-        monkeypatch.setattr(module, "arranged", lambda x: x)
-    assert relative_l2(ask(model, x), found) < 1e-12

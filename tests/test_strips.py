@@ -67,18 +67,19 @@ def test_a_narrower_result_is_written_over_its_input() -> None:
 def test_memory_at_published_size() -> None:
     """On a CPU, float32, bytes of a pixel; weights not counted.
 
-    Plain, a block turns 256 channels into 128 with the normed 256 beside them; in strips the block's input and its result.
+    Plain, a block turns 256 channels into 128, with the normed 256, a copy of them for the convolution, and the level's input of a
+    quarter of the pixels; in strips the block's input and its result.
     """
     with torch.device("meta"):
         model = Autoencoder(AutoencoderConfig.preset("sdxl")).eval()
         for size in (512, 1024, 2048):
-            latents = torch.empty(1, 4, size // 8, size // 8).contiguous(memory_format=torch.channels_last)
+            latents = torch.empty(1, 4, size // 8, size // 8)
             needed = peak_bytes(lambda latents=latents: decode_in_strips(model, latents, 16), cpu=True)  # type: ignore[misc]
             strips = 16 * size * 256 * 4 * 12
             assert 384 * 4 * size**2 <= needed <= 384 * 4 * size**2 + strips, size
             if size <= 1024:
                 plain = peak_bytes(lambda latents=latents: model.decode(latents), cpu=True)  # type: ignore[misc]
-                assert 704 * 4 * size**2 <= plain <= 1.01 * 704 * 4 * size**2, size
+                assert 960 * 4 * size**2 <= plain <= 1.01 * 960 * 4 * size**2, size
 
 
 def test_the_plan_knows_of_strips(tmp_path: Path) -> None:

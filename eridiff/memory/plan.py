@@ -56,8 +56,7 @@ class LiveBytes(Fused):
     """Within the block, `peak` is the largest sum of bytes of tensors that were made in it and alive at once.
 
     While a convolution runs, copies of its input and its output in another arrangement are alive too: both, or on a CPU
-    the larger and the weights; of channels-last tensors none, but on a CPU the weights in two other arrangements (torch's
-    and oneDNN's). An RMS norm, which a CPU has no kernel for, takes its squares there.
+    the larger and the weights; of channels-last tensors none. An RMS norm, which a CPU has no kernel for, takes its squares there.
     """
 
     def __init__(self, cpu: bool = False) -> None:
@@ -73,10 +72,7 @@ class LiveBytes(Fused):
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if function is F.group_norm and self.cpu and args[0].is_meta:  # a GPU's gives no channels-last
-            result = _image(args[0], args[0].shape[1], args[0].shape[2:])
-        else:
-            result = _without_computing(function, args, kwargs)
+        result = _without_computing(function, args, kwargs)
         if result is None:
             result = super().__torch_function__(function, types, args, kwargs)
         found = [t for t in (result if isinstance(result, tuple | list) else [result]) if isinstance(t, Tensor)]
@@ -84,12 +80,9 @@ class LiveBytes(Fused):
             given = {t.untyped_storage()._cdata for t in args if isinstance(t, Tensor)}
             for tensor in found:
                 self._count(tensor, given)
-            if function is F.conv2d:
-                x, weight, last = args[0].nbytes, args[1].nbytes, _channels_last(args[0])
-                if self.cpu:
-                    self._peak([weight, weight if last else max(x, result.nbytes)])
-                elif not last:
-                    self._peak([x, result.nbytes])
+            if function is F.conv2d and not _channels_last(args[0]):
+                x, weight = args[0].nbytes, args[1].nbytes
+                self._peak([max(x, result.nbytes), weight] if self.cpu else [x, result.nbytes])
             if function is F.rms_norm and self.cpu:
                 self._peak([result.nbytes] * NORM_SCRATCH[result.itemsize])
         return result
@@ -303,7 +296,7 @@ def stages(
             blocks = [held_bytes(parts) for parts in block_parts(module).values()] if network != "vae" else []
             passing = visiting + sum(blocks) - ring_size(blocks)
             rows = images if network == "vae" or not guided else 2 * images
-            live = _watched(partial(_run, module, width, height, steps, text_length, rows, own, vae_rows, cpu), cpu)
+            live = _watched(partial(_run, module, width, height, steps, text_length, rows, own, vae_rows), cpu)
             mapped = min(mapped_bytes(component, own), weights) if cpu else 0
             absent = (visiting, by_layer, passing)
             found.append(Stage(stage, network, weights, live.peak, *absent, mapped, live.heap, live.large))
@@ -317,7 +310,7 @@ def _but_the_largest(layers: Sequence[nn.Module]) -> int:
 
 
 def _run(
-    module: Any, width: int, height: int, steps: int, text_length: int, batch: int, dtype: torch.dtype, vae_rows: int | None, cpu: bool
+    module: Any, width: int, height: int, steps: int, text_length: int, batch: int, dtype: torch.dtype, vae_rows: int | None
 ) -> object:  # fmt: skip
     """The work of a stage once, on meta tensors."""
     with torch.device("meta"):
@@ -341,8 +334,6 @@ def _run(
             return module.step(latents, module.prepare(text.to(dtype), vector.to(dtype), torch.empty(steps)), 0)
         if isinstance(module, Autoencoder):
             latents = torch.empty(batch, module.config.latent_channels, height // 8, width // 8, dtype=dtype)
-            if cpu:  # where the autoencoder arranges them so
-                latents = latents.contiguous(memory_format=torch.channels_last)
             return decode_in_strips(module, latents, vae_rows) if vae_rows else module.decode(latents)
         assert isinstance(module, ClipSizes | T5Sizes)
         return module(batch, text_length)

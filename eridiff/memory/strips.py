@@ -13,15 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from eridiff.models.autoencoder import (
-    AttentionBlock,
-    Autoencoder,
-    Downsample,
-    Middle,
-    ResidualBlock,
-    Upsample,
-    arranged,
-)
+from eridiff.models.autoencoder import AttentionBlock, Autoencoder, Downsample, Middle, ResidualBlock, Upsample
 
 Strip = Callable[[Tensor], Tensor]
 QUERIES = 4096  # of the attention, at once
@@ -31,23 +23,22 @@ QUERIES = 4096  # of the attention, at once
 def decode_in_strips(autoencoder: Autoencoder, latents: Tensor, rows: int = 64) -> Tensor:
     """`autoencoder.decode(latents)`: `[B, Z, h, w]` -> `[B, 3, 8h, 8w]`, in strips of `rows` rows of each map."""
     decoder, config = autoencoder.decoder, autoencoder.config
-    x = arranged(autoencoder.post_quant_conv(latents / config.scale + config.shift))
+    x = autoencoder.post_quant_conv(latents / config.scale + config.shift)
     x = _module(decoder.middle, _convolved(x, decoder.conv_in, rows), rows)
     for level in reversed(decoder.up):
         x = _module(level, x, rows)
-    return _convolved(x, decoder.conv_out, rows, _normed(x, decoder.norm_out, rows)).contiguous()
+    return _convolved(x, decoder.conv_out, rows, _normed(x, decoder.norm_out, rows))
 
 
 @torch.no_grad()
 def encode_in_strips(autoencoder: Autoencoder, pictures: Tensor, rows: int = 64) -> Tensor:
     """`autoencoder.encode(pictures)` (the mean): `[B, 3, H, W]` -> `[B, Z, H / 8, W / 8]`."""
     encoder, config = autoencoder.encoder, autoencoder.config
-    x = _convolved(arranged(pictures), encoder.conv_in, rows)
+    x = _convolved(pictures, encoder.conv_in, rows)
     for level in encoder.down:
         x = _module(level, x, rows)
     x = _module(encoder.middle, x, rows)
-    moments = _convolved(x, encoder.conv_out, rows, _normed(x, encoder.norm_out, rows)).contiguous()
-    moments = autoencoder.quant_conv(moments)
+    moments = autoencoder.quant_conv(_convolved(x, encoder.conv_out, rows, _normed(x, encoder.norm_out, rows)))
     return (moments.chunk(2, dim=1)[0] - config.shift) * config.scale
 
 
@@ -67,17 +58,10 @@ def _module(module: nn.Module, x: Tensor, rows: int) -> Tensor:
     return x
 
 
-def _empty(x: Tensor, channels: int, height: int, width: int) -> Tensor:
-    """`[B, channels, height, width]`, with the channels side by side if those of x are."""
-    if x.stride(1) == 1:
-        return x.new_empty(len(x), height, width, channels).movedim(-1, 1)
-    return x.new_empty(len(x), channels, height, width)
-
-
 def _residual(block: ResidualBlock, x: Tensor, rows: int) -> Tensor:
     h = _convolved(x, block.conv1, rows, _normed(x, block.norm1, rows))
     channels = block.conv2.out_channels
-    out = x[:, :channels] if channels <= x.shape[1] else _empty(x, channels, *x.shape[2:])
+    out = x[:, :channels] if channels <= x.shape[1] else x.new_empty(len(x), channels, *x.shape[2:])
     prepare = _normed(h, block.norm2, rows)
     for top in range(0, x.shape[2], rows):
         part = slice(top, top + rows)
@@ -90,7 +74,7 @@ def _attention(block: AttentionBlock, x: Tensor) -> Tensor:
     # contiguous as in the block itself: else a CPU too forms the score matrix
     q, k, v = (project(h).flatten(2).mT.contiguous()[:, None] for project in (block.q, block.k, block.v))  # B 1 HW C
     found = torch.cat([block.attention(chunk, k, v) for chunk in q.split(QUERIES, dim=2)], dim=1)
-    return x + block.proj_out(found.unflatten(1, x.shape[2:]).movedim(-1, 1))
+    return x + block.proj_out(found.transpose(1, 2).reshape(x.shape))
 
 
 def _normed(x: Tensor, norm: nn.GroupNorm, rows: int) -> Strip:
@@ -119,7 +103,7 @@ def _normed(x: Tensor, norm: nn.GroupNorm, rows: int) -> Strip:
 
 def _convolved(x: Tensor, conv: nn.Conv2d, rows: int, prepare: Strip = lambda strip: strip) -> Tensor:
     """A 3x3 convolution over the whole map."""
-    out = _empty(x, conv.out_channels, *x.shape[2:])
+    out = x.new_empty(len(x), conv.out_channels, *x.shape[2:])
     for top in range(0, x.shape[2], rows):
         out[:, :, top : top + rows] = _strip(x, conv, top, rows, prepare)
     return out
@@ -137,7 +121,7 @@ def _strip(x: Tensor, conv: nn.Conv2d, top: int, rows: int, prepare: Strip) -> T
 def _upsampled(x: Tensor, conv: nn.Conv2d, rows: int) -> Tensor:
     """Nearest neighbour, then the convolution: of `rows` rows of the result half as many of `x` and one around."""
     height, half = x.shape[2], max(rows // 2, 1)
-    out = _empty(x, conv.out_channels, 2 * height, 2 * x.shape[3])
+    out = x.new_empty(len(x), conv.out_channels, 2 * height, 2 * x.shape[3])
     for top in range(0, height, half):
         bottom = min(top + half, height)
         strip = F.interpolate(x[:, :, max(top - 1, 0) : bottom + 1], scale_factor=2.0, mode="nearest")
@@ -150,7 +134,7 @@ def _upsampled(x: Tensor, conv: nn.Conv2d, rows: int) -> Tensor:
 def _downsampled(x: Tensor, conv: nn.Conv2d, rows: int) -> Tensor:
     """The stride of 2; zeros are added on the right and at the bottom only."""
     height = x.shape[2] // 2
-    out = _empty(x, conv.out_channels, height, x.shape[3] // 2)
+    out = x.new_empty(len(x), conv.out_channels, height, x.shape[3] // 2)
     for top in range(0, height, rows):
         bottom = min(top + rows, height)
         strip = F.pad(x[:, :, 2 * top : 2 * bottom + 1], (0, 1, 0, int(bottom == height)))

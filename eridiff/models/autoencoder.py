@@ -57,14 +57,6 @@ PRESETS = {
 }
 
 
-def arranged(x: Tensor) -> Tensor:
-    """On a CPU with the channels of a pixel side by side: its convolutions would copy other maps, the largest ones too.
-
-    Not measured on other devices, where a map stays as it is.
-    """
-    return x.contiguous(memory_format=torch.channels_last) if x.device.type == "cpu" else x
-
-
 def group_norm(channels: int) -> nn.GroupNorm:
     return nn.GroupNorm(32, channels, eps=1e-6)
 
@@ -102,9 +94,8 @@ class AttentionBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         h = self.norm(x)
         # contiguous: GPUs have no kernel for a head whose features are not side by side, and form the whole score matrix
-        h = self.attention(*(project(h).flatten(2).mT.contiguous()[:, None] for project in (self.q, self.k, self.v)))
-        # B HW C -> B C H W, which for one image too convolutions know as channels-last: of a reshaped one they make a copy
-        return added(x, self.proj_out(h.unflatten(1, x.shape[2:]).movedim(-1, 1)), self.proj_out)
+        q, k, v = (project(h).flatten(2).mT.contiguous()[:, None] for project in (self.q, self.k, self.v))  # B 1 HW C
+        return added(x, self.proj_out(self.attention(q, k, v).transpose(1, 2).reshape(x.shape)), self.proj_out)
 
 
 class Middle(nn.Module):
@@ -170,10 +161,10 @@ class Encoder(nn.Module):
         self.conv_out = nn.Conv2d(widths[-1], 2 * config.latent_channels, 3, padding=1)
 
     def forward(self, pictures: Tensor) -> Tensor:
-        h = self.conv_in(arranged(pictures))
+        h = self.conv_in(pictures)
         for down in self.down:
             h = down(h)
-        return self.conv_out(activated(self.middle(h), self.norm_out)).contiguous()
+        return self.conv_out(activated(self.middle(h), self.norm_out))
 
 
 class Decoder(nn.Module):
@@ -199,10 +190,10 @@ class Decoder(nn.Module):
         self.conv_out = nn.Conv2d(widths[0], 3, 3, padding=1)
 
     def forward(self, latents: Tensor) -> Tensor:
-        h = self.middle(self.conv_in(arranged(latents)))
+        h = self.middle(self.conv_in(latents))
         for up in reversed(self.up):
             h = up(h)
-        return self.conv_out(activated(h, self.norm_out)).contiguous()
+        return self.conv_out(activated(h, self.norm_out))
 
 
 class Autoencoder(nn.Module):
