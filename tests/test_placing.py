@@ -196,10 +196,10 @@ def test_a_plan_imports_no_transformers_and_no_compiler() -> None:
 
 
 def test_memory_on_a_cpu_is_predicted_as_it_was_measured() -> None:
-    """`benchmarks/plan_memory.py`, float32 from 450 MB on: the small Flux and the small SDXL (docs/memory.md)."""
+    """`benchmarks/plan_memory.py`, float32 from 450 MB on, decoded whole: the small Flux and SDXL, and full width (docs/memory.md)."""
     runs = [row for row in json.loads(plan_memory.RESULTS.read_text())["runs"] if row["case"]["dtype"] == "float32"]
-    large = [row for row in runs if row["measured"] > 450e6 and not row["case"]["by"]]
-    assert {row["case"]["what"] for row in large} == {"tiny-flux", "tiny-sdxl"}
+    large = [row for row in runs if row["measured"] > 450e6 and not row["case"]["by"] and not row["case"]["rows"]]
+    assert {row["case"]["what"] for row in large} == {"tiny-flux", "tiny-sdxl", "decode"}
     for row in large:
         predicted = plan_memory.predicted(plan_memory.Case(**row["case"]))["predicted"]
         assert math.isclose(row["measured"], predicted, rel_tol=0.1), (row["case"], predicted)
@@ -209,8 +209,12 @@ def test_memory_on_a_cpu_is_predicted_as_it_was_measured() -> None:
 @pytest.mark.parametrize("case", [plan_memory.Case("tiny-flux", 1024), plan_memory.Case("decode", 512)])
 def test_memory_on_a_cpu_is_predicted_as_it_is_measured(case: plan_memory.Case) -> None:
     """A process of its own generates with a built-in model, or decodes at the width of published autoencoders."""
-    measured, predicted = plan_memory.measured(case)["measured"], plan_memory.predicted(case)["predicted"]
-    assert math.isclose(measured, predicted, rel_tol=0.1), (measured / 1e6, predicted / 1e6)
+    found = sorted(plan_memory.measured(case)["measured"] for _ in range(1 if case.what == "decode" else 3))
+    measured, predicted = (
+        found[len(found) // 2],
+        plan_memory.predicted(case)["predicted"],
+    )  # malloc's heap is another one each time
+    assert math.isclose(measured, predicted, rel_tol=0.1), ([m / 1e6 for m in found], predicted / 1e6)
 
 
 def test_the_command_prints_stages_and_placements_and_answers_by_its_status(capsys: pytest.CaptureFixture[str]) -> None:
