@@ -209,12 +209,10 @@ def test_memory_on_a_cpu_is_predicted_as_it_was_measured() -> None:
 @pytest.mark.parametrize("case", [plan_memory.Case("tiny-flux", 1024), plan_memory.Case("decode", 512)])
 def test_memory_on_a_cpu_is_predicted_as_it_is_measured(case: plan_memory.Case) -> None:
     """A process of its own generates with a built-in model, or decodes at the width of published autoencoders."""
-    found = sorted(plan_memory.measured(case)["measured"] for _ in range(1 if case.what == "decode" else 3))
-    measured, predicted = (
-        found[len(found) // 2],
-        plan_memory.predicted(case)["predicted"],
-    )  # malloc's heap is another one each time
-    assert math.isclose(measured, predicted, rel_tol=0.1), ([m / 1e6 for m in found], predicted / 1e6)
+    found = [plan_memory.measured(case)["measured"] for _ in range(1 if case.what == "decode" else 3)]
+    predicted = plan_memory.predicted(case)["predicted"]
+    # the least: gaps in malloc's heap, which are others in each process, come on top, and docs/memory.md tells how many
+    assert math.isclose(min(found), predicted, rel_tol=0.1), ([m / 1e6 for m in found], predicted / 1e6)
 
 
 def test_the_command_prints_stages_and_placements_and_answers_by_its_status(capsys: pytest.CaptureFixture[str]) -> None:
