@@ -170,11 +170,11 @@ def parse_config(document: Any, without_effect: Mapping[str, str] | None = None)
 
 def _known_keys(given: Mapping[str, Any], known: Collection[str], where: str) -> None:
     """As `known_names`; options of a model that are in a section get the line that has an effect."""
-    for name, value in given.items():
-        inner = {name: value} if name in TOP else value
+    for name in (name for name in given if name not in known):
+        inner = {name: given[name]} if name in TOP else given[name]
         said = {key: inner[key] for key in inner if key in TOP} if isinstance(inner, dict) else {}
         lines = [f"{key}: {str(value).lower() if isinstance(value, bool) else value}" for key, value in said.items()]
-        if name not in known and lines:
+        if lines:
             raise ConfigError(f"'{name}' is not a key of {where}; write {', '.join(lines)} at the top of the file")
     known_names(given, known, where)
 

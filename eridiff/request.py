@@ -17,12 +17,12 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
+from eridiff import effects
 from eridiff.errors import ConfigError
 from eridiff.images import read_image, transparency, upright
 from eridiff.recipe import recipe, recipes
-from eridiff.schedulers import first_step
 from eridiff.schedulers.guidance import SkipLayers, within
-from eridiff.schedulers.samplers import CHURNED, DISCRETE_ALONE, ETA, FLOW_ALONE, SAMPLERS, noises_of_a_step
+from eridiff.schedulers.samplers import SAMPLERS, noises_of_a_step
 from eridiff.schedulers.tables import ROUNDINGS
 
 log = logging.getLogger(__name__)
@@ -167,205 +167,6 @@ def option(
     return field(default=default, metadata={**told, "effect": effect, "usual": usual, "python": python})
 
 
-def _guided(request: "Request", model: Any) -> str | None:
-    scale = model.sampling.cfg_scale if request.cfg_scale is None else request.cfg_scale
-    return "without classifier-free guidance (cfg_scale)" if scale == 1 else None
-
-
-def strength_of(request: "Request", model: Any) -> float | None:
-    """What is asked, or by default the whole run with a mask and 0.75 without; None without an image."""
-    if request.image is None:
-        return None
-    whole = request.mask is not None or model.inpaints
-    return (1.0 if whole else 0.75) if request.strength is None else request.strength
-
-
-def _steps(request: "Request", model: Any) -> tuple[range, int]:
-    """The steps that are run from where an image lets it begin, and how many the schedule has."""
-    given = request.schedule is not None and not isinstance(request.schedule, str)
-    steps = len(request.schedule) - 1 if given else request.steps or model.sampling.steps  # type: ignore[arg-type]
-    strength = strength_of(request, model)
-    first = 0 if strength is None else first_step(steps, strength, request.strength_rounding or "up")
-    return range(first, steps), steps
-
-
-def _skipped(request: "Request", model: Any) -> str | None:
-    skip: Any = getattr(model.sampling, "skip_layers", None) if request.skip_layers is True else request.skip_layers
-    if "skip_layers" not in model.takes or skip is None:
-        return _taken("skip_layers")(request, model)
-    blocks = model.network.config.depth
-    if missing := [str(block) for block in skip.blocks if block >= blocks]:
-        return f"on block{'s' * (len(missing) > 1)} {', '.join(missing)}: this network has {blocks}, from 0 on"
-    if skip.scale == 0:
-        return "at scale 0"
-    run, steps = _steps(request, model)
-    if not run or any(skip.acts(step - run.start, steps) for step in run):
-        return None
-    return f"on a run of {len(run)} steps, none of which lies between its shares {skip.start:g} and {skip.end:g}"
-
-
-def _embedded(request: "Request", model: Any) -> str | None:
-    if model.guidance_embedding:
-        return None
-    return "as this network has no guidance embedding; cfg_scale asks for classifier-free guidance"
-
-
-def _suits(request: "Request", model: Any) -> str | None:
-    if request.sampler in DISCRETE_ALONE and model.flow:
-        return f"on {model.called}: {request.sampler} is for discrete noise levels, not for rectified flow"
-    if request.sampler in FLOW_ALONE and not model.flow:
-        return f"on {model.called}: {request.sampler} is for rectified flow, not for discrete noise levels"
-    return None
-
-
-def _sampler_of(request: "Request", model: Any) -> str:
-    return str(request.sampler or model.sampling.sampler)
-
-
-def _offset(request: "Request", model: Any) -> str | None:
-    table = (
-        request.schedule
-        or model.table_of(_sampler_of(request, model))
-        or getattr(model.sampling, "schedule", "original")
-    )
-    if not isinstance(table, str):
-        return "on sigmas that are given"
-    return None if table in model.offsets else f"on the schedule {table}"
-
-
-def _ending(request: "Request", model: Any) -> str | None:
-    if request.schedule is not None and not isinstance(request.schedule, str):
-        return "on sigmas that are given"
-    if "final_noise" in model.takes and _sampler_of(request, model) == "lcm":
-        return "on the sampler lcm, whose last step gives the clean image"
-    return _taken("final_noise")(request, model)
-
-
-def _renewed(request: "Request", model: Any) -> str | None:
-    name = _sampler_of(request, model)
-    return None if name in ETA else f"on the sampler {name}, whose share of new noise is fixed"
-
-
-def _churned(request: "Request", model: Any) -> str | None:
-    name = _sampler_of(request, model)
-    if model.flow:
-        return f"on {model.called}: Karras' churn is for discrete noise levels, not for rectified flow"
-    return None if name in CHURNED else f"on the sampler {name}; {' and '.join(CHURNED)} take it"
-
-
-def _scaled(request: "Request", model: Any) -> str | None:
-    if request.image is not None and not (model.inpaints and request.strength in (None, 1)):
-        return "on a run that begins from an image"
-    return _taken("noise_scale")(request, model)
-
-
-def _shifted(request: "Request", model: Any) -> str | None:
-    if not model.shifts(request.schedule):
-        return f"on the schedules of {model.called}"
-    return None if request.schedule is None or isinstance(request.schedule, str) else "on sigmas that are given"
-
-
-def _counted(request: "Request", model: Any) -> str | None:
-    if request.schedule is None or isinstance(request.schedule, str) or request.steps == len(request.schedule) - 1:
-        return None
-    return f"beside {len(request.schedule)} sigmas, which are {len(request.schedule) - 1} steps"
-
-
-def _taken(name: str) -> Callable[["Request", Any], str | None]:
-    def effect(request: "Request", model: Any) -> str | None:
-        return None if name in model.takes else f"on {model.called}"
-
-    return effect
-
-
-def _followed(request: "Request", model: Any) -> str | None:
-    return None if "control" in model.takes else f"on {model.called}: Flux Canny and Depth follow a control image"
-
-
-def _referred(request: "Request", model: Any) -> str | None:
-    return None if "references" in model.takes else f"on {model.called}: Flux Kontext edits references"
-
-
-def _edited(request: "Request", model: Any) -> str | None:
-    if "references" not in model.takes or request.strength is not None:
-        return None
-    return "on kontext without a strength: what it edits are references"
-
-
-def _scored_negative(request: "Request", model: Any) -> str | None:
-    return _taken("aesthetic_score")(request, model) or _guided(request, model)
-
-
-def _handed_over(request: "Request", model: Any) -> str | None:
-    return None if getattr(model, "refiner", None) is not None else "without a refiner"
-
-
-def _begun(request: "Request", model: Any) -> str | None:
-    return "without the image that it is for" if request.image is None else None
-
-
-def _masked(request: "Request", model: Any) -> str | None:
-    return "without a mask" if request.mask is None else None
-
-
-def _in_one(request: "Request", model: Any) -> str | None:
-    return None if request.noise_generator in ("one", "run") else "without noise_generator: one"
-
-
-def own(request: "Request", model: Any, name: str) -> Any:
-    """What a request says, else what the model is sampled with by default, else what all are."""
-    told = getattr(request, name), getattr(model.sampling, name, None), FIELDS[name].metadata["usual"]
-    return next((value for value in told if value is not None), None)
-
-
-def _lacks_t5(model: Any) -> bool:
-    return bool(model.model.encoders) and "t5" not in model.model.encoders
-
-
-def _hidden(request: "Request", model: Any) -> str | None:
-    if "t5" not in model.encoders:
-        return f"on {model.called}"
-    return "without T5" if _lacks_t5(model) else None
-
-
-def _rows_of_t5(request: "Request", model: Any) -> str | None:
-    if "t5" not in model.encoders:
-        return f"on {model.called}"
-    return "without T5 and its rows" if _lacks_t5(model) and own(request, model, "without_t5") == "none" else None
-
-
-def _padded(request: "Request", model: Any) -> str | None:
-    return _taken("t5_padding")(request, model) or _rows_of_t5(request, model)
-
-
-def _replaced(request: "Request", model: Any) -> str | None:
-    beside = None if _lacks_t5(model) or not model.model.encoders else "beside T5, which is loaded"
-    return _taken("without_t5")(request, model) or beside
-
-
-def _missing_negative(request: "Request", model: Any) -> str | None:
-    given = None if request.negative is None else "beside a negative prompt"
-    return _taken("empty_negative")(request, model) or given or _guided(request, model)
-
-
-def _emphasised(request: "Request", model: Any) -> str | None:
-    if request.prompt_weights != "kohya" or model.family == "unet":
-        return None
-    return f"on {model.called}: kohya's scripts weigh the prompts of SDXL alone"
-
-
-def _cached(request: "Request", model: Any) -> str | None:
-    if model.family != "unet":
-        return None
-    return f"on {model.called}: the last blocks of a UNet read what the first ones gave, not only what came between"
-
-
-def _weighed(request: "Request", model: Any) -> str | None:
-    return (
-        None if any(handle.scale is None for handle in model.loras) else "without a LoRA that has no scale of its own"
-    )
-
-
 @dataclass(frozen=True)
 class Request:
     """What is asked of an image, or of several in one batch; None is the model's own.
@@ -375,7 +176,7 @@ class Request:
 
     prompt: Text | Sequence[Text] = option("", TEXT, "what to generate; repeatable", words=("prompts",))
     negative: Text | Sequence[Text] | None = option(
-        None, TEXT, "negative prompt", words=("negative_prompt", "neg"), effect=_guided
+        None, TEXT, "negative prompt", words=("negative_prompt", "neg"), effect=effects.guided
     )
     width: int | None = option(None, WHOLE, "in pixels, a multiple of 16", low=8)
     height: int | None = option(None, WHOLE, "in pixels, a multiple of 16", low=8)
@@ -385,10 +186,10 @@ class Request:
         "number of sampling steps",
         low=1,
         words=("sample_steps", "num_inference_steps"),
-        effect=_counted,
+        effect=effects.counted,
     )
     seed: int | Sequence[int] | None = option(None, WHOLE, "seed of the noise (42)")
-    sampler: str | None = option(None, METHOD, "sampler", effect=_suits)
+    sampler: str | None = option(None, METHOD, "sampler", effect=effects.suits)
     schedule: Table | None = option(
         None, NAME, "noise levels. SD 3: original, script, diffusers, candle, ...; SDXL: leading, karras, ..."
     )
@@ -398,11 +199,11 @@ class Request:
         "shift of the schedule: of SD 3 (3), of those of Flux that are not its own",
         low=0.01,
         high=100,
-        effect=_shifted,
+        effect=effects.shifted,
     )
     guidance_scale: float | None = option(
         None, NUMBER, "Flux: value of the guidance embedding (dev: 3.5)", low=0, high=1000, flags=("guidance",),
-        effect=_embedded,
+        effect=effects.embedded,
     )  # fmt: skip
     cfg_scale: float | None = option(
         None, NUMBER, "scale of classifier-free guidance; two network calls per step", low=0, high=1000,
@@ -410,87 +211,89 @@ class Request:
     )  # fmt: skip
     cfg_rescale: float | None = option(
         None, NUMBER, "share of the standard deviation that is restored after guidance", low=0, high=1,
-        words=("guidance_rescale",), effect=_guided, usual=0.0,
+        words=("guidance_rescale",), effect=effects.guided, usual=0.0,
     )  # fmt: skip
     cfg_interval: tuple[float, float] = option(
-        (0.0, 1.0), SHARES, "first and last share of the steps with guidance", effect=_guided
+        (0.0, 1.0), SHARES, "first and last share of the steps with guidance", effect=effects.guided
     )
     skip_layers: bool | SkipLayers = option(
-        False, SKIPPED, "skip-layer guidance, as published for sd3.5-medium", effect=_skipped
+        False, SKIPPED, "skip-layer guidance, as published for sd3.5-medium", effect=effects.skipped
     )
     part: tuple[float, float] = option(
         (0.0, 1.0), SHARES, "shares of the run; the `run` of the first part is the noise of the second", python=True
     )
     hand_over: float | None = option(
         None, NUMBER, "share of the run after which the refiner continues (0.8)", low=0, high=1,
-        words=("refiner_start_at",), effect=_handed_over,
+        words=("refiner_start_at",), effect=effects.handed_over,
     )  # fmt: skip
     original_size: tuple[int, int] | None = option(
         None, SIZE, "SDXL's conditioning: size before scaling and cropping", low=1,
-        effect=_taken("original_size"),
+        effect=effects.taken("original_size"),
     )  # fmt: skip
-    crop: tuple[int, int] | None = option(None, CORNER, "SDXL's conditioning: crop (0 0)", low=0, effect=_taken("crop"))
+    crop: tuple[int, int] | None = option(
+        None, CORNER, "SDXL's conditioning: crop (0 0)", low=0, effect=effects.taken("crop")
+    )
     target_size: tuple[int, int] | None = option(
         None, SIZE, "SDXL's conditioning: target size (the image's)", low=1,
-        effect=_taken("target_size"),
+        effect=effects.taken("target_size"),
     )  # fmt: skip
     aesthetic_score: float | None = option(
-        None, NUMBER, "conditioning of SDXL's refiner (6)", low=0, high=10, effect=_taken("aesthetic_score")
+        None, NUMBER, "conditioning of SDXL's refiner (6)", low=0, high=10, effect=effects.taken("aesthetic_score")
     )
     negative_aesthetic_score: float | None = option(
         None, NUMBER, "the same for the negative prompt (2.5)", low=0, high=10,
-        effect=_scored_negative,
+        effect=effects.scored_negative,
     )  # fmt: skip
-    image: Picture | None = option(None, FILE, "start from this image", effect=_edited)
+    image: Picture | None = option(None, FILE, "start from this image", effect=effects.edited)
     strength: float | None = option(
-        None, NUMBER, "0 keeps the image, 1 keeps nothing of it (0.75)", low=0, high=1, effect=_begun
+        None, NUMBER, "0 keeps the image, 1 keeps nothing of it (0.75)", low=0, high=1, effect=effects.begun
     )
-    mask: Picture | None = option(None, FILE, "repaint only where this image is white", effect=_begun)
+    mask: Picture | None = option(None, FILE, "repaint only where this image is white", effect=effects.begun)
     mask_alpha: bool = option(
-        False, SWITCH, "repaint where the mask is transparent, whatever its colours", effect=_masked
+        False, SWITCH, "repaint where the mask is transparent, whatever its colours", effect=effects.masked
     )
-    control: Picture | None = option(None, FILE, "the edges or depth map for Canny or Depth", effect=_followed)
+    control: Picture | None = option(None, FILE, "the edges or depth map for Canny or Depth", effect=effects.followed)
     references: Picture | Sequence[Picture] | None = option(
         None, FILES, "an image that Kontext edits; repeatable", words=("ctrl_img",),
-        flags=("reference",), effect=_referred,
+        flags=("reference",), effect=effects.referred,
     )  # fmt: skip
     lora_scale: float | None = option(
         None, NUMBER, "scale of the LoRAs that have none of their own (1)", low=-1000, high=1000,
-        words=("network_multiplier",), effect=_weighed,
+        words=("network_multiplier",), effect=effects.weighed,
     )  # fmt: skip
     block_cache: float | None = option(
         None, NUMBER, "lossy, Flux and SD 3: blocks behind the first are not computed while it changes by less than this (0.1)",
-        low=0, high=100, effect=_cached,
+        low=0, high=100, effect=effects.cached,
     )  # fmt: skip
     recipe: str | None = option(None, PROGRAM, "generate as another program does, where nothing else is asked")
     # schedules and samplers, where programs differ
     timestep_offset: int | None = option(
-        None, WHOLE, "SDXL: added to leading timesteps (1)", low=0, high=999, effect=_offset
+        None, WHOLE, "SDXL: added to leading timesteps (1)", low=0, high=999, effect=effects.offset
     )
     timestep_rounding: str | None = option(
         None, one_of(*ROUNDINGS), "whole timesteps for the network, of 1000 (none)", usual="none"
     )
     final_noise: str | None = option(
-        None, one_of("zero", "lowest"), "SDXL: where the last step ends, no noise or the training's lowest (ddim)", effect=_ending
+        None, one_of("zero", "lowest"), "SDXL: where the last step ends, no noise or the training's lowest (ddim)", effect=effects.ending
     )  # fmt: skip
     clip_clean: float | None = option(
         None, NUMBER, "the clean latents that a step sees are clipped to this size", low=0.01, high=1000
     )
     eta: float | None = option(
-        None, NUMBER, "share of new noise in the steps of a sampler that adds noise (1; ddim 0)", low=0, high=1, effect=_renewed,
+        None, NUMBER, "share of new noise in the steps of a sampler that adds noise (1; ddim 0)", low=0, high=1, effect=effects.renewed,
     )  # fmt: skip
     churn: float | None = option(
         None, NUMBER, "SDXL, euler and heun: noise that is added over the run before the steps (0)", low=0, high=1000,
-        effect=_churned, usual=0.0,
+        effect=effects.churned, usual=0.0,
     )  # fmt: skip
     # noise, rounding and the order of a batch, where programs differ
     noise_scale: str | None = option(
         None, one_of("one", "sigma"), "SDXL: the seed's noise is multiplied with one or the first point's share of noise (one)",
-        effect=_scaled, usual="one",
+        effect=effects.scaled, usual="one",
     )  # fmt: skip
     noise_layout: str | None = option(
         None, one_of("latents", "packed"), "Flux: the noise is made as latents, or as tokens (latents)",
-        effect=_taken("noise_layout"), usual="latents",
+        effect=effects.taken("noise_layout"), usual="latents",
     )  # fmt: skip
     noise_dtype: str | None = option(
         None, one_of(*ROUNDED, "float64"), "the noise is made in this dtype (float32); float64 is other noise", usual="float32"
@@ -507,7 +310,7 @@ class Request:
         None, WHOLE, "how often the generator has made noise of one image before (0)", low=0, high=10**6, usual=0
     )
     noise_row: tuple[int, int] | None = option(
-        None, ROW, "this image is such a row, from 0, of a batch whose noise one generator makes", effect=_in_one
+        None, ROW, "this image is such a row, from 0, of a batch whose noise one generator makes", effect=effects.in_one
     )
     latents_dtype: str | None = option(
         None, one_of(*ROUNDED), "latents are rounded to this dtype after each step (float32)", usual="float32"
@@ -519,22 +322,22 @@ class Request:
     )  # fmt: skip
     guidance_dtype: str | None = option(
         None, one_of(*ROUNDED), "the same for the guidance embedding (float32): 3.5 becomes 3.504 in bfloat16",
-        effect=_taken("guidance_dtype"), usual="float32",
+        effect=effects.taken("guidance_dtype"), usual="float32",
     )  # fmt: skip
     cfg_dtype: str | None = option(
         None,
         one_of(*ROUNDED),
         "classifier-free guidance is computed in this dtype (float32)",
-        effect=_guided,
+        effect=effects.guided,
         usual="float32",
     )
     cfg_batch: str | None = option(
         None, one_of("positive_first", "negative_first", "apart"),
-        "order of the prompts in a guided call, or two calls (positive_first)", effect=_guided, usual="positive_first",
+        "order of the prompts in a guided call, or two calls (positive_first)", effect=effects.guided, usual="positive_first",
     )  # fmt: skip
     strength_rounding: str | None = option(
         None, one_of("up", "down", "float_up"),
-        "to how many steps a strength is rounded (up); float_up: as floats have it, 25 x 0.56 is 15", effect=_begun, usual="up",
+        "to how many steps a strength is rounded (up); float_up: as floats have it, 25 x 0.56 is 15", effect=effects.begun, usual="up",
     )  # fmt: skip
     pixels: str | None = option(
         None, one_of("round", "truncate"), "to which of its two neighbours a level of 255 goes (round)", usual="round"
@@ -543,34 +346,37 @@ class Request:
     # how prompts are encoded: the names of ENCODING
     t5_length: int | None = option(
         None, WHOLE, "rows of T5, of SD 3 at most (Flux 512, schnell and SD 3 256)", low=1, high=512,
-        words=("max_sequence_length", "t5xxl_max_token_length"), effect=_rows_of_t5,
+        words=("max_sequence_length", "t5xxl_max_token_length"), effect=effects.rows_of_t5,
     )  # fmt: skip
     t5_mask: bool | None = option(
         None, SWITCH, "Flux, SD 3: mask T5's padding, for a network that was trained with a mask",
-        words=("apply_t5_attn_mask",), effect=_hidden,
+        words=("apply_t5_attn_mask",), effect=effects.hidden,
     )  # fmt: skip
     t5_padding: str | None = option(
         None, one_of("original", "diffusers"),
         "SD 3: pad T5 to what the prompt needs, as the original does, or always to t5_length, as diffusers does",
-        effect=_padded,
+        effect=effects.padded,
     )  # fmt: skip
     without_t5: str | None = option(
         None,
         one_of("zeros", "none"),
         "SD 3: if no T5 is loaded, zeros in place of its rows, or no rows",
-        effect=_replaced,
+        effect=effects.replaced,
     )
     clip_windows: str | None = option(
         None, one_of("first", "all"),
         "SD 3, SDXL: of a prompt longer than CLIP's 77 tokens the first 77, or all in windows of 77",
-        effect=_taken("clip_windows"),
+        effect=effects.taken("clip_windows"),
     )  # fmt: skip
     empty_negative: str | None = option(
-        None, one_of("zeros", "encoded"), "SDXL: what a missing negative prompt is (zeros)", effect=_missing_negative
+        None,
+        one_of("zeros", "encoded"),
+        "SDXL: what a missing negative prompt is (zeros)",
+        effect=effects.missing_negative,
     )
     prompt_weights: str | None = option(
         None, one_of("none", "kohya", "a1111", "comfyui"),
-        "the program whose weights such as (swan:1.3) are read (none); without one brackets are text", effect=_emphasised,
+        "the program whose weights such as (swan:1.3) are read (none); without one brackets are text", effect=effects.emphasised,
         usual="none",
     )  # fmt: skip
 
@@ -708,7 +514,7 @@ class Request:
         asked.check()
         for name, reason in asked.without_effect(model).items():
             raise ConfigError(f"{name} has no effect {reason}")
-        run, count = _steps(asked, model)
+        run, count = effects.steps_of(asked, model)
         if asked.says("cfg_interval") and run and not any(within(asked.cfg_interval, step, count) for step in run):
             low, high = asked.cfg_interval
             raise ConfigError(
@@ -741,7 +547,7 @@ class Request:
         }  # fmt: skip
         settled = replace(
             asked, **usual, prompt=prompts, seed=seeds, width=width, height=height, sampler=sampler, schedule=schedule,
-            steps=steps, strength=strength_of(asked, model), skip_layers=skip, guidance_scale=model.guidance(asked.guidance_scale),
+            steps=steps, strength=effects.strength_of(asked, model), skip_layers=skip, guidance_scale=model.guidance(asked.guidance_scale),
             cfg_scale=model.sampling.cfg_scale if asked.cfg_scale is None else asked.cfg_scale,
             negative=None if asked.negative is None else listed(asked.negative), **opened,
         )  # fmt: skip

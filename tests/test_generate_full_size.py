@@ -60,10 +60,8 @@ result = model.generate(conditioning=given, width=256, height=256, steps=2, seed
 assert result.latents.isfinite().all() and result.images[0].size == (256, 256)
 print(most[0], before, loaded, time.monotonic() - begun - loaded)
 """
-MAPPED = {
-    "MALLOC_MMAP_THRESHOLD_": "65536",
-    "MALLOC_MMAP_MAX_": "1000000",
-}  # malloc returns each tensor's memory at once
+# malloc returns each tensor's memory at once
+MAPPED = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_MMAP_MAX_": "1000000"}
 
 
 @pytest.mark.parametrize(

@@ -7,11 +7,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from eridiff.effects import own
 from eridiff.errors import ConfigError
 from eridiff.inference.result import Prompt
 from eridiff.inference.settings import NAMED
 from eridiff.memory.stages import Stages
-from eridiff.request import ENCODING, FIELDS, Checked, Request, Text, known_names, listed, own
+from eridiff.request import ENCODING, FIELDS, Checked, Request, Text, known_names, listed
 from eridiff.text.emphasis import unweighted
 
 

@@ -64,11 +64,8 @@ class LiveBytes(Fused):
         self.cpu = cpu
         self.alive: dict[int, int] = {}
         self.sum, self.peak = 0, 0
-        self.small, self.heap, self.large = (
-            0,
-            0,
-            0,
-        )  # of blocks below HEAP_BLOCK alive and at most, of the others at most
+        self.small, self.heap = 0, 0  # of blocks below HEAP_BLOCK, alive and at most
+        self.large = 0  # of the others, at most
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -204,11 +201,8 @@ SHAPES: dict[str, Callable[..., Any]] = {
     "linear": _linear, "conv2d": _conv2d, "interpolate": _interpolate, "cat": _cat, "stack": _stack, "sum": _sum, "var_mean": _var_mean,
 }  # fmt: skip
 HEAP_BLOCK = 32 * 2**20  # glibc's malloc maps larger blocks apart and returns them; of smaller ones it keeps the memory
-NORM_SCRATCH = {
-    8: 1,
-    4: 1,
-    2: 5,
-}  # bytes of an element -> of the output, what a CPU takes for its RMS norm meanwhile: measured
+# bytes of an element -> of the output, what a CPU takes for its RMS norm meanwhile: measured
+NORM_SCRATCH = {8: 1, 4: 1, 2: 5}
 
 
 def peak_bytes(work: Callable[[], object], cpu: bool = False) -> int:

@@ -8,10 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from eridiff.effects import own
 from eridiff.errors import ConfigError, quoted
 from eridiff.inference import DiffusionInference, Prompt
 from eridiff.memory.stages import Stages
-from eridiff.request import Request, own
+from eridiff.request import Request
 from eridiff.text import Conditioning
 
 # what a list of so many tensors holds: diffusers' `encode_prompt` and its scripts, kohya's `encode_tokens`

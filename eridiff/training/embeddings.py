@@ -15,10 +15,11 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from eridiff.effects import own
 from eridiff.errors import CheckpointError, ConfigError
 from eridiff.inference import DiffusionInference, Prompt
 from eridiff.inference.settings import spoken
-from eridiff.request import ENCODING, Request, Text, own
+from eridiff.request import ENCODING, Request, Text
 from eridiff.text import Conditioning
 from eridiff.training.fingerprint import digest
 from eridiff.weights.locate import TEXT_ENCODERS
