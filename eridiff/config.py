@@ -175,7 +175,7 @@ def _known_keys(given: Mapping[str, Any], known: Collection[str], where: str) ->
         said = {key: inner[key] for key in inner if key in TOP} if isinstance(inner, dict) else {}
         lines = [f"{key}: {str(value).lower() if isinstance(value, bool) else value}" for key, value in said.items()]
         if lines:
-            raise ConfigError(f"'{name}' is not a key of {where}; write {', '.join(lines)} at the top of the file")
+            raise ConfigError(f"'{name}' is not a key of {where}; write {' and '.join(lines)} at the top of the file")
     known_names(given, known, where)
 
 

@@ -46,7 +46,7 @@ def skipped(request: Any, model: Any) -> str | None:
     run, steps = steps_of(request, model)
     if not run or any(skip.acts(step - run.start, steps) for step in run):
         return None
-    return f"on a run of {len(run)} steps, none of which lies between its shares {skip.start:g} and {skip.end:g}"
+    return f"on a run of {len(run)} step{'s' * (len(run) != 1)}, none of which lies between its shares {skip.start:g} and {skip.end:g}"
 
 
 def embedded(request: Any, model: Any) -> str | None:

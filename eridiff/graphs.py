@@ -124,7 +124,7 @@ def graph_steps(network: nn.Module, capture: Capture | None = None) -> Steps:
     graphs already.
     """
     if not isinstance(unwrapped(network), Flux | MMDiT | UNet):
-        raise ConfigError(f"steps are those of a Flux, MMDiT or UNet, and a {type(network).__name__} has none")
+        raise ConfigError(f"steps are those of a Flux, MMDiT or UNet, and {type(network).__name__} has none")
     if capture is None:
         device = next(network.parameters()).device
         if device.type != "cuda":

@@ -59,6 +59,11 @@ def _plain(tensor: Tensor) -> bool:
     )
 
 
+def is_onednn(network: nn.Module) -> bool:
+    """Whether oneDNN computes layers of a network."""
+    return any(isinstance(module, OneDNNLinear) for module in network.modules())
+
+
 @torch.no_grad()
 def use_onednn(network: nn.Module, seconds: float = 1.0) -> int:
     """Let oneDNN compute a network's float32 linear layers on the CPU, where it is faster here; returns how many layers.

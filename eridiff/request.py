@@ -11,6 +11,7 @@ import secrets
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from difflib import get_close_matches
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -78,6 +79,10 @@ def _pair(kind: type, what: str, such_as: str) -> Callable[[str, Any], Any]:
         return tuple(scalar(name, number, kind) for number in value)
 
     return read
+
+
+def _is_pair(value: Any) -> bool:
+    return isinstance(value, list | tuple) and len(value) == 2 and all(isinstance(n, Real) for n in value)
 
 
 def _schedule(name: str, value: Any) -> Any:
@@ -406,13 +411,13 @@ class Request:
             if name == "steps" and value < 1:
                 raise ConfigError(f"a run needs at least one step, not {value}")
             if told.metadata["kind"] in (SIZE, CORNER):
-                if len(value) != 2 or any(type(n) is not int or n < low for n in value):
+                if not _is_pair(value) or any(type(n) is not int or n < low for n in value):
                     raise ConfigError(f"{name} must be two whole numbers of pixels, at least {low}, not {value}")
             elif high is not None and not low <= value <= high:
                 raise ConfigError(f"{name} must be between {low} and {high}, not {value}")
         for name, what in (("cfg_interval", "shares of the steps"), ("part", "shares of the run")):
             pair = getattr(self, name)
-            if len(pair) != 2 or not 0 <= pair[0] < pair[1] <= 1:
+            if not _is_pair(pair) or not 0 <= pair[0] < pair[1] <= 1:
                 raise ConfigError(f"{name} must be two rising {what} such as 0 and 0.8, not {pair}")
         skip = self.skip_layers
         if isinstance(skip, SkipLayers):
@@ -423,6 +428,10 @@ class Request:
                     f"skip_layers must have a scale between -1000 and 1000 and rising shares of the steps, not {skip.scale:g}, "
                     f"{skip.start:g} and {skip.end:g}"
                 )
+        elif not isinstance(skip, bool):
+            raise ConfigError(
+                f"skip_layers must be True, False or an eridiff.schedulers.guidance.SkipLayers, not {skip!r}"
+            )
         if self.sampler is not None and self.sampler not in SAMPLERS:
             raise ConfigError(f"'{self.sampler}' is not a sampler; there are {', '.join(SAMPLERS)}")
         if self.hand_over is not None and self.hand_over in (0, 1):
@@ -435,7 +444,7 @@ class Request:
                 f"noise_generator {self.noise_generator} begins with one seed, not with {len({*seeds_of(self)})}"
             )
         row = self.noise_row
-        if row is not None and not (len(row) == 2 and all(type(n) is int for n in row) and 0 <= row[0] < row[1]):
+        if row is not None and not (_is_pair(row) and all(type(n) is int for n in row) and 0 <= row[0] < row[1]):
             raise ConfigError(f"noise_row must be a row and the number of rows, such as 1 and 4, not {row}")
         if multiple is not None:
             for name in ("width", "height"):
@@ -518,7 +527,7 @@ class Request:
         if asked.says("cfg_interval") and run and not any(within(asked.cfg_interval, step, count) for step in run):
             low, high = asked.cfg_interval
             raise ConfigError(
-                f"no step would be guided: of {len(run)} steps none lies in the cfg_interval from {low:g} to {high:g}; "
+                f"no step would be guided: of {len(run)} step{'s' * (len(run) != 1)} none lies in the cfg_interval from {low:g} to {high:g}; "
                 "widen it, or ask for a cfg_scale of 1"
             )
         prompts, seeds = matched(asked, rows)

@@ -30,14 +30,14 @@ ACTS: dict[str, Callable[[Any], Any]] = {
 @pytest.mark.parametrize("act", ACTS.values(), ids=ACTS)
 def test_a_network_is_needed_and_a_model_has_one(act: Callable[[Any], Any]) -> None:
     for given in (None, "tiny-flux", {}):
-        with pytest.raises(ConfigError, match=f"must be an nn.Module, not a {type(given).__name__}$"):
+        with pytest.raises(ConfigError, match=f"must be an nn.Module, not of type {type(given).__name__}$"):
             act(given)
     model = eridiff.FluxInference(tiny.flux(), tiny.autoencoder())
-    with pytest.raises(ConfigError, match="not a FluxInference: pass its .network$"):
+    with pytest.raises(ConfigError, match="not of type FluxInference: pass its .network$"):
         act(model)
 
 
 @pytest.mark.parametrize("name", [name for name in ACTS if name != "onednn"])
 def test_a_module_without_blocks_is_refused(name: str) -> None:
-    with pytest.raises(ConfigError, match="a Linear|Linear has no repeated blocks"):
+    with pytest.raises(ConfigError, match="for a Linear|Linear has no"):
         ACTS[name](nn.Linear(2, 2))

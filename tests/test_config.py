@@ -78,7 +78,7 @@ BAD = {
     "a capital": ("sample:\n  Seed: 3\n", "'Seed' is not a key of sample; did you mean 'seed'"),
     "an unknown key": ("sample:\n  qqqq: 3\n", "'qqqq' is not a key of sample; there are"),
     "an option of the model in a section": ("sample:\n  memory: {vram: 24GiB}\n", "'memory' is not a key of sample; write vram: 24GiB at the top of the file"),
-    "the same in one of its own": ("memory:\n  vram: 24GiB\n  vae_rows: 64\n", "not a key of the file; write vram: 24GiB, vae_rows: 64 at the top of the file"),
+    "the same in one of its own": ("memory:\n  vram: 24GiB\n  vae_rows: 64\n", "not a key of the file; write vram: 24GiB and vae_rows: 64 at the top of the file"),
     "the same among those of images": ("sample:\n  compile: true\n", "'compile' is not a key of sample; write compile: true at the top of the file"),
     "the same of one image": ("sample:\n  samples: [{prompt: a, dtype: bf16}]\n", "entry 1; write dtype: bf16 at the top of the file"),
     "an unknown section": ("samples:\n  seed: 3\n", "'samples' belongs under 'sample:'"),

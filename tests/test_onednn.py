@@ -14,11 +14,15 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import eridiff
 from eridiff import onednn, save_network
+from eridiff.images import save_png
+from eridiff.inference.again import generate_again, load_again, read_settings
 from eridiff.lora import attach_lora, merge_into
 from eridiff.onednn import OneDNNLinear, use_onednn
 from eridiff.trace import record
 from eridiff.trace.record import relative_l2
+from tests import tiny
 from tests.loras import FAMILIES, ask, some_lora
 
 ABSENT = not hasattr(torch.ops.mkldnn, onednn.OPERATOR)  # then one test is left: the line that says so
@@ -303,3 +307,15 @@ def test_measuring_changes_no_weight_and_no_random_state(caplog: Any) -> None:
     assert len(caplog.messages) == 1 and count == sum(type(m) is OneDNNLinear for m in network.modules())
     assert torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(tensor, weights[name]) for name, tensor in network.state_dict().items())
+
+
+def test_an_image_says_that_onednn_computed_it_and_is_generated_again(faster: None, tmp_path: Path) -> None:
+    model = eridiff.load(tiny.write_model(tmp_path), device="cpu", dtype=torch.float32, progress=False)
+    asked = {"steps": 2, "seed": 1, "width": 32, "height": 32}
+    assert model.generate("a swan", **asked).settings[0]["onednn"] is None
+    use_onednn(model.network)
+    result = model.generate("a swan", **asked)
+    settings = read_settings(save_png(result.images[0], tmp_path / "a.png", result.settings[0]))
+    again = load_again(settings, progress=False)
+    assert settings["onednn"] and any(isinstance(layer, OneDNNLinear) for layer in again.network.modules())
+    assert generate_again(again, settings).images[0].tobytes() == result.images[0].tobytes()

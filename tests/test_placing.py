@@ -91,10 +91,34 @@ def test_weights_may_take_what_the_largest_image_so_far_leaves() -> None:
     (stage,) = (s for s in planned("flux1-dev").stages if s.component == "flux")
     left = room.weights("flux")
     assert left + stage.work + RUNTIME["cuda"] == 12 * GIB and stage.weights / 2 > left / 2 > stage.peak("stream")
-    room.check(width=1536, height=1024)
+    room.place(width=1536, height=1024)
     larger = room.weights("flux")
-    room.check(width=512, height=512)
+    room.place(width=512, height=512)
     assert room.weights("flux") == larger < left and room.weights("t5") > left
+
+
+def test_a_larger_image_has_a_slower_placement_where_the_model_can_change_to_it() -> None:
+    """Weights that lie on the host may come in any way; those that lie on the device stay there."""
+    room = Room("18GiB", lambda **asked: planned("flux1-dev", **asked))
+    assert room.placement.flags == "--offload stages"
+    found = [room.place(width=side, height=side).flags for side in (1024, 2048, 1024)]
+    assert found == ["--offload stages", "--offload stream --vae-rows 64", "--offload stream --vae-rows 64"]
+    with pytest.raises(MemoryPlanError, match=r"^1 of 4096x4096 would need .* with --offload stream --vae-rows 64, and there are 18.0 GiB: ask for smaller images or fewer at once$"):  # fmt: skip
+        room.place(width=4096, height=4096)
+    resident = Room("48GiB", lambda **asked: planned("flux1-dev", **asked))
+    assert resident.placement.flags == "(no option)"
+    with pytest.raises(MemoryPlanError, match=r"fewer at once; loaded with --offload stages --vae-rows 64 they fit$"):
+        resident.place(width=4096, height=4096)
+
+
+def test_vram_decodes_a_larger_image_in_strips_and_its_png_says_so(tmp_path: Path) -> None:
+    folder = tiny.write_model(tmp_path)
+    plan = plan_parts(eridiff.FluxInference, locate(folder), width=256, height=256, steps=1, device=torch.device("cpu"))
+    whole, strips = plan.placements
+    model = eridiff.load(folder, vram=(whole.needed + strips.needed) // 2, device="cpu", progress=False)
+    assert model.vae_rows is None
+    settings = model.generate("a", seed=1, steps=1, width=256, height=256).settings[0]
+    assert model.vae_rows == settings["vae_rows"] == 64
 
 
 def test_vram_chooses_at_loading_and_refuses_what_would_not_fit(tmp_path: Path) -> None:

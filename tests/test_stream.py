@@ -19,7 +19,7 @@ from eridiff.inference.placing import RUNTIME, plan_parts
 from eridiff.lora import attach_lora
 from eridiff.memory import stream
 from eridiff.memory.plan import Fused, LiveBytes, _run, stages
-from eridiff.memory.stages import asked_once, on_device
+from eridiff.memory.stages import OFFLOAD, asked_once, on_device
 from eridiff.memory.stream import Block, InOrder, Ring, Streams, chosen, ring_size
 from eridiff.schedulers.guidance import SkipLayers
 from eridiff.training import Sampler
@@ -299,12 +299,13 @@ def test_compiled_blocks_are_refused_unless_they_stay(queues: Queues) -> None:
         pass
 
 
-def test_on_the_cpu_it_says_that_it_has_no_effect(caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("offload", OFFLOAD)
+def test_on_the_cpu_it_says_that_it_has_no_effect(offload: str, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
         model = families.inference("flux")
         assert not caplog.messages
-        streaming = type(model)(model.network, model.autoencoder, device="cpu", offload="stream", progress=False)
-    assert caplog.messages[0].startswith("offload='stream' has no effect on the CPU")
+        streaming = type(model)(model.network, model.autoencoder, device="cpu", offload=offload, progress=False)
+    assert caplog.messages[0].startswith(f"offload='{offload}' has no effect on the CPU")
     assert torch.equal(latents_of(streaming), latents_of(model))
 
 

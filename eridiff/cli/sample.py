@@ -75,7 +75,7 @@ def add_parser(commands: Any) -> None:
         nargs="?",
         type=Path,
         metavar="FILE",
-        help="what to load and to generate: a configuration in YAML, JSON or TOML, also of a trainer, or a prompt file",
+        help="what to load and to generate: a configuration in YAML or JSON, one of a trainer (kohya's in TOML), or a prompt file",
     )
     _add_request(groups)
     _add_model(groups)

@@ -18,6 +18,7 @@ from eridiff.inference.base import DiffusionInference
 from eridiff.inference.handed_in import MATRICES
 from eridiff.inference.result import Result
 from eridiff.inference.settings import sampled_as
+from eridiff.onednn import use_onednn
 from eridiff.request import FIELDS, Request
 from eridiff.weights.locate import ModelPath
 
@@ -40,7 +41,7 @@ FORMS: dict[str, Callable[[Any], bool]] = {  # settings that are not fields of `
     **dict.fromkeys(("parts", "refiner", "sampling", "training", "hashes"), lambda v: isinstance(v, dict)),
     **dict.fromkeys(("threads", "batch"), lambda v: type(v) is int),
     "compile": lambda v: type(v) is bool,
-    "float8": lambda v: v is True,
+    **dict.fromkeys(("float8", "onednn"), lambda v: v is True),
     "loras": lambda v: isinstance(v, list) and all(map(_is_lora, v)),
     "handed_in": lambda v: isinstance(v, list) and all(isinstance(name, str) for name in v),
     "dtype": lambda v: v in DTYPES,
@@ -57,7 +58,9 @@ def read_settings(path: str | os.PathLike[str]) -> dict[str, Any]:
     except (TypeError, ValueError):
         settings = None
     if not isinstance(settings, dict) or "steps" not in settings:
-        raise ConfigError(f"'{path}' does not say how it was generated; eridiff's own PNGs do, unless they were edited")
+        raise ConfigError(
+            f"'{path}' does not say how it was generated; PNGs of the command line, of a Sampler and of save_png(image, path, settings) do"
+        )
     for name, fits in FORMS.items():
         if settings.get(name) is not None and not fits(settings[name]):
             raise ConfigError(f"'{path}': its setting {name} cannot be {settings[name]!r}: it was edited")
@@ -100,6 +103,8 @@ def load_again(
     loaded = eridiff.load(chosen, **{"device": settings.get("device"), "dtype": _dtypes(settings), **told, **options})
     if settings.get("float8"):
         use_float8(loaded.network)
+    if settings.get("onednn"):
+        use_onednn(loaded.network)
     for file, scale in _loras(settings) if loras is None else loras:
         recorded = [entry["scale"] for entry in settings.get("loras") or ()]
         own = recorded[0] if len(recorded) == 1 else 1.0

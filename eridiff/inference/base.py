@@ -44,7 +44,7 @@ from eridiff.inference.loading import read
 from eridiff.inference.lora import LoraHandle, weighed
 from eridiff.inference.model import Model
 from eridiff.inference.options import Options, check_names
-from eridiff.inference.placing import Room, plan_parts
+from eridiff.inference.placing import Placement, Room, plan_parts
 from eridiff.inference.provenance import records
 from eridiff.inference.result import Callback, HandedIn, Prompt, Result, Run, Step
 from eridiff.lora.attach import Scale
@@ -169,9 +169,10 @@ class DiffusionInference(Family):
                     "the %s is float16 on a CPU, where convolutions take a hundred times as long as in float32 or bfloat16",
                     name,
                 )
-        if self.offload == "stream" and self.device.type == "cpu":
+        if self.offload is not None and self.device.type == "cpu":
             log.warning(
-                "offload='stream' has no effect on the CPU, where a file's weights are mapped and read as they are needed"
+                "offload=%r has no effect on the CPU, where a file's weights are mapped and read as they are needed",
+                self.offload,
             )
 
     def _check_device(self) -> Self:
@@ -271,10 +272,7 @@ class DiffusionInference(Family):
                 plan_parts, type(self), parts, variant=self.asked_variant, dtype=self.dtype, device=device
             )
             self._room = Room(self.vram, planned)
-            placement = self._room.placement
-            self.offload, self.vae_rows = placement.offload, placement.vae_rows
-            log.info("with %s of memory: %s", self.vram, placement.flags)
-            self._check_compile()
+            self._placed(self._room.placement)
         if self.compile:
             cache_folder()  # before the compiler is asked, which takes its own
             check_compiler(device)
@@ -285,6 +283,11 @@ class DiffusionInference(Family):
         if self.compile:
             compile_network(self.network)
         return self
+
+    def _placed(self, placement: Placement) -> None:
+        """Take a placement that was chosen for the memory there is. Raises ConfigError for one that cannot be compiled."""
+        self.offload, self.vae_rows = placement.offload, placement.vae_rows
+        self._check_compile()
 
     def apply_lora(
         self, weights: str | os.PathLike[str] | Lora, scale: Scale | Mapping[str, Scale] | None = None, *,
@@ -492,7 +495,8 @@ class DiffusionInference(Family):
                     break
         if cache is not None:
             run.reuse = cache.reuse
-            log.warning("%s", run.reuse)
+            if run.reuse.evaluations:
+                log.warning("%s", run.reuse)
 
     def predictor(
         self, prompt: Prompt, schedule: Schedule, asked: Checked, condition: Tensor | None = None, first: int = 0,
@@ -621,7 +625,7 @@ class DiffusionInference(Family):
         width, height, count = asked.width, asked.height, len(asked.prompt)
         if self._room is not None:
             size = {"width": width, "height": height, "steps": asked.steps, "images": count}
-            self._room.check(**size, cfg_scale=asked.cfg_scale, t5_length=asked.t5_length)
+            self._placed(self._room.place(**size, cfg_scale=asked.cfg_scale, t5_length=asked.t5_length))
         points = self.points(asked)
         image, control = (None if p is None else to_tensor(p, width, height) for p in (asked.image, asked.control))
         mask = None if asked.mask is None else to_tensor(asked.mask, width, height, mask=True)

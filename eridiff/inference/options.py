@@ -18,8 +18,8 @@ class Options(TypedDict, total=False):
       they are, and images are computed there.
     - dtype: one for all components or by component (flux, vae, t5, ...); None is the file's on a GPU, and float32 on a CPU
       with room for it.
-    - vram: how much memory the device has ("24GiB", or bytes), which chooses `offload` and `vae_rows`; an image that would not fit
-      is refused before it is begun.
+    - vram: how much memory the device has ("24GiB", or bytes), which chooses `offload` and `vae_rows`, for a larger image again as far
+      as the loaded model can change; one that would not fit is refused before it is begun.
     - offload: "stages" keeps every component on the CPU and moves it to the device only for its stage, its
       layers of modulation for their calls alone. "stream" keeps a few blocks of the network and the text encoders there and copies
       the next while one computes (CUDA; on the CPU it has no effect); with `vram` as many stay as fit. "layers" moves each linear layer of the network and the text encoders for its

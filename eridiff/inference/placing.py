@@ -1,5 +1,6 @@
 """Where a model's components lie while images are generated: what each placement needs, from headers alone, and which fits."""
 
+import logging
 import math
 import re
 from collections.abc import Callable, Mapping
@@ -16,6 +17,7 @@ from eridiff.memory.plan import Stage, stages
 from eridiff.memory.stages import OFFLOAD
 from eridiff.weights.locate import Parts
 
+log = logging.getLogger(__name__)
 UNITS = {None: 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "kb": 10**3, "mb": 10**6, "gb": 10**9}
 # Beside the tensors: what CUDA takes for itself and what its allocator cannot use; on a CPU what libraries take on first use
 RUNTIME = {"cuda": 600 * 2**20, "cpu": 4 * 2**20}
@@ -100,25 +102,40 @@ class Plan:
 
 
 class Room:
-    """The memory of a device, and the placement of a model that was chosen for it."""
+    """The memory of a device, and the placement of a model that was chosen for it and for the images so far."""
 
     def __init__(self, vram: int | str, planned: Callable[..., Plan]) -> None:
         """`planned` gives the plan of images of a size; without arguments that of the variant's own size."""
         self.vram, self._planned = vram, cache(planned)
         self.placement = self._planned().placement(vram)
+        log.info("with %s of memory: %s", gib(bytes_of(vram)), self.placement.flags)
         self._work: dict[str, int] = {}  # of each component, the most that an image so far needed beside its weights
         self._count(self._planned())
 
-    def check(self, **asked: Any) -> None:
-        """Raises MemoryPlanError for images that do not fit as the model is placed; arguments as of `plan_parts`."""
-        plan, own = self._planned(**asked), self.placement
-        placed = next(p for p in plan.placements if (p.offload, p.vae_rows) == (own.offload, own.vae_rows))
-        if placed.needed > bytes_of(self.vram):
+    def place(self, **asked: Any) -> Placement:
+        """Where images have room: as the model is placed, or slower; arguments as of `plan_parts`.
+
+        A model that lies on the device stays there, and one that comes to it in parts may come in smaller ones. Raises
+        MemoryPlanError for images that do not fit.
+        """
+        plan, now, room = self._planned(**asked), self.placement, bytes_of(self.vram)
+        slower = plan.placements[
+            [(p.offload, p.vae_rows) for p in plan.placements].index((now.offload, now.vae_rows)) :
+        ]
+        able = [p for p in slower if bool(p.offload) == bool(now.offload)]
+        fitting = next((p for p in able if p.needed <= room), None)
+        if fitting is None:
+            least = min(able, key=lambda p: p.needed)
+            other = next((f"; loaded with {p.flags} they fit" for p in plan.placements if p.needed <= room), "")
             raise MemoryPlanError(
-                f"{plan.images} of {plan.width}x{plan.height} would need {gib(placed.needed)} as the model is placed "
-                f"({placed.flags}), and there are {gib(bytes_of(self.vram))}: ask for smaller images or fewer at once"
+                f"{plan.images} of {plan.width}x{plan.height} would need {gib(least.needed)} as the model is placed, with "
+                f"{least.flags}, and there are {gib(room)}: ask for smaller images or fewer at once{other}"
             )
+        if (fitting.offload, fitting.vae_rows) != (now.offload, now.vae_rows):
+            log.info("with %s of memory, from now on: %s", gib(room), fitting.flags)
+        self.placement = fitting
         self._count(plan)
+        return fitting
 
     def _count(self, plan: Plan) -> None:
         for stage in plan.stages:
@@ -178,10 +195,16 @@ def plan_parts(
 def bytes_of(size: int | str) -> int:
     """Bytes of a size: a number of them, or a text such as "24GiB", "12 GB", "8192MiB". Raises ConfigError."""
     whole = str(size) if type(size) is int else size
-    found = re.fullmatch(r"\s*(\d{1,15}(?:\.\d+)?)\s*([kmg]i?b)?\s*", whole.lower()) if isinstance(whole, str) else None
+    found = (
+        re.fullmatch(r"\s*([0-9]{1,15}(?:\.[0-9]+)?)\s*([kmg]i?b)?\s*", whole.lower())
+        if isinstance(whole, str)
+        else None
+    )
     count = int(float(found[1]) * UNITS[found[2]]) if found else 0
     if count < 2**20:  # 24 means 24GiB, which a guess may get wrong
-        raise ConfigError(f"a size of memory is a text such as 24GiB or 12GB, or bytes, at least 1 MiB, not {size!r}")
+        raise ConfigError(
+            f"a size of memory is a text such as 24GiB or 12GB, or bytes, at least 1 MiB, not {size!r}; units are KiB, MiB, GiB, kB, MB, GB"
+        )
     return count
 
 

@@ -13,6 +13,7 @@ from eridiff.inference.latents import dtype_of
 from eridiff.inference.model import Model
 from eridiff.inference.result import HandedIn
 from eridiff.inference.settings import differing
+from eridiff.onednn import is_onednn
 from eridiff.request import Checked, Request, is_file, listed_pictures
 
 
@@ -23,7 +24,7 @@ def provenance(model: Model) -> dict[str, Any]:
     return {
         **model.source, "family": model.kind.family, "variant": model.variant,
         "sampling": differing(model.sampling, model.kind.variants[model.variant]),
-        "dtype": dtypes[model.kind.family], "dtypes": dtypes, "float8": is_float8(model.network) or None, "threads": torch.get_num_threads(),
+        "dtype": dtypes[model.kind.family], "dtypes": dtypes, "float8": is_float8(model.network) or None, "onednn": is_onednn(model.network) or None, "threads": torch.get_num_threads(),
         "version": eridiff.__version__, "torch": torch.__version__,
     }  # fmt: skip
 

@@ -276,7 +276,7 @@ def unwrapped(module: nn.Module) -> Any:
     """The module inside compiled, distributed, checkpointing and averaging wrappers. Raises ConfigError for what is not a module."""
     if not isinstance(module, nn.Module):
         hint = ": pass its .network" if isinstance(getattr(module, "network", None), nn.Module) else ""
-        raise ConfigError(f"a network must be an nn.Module, not a {type(module).__name__}{hint}")
+        raise ConfigError(f"a network must be an nn.Module, not of type {type(module).__name__}{hint}")
     inner: nn.Module | None = module
     while inner is not None:
         module = inner
