@@ -10,7 +10,7 @@ from torch import nn
 from benchmarks.gpu_measure import ROOT, free, synchronise
 from benchmarks.gpu_sections import Bench
 from eridiff import FluxInference
-from eridiff.inference.placing import RUNTIME, Room
+from eridiff.inference.placing import RUNTIME, Placement, Room
 from eridiff.memory.plan import Stage, stages
 from eridiff.memory.stages import OFFLOAD
 from eridiff.models.autoencoder import Autoencoder, AutoencoderConfig
@@ -86,8 +86,8 @@ class Capped(Room):
     def __init__(self, cap: int, work: int) -> None:
         self.cap, self.work = cap, work
 
-    def check(self, **asked: Any) -> None:
-        pass
+    def place(self, **asked: Any) -> Placement:
+        return Placement("stream", None, self.cap, RUNTIME["cuda"])
 
     def weights(self, component: str) -> int:
         return self.cap - RUNTIME["cuda"] - self.work  # a text encoder works with less than the network
