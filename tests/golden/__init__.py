@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.golden.autoencoder import run_autoencoder
-from tests.golden.case import Float32Sinusoid, Row
+from tests.golden.case import Float32Sinusoid, GoldenFrequencies, Row
 from tests.golden.flux import run_flux, run_trajectory
 from tests.golden.lora import run_lora
 from tests.golden.sd3 import run_mmdit, run_sd3_text, run_sd3_trajectory, run_skip_layers
@@ -45,7 +45,7 @@ def run_case(folder: Path, dtypes: Sequence[torch.dtype] = (torch.float64, torch
     expected = load_file(folder / "expected.safetensors")
     rows = []
     for dtype in dtypes:
-        with default_dtype(dtype) if kind in TEXT else nullcontext():
+        with GoldenFrequencies(), default_dtype(dtype) if kind in TEXT else nullcontext():
             rows += RUNNERS[kind](case, expected, dtype)
     return rows
 
