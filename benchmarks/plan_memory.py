@@ -1,8 +1,8 @@
 """Memory on a CPU beside what `eridiff plan --device cpu` predicts: `python -m benchmarks.plan_memory [WORD ...]`.
 
 Images of the built-in models, and the decoder at full width beside diffusers', plain, channels-last and in strips. Each
-measurement is a process of its own, on one thread; of a built-in model there are three, as malloc's heap is another one each
-time, and the middle one counts. Measured is the highest anonymous resident memory (RssAnon of /proc/PID/status, read every
+measurement is a process of its own, on one thread: one with `MALLOC`, where malloc returns what is freed, and with malloc as
+it comes another one, or three of a built-in model, as its heap is different each time; the middle one counts. Measured is the highest anonymous resident memory (RssAnon of /proc/PID/status, read every
 millisecond by the parent) less what the process held when torch, transformers and eridiff were imported; what is mapped from files
 is shown apart. Full-size files have published headers and zeros for weights: sparse files, of which nothing is read from a
 disk. diffusers' weights are made before, and so not counted either. With words only cases whose names have all of them are
@@ -21,6 +21,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from eridiff.inference.placing import MALLOC
 
 RESULTS = Path(__file__).parent / "results" / "plan_memory.json"
 ASSETS = Path(__file__).parents[1] / "eridiff" / "assets"
@@ -68,7 +70,7 @@ def components(case: Case, folder: Path) -> Any:
 
 
 def predicted(case: Case) -> dict[str, int]:
-    """Bytes of a case in memory of its own, and those of weights that stay in their file."""
+    """Bytes of a case in memory of its own, with malloc as it comes and with `MALLOC`, and of weights that stay in their file."""
     from eridiff.inference import FAMILIES
     from eridiff.inference.placing import RUNTIME, plan_parts
     from eridiff.memory.plan import stages
@@ -80,17 +82,16 @@ def predicted(case: Case) -> dict[str, int]:
         found = components(case, Path(folder))
         if case.what == "decode":
             (stage,) = stages({"vae": found}, case.size, case.size, dtype=dtype, vae_rows=case.rows or None, cpu=True)
+            held = stage.held + stage.code + RUNTIME["cpu"]
             return {
-                "predicted": stage.held + stage.heap + stage.large + RUNTIME["cpu"], "predicted_mapped": stage.mapped,
-                "tensors": stage.held + stage.work,
+                "predicted": held + stage.heap + stage.large, "predicted_returned": held + stage.work, "predicted_mapped": stage.mapped,
             }  # fmt: skip
         kind = next(family for family in FAMILIES if family.family in found.components)
         size = {"width": case.size, "height": case.size, "steps": 2}
         plan = plan_parts(kind, found, **size, dtype=dtype, device=torch.device("cpu"))
     (placement,) = (p for p in plan.placements if bool(p.vae_rows) == bool(case.rows))
-    own = [plan.in_strips if case.rows and s.component == "vae" else s for s in plan.stages]
-    tensors = sum(s.held for s in own) + max(s.work for s in own)
-    return {"predicted": placement.needed, "predicted_mapped": plan.mapped, "tensors": tensors}
+    needed = placement.needed
+    return {"predicted": needed, "predicted_returned": needed - placement.kept, "predicted_mapped": plan.mapped}
 
 
 def work(case: Case, folder: Path) -> None:
@@ -172,7 +173,8 @@ def main() -> None:
     before = json.loads(RESULTS.read_text())["runs"] if RESULTS.exists() else []
     kept = {Case(**row["case"]): row for row in before}
     print(
-        "| case | measured MB | least, most | of diffusers' | predicted MB | measured / predicted | mapped MB | seconds |\n|---|---|---|---|---|---|---|---|"
+        "| case | malloc returns: MB | of diffusers' | predicted MB | measured / predicted | by default: MB | least, most "
+        "| predicted MB | measured / predicted | mapped MB | seconds |\n" + "|---" * 11 + "|"
     )
     rows: list[dict[str, Any]] = []
     for case in CASES:
@@ -180,8 +182,12 @@ def main() -> None:
             found = [measured(case) for _ in range(1 if case.what == "decode" else 3)]
             found.sort(key=lambda one: one["measured"])
             row = found[len(found) // 2] | {"least": found[0]["measured"], "most": found[-1]["measured"]}
+            row["returned"] = measured(case, **dict([MALLOC.split("=")]))["measured"]
         elif case in kept:
-            row = {name: kept[case][name] for name in ("measured", "measured_mapped", "seconds", "least", "most")}
+            row = {
+                name: kept[case][name]
+                for name in ("measured", "returned", "measured_mapped", "seconds", "least", "most")
+            }
         else:
             continue
         row = {"case": asdict(case), **row, **predicted(case)}
@@ -200,12 +206,19 @@ def main() -> None:
 def line(case: Case, row: dict[str, Any], rows: list[dict[str, Any]]) -> str:
     """Of the table; the measured memory also as a part of what diffusers' plain decode took, if that is in `rows`."""
     beside = asdict(Case(case.what, case.size, case.dtype, by="diffusers"))
-    of = "".join(f"{row['measured'] / other['measured']:.2f}" for other in rows if other["case"] == beside)
-    planned = " | | | "
-    if not case.by:
-        planned = f" | {row['predicted'] / 1e6:.0f} | {row['measured'] / row['predicted']:.2f} | {row['predicted_mapped'] / 1e6:.0f}"
+    of = "".join(f"{row['returned'] / other['returned']:.2f}" for other in rows if other["case"] == beside)
     spread = f"{row['least'] / 1e6:.0f}, {row['most'] / 1e6:.0f}" if row["most"] > row["least"] else ""
-    return f"| {case.name} | {row['measured'] / 1e6:.0f} | {spread} | {of}{planned} | {row['seconds']} |"
+    cells = [f"{row['returned'] / 1e6:.0f}", of, *planned(row, "returned", "predicted_returned")]
+    cells += [f"{row['measured'] / 1e6:.0f}", spread, *planned(row, "measured", "predicted")]
+    mapped = f"{row['predicted_mapped'] / 1e6:.0f}" if not case.by else ""
+    return " | ".join(["", case.name, *cells, mapped, str(row["seconds"]), ""]).strip()
+
+
+def planned(row: dict[str, Any], measured: str, predicted: str) -> list[str]:
+    """What was predicted, in MB, and how many times as much was measured."""
+    if predicted not in row:
+        return ["", ""]
+    return [f"{row[predicted] / 1e6:.0f}", f"{row[measured] / row[predicted]:.2f}"]
 
 
 if __name__ == "__main__":

@@ -278,6 +278,8 @@ def prompts_of(value: Any) -> tuple[str | dict[str, str], ...]:
         if isinstance(entry, dict) and entry and set(entry) <= set(ENCODERS):
             for name, text in entry.items():
                 scalar(f"sample: prompt {number}, {name}", text, str)
+        elif isinstance(entry, dict) and "prompt" in entry:
+            raise ConfigError(f"sample: prompt {number} has fields of its own: write 'samples:' in place of 'prompts:'")
         elif isinstance(entry, dict):
             text = ", ".join(f"{k}: {v}" if v is not None else f"{k}:" for k, v in entry.items())
             raise ConfigError(f'sample: prompt {number} has a colon and must be quoted: - "{text}"')

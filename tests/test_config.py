@@ -61,6 +61,7 @@ def test_the_processs_own_yaml_is_untouched() -> None:
 BAD = {
     "a duplicate key": ("sample:\n  seed: 1\n  seed: 2\n", "line 3: the key 'seed' is repeated, first in line 2"),
     "a colon in a prompt": ("sample:\n  prompts:\n    - a swan: on mars\n", 'prompt 1 has a colon and must be quoted: - "a swan: on mars"'),
+    "fields of a prompt": ("sample:\n  prompts:\n    - {prompt: a swan, seed: 3}\n", "prompt 1 has fields of its own: write 'samples:' in place of 'prompts:'"),
     "a colon at its end": ("sample:\n  prompts:\n    - a, b, c:\n", 'must be quoted: - "a, b, c:"'),
     "a colon in a value": ("sample:\n  neg: a swan: mars\n", "line 2: .* must be quoted, here perhaps 'a swan: mars'"),
     "a comment for a prompt": ("sample:\n  prompts:\n    - #tag swan\n", "prompt 1 is empty; '#' begins a comment"),

@@ -114,5 +114,5 @@ def predicted(paths: list[Path], **asked: Any) -> tuple[int, int]:
     components = used(FluxInference if len(paths) > 1 else SD35Inference, locate(names).components)
     dtypes = {name: next(iter(component.entries)).dtype for name, component in components.items()}
     found = stages(components, 256, 256, steps=2, dtype=dtypes, cpu=True, **asked)
-    weights = sum(s.held for s in found) + RUNTIME["cpu"]
+    weights = sum(s.held + s.code for s in found) + RUNTIME["cpu"]
     return weights + max(s.heap for s in found) + max(s.large for s in found), weights + max(s.work for s in found)

@@ -9,7 +9,7 @@ import torch
 from eridiff.cli.common import DTYPES, dtype_of
 from eridiff.errors import CheckpointError
 from eridiff.inference import BUILT_IN, FAMILIES
-from eridiff.inference.placing import RUNTIME, Plan, bytes_of, gib, plan_parts
+from eridiff.inference.placing import MALLOC, RUNTIME, Plan, bytes_of, gib, plan_parts
 from eridiff.request import size_of
 from eridiff.weights.locate import locate
 
@@ -72,7 +72,8 @@ def described(plan: Plan) -> dict[str, Any]:
         for s in plan.stages
     ]
     placements = [
-        {"offload": p.offload, "vae_rows": p.vae_rows, "peak": p.peak, "needed": p.needed} for p in plan.placements
+        {"offload": p.offload, "vae_rows": p.vae_rows, "peak": p.peak, "kept": p.kept, "needed": p.needed}
+        for p in plan.placements
     ]
     size = {name: getattr(plan, name) for name in ("variant", "width", "height", "steps", "images", "guided")}
     return {**size, "device": plan.device, "runtime": RUNTIME[plan.device], "stages": stages, "placements": placements}
@@ -91,9 +92,10 @@ def lines(plan: Plan) -> list[str]:
         mapped = f"{gib(stage.mapped):>12}" if cpu else ""
         found.append(f"{stage.name:12}{dtype:>10}{gib(stage.held):>12}{mapped}{gib(stage.work):>12}")
     runtime = gib(RUNTIME[plan.device])
-    if cpu:
-        said = f"in memory at once, with {runtime} for libraries and what malloc keeps; {gib(plan.mapped)} stay in the mapped files:"
-    else:
-        said = f"on the device at once, with {runtime} for its runtime:"
-    found.append(said)
-    return [*found, *(f"  {gib(p.needed):>10}  {p.flags}" for p in plan.placements)]
+    if not cpu:
+        found.append(f"on the device at once, with {runtime} for its runtime:")
+        return [*found, *(f"  {gib(p.needed):>10}  {p.flags}" for p in plan.placements)]
+    found.append(
+        f"in memory at once, with {runtime} for libraries, in brackets with {MALLOC} set; {gib(plan.mapped)} stay in the mapped files:"
+    )
+    return [*found, *(f"  {gib(p.needed):>10} ({gib(p.needed - p.kept)})  {p.flags}" for p in plan.placements)]

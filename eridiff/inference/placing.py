@@ -21,6 +21,7 @@ log = logging.getLogger(__name__)
 UNITS = {None: 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "kb": 10**3, "mb": 10**6, "gb": 10**9}
 # Beside the tensors: what CUDA takes for itself and what its allocator cannot use; on a CPU what libraries take on first use
 RUNTIME = {"cuda": 600 * 2**20, "cpu": 4 * 2**20}
+MALLOC = "MALLOC_MMAP_THRESHOLD_=65536"  # glibc's malloc then returns what is freed, from blocks of 64 KiB on
 LIMITS = {"width": 2**14, "height": 2**14, "images": 10_000, "steps": 100_000}  # above which nothing is counted
 STRIPS = 64  # rows of a strip
 
@@ -33,11 +34,12 @@ class Placement:
     vae_rows: int | None
     peak: int
     runtime: int
+    kept: int = 0  # on a CPU, what glibc's malloc keeps of what was freed, by its own settings
 
     @property
     def needed(self) -> int:
         """Bytes in all."""
-        return self.peak + self.runtime
+        return self.peak + self.runtime + self.kept
 
     @property
     def flags(self) -> str:
@@ -74,13 +76,12 @@ class Plan:
         for offload in (None, *OFFLOAD) if self.device == "cuda" else (None,):
             for rows in (None, STRIPS):
                 own = [self.in_strips if rows and s.component == "vae" else s for s in self.stages]
-                if self.device == "cpu":  # what malloc keeps of one stage is there in the next
-                    work = max(s.heap for s in own) + max(s.large for s in own)
-                else:
-                    work = max(s.work for s in own)
-                resident = sum(s.held for s in own) + work
+                work, kept = max(s.work for s in own), 0
+                resident = sum(s.held + s.code for s in own) + work
                 peak = max(s.peak(offload) for s in own) if offload else resident
-                found.append(Placement(offload, rows, peak, RUNTIME[self.device]))
+                if self.device == "cpu":  # what malloc keeps of one stage is there in the next
+                    kept = max(s.heap for s in own) + max(s.large for s in own) - work
+                found.append(Placement(offload, rows, peak, RUNTIME[self.device], kept))
         return found
 
     def placement(self, vram: int | str) -> Placement:

@@ -66,6 +66,12 @@ class LiveBytes(Fused):
         self.sum, self.peak = 0, 0
         self.small, self.heap = 0, 0  # of blocks below HEAP_BLOCK, alive and at most
         self.large = 0  # of the others, at most
+        self.shapes: set[tuple[str, int, torch.Size, torch.Size]] = set()  # of convolutions and linear layers
+
+    @property
+    def code(self) -> int:
+        """Bytes of the kernels that oneDNN makes for these shapes, and keeps."""
+        return sum(KERNELS.get(shape[:2], 0) for shape in self.shapes) if self.cpu else 0
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -78,8 +84,13 @@ class LiveBytes(Fused):
             for tensor in found:
                 self._count(tensor, given)
             if function is F.conv2d and not _channels_last(args[0]):
-                x, weight = args[0].nbytes, args[1].nbytes
-                self._peak([max(x, result.nbytes), weight] if self.cpu else [x, result.nbytes])
+                x, made = args[0].nbytes, result.nbytes
+                if self.cpu:
+                    self._peak([*max([x], [made] * CONV_COPIES[result.itemsize], key=sum), args[1].nbytes])
+                else:
+                    self._peak([x, made])
+            if function in (F.conv2d, F.linear):
+                self.shapes.add((function.__name__, result.itemsize, result.shape, args[1].shape))
             if function is F.rms_norm and self.cpu:
                 self._peak([result.nbytes] * NORM_SCRATCH[result.itemsize])
         return result
@@ -203,6 +214,10 @@ SHAPES: dict[str, Callable[..., Any]] = {
 HEAP_BLOCK = 32 * 2**20  # glibc's malloc maps larger blocks apart and returns them; of smaller ones it keeps the memory
 # bytes of an element -> of the output, what a CPU takes for its RMS norm meanwhile: measured
 NORM_SCRATCH = {8: 1, 4: 1, 2: 5}
+# and how many copies of the output its convolution has in other arrangements at once, if the input's is not larger
+CONV_COPIES = {8: 1, 4: 1, 2: 2}
+# oneDNN compiles a kernel for each shape, and the process keeps it: bytes, measured (torch 2.13, AMX); MKL's take none
+KERNELS = {("conv2d", 4): 80_000, ("conv2d", 2): 220_000, ("linear", 2): 600_000}
 
 
 def peak_bytes(work: Callable[[], object], cpu: bool = False) -> int:
@@ -231,6 +246,7 @@ class Stage:
     mapped: int = 0  # on a CPU, of the weights those in the mapped file, of which the system keeps what it has room for
     heap: int = 0  # of the work, the peak of blocks below HEAP_BLOCK, which a CPU's malloc keeps
     large: int = 0  # the peak of the others
+    code: int = 0  # on a CPU, kernels that are made for the shapes of this stage and kept
 
     @property
     def held(self) -> int:
@@ -293,7 +309,7 @@ def stages(
             live = _watched(partial(_run, module, width, height, steps, text_length, rows, own, vae_rows), cpu)
             mapped = min(mapped_bytes(component, own), weights) if cpu else 0
             absent = (visiting, by_layer, passing)
-            found.append(Stage(stage, network, weights, live.peak, *absent, mapped, live.heap, live.large))
+            found.append(Stage(stage, network, weights, live.peak, *absent, mapped, live.heap, live.large, live.code))
     return found
 
 
