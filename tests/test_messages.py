@@ -139,7 +139,20 @@ def test_one_line_says_what_runs(home: Path, capsys: pytest.CaptureFixture[str])
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("eridiff: ")]
     assert line.startswith("eridiff: dev (") and "have the same sizes" in line
     assert line.endswith("), float32 on cpu, 1 image, 32 x 32, 1 step, guidance 3.5")
-    command = ["sample", "--model", model, "--prompt", "x", *size, "--device", "cpu", "--out", "b.png", "--vae-rows", "16"]
+    command = [
+        "sample",
+        "--model",
+        model,
+        "--prompt",
+        "x",
+        *size,
+        "--device",
+        "cpu",
+        "--out",
+        "b.png",
+        "--vae-rows",
+        "16",
+    ]
     assert main(command) == 0
     assert "1 step, guidance 3.5, vae_rows 16\n" in capsys.readouterr().err
 

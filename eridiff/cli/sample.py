@@ -252,7 +252,9 @@ def _what_runs(model: DiffusionInference, requests: list[Request], chosen: Any) 
     said = [
         text.format(*next(iter(found))) for text, found in numbers.items() if len(found) == 1 and (None,) not in found
     ]
-    said += [f"{name} {how}" for name in ("offload", "vae_rows") if (how := getattr(model, name))]  # chosen by --vram too
+    said += [
+        f"{name} {how}" for name in ("offload", "vae_rows") if (how := getattr(model, name))
+    ]  # chosen by --vram too
     count = f"{len(requests)} image{'s' * (len(requests) > 1)}"
     return ", ".join([name, f"{dtype} on {model.device}", count, *said])
 

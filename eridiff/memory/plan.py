@@ -56,7 +56,8 @@ class LiveBytes(Fused):
     """Within the block, `peak` is the largest sum of bytes of tensors that were made in it and alive at once.
 
     While a convolution runs, copies of its input and its output in another arrangement are alive too: both, or on a CPU
-    the larger and the weights; of channels-last tensors none. An RMS norm, which a CPU has no kernel for, takes its squares there.
+    the larger and the weights; of channels-last tensors none. An RMS norm, which a CPU has no kernel for, takes its squares there,
+    and attention of two-byte numbers copies its keys and values.
     """
 
     def __init__(self, cpu: bool = False) -> None:
@@ -91,6 +92,8 @@ class LiveBytes(Fused):
                     self._peak([x, made])
             if function in (F.conv2d, F.linear):
                 self.shapes.add((function.__name__, result.itemsize, result.shape, args[1].shape))
+            if function is F.scaled_dot_product_attention and self.cpu and result.itemsize == 2:
+                self._peak([args[1].nbytes, args[2].nbytes])  # keys and values in the arrangement of its products
             if function is F.rms_norm and self.cpu:
                 self._peak([result.nbytes] * NORM_SCRATCH[result.itemsize])
         return result
@@ -217,7 +220,7 @@ NORM_SCRATCH = {8: 1, 4: 1, 2: 5}
 # and how many copies of the output its convolution has in other arrangements at once, if the input's is not larger
 CONV_COPIES = {8: 1, 4: 1, 2: 2}
 # oneDNN compiles a kernel for each shape, and the process keeps it: bytes, measured (torch 2.13, AMX); MKL's take none
-KERNELS = {("conv2d", 4): 80_000, ("conv2d", 2): 220_000, ("linear", 2): 600_000}
+KERNELS = {("conv2d", 4): 80_000, ("conv2d", 2): 200_000, ("linear", 2): 500_000}
 
 
 def peak_bytes(work: Callable[[], object], cpu: bool = False) -> int:
