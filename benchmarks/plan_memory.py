@@ -1,12 +1,13 @@
 """Memory on a CPU beside what `eridiff plan --device cpu` predicts: `python -m benchmarks.plan_memory [WORD ...]`.
 
 Images of the built-in models, and the decoder at full width beside diffusers', plain, channels-last and in strips. Each
-measurement is a process of its own, on one thread: one with `MALLOC`, where malloc returns what is freed, and with malloc as
-it comes another one, or three of a built-in model, as its heap is different each time; the middle one counts. Measured is the highest anonymous resident memory (RssAnon of /proc/PID/status, read every
-millisecond by the parent) less what the process held when torch, transformers and eridiff were imported; what is mapped from files
-is shown apart. Full-size files have published headers and zeros for weights: sparse files, of which nothing is read from a
-disk. diffusers' weights are made before, and so not counted either. With words only cases whose names have all of them are
-measured; the others keep their rows. Prints a table and writes `benchmarks/results/plan_memory.json`.
+measurement is a process of its own, on one thread: one with `MALLOC`, where malloc returns what is freed, and with malloc's own
+settings another one, or three of a built-in model, as its heap is different each time; the middle one counts. Measured is the
+highest anonymous resident memory (RssAnon of /proc/PID/status, read every millisecond by the parent) less what the process
+held when torch, transformers and eridiff were imported; what is mapped from files is shown apart. Full-size files have
+published headers and zeros for weights: sparse files, of which nothing is read from a disk. diffusers' weights are made
+before, and so not counted either. With words only cases whose names have all of them are measured; the others keep their
+rows. Prints a table and writes `benchmarks/results/plan_memory.json`.
 """
 
 import argparse
@@ -173,7 +174,7 @@ def main() -> None:
     before = json.loads(RESULTS.read_text())["runs"] if RESULTS.exists() else []
     kept = {Case(**row["case"]): row for row in before}
     print(
-        "| case | malloc returns: MB | of diffusers' | predicted MB | measured / predicted | by default: MB | least, most "
+        "| case | malloc returns: MB | of diffusers' | predicted MB | measured / predicted | its own settings: MB | least, most "
         "| predicted MB | measured / predicted | mapped MB | seconds |\n" + "|---" * 11 + "|"
     )
     rows: list[dict[str, Any]] = []

@@ -2,8 +2,9 @@
 
 Counted is every tensor that is alive at once, weights included, and what a convolution takes while it runs: copies of its
 input and its output in another arrangement. cuDNN has both at once (within 1 % of what was measured on an H200,
-`benchmarks/gpu.py`), oneDNN one after the other, and the weights (`benchmarks/plan_memory.py`). Not counted: what the device's runtime
-takes for itself (on CUDA some 0.5 GiB) and scratch of the attention kernels.
+`benchmarks/gpu.py`), oneDNN one after the other, and the weights; on a CPU also the kernels that oneDNN makes and what
+attention copies (`benchmarks/plan_memory.py`). Not counted: what the device's runtime takes for itself (on CUDA some 0.5
+GiB) and scratch of a GPU's attention kernels.
 """
 
 import weakref
