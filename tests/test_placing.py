@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 import eridiff
 from benchmarks import plan_memory
@@ -233,6 +234,14 @@ def test_memory_on_a_cpu_was_measured_as_it_is_predicted() -> None:
         assert math.isclose(row["returned"], predicted["predicted_returned"], rel_tol=0.1), (row["case"], predicted)
         if row["case"]["what"] == "decode" and not row["case"]["rows"]:
             assert math.isclose(row["measured"], predicted["predicted"], rel_tol=0.1), (row["case"], predicted)
+
+
+@pytest.mark.parametrize(("dtype", "copies"), [(torch.float32, 1), (torch.bfloat16, 3)])
+def test_attention_on_a_cpu_copies_keys_and_values_of_two_bytes(dtype: torch.dtype, copies: int) -> None:
+    """Beside its output: as measured, 1.0 and 3.0 times the output."""
+    x = torch.empty(2, 38, 589, 64, dtype=dtype, device="meta")
+    assert peak_bytes(lambda: F.scaled_dot_product_attention(x, x, x), cpu=True) == copies * x.nbytes
+    assert peak_bytes(lambda: F.scaled_dot_product_attention(x, x, x)) == x.nbytes
 
 
 CASES = [
