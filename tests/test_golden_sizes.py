@@ -25,7 +25,7 @@ from eridiff.trace.hashfill import parameter, uniform
 from eridiff.weights.detect import sizes_of
 from eridiff.weights.keymap import key_map
 from tests.golden import RUNNERS, run_case
-from tests.golden.case import Float32Sinusoid
+from tests.golden.case import Float32Sinusoid, GoldenFrequencies
 
 SALT = "swan"
 Case = dict[str, Any]
@@ -446,7 +446,7 @@ def test_there_is_a_case_of_every_kind() -> None:
 def test_a_case_runs_by_what_it_says(kind: str, tmp_path: Path) -> None:
     folder = tmp_path / "mine"
     folder.mkdir()
-    with torch.no_grad():
+    with torch.no_grad(), GoldenFrequencies():
         case, expected = CASES[kind](folder)
     (folder / "case.json").write_text(json.dumps({"case": "mine", "kind": kind, **case}))
     save(expected, folder)

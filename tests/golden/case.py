@@ -84,11 +84,11 @@ def golden_frequencies(values: Tensor, count: int) -> Tensor:
 @contextmanager
 def GoldenFrequencies() -> Iterator[None]:
     """Within the block, networks take `golden_frequencies`."""
-    layers.frequencies = golden_frequencies
+    before, layers.frequencies = layers.frequencies, golden_frequencies
     try:
         yield
     finally:
-        layers.frequencies = FREQUENCIES
+        layers.frequencies = before
 
 
 def row(case: Mapping[str, Any], dtype: torch.dtype, name: str, found: Tensor, expected: Tensor, bound: float) -> Row:
