@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import subprocess
 import sys
 import tempfile
@@ -270,3 +271,16 @@ def test_the_command_prints_stages_and_placements_and_answers_by_its_status(caps
     assert [stage["component"] for stage in told["stages"]] == ["clip", "t5", "flux", "vae"]
     assert main(["plan", "--vram", "10MiB"]) == 2
     assert "and there are 10 MiB" in capsys.readouterr().err
+
+
+def test_on_a_cpu_the_command_says_what_malloc_keeps(capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["plan", "--device", "cpu", "--size", "1024x1024"]
+    assert main(command) == 0
+    said = capsys.readouterr().out
+    assert f"in brackets with {MALLOC} set" in said
+    found = [(int(a), int(b)) for a, b in re.findall(r"^ +(\d+) MiB \((\d+) MiB\)  ", said, re.M)]
+    assert main([*command, "--json"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert sum(stage["kernels"] for stage in plan["stages"]) > 0
+    needed = [(p["needed"], p["needed"] - p["kept"]) for p in plan["placements"]]
+    assert found == [(round(a / 2**20), round(b / 2**20)) for a, b in needed] and all(a > b for a, b in found)

@@ -68,7 +68,14 @@ def _plan(options: argparse.Namespace) -> int:
 def described(plan: Plan) -> dict[str, Any]:
     """A plan as JSON holds it."""
     stages = [
-        {"stage": s.name, "component": s.component, "weights": s.held, "mapped": s.mapped, "work": s.work}
+        {
+            "stage": s.name,
+            "component": s.component,
+            "weights": s.held,
+            "mapped": s.mapped,
+            "work": s.work,
+            "kernels": s.code,
+        }
         for s in plan.stages
     ]
     placements = [
@@ -91,11 +98,11 @@ def lines(plan: Plan) -> list[str]:
         dtype = str(plan.dtypes[stage.component]).removeprefix("torch.")
         mapped = f"{gib(stage.mapped):>12}" if cpu else ""
         found.append(f"{stage.name:12}{dtype:>10}{gib(stage.held):>12}{mapped}{gib(stage.work):>12}")
-    runtime = gib(RUNTIME[plan.device])
+    runtime = gib(RUNTIME[plan.device] + sum(stage.code for stage in plan.stages))
     if not cpu:
         found.append(f"on the device at once, with {runtime} for its runtime:")
         return [*found, *(f"  {gib(p.needed):>10}  {p.flags}" for p in plan.placements)]
     found.append(
-        f"in memory at once, with {runtime} for libraries, in brackets with {MALLOC} set; {gib(plan.mapped)} stay in the mapped files:"
+        f"in memory at once, with {runtime} for libraries and their kernels, in brackets with {MALLOC} set; {gib(plan.mapped)} stay in the mapped files:"
     )
     return [*found, *(f"  {gib(p.needed):>10} ({gib(p.needed - p.kept)})  {p.flags}" for p in plan.placements)]
