@@ -183,7 +183,7 @@ def main() -> None:
             found = [measured(case) for _ in range(1 if case.what == "decode" else 3)]
             found.sort(key=lambda one: one["measured"])
             row = found[len(found) // 2] | {"least": found[0]["measured"], "most": found[-1]["measured"]}
-            row["returned"] = measured(case, **dict([MALLOC.split("=")]))["measured"]
+            row["returned"] = measured(case, **dict([MALLOC]))["measured"]
         elif case in kept:
             row = {
                 name: kept[case][name]

@@ -155,6 +155,8 @@ def test_one_line_says_what_runs(home: Path, capsys: pytest.CaptureFixture[str])
     ]
     assert main(command) == 0
     assert "1 step, guidance 3.5, vae_rows 16\n" in capsys.readouterr().err
+    assert main([*command, "--offload", "stages"]) == 0
+    assert "guidance 3.5, vae_rows 16\n" in capsys.readouterr().err  # and no offload, which has no effect there
 
 
 def test_inspect_says_what_a_lora_is_and_how_to_go_on(home: Path, capsys: pytest.CaptureFixture[str]) -> None:

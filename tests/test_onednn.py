@@ -26,21 +26,22 @@ from tests import tiny
 from tests.loras import FAMILIES, ask, some_lora
 
 ABSENT = not hasattr(torch.ops.mkldnn, onednn.OPERATOR)  # then one test is left: the line that says so
-built_without = pytest.mark.skipif(
-    ABSENT, reason="torch is built without oneDNN here, so there is nothing to switch to"
-)
+needs_onednn = pytest.mark.usefixtures("onednn_built_in")
 families = pytest.mark.parametrize("family", FAMILIES)
-LAYER = (
-    1e-6  # relative L2 in float32 of a layer beside torch's own, and about that of a network beside itself in float64
-)
+# relative L2 in float32 of a layer beside torch's own, and about that of a network beside itself in float64
+LAYER = 1e-6
 BOUND = 2 * LAYER  # of two networks in float32, each so far from float64
 
 
 @pytest.fixture
-def faster(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A processor on which oneDNN is twice as fast, from one row on."""
+def onednn_built_in() -> None:
     if ABSENT:
         pytest.skip("torch is built without oneDNN here, so there is nothing to switch to")
+
+
+@pytest.fixture
+def faster(monkeypatch: pytest.MonkeyPatch, onednn_built_in: None) -> None:
+    """A processor on which oneDNN is twice as fast, from one row on."""
     monkeypatch.setattr(onednn, "ROWS", (1,))
     monkeypatch.setattr(onednn, "_measured", lambda weight, rows, seconds: (1e9, 2.0, 1.0))
 
@@ -261,7 +262,7 @@ def test_compiled_blocks_compute_as_torch_does(faster: None) -> None:
     torch.compiler.reset()
 
 
-@built_without
+@needs_onednn
 def test_only_shapes_and_rows_that_are_faster_change(monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
     speeds = {(64, 512): 1.5, (64, 128): 0.9, (32, 512): 1.2, (32, 128): 1.2, (16, 512): 1.02}
     monkeypatch.setattr(onednn, "_measured", lambda weight, rows, seconds: (1e9, speeds[len(weight), rows], 1.0))
@@ -294,14 +295,14 @@ def test_a_torch_without_the_operator_is_one_clear_line(monkeypatch: pytest.Monk
     ]
 
 
-@built_without
+@needs_onednn
 def test_a_network_without_such_layers_is_one_line(caplog: Any) -> None:
     with caplog.at_level(logging.INFO, "eridiff"):
         assert use_onednn(nn.Sequential(nn.Linear(8, 8).bfloat16())) == 0
     assert caplog.messages == ["the Sequential has no float32 linear layer on a CPU, so oneDNN computes none"]
 
 
-@built_without
+@needs_onednn
 def test_measuring_changes_no_weight_and_no_random_state(caplog: Any) -> None:
     network = FAMILIES["flux"]()
     weights, state = copy.deepcopy(network.state_dict()), torch.get_rng_state()

@@ -68,16 +68,9 @@ def _plan(options: argparse.Namespace) -> int:
 def described(plan: Plan) -> dict[str, Any]:
     """A plan as JSON holds it."""
     stages = [
-        {
-            "stage": s.name,
-            "component": s.component,
-            "weights": s.held,
-            "mapped": s.mapped,
-            "work": s.work,
-            "kernels": s.code,
-        }
+        {"stage": s.name, "component": s.component, "weights": s.held, "mapped": s.mapped, "work": s.work, "kernels": s.code}
         for s in plan.stages
-    ]
+    ]  # fmt: skip
     placements = [
         {"offload": p.offload, "vae_rows": p.vae_rows, "peak": p.peak, "kept": p.kept, "needed": p.needed}
         for p in plan.placements
@@ -103,6 +96,6 @@ def lines(plan: Plan) -> list[str]:
         found.append(f"on the device at once, with {runtime} for its runtime:")
         return [*found, *(f"  {gib(p.needed):>10}  {p.flags}" for p in plan.placements)]
     found.append(
-        f"in memory at once, with {runtime} for libraries and their kernels, in brackets with {MALLOC} set; {gib(plan.mapped)} stay in the mapped files:"
+        f"in memory at once, with {runtime} for libraries and their kernels, in brackets with {'='.join(MALLOC)} set; {gib(plan.mapped)} stay in the mapped files:"
     )
     return [*found, *(f"  {gib(p.needed):>10} ({gib(p.needed - p.kept)})  {p.flags}" for p in plan.placements)]

@@ -252,9 +252,10 @@ def _what_runs(model: DiffusionInference, requests: list[Request], chosen: Any) 
     said = [
         text.format(*next(iter(found))) for text, found in numbers.items() if len(found) == 1 and (None,) not in found
     ]
-    said += [
-        f"{name} {how}" for name in ("offload", "vae_rows") if (how := getattr(model, name))
-    ]  # chosen by --vram too
+    if model.offload and model.device.type != "cpu":  # where it has no effect; --vram may have chosen both
+        said.append(f"offload {model.offload}")
+    if model.vae_rows:
+        said.append(f"vae_rows {model.vae_rows}")
     count = f"{len(requests)} image{'s' * (len(requests) > 1)}"
     return ", ".join([name, f"{dtype} on {model.device}", count, *said])
 

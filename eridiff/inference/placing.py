@@ -21,7 +21,8 @@ log = logging.getLogger(__name__)
 UNITS = {None: 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "kb": 10**3, "mb": 10**6, "gb": 10**9}
 # Beside the tensors: what CUDA takes for itself and what its allocator cannot use; on a CPU what libraries take on first use
 RUNTIME = {"cuda": 600 * 2**20, "cpu": 2 * 2**20}
-MALLOC = "MALLOC_MMAP_THRESHOLD_=65536"  # glibc's malloc then returns what is freed, from blocks of 64 KiB on
+# a variable and its value, with which glibc's malloc returns what is freed, from blocks of 64 KiB on
+MALLOC = ("MALLOC_MMAP_THRESHOLD_", "65536")
 LIMITS = {"width": 2**14, "height": 2**14, "images": 10_000, "steps": 100_000}  # above which nothing is counted
 STRIPS = 64  # rows of a strip
 

@@ -68,12 +68,12 @@ class LiveBytes(Fused):
         self.sum, self.peak = 0, 0
         self.small, self.heap = 0, 0  # of blocks below HEAP_BLOCK, alive and at most
         self.large = 0  # of the others, at most
-        self.shapes: set[tuple[str, int, torch.Size, torch.Size]] = set()  # of convolutions and linear layers
+        self.shapes: set[tuple[str, int, torch.Size, torch.Size]] = set()  # on a CPU, of convolutions and linear layers
 
     @property
     def code(self) -> int:
         """Bytes of the kernels that oneDNN makes for these shapes, and keeps."""
-        return sum(KERNELS.get(shape[:2], 0) for shape in self.shapes) if self.cpu else 0
+        return sum(KERNELS.get(shape[:2], 0) for shape in self.shapes)
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -85,19 +85,23 @@ class LiveBytes(Fused):
             given = {t.untyped_storage()._cdata for t in args if isinstance(t, Tensor)}
             for tensor in found:
                 self._count(tensor, given)
-            if function is F.conv2d and not _channels_last(args[0]):
-                x, made = args[0].nbytes, result.nbytes
-                if self.cpu:
-                    self._peak([*max([x], [made] * CONV_COPIES[result.itemsize], key=sum), args[1].nbytes])
-                else:
-                    self._peak([x, made])
-            if function in (F.conv2d, F.linear):
+            self._peak(self._scratch(function, args, result))
+            if self.cpu and function in (F.conv2d, F.linear):
                 self.shapes.add((function.__name__, result.itemsize, result.shape, args[1].shape))
-            if function is F.scaled_dot_product_attention and self.cpu and result.itemsize == 2:
-                self._peak([args[1].nbytes, args[2].nbytes])  # keys and values in the arrangement of its products
-            if function is F.rms_norm and self.cpu:
-                self._peak([result.nbytes] * NORM_SCRATCH[result.itemsize])
         return result
+
+    def _scratch(self, function: Any, args: Any, result: Any) -> list[int]:
+        """Blocks that a function takes for itself while it runs."""
+        if function is F.conv2d and not _channels_last(args[0]):
+            x, made = args[0].nbytes, result.nbytes
+            if not self.cpu:
+                return [x, made]
+            return [*max([x], [made] * CONV_COPIES[result.itemsize], key=sum), args[1].nbytes]
+        if self.cpu and function is F.rms_norm:
+            return [result.nbytes] * NORM_SCRATCH[result.itemsize]
+        if self.cpu and function is F.scaled_dot_product_attention and result.itemsize == 2:
+            return [args[1].nbytes, args[2].nbytes]  # keys and values in the arrangement of its products
+        return []
 
     def norm(self, x: Tensor) -> Tensor:
         return _contiguous(x)  # which torch does not compute in Python
