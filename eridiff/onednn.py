@@ -18,10 +18,12 @@ from eridiff.weights.keymap import unwrapped
 
 log = logging.getLogger(__name__)
 OPERATOR = "_linear_pointwise"  # of torch.ops.mkldnn; private, so that another torch may not have it
-ROWS = (512, 128)  # with which a layer is measured; of fewer than 128 nearly all layers are slower
+ROWS = (1024, 128)  # with which a layer is measured: an image's tokens, and the fewest of which some layer is faster
 MARGIN = 1.03  # how much faster it must be; two measurements of the same differ by 0.02
 OWN = F.linear
-FLOPS = 0.2e9  # of a measured product, about: of 2 ms a busy machine leaves some undisturbed; a wide layer is measured in part
+OUTPUTS = (
+    1024  # of a wider layer so many are measured; a narrow part tells another ratio, most of all one of an odd width
+)
 
 
 class OneDNNLinear(nn.Linear):
@@ -68,11 +70,12 @@ def is_onednn(network: nn.Module) -> bool:
 def use_onednn(network: nn.Module, seconds: float = 1.0) -> int:
     """Let oneDNN compute a network's float32 linear layers on the CPU, where it is faster here; returns how many layers.
 
-    Each shape of weight is measured with torch's present number of threads, all in about `seconds`, and one line of the log
-    says what came of it; another call decides anew. Outputs change in their last bits: each layer by less than a relative
-    1e-6. Weights, names and `state_dict` stay as they are, and no second copy is made: a merged LoRA, an optimizer's step or
-    `load_state_dict` takes effect at once. With gradients, in another dtype, on another device, under autocast, in compiled code and for few
-    rows a layer is torch's own, so that a network in training trains as before. Raises ConfigError for what is not a module.
+    Each shape of weight is measured with torch's present number of threads, all in about `seconds` (wide layers take
+    longer, FLUX.1-dev's 5 seconds), and one line of the log says what came of it; another call decides anew. Outputs change
+    in their last bits: each layer by less than a relative 1e-6. Weights, names and `state_dict` stay as they are, and no
+    second copy is made: a merged LoRA, an optimizer's step or `load_state_dict` takes effect at once. With gradients, in
+    another dtype, on another device, under autocast, in compiled code and for few rows a layer is torch's own, so that a
+    network in training trains as before. Raises ConfigError for what is not a module.
     """
     layers: dict[tuple[int, ...], list[nn.Linear]] = {}
     for layer in unwrapped(network).modules():
@@ -108,15 +111,14 @@ def use_onednn(network: nn.Module, seconds: float = 1.0) -> int:
 
 
 def _measured(weight: Tensor, rows: int, seconds: float) -> tuple[float, float, float]:
-    """FLOPs of a layer with so many rows, or of a part of its outputs; the least seconds by torch and by oneDNN."""
-    outputs = max(64, int(FLOPS / (2 * rows * weight.shape[1])))
+    """FLOPs of a layer with so many rows, or of its first outputs; the least seconds by torch and by oneDNN."""
     layer = OneDNNLinear(1, 1, bias=False, device="meta")
-    layer.weight = nn.Parameter(weight[:outputs], requires_grad=False)
+    layer.weight = nn.Parameter(weight[:OUTPUTS], requires_grad=False)
     layer.onednn_rows = rows
     x = torch.ones(rows, weight.shape[1])
     ways: list[Callable[[OneDNNLinear, Tensor], Tensor]] = [nn.Linear.forward, OneDNNLinear.forward]
     best, end, rounds = [float("inf")] * 2, time.perf_counter() + seconds, 0
-    while rounds < 4 or time.perf_counter() < end:
+    while rounds < 2 or time.perf_counter() < end:
         for way in (0, 1, 1, 0):
             begun = time.perf_counter()
             ways[way](layer, x)

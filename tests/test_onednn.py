@@ -264,7 +264,7 @@ def test_compiled_blocks_compute_as_torch_does(faster: None) -> None:
 
 @needs_onednn
 def test_only_shapes_and_rows_that_are_faster_change(monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
-    speeds = {(64, 512): 1.5, (64, 128): 0.9, (32, 512): 1.2, (32, 128): 1.2, (16, 512): 1.02}
+    speeds = {(64, 1024): 1.5, (64, 128): 0.9, (32, 1024): 1.2, (32, 128): 1.2, (16, 1024): 1.02}
     monkeypatch.setattr(onednn, "_measured", lambda weight, rows, seconds: (1e9, speeds[len(weight), rows], 1.0))
     network = nn.Sequential(*(nn.Linear(8, outputs) for outputs in (64, 64, 32, 16)), nn.Linear(8, 64).double())
     with caplog.at_level(logging.INFO, "eridiff"):
@@ -272,18 +272,39 @@ def test_only_shapes_and_rows_that_are_faster_change(monkeypatch: pytest.MonkeyP
     assert caplog.messages == [
         "oneDNN computes 3 of 4 float32 linear layers on the CPU, of at least 128 rows: 1 GFLOP/s in place of 1"
     ]
-    assert [getattr(m, "onednn_rows", None) for m in network] == [512, 512, 128, None, None]
+    assert [getattr(m, "onednn_rows", None) for m in network] == [1024, 1024, 128, None, None]
     with torch.no_grad():
-        for rows, expected in ((511, 0), (512, 1)):
+        for rows, expected in ((1023, 0), (1024, 1)):
             with Asked() as asked:
                 network[0](torch.randn(rows, 8))
             assert asked.count == expected
-    speeds |= {(64, 512): 1.0, (32, 512): 1.0}
+    speeds |= {(64, 1024): 1.0, (32, 1024): 1.0}
     caplog.clear()
     with caplog.at_level(logging.INFO, "eridiff"):
         assert use_onednn(network) == 0
     assert all(type(m) is nn.Linear for m in network)
     assert "not faster for any of the 4" in caplog.messages[0]
+
+
+@pytest.mark.parametrize("few_rows, many_rows, expected", [(1.1, 0.93, None), (0.9, 1.1, 1024), (1.1, 1.1, 128)])
+def test_a_layer_is_measured_as_a_step_asks_it(
+    few_rows: float, many_rows: float, expected: int | None, monkeypatch: pytest.MonkeyPatch, onednn_built_in: None
+) -> None:
+    """By a clock: how much faster oneDNN is for few rows and for many; torch is slow for a width of no whole registers."""
+    clock = [0.0]
+
+    def takes(by_onednn: bool, layer: nn.Linear, x: Tensor) -> None:
+        rows, outputs = len(x), len(layer.weight)
+        faster = few_rows if rows < 600 else many_rows
+        clock[0] += rows * outputs / (faster if by_onednn else 1.0 if outputs % 16 == 0 else 0.87)
+
+    monkeypatch.setattr(OneDNNLinear, "forward", lambda layer, x: takes(True, layer, x))
+    monkeypatch.setattr(nn.Linear, "forward", lambda layer, x: takes(False, layer, x))
+    monkeypatch.setattr(onednn.time, "perf_counter", lambda: clock[0])
+    for shape in ((5376, 768), (768, 3840), (96, 64)):
+        network = nn.Sequential(nn.Linear(shape[1], shape[0]))
+        use_onednn(network)
+        assert getattr(network[0], "onednn_rows", None) == expected
 
 
 def test_a_torch_without_the_operator_is_one_clear_line(monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:

@@ -6,10 +6,12 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from eridiff import inject_lora
-from eridiff.models.layers import activated, added, keeps_nothing, spare
+from eridiff.models import layers
+from eridiff.models.layers import Attention, RMSNorm, activated, added, far_apart, keeps_nothing, spare, split_heads
 from tests import tiny
 from tests.families import rows
 
@@ -47,6 +49,31 @@ def test_a_step_without_gradients_is_the_step_with_them(name: str, dtype: torch.
     torch.testing.assert_close(
         first, with_gradients, rtol=0, atol=float(32 * torch.finfo(dtype).eps * first.abs().max())
     )
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_norm_of_heads_is_torchs_own_bit_for_bit(dtype: torch.dtype) -> None:
+    norm = RMSNorm(32)
+    norm.weight = nn.Parameter(rows(32, seed=1, dtype=torch.float32) + 1)
+    for q in (split_heads(rows(2, 50, 3 * 4 * 32, seed=2, dtype=dtype), 4)[0], rows(7, 32, seed=3, dtype=dtype)):
+        expected, before = F.rms_norm(q, (32,), norm.weight.to(dtype), 1e-6), q.clone()
+        assert torch.equal(norm(q), expected)
+        with torch.no_grad():
+            found = norm(q)
+        assert torch.equal(found, expected) and found.is_contiguous() and torch.equal(q, before)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_attention_to_values_that_lie_far_apart_is_the_same_bit_for_bit(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    qkv = split_heads(rows(2, 50, 3 * 4 * 32, seed=2, dtype=dtype), 4)
+    with torch.no_grad():
+        first = Attention()(*qkv)
+        assert not far_apart(qkv[2])  # 77 KB in float32
+        monkeypatch.setattr(layers, "FAR", 50_000)
+        assert far_apart(qkv[2]) == (dtype != torch.bfloat16)
+        assert torch.equal(Attention()(*qkv), first)
 
 
 @pytest.mark.parametrize("name", NETWORKS)

@@ -26,6 +26,7 @@ from eridiff.memory.stream import ring_size
 from eridiff.memory.strips import decode_in_strips
 from eridiff.models.autoencoder import Autoencoder
 from eridiff.models.flux import Flux
+from eridiff.models.layers import far_apart
 from eridiff.models.mmdit import MMDiT
 from eridiff.models.unet import UNet
 from eridiff.weights.detect import Component
@@ -99,8 +100,10 @@ class LiveBytes(Fused):
             return [*max([x], [made] * CONV_COPIES[result.itemsize], key=sum), args[1].nbytes]
         if self.cpu and function is F.rms_norm:
             return [result.nbytes] * NORM_SCRATCH[result.itemsize]
-        if self.cpu and function is F.scaled_dot_product_attention and result.itemsize == 2:
-            return [args[1].nbytes, args[2].nbytes]  # keys and values in the arrangement of its products
+        if self.cpu and function is F.scaled_dot_product_attention:
+            if result.itemsize == 2:  # keys and values in the arrangement of its products
+                return [args[1].nbytes, args[2].nbytes]
+            return [args[2].nbytes] if far_apart(args[2]) else []
         return []
 
     def norm(self, x: Tensor) -> Tensor:
@@ -221,7 +224,7 @@ SHAPES: dict[str, Callable[..., Any]] = {
 }  # fmt: skip
 HEAP_BLOCK = 32 * 2**20  # glibc's malloc maps larger blocks apart and returns them; of smaller ones it keeps the memory
 # bytes of an element -> of the output, what a CPU takes for its RMS norm meanwhile: measured
-NORM_SCRATCH = {8: 1, 4: 1, 2: 5}
+NORM_SCRATCH = {8: 0, 4: 0, 2: 5}
 # and how many copies of the output its convolution has in other arrangements at once, if the input's is not larger
 CONV_COPIES = {8: 1, 4: 1, 2: 2}
 # oneDNN compiles a kernel for each shape, and the process keeps it: bytes, measured (torch 2.13, AMX); MKL's take none

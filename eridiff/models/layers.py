@@ -171,7 +171,21 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(width))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, (x.shape[-1],), self.weight.to(x.dtype), self.eps)  # of one dtype one kernel on a GPU
+        weight = self.weight.to(x.dtype)  # of one dtype it is one kernel on a GPU
+        if (
+            x.is_cpu and x.dtype in (torch.float32, torch.float64) and spare()
+        ):  # the same numbers in fewer passes over memory
+            inverse = x.square().mean(-1, keepdim=True).add_(self.eps).rsqrt_()
+            return torch.mul(x, inverse, out=x.new_empty(x.shape)).mul_(weight)
+        return F.rms_norm(x, (x.shape[-1],), weight, self.eps)
+
+
+FAR = 4 * 2**20  # bytes, more than a core's cache: the values of one row of the batch and what lies between them
+
+
+def far_apart(v: Tensor) -> bool:
+    """Whether a CPU's attention reads values `[B, H, L, D]` from among so much else that a copy of them is faster."""
+    return v.dtype in (torch.float32, torch.float64) and v.shape[2] * v.stride(2) * v.element_size() > FAR
 
 
 class Attention(nn.Module):
@@ -179,6 +193,8 @@ class Attention(nn.Module):
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None = None) -> Tensor:
         """`[B, H, L, D]` each -> `[B, L, H * D]`, scores scaled by `D ** -0.5`; `seen` `[B, 1, 1, L]`, None is all keys."""
+        if v.is_cpu and far_apart(v) and spare():
+            v = v.contiguous()
         return F.scaled_dot_product_attention(q, k, v, seen).transpose(1, 2).flatten(2)
 
 
@@ -205,7 +221,7 @@ def with_factors(modulation: Tensor, width: int) -> Tensor:
 def modulated(x: Tensor, shift: Tensor, factor: Tensor) -> Tensor:
     """Layer norm without affine (eps 1e-6), then `factor * x + shift`: `[B, L, D]` and `[B, 1, D]`; factor is 1 + scale."""
     if factor.shape[0] == 1:  # one modulation for all rows is the norm's own affine part, in one kernel
-        return F.layer_norm(x, x.shape[-1:], factor[0, 0], shift[0, 0], eps=1e-6)
+        return F.layer_norm(x, x.shape[-1:], factor.flatten(), shift.flatten(), eps=1e-6)
     normed = F.layer_norm(x, x.shape[-1:], eps=1e-6)
     over = spare() and normed.dtype == shift.dtype == factor.dtype
     return torch.addcmul(shift, normed, factor, out=normed if over else None)
