@@ -156,7 +156,7 @@ def share_of_kernels(ask: Ask) -> float:
     ask()
     with torch.profiler.profile() as profile:
         ask()
-    times = {event.key.removeprefix("aten::"): event.self_cpu_time_total for event in profile.key_averages()}
+    times = {event.key.split("::")[-1]: event.self_cpu_time_total for event in profile.key_averages()}
     return sum(times.get(name, 0.0) for name in KERNELS) / sum(times.values())
 
 
@@ -226,10 +226,10 @@ def main() -> None:
                 if "ratio" not in row:
                     print(f"| {case.name} | {name} | {other} | the machine changed within every quad |", flush=True)
                     continue
-                low, high = row["quartiles"]
+                (low, high), limit = row["quartiles"], f"{row['at_most']:.2f}" if "at_most" in row else ""
                 print(
                     f"| {case.name} | {name} | {other} | {row['ms']:.1f} | **{row['ratio']:.2f}** | {low:.2f} to {high:.2f} | "
-                    f"{row['ratio_of_minima']:.2f} | {row.get('at_most', math.nan):.2f} | {row['of_rate']:.2f} |", flush=True,
+                    f"{row['ratio_of_minima']:.2f} | {limit} | {row['of_rate']:.2f} |", flush=True,
                 )  # fmt: skip
     machine = {
         "processor": processor(),

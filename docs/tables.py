@@ -107,6 +107,30 @@ def on_a_gpu() -> Iterator[str]:
     yield f"| limit by arithmetic | {' | '.join(f'{limit:.0f}' for limit in limits)} |"
 
 
+AIMED = {  # case, way and beside what -> under equal settings, and with defaults of one's own
+    ("C1s", "step", "diffusers"): "2.6", ("C1s", "step, compiled", "diffusers"): "2.4", ("C1", "step", "diffusers"): "1.2",
+    ("C2", "step", "diffusers"): "1.25, 1.4", ("C3", "step", "diffusers"): "1.05, 1.6", ("C4", "step", "diffusers"): "1.1, 1.4",
+    ("C5a", "step", "diffusers"): "1.15, 1.4", ("C5b", "step", "diffusers"): "1.08, 1.4",
+    ("C6a", "forward", "diffusers, channels last"): "1.15",
+}  # fmt: skip
+
+
+def on_a_cpu() -> Iterator[str]:
+    """How many times as fast as diffusers, on a Xeon and, without the last changes, on a Zen 4."""
+    now, before = (
+        {(row["case"], row["way"], row["beside"]): row for row in json.loads((RESULTS / name).read_text())["rows"]}
+        for name in ("cpu.json", "cpu-zen4.json")
+    )
+    for asked in now:
+        case, way, beside = asked
+        if beside == "eridiff's step":
+            continue
+        cells = [f"{found[asked]['ratio']:.2f}" if asked in found else "" for found in (now, before)]
+        limit = f"{now[asked]['at_most']:.2f}" if "at_most" in now[asked] else ""
+        other = beside.removeprefix("diffusers").removeprefix(", ")
+        yield f"| {case}, {way} | {other} | **{cells[0]}** | {limit} | {cells[1]} | {AIMED.get(asked, '')} |"
+
+
 def cached() -> Iterator[str]:
     """Per steps and threshold, of both built-in models: share of evaluations from the cache, distance of latents and of pixels."""
     found = json.loads((RESULTS / "lossy.json").read_text())["block_cache"]
@@ -155,6 +179,7 @@ TABLES = {
             f"| ms a step | {' | '.join(CASES.values())} |",
             on_a_gpu,
         ),
+        "cpu": ("| diffusers / eridiff | beside diffusers as | Xeon | at most | Zen 4, before | aimed at |", on_a_cpu),
         "block_cache": (
             f"| steps | threshold |{' from the cache | latents | pixels | measured |' * 2}",
             cached,

@@ -225,7 +225,8 @@ def test_what_the_operator_cannot_do_is_torchs_own(faster: None) -> None:
     assert own(x) and own(x.requires_grad_())
     x = x.detach()
     with torch.no_grad():
-        assert not own(x) and not own(x.transpose(0, 1)) and not own(x[..., ::2].repeat(1, 1, 2))
+        assert not own(x) and not own(x[..., ::2].repeat(1, 1, 2))
+        assert own(x.transpose(0, 1)) and own(torch.randn(2, 130, 50)[..., 10:])  # the operator would copy these
         with torch.autocast("cpu", dtype=torch.bfloat16):
             assert own(x) and made(x).dtype == torch.bfloat16
         with forward_ad.dual_level():
@@ -264,7 +265,7 @@ def test_compiled_blocks_compute_as_torch_does(faster: None) -> None:
 
 @needs_onednn
 def test_only_shapes_and_rows_that_are_faster_change(monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
-    speeds = {(64, 1024): 1.5, (64, 128): 0.9, (32, 1024): 1.2, (32, 128): 1.2, (16, 1024): 1.02}
+    speeds = {(64, 1024): 1.5, (64, 128): 0.9, (32, 1024): 1.2, (32, 128): 1.2, (16, 1024): 1.04}
     monkeypatch.setattr(onednn, "_measured", lambda weight, rows, seconds: (1e9, speeds[len(weight), rows], 1.0))
     network = nn.Sequential(*(nn.Linear(8, outputs) for outputs in (64, 64, 32, 16)), nn.Linear(8, 64).double())
     with caplog.at_level(logging.INFO, "eridiff"):
