@@ -73,7 +73,7 @@ class BlockCache:
 
     Rows are known by their run, an object of `network.prepare` or of its `rows`: each run, and each choice of skipped blocks,
     has a memory of its own. Use a cache for the rows of one image, or of one batch, alone. Raises ConfigError for a UNet, for a
-    network with a single block, and for blocks with hooks.
+    network with a single block, for blocks with hooks, and when it is called for a network whose steps are graphs.
     """
 
     def __init__(self, network: nn.Module, threshold: float) -> None:
@@ -99,6 +99,10 @@ class BlockCache:
     @torch.no_grad()
     def __call__(self, evaluate: Callable[[], Tensor], run: Any, skip_blocks: Collection[int] = ()) -> Tensor:
         """What `evaluate` returns, which calls the network's `step` once with this run and these skipped blocks: `[B, ...]`."""
+        if "step" in vars(self._network):
+            raise ConfigError(
+                "block_cache decides anew in each step, and graph_steps replays one: remove the graphs before"
+            )
         active = [place for place, _ in enumerate(self._blocks) if place not in skip_blocks]
         if len(active) < 2:
             return evaluate()

@@ -484,11 +484,16 @@ class Request:
         return {name: getattr(self, name) for name in ENCODING if self.says(name)}
 
     def check_beside(self, noise: Any, checked: Checked) -> None:
-        """Raises ConfigError for what says how noise is made where it was passed and the sampler makes none on the way.
+        """Raises ConfigError for what says how noise is made where it was passed and the sampler makes none on the way, and
+        for a part that begins within the run where there is nothing to go on with.
 
         One seed, which such an image records, is only warned of; several are as many images. `checked` is this request as
         `checked` gives it. A part that goes on with a run is asked what the run was.
         """
+        if noise is None and checked.part[0] > 0 and checked.image is None:
+            raise ConfigError(
+                f"a part from {checked.part[0]:g} on continues a run: pass the run of the part before as noise, kept with keep=('run',)"
+            )
         if noise is None or checked.part[0] > 0 or noises_of_a_step(checked.sampler, checked.eta, checked.churn):
             return
         why = f"has no effect beside noise, as {checked.sampler} makes none on the way"

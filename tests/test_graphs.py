@@ -191,6 +191,10 @@ def test_what_cannot_be_is_refused() -> None:
         graph_steps(network, Tape())
     with pytest.raises(TraceError, match="a graph"), record(network):
         pass
+    model = eridiff.load("tiny-flux", device="cpu", progress=False)
+    graph_steps(model.network, Tape())
+    with pytest.raises(ConfigError, match="^block_cache decides anew in each step, and graph_steps replays one"):
+        model.generate("a swan on mars", steps=2, width=64, height=64, block_cache=0.3)
 
 
 @pytest.mark.gpu

@@ -258,8 +258,14 @@ def test_a_run_that_keeps_all_or_nothing_of_its_image_says_so(family: str, caplo
     model.generate(**asked, strength=1.0, mask=Image.linear_gradient("L").resize((32, 32)))
     assert not caplog.messages
     del asked["image"]
-    model.generate(**asked, part=(0.3, 0.4))
-    assert caplog.messages == ["the part 0.3 to 0.4 of the run holds none of its 2 steps"]
+    with pytest.raises(
+        ConfigError, match=r"^a part from 0\.3 on continues a run: pass the run of the part before as noise"
+    ):
+        model.generate(**asked, part=(0.3, 1.0))
+    begun = model.generate(**asked, part=(0.0, 0.3), keep=("run",)).run
+    caplog.clear()
+    model.generate(**asked, part=(0.3, 0.4), noise=begun)
+    assert "the part 0.3 to 0.4 of the run holds none of its 2 steps" in caplog.messages
 
 
 def test_every_field_with_a_condition_is_tried_where_it_has_no_effect() -> None:
