@@ -262,7 +262,7 @@ def test_a_run_that_keeps_all_or_nothing_of_its_image_says_so(family: str, caplo
         ConfigError, match=r"^a part from 0\.3 on continues a run: pass the run of the part before as noise"
     ):
         model.generate(**asked, part=(0.3, 1.0))
-    begun = model.generate(**asked, part=(0.0, 0.3), keep=("run",)).run
+    begun = model.generate(**asked | {"part": (0.0, 0.3), "keep": ("run",)}).run
     caplog.clear()
     model.generate(**asked, part=(0.3, 0.4), noise=begun)
     assert "the part 0.3 to 0.4 of the run holds none of its 2 steps" in caplog.messages
