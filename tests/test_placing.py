@@ -20,6 +20,7 @@ from eridiff.cli import main
 from eridiff.errors import ConfigError, MemoryPlanError
 from eridiff.inference import BUILT_IN, FAMILIES
 from eridiff.inference.placing import MALLOC, RUNTIME, Plan, Room, bytes_of, plan_parts
+from eridiff.inference.sdxl import refiner_parts
 from eridiff.memory.plan import peak_bytes, stages
 from eridiff.text.encoders import empty
 from eridiff.weights.detect import detect
@@ -33,6 +34,7 @@ PUBLISHED = {
     "flux1-dev": {"transformer": "flux1-dev", "vae": "ae", "clip": "clip_l", "t5": "t5xxl"},
     "sd3.5-large": {"transformer": "sd3.5-large", "vae": "sd3.5-large", "clip": "clip_l", "clip_g": "clip_g-hf", "t5": "t5xxl"},
     "sd_xl_base_1.0": {"path": "sd_xl_base_1.0"},
+    "sd_xl_base_1.0, sd_xl_refiner_1.0": {"path": "sd_xl_base_1.0", "refiner": "sd_xl_refiner_1.0"},
 }  # fmt: skip
 
 
@@ -43,9 +45,11 @@ def planned(model: str, **options: Any) -> Plan:
         files = {part: Path(folder, f"{name}.safetensors") for part, name in PUBLISHED[model].items()}
         for part, name in PUBLISHED[model].items():
             sparse_manifest(files[part], name)
+        refiner = files.pop("refiner", None)
         parts = locate(files)
+        beside = {} if refiner is None else {"refiner": refiner_parts(parts, refiner)}
         kind = next(family for family in FAMILIES if family.family in parts.components)
-        return plan_parts(kind, parts, **options)
+        return plan_parts(kind, parts, **beside, **options)
 
 
 @pytest.mark.parametrize(
@@ -53,6 +57,7 @@ def planned(model: str, **options: Any) -> Plan:
     [
         ("flux1-dev", "48GiB", "(no option)"), ("flux1-dev", "24GiB", "--offload stages"), ("sd_xl_base_1.0", "12GiB", "(no option)"),
         ("sd_xl_base_1.0", "10GiB", "--vae-rows 64"), ("sd_xl_base_1.0", "8 GB", "--offload stages"),
+        ("sd_xl_base_1.0, sd_xl_refiner_1.0", "18GiB", "(no option)"), ("sd_xl_base_1.0, sd_xl_refiner_1.0", "12GiB", "--offload stages"),
         ("flux1-dev", "12GiB", "--offload stream"), ("flux1-dev", "4GiB", "--offload stream --vae-rows 64"),
         ("sd3.5-large", "2GiB", "--offload layers --vae-rows 64"),
         ("sd3.5-large", "32GiB", "(no option)"), ("sd3.5-large", "24GiB", "--offload stages"),
@@ -78,7 +83,8 @@ def test_what_does_not_fit_is_refused_with_the_numbers() -> None:
 def test_a_plan_adds_up_what_is_on_the_device() -> None:
     plan = planned("sd_xl_base_1.0")
     assert (plan.variant, plan.guided, plan.images, plan.width) == ("base", True, 1, 1024)
-    assert plan.dtypes["vae"] == torch.float32 and plan.dtypes["unet"] == torch.float16  # as `load` would
+    dtypes = {stage.component: stage.dtype for stage in plan.stages}
+    assert dtypes["vae"] == torch.float32 and dtypes["unet"] == torch.float16  # as `load` would
     resident, _, staged, *_ = plan.placements
     weights, work = (sum(s.weights for s in plan.stages), [s.work for s in plan.stages])
     assert resident.peak == weights + max(work) and staged.peak == max(s.total for s in plan.stages)
@@ -86,6 +92,23 @@ def test_a_plan_adds_up_what_is_on_the_device() -> None:
     assert (
         alone.stages[2].work < 0.7 * plan.stages[2].work and alone.stages[3] == plan.stages[3]
     )  # one image is decoded
+
+
+def test_a_refiner_is_planned_with_its_base_and_decodes_nothing() -> None:
+    """Without offload the weights of both lie on the device, with one each component comes for itself."""
+    alone, plan = planned("sd_xl_base_1.0"), planned("sd_xl_base_1.0, sd_xl_refiner_1.0")
+    names = [stage.name for stage in plan.stages]
+    assert names == ["CLIP", "CLIP-G", "denoising", "refiner CLIP-G", "refiner denoising", "decoding"]
+    its = [s for s in plan.stages if s.name.startswith("refiner")]
+    for one, other in zip(alone.placements, plan.placements, strict=True):
+        if one.offload:
+            expected = max(one.peak, *(stage.peak(one.offload) for stage in its))
+        else:
+            expected = one.peak + sum(stage.weights for stage in its)
+        assert math.isclose(other.peak, expected, rel_tol=1e-6), one  # some small tables are made once
+    assert sum(stage.weights for stage in its) > 2 * 2_259_526_660
+    room = Room("8GiB", lambda **asked: planned("sd_xl_base_1.0, sd_xl_refiner_1.0", **asked))
+    assert room.weights("unet") == 8 * GIB - RUNTIME["cuda"] - max(s.work for s in plan.stages if s.component == "unet")
 
 
 def test_weights_may_take_what_the_largest_image_so_far_leaves() -> None:
@@ -267,6 +290,22 @@ def test_the_command_prints_stages_and_placements_and_answers_by_its_status(caps
     assert [stage["component"] for stage in told["stages"]] == ["clip", "t5", "flux", "vae"]
     assert main(["plan", "--vram", "10MiB"]) == 2
     assert "and there are 10 MiB" in capsys.readouterr().err
+
+
+def test_the_command_names_the_stages_of_a_refiner(capsys: pytest.CaptureFixture[str]) -> None:
+    both = ["plan", "tiny-sdxl", "--refiner", "tiny-sdxl-refiner"]
+    assert main(both) == 0
+    found = re.findall(r"^(\S.*?) +bfloat16 +\d+ MiB +\d+ MiB$", capsys.readouterr().out, re.M)
+    assert found == ["CLIP", "CLIP-G", "denoising", "refiner CLIP-G", "refiner denoising", "decoding"]
+    assert main([*both, "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert [stage["stage"] for stage in told["stages"]] == found
+    for model, says in (
+        ("tiny-flux", "works with an SDXL base alone"),
+        ("tiny-sdxl-refiner", "not refiner and refiner"),
+    ):
+        assert main(["plan", model, "--refiner", "tiny-sdxl-refiner"]) == 2
+        assert says in capsys.readouterr().err
 
 
 def test_on_a_cpu_the_command_says_what_malloc_keeps(capsys: pytest.CaptureFixture[str]) -> None:

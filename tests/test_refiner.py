@@ -8,15 +8,23 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from torch import nn
 
 import eridiff
 import eridiff.images
 from eridiff.cli import main
 from eridiff.errors import ConfigError
+from eridiff.inference import SDXLInference
+from eridiff.inference.again import load_again, read_settings
+from eridiff.inference.placing import Plan, plan_parts
+from eridiff.inference.sdxl import refiner_parts
 from eridiff.lora.save import save_lora
+from eridiff.memory.stages import asked_once
 from eridiff.schedulers.samplers import FLOW_ALONE, SAMPLERS
+from eridiff.weights.locate import locate
 from tests import tiny
 from tests.loras import some_lora
+from tests.pretend_gpu import OnGPU, pretend_gpu
 
 
 @pytest.fixture(scope="module")
@@ -119,3 +127,121 @@ def test_a_lora_weighed_by_patterns_or_rows_is_put_on_again(
     settings = read_settings(path)
     again = generate_again(load_again(settings, progress=False), settings)
     assert again.images[0].tobytes() == result.images[0].tobytes()
+
+
+def test_one_that_is_loaded_with_its_base_gives_the_same_images(
+    folders: dict[str, Path], both: tuple[Any, Any]
+) -> None:
+    model: Any = eridiff.load(folders["base"], refiner=folders["refiner"], device="cpu", vae_rows=8, progress=False)
+    assert torch.equal(run(model, steps=4)[0], run(both[0], steps=4)[0])
+    assert model.refiner.autoencoder is model.autoencoder and model.refiner.vae_rows == 8
+    assert model.circumstances()["refiner"] == both[0].circumstances()["refiner"]
+    assert model.load_model(folders["base"]).refiner is None
+
+
+@pytest.mark.parametrize(
+    ("base", "refiner", "says"),
+    [
+        ("base", "base", "a base and a refiner work together, not base and base"),
+        ("refiner", "refiner", "work together, not refiner and refiner"),
+        ("tiny-flux", "refiner", "a refiner works with an SDXL base alone"),
+        ("base", None, "one that is loaded goes to with_refiner"),
+    ],
+)  # fmt: skip
+def test_all_but_a_base_and_a_refiner_are_refused(
+    folders: dict[str, Path], both: tuple[Any, Any], base: str, refiner: str | None, says: str
+) -> None:
+    given: Any = both[1] if refiner is None else folders[refiner]
+    with pytest.raises(ConfigError, match=says):
+        eridiff.load(folders.get(base, base), refiner=given, device="cpu", progress=False)
+
+
+# where it lies, on a pretended GPU -----------------------------------------------------------------------------------------
+
+
+def on_gpu(model: Any) -> int:
+    """Linear layers of the network and the text encoders that lie there."""
+    layers = [layer for module in model.model.modules().values() for layer in linears(module)]
+    return sum(isinstance(layer.weight, OnGPU) for layer in layers)
+
+
+def linears(module: nn.Module) -> list[nn.Linear]:
+    return [m for m in module.modules() if isinstance(m, nn.Linear)]
+
+
+def most_on_gpu(model: Any) -> int:
+    """Of the refiner, before each of its layers while an image is generated."""
+    found: list[int] = []
+    layers = [m for m in model.refiner.network.modules() if not [*m.children()]]
+    hooks = [layer.register_forward_pre_hook(lambda *_: found.append(on_gpu(model.refiner))) for layer in layers]
+    run(model, steps=2, hand_over=0.5)
+    for hook in hooks:
+        hook.remove()
+    return max(found)
+
+
+def plans(folders: dict[str, Path]) -> tuple[Plan, Plan]:
+    """Of the base alone, and of both."""
+    parts = locate(folders["base"])
+    return plan_parts(SDXLInference, parts), plan_parts(SDXLInference, parts, refiner=refiner_parts(parts, folders["refiner"]))  # fmt: skip
+
+
+@pytest.mark.parametrize("beside", ["loaded together", "loaded to the host"])
+@pytest.mark.parametrize("offload", ["stages", "layers"])
+def test_a_refiner_comes_to_the_device_as_its_base_does(folders: dict[str, Path], offload: str, beside: str) -> None:
+    with pretend_gpu():
+        if beside == "loaded together":
+            model: Any = eridiff.load(folders["base"], refiner=folders["refiner"], offload=offload, progress=False)
+        else:
+            model = eridiff.load(folders["base"], offload=offload, progress=False)
+            model = model.with_refiner(eridiff.load(folders["refiner"], device="cpu", progress=False))  # type: ignore[arg-type]
+        staying = len(linears(model.refiner.network)) - len(asked_once(model.refiner.network))
+        assert most_on_gpu(model) == (staying if offload == "stages" else 0) and staying > 20
+        assert on_gpu(model) == on_gpu(model.refiner) == 0
+
+
+def test_memory_that_holds_the_base_alone_has_both_come_in_stages(folders: dict[str, Path]) -> None:
+    """By Python, the command line, a file and a PNG; with room for both they stay."""
+    base, together = (plan.placements[0].needed for plan in plans(folders))
+    with pretend_gpu():
+        model: Any = eridiff.load(folders["base"], vram=(base + together) // 2, progress=False)
+        assert model.offload is None
+        model = eridiff.load(folders["base"], refiner=folders["refiner"], vram=(base + together) // 2, progress=False)
+        assert (model.offload, model.refiner.offload, on_gpu(model.refiner)) == ("stages", "stages", 0)
+        most_on_gpu(model)
+        assert on_gpu(model) == on_gpu(model.refiner) == 0
+        model = eridiff.load(folders["base"], refiner=folders["refiner"], vram=together + 2**20, progress=False)
+        assert (model.offload, model.refiner.offload) == (None, None)
+        assert on_gpu(model.refiner) == sum(len(linears(m)) for m in model.refiner.model.modules().values())
+
+
+@pytest.mark.parametrize("door", ["flags", "file"])
+def test_the_command_and_resample_plan_both(
+    folders: dict[str, Path], door: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, together = (plan.placements[0].needed for plan in plans(folders))
+    vram, loaded = (base + together) // 2, list[Any]()
+    monkeypatch.setattr("eridiff.cli.sample.load", lambda *a, **o: loaded.append(eridiff.load(*a, **o)) or loaded[-1])
+    given = {"model": str(folders["base"]), "refiner": str(folders["refiner"]), "vram": str(vram)}
+    (tmp_path / "run.yaml").write_text(json.dumps({**given, "sample": {"prompts": ["a fox"]}}))
+    flags = [text for name, value in given.items() for text in (f"--{name}", value)] + ["--prompt", "a fox"]
+    out = tmp_path / "a.png"
+    with pretend_gpu():
+        assert main(["sample", *(flags if door == "flags" else [str(tmp_path / "run.yaml")]), "--out", str(out)]) == 0
+        loaded.append(load_again(read_settings(out), vram=vram, progress=False))
+    for model in loaded:
+        assert (model.offload, model.refiner.offload, on_gpu(model.refiner)) == ("stages", "stages", 0)
+
+
+def test_a_refiner_that_vram_does_not_count_is_warned_of(
+    folders: dict[str, Path], both: tuple[Any, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    model: Any = eridiff.load(folders["base"], vram="2GiB", device="cpu", progress=False)
+    refined = model.with_refiner(both[1])
+    assert caplog.messages == [
+        "a refiner that was loaded by itself is not counted by vram; eridiff.load(..., refiner=...) counts both"
+    ]
+    refined._placed(model._room.placement)  # its base's placement is not its own
+    model = eridiff.load(folders["base"], refiner=folders["refiner"], vram="2GiB", device="cpu", progress=False)
+    model.with_refiner(model.refiner), both[0].with_refiner(both[1])
+    assert len(caplog.messages) == 1

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, nn
 
 import eridiff
-from eridiff import FluxInference, Prompt
+from eridiff import FluxInference, Prompt, SDXLInference
 from eridiff.blocks import repeated_blocks
 from eridiff.errors import ConfigError
 from eridiff.inference.placing import RUNTIME, plan_parts
+from eridiff.inference.sdxl import refiner_parts
 from eridiff.lora import attach_lora
 from eridiff.memory import stream
 from eridiff.memory.plan import Fused, LiveBytes, _run, stages
@@ -355,4 +356,19 @@ def test_vram_lets_as_many_blocks_stay_as_fit(queues: Queues, tmp_path: Path) ->
     found = model.generate("a swan", **asked).latents
     assert 8 < queues.made[-1].copies < 17  # 8 blocks in 2 steps, and the first as a third would need it
     model.offload = "stages"
+    assert torch.equal(found, model.generate("a swan", **asked).latents)
+
+
+def test_a_refiner_follows_when_a_larger_image_has_its_base_placed_anew(queues: Queues, tmp_path: Path) -> None:
+    base, refiner = tiny.write_sdxl_model(tmp_path / "b"), tiny.write_sdxl_model(tmp_path / "r", tiny.SDXL_REFINER)
+    parts = locate(base)
+    its = refiner_parts(parts, refiner)
+    plans = [plan_parts(SDXLInference, parts, width=side, height=side, refiner=its) for side in (64, 128)]
+    small, large = (next(p.needed for p in plan.placements if p.offload == "stages") for plan in plans)
+    model: Any = eridiff.load(base, refiner=refiner, progress=False, vram=(small + large) // 2)
+    assert (model.offload, model.refiner.offload) == ("stages", "stages")
+    asked: dict[str, Any] = {"width": 128, "height": 128, "steps": 2, "hand_over": 0.5, "seed": 1, "keep": ("latents",)}
+    found = model.generate("a swan", **asked).latents
+    assert (model.offload, model.refiner.offload) == ("stream", "stream") and len(queues.made) >= 5
+    model = eridiff.load(base, refiner=refiner, progress=False, offload="stages")
     assert torch.equal(found, model.generate("a swan", **asked).latents)

@@ -10,6 +10,7 @@ from eridiff.cli.common import DTYPES, dtype_of
 from eridiff.errors import CheckpointError
 from eridiff.inference import BUILT_IN, FAMILIES
 from eridiff.inference.placing import MALLOC, RUNTIME, Plan, bytes_of, gib, plan_parts
+from eridiff.inference.sdxl import refiner_parts
 from eridiff.request import size_of
 from eridiff.weights.locate import locate
 
@@ -23,6 +24,7 @@ def add_parser(commands: Any) -> None:
     )
     parser.set_defaults(run=_plan)
     parser.add_argument("model", nargs="?", metavar="PATH|ID", help="a checkpoint, a folder or a hub id")
+    parser.add_argument("--refiner", metavar="PATH|ID", help="a refiner beside an SDXL base, loaded with it")
     parser.add_argument("--size", metavar="WxH", help="size of the images (the variant's)")
     parser.add_argument("--batch", type=int, default=1, metavar="N", help="images at once (1)")
     parser.add_argument("--steps", type=int, metavar="N", help="number of sampling steps (the variant's)")
@@ -49,10 +51,11 @@ def _plan(options: argparse.Namespace) -> int:
     kind = next((family for family in FAMILIES if family.family in parts.components), None)
     if kind is None:
         raise CheckpointError(f"'{options.model}' holds no network that generates images")
+    refiner = None if options.refiner is None else refiner_parts(parts, options.refiner)
     height, width = size_of("--size", options.size) if options.size else (None, None)
     plan = plan_parts(
         kind, parts, width=width, height=height, steps=options.steps, images=options.batch, cfg_scale=options.cfg,
-        variant=options.variant, dtype=dtype_of(options.dtype), device=torch.device(options.device),
+        variant=options.variant, dtype=dtype_of(options.dtype), device=torch.device(options.device), refiner=refiner,
     )  # fmt: skip
     if options.json:
         print(json.dumps(described(plan), indent=1))
@@ -82,15 +85,15 @@ def described(plan: Plan) -> dict[str, Any]:
 def lines(plan: Plan) -> list[str]:
     """A plan as text."""
     guided = ", guided" if plan.guided else ""
-    cpu = plan.device == "cpu"
+    cpu, wide = plan.device == "cpu", max(12, *(len(stage.name) + 2 for stage in plan.stages))
     found = [
         f"{plan.variant} ({plan.why}): {plan.images} of {plan.width}x{plan.height} in {plan.steps} steps{guided}",
-        f"{'stage':12}{'dtype':>10}{'weights':>12}{'mapped' if cpu else '':>{12 * cpu}}{'work':>12}",
+        f"{'stage':{wide}}{'dtype':>10}{'weights':>12}{'mapped' if cpu else '':>{12 * cpu}}{'work':>12}",
     ]
     for stage in plan.stages:
-        dtype = str(plan.dtypes[stage.component]).removeprefix("torch.")
+        dtype = str(stage.dtype).removeprefix("torch.")
         mapped = f"{gib(stage.mapped):>12}" if cpu else ""
-        found.append(f"{stage.name:12}{dtype:>10}{gib(stage.held):>12}{mapped}{gib(stage.work):>12}")
+        found.append(f"{stage.name:{wide}}{dtype:>10}{gib(stage.held):>12}{mapped}{gib(stage.work):>12}")
     runtime = gib(RUNTIME[plan.device] + sum(stage.code for stage in plan.stages))
     if not cpu:
         found.append(f"on the device at once, with {runtime} for its runtime:")

@@ -13,7 +13,7 @@ from eridiff.cli.common import DTYPES, check_model, check_writable, device_of, d
 from eridiff.config import MODEL_OPTIONS, RunConfig, SampleSettings, Words
 from eridiff.errors import ConfigError, EridiffError
 from eridiff.images import contact_sheet, first_text, save_png, slug
-from eridiff.inference import BUILT_IN, DiffusionInference, SDXLInference, load
+from eridiff.inference import BUILT_IN, DiffusionInference, load
 from eridiff.inference.compiled import waiting_notice
 from eridiff.inference.encoding import check_words
 from eridiff.inference.sdxl import PREDICTIONS
@@ -215,18 +215,12 @@ def _ready(
     config: RunConfig, asked: Words, quiet: bool, say: Callable[[str], object]
 ) -> tuple[DiffusionInference, list[Request]]:
     """The model with its refiner and its LoRAs, and what it is asked for."""
-    common: dict[str, Any] = {
-        "device": device_of(config.device), "dtype": dtype_of(config.dtype), "offload": config.offload,
-        "progress": not quiet,
-    }  # fmt: skip
-    model = load(config.model, family=config.family, **common, **config.options)
+    model = load(
+        config.model, refiner=config.refiner, family=config.family, device=device_of(config.device),
+        dtype=dtype_of(config.dtype), offload=config.offload, progress=not quiet, **config.options,
+    )  # fmt: skip
     if model.compile:
         say(waiting_notice())
-    if config.refiner:
-        if not isinstance(model, SDXLInference):
-            raise ConfigError("a refiner works with an SDXL base alone")
-        common["compile"] = model.compile
-        model = model.with_refiner(load(config.refiner, **common))  # type: ignore[arg-type]
     _apply_loras(model, config.sample, say)
     explicit = {"cfg_scale" if word == "true_cfg_scale" else word for word in asked}
     requests, notices = requests_of(config.sample, model, explicit)

@@ -10,7 +10,7 @@ from eridiff.inference.flux import FluxInference
 from eridiff.inference.options import LoadOptions, check_names
 from eridiff.inference.result import Prompt, Result, Step
 from eridiff.inference.sd35 import SD35Inference
-from eridiff.inference.sdxl import SDXLInference
+from eridiff.inference.sdxl import SDXLInference, refiner_parts
 from eridiff.weights.detect import DESCRIPTIONS
 from eridiff.weights.locate import ModelPath, locate
 
@@ -20,12 +20,14 @@ BUILT_IN = os.path.join(os.path.dirname(os.path.dirname(__file__)), "assets", "t
 
 
 def load(
-    model: ModelPath | None = None, *, family: str | None = None, **options: Unpack[LoadOptions]
-) -> DiffusionInference:
+    model: ModelPath | None = None, *, refiner: ModelPath | None = None, family: str | None = None,
+    **options: Unpack[LoadOptions],
+) -> DiffusionInference:  # fmt: skip
     """Load a published checkpoint with all that generating images needs.
 
     - model: a path, a hub id, a built-in model (tiny-flux, tiny-sd35, tiny-sdxl), or the parts by name (`{"transformer": PATH,
       "vae": PATH, ...}`, see `locate`); None is tiny-flux.
+    - refiner: finishes the images of an SDXL base; it is loaded with the same options, and `vram` counts both.
     - family: flux, mmdit or unet, which the model must be; None takes what it is.
     - variant, device, dtype, offload, vae_rows, compile, progress, allow_unknown: as in `eridiff.inference.options.Options`.
     - the rest: the keywords of FluxInference, SD35Inference or SDXLInference, as the model is.
@@ -33,7 +35,7 @@ def load(
     Raises CheckpointError for files that are damaged, incomplete or of another kind, ConfigError for an option that the
     family does not have.
     """
-    check_names("load", options, [*LoadOptions.__annotations__, "model", "family"])
+    check_names("load", options, [*LoadOptions.__annotations__, "model", "refiner", "family"])
     families = [kind.family for kind in FAMILIES]
     if family is not None and family not in families:
         raise ConfigError(f"'{family}' is not a family; there are {', '.join(families)}")
@@ -46,4 +48,5 @@ def load(
     if family is not None and family != kind.family:
         held = DESCRIPTIONS[kind.family]
         raise CheckpointError(f"the model holds {held}, and {DESCRIPTIONS[family]} is expected")
-    return kind(**options).load_model(parts)  # type: ignore[misc]  # the constructor refuses other families' options
+    beside = {} if refiner is None else {"refiner": refiner_parts(parts, refiner, options.get("allow_unknown", False))}
+    return kind(**options).load_model(parts, **beside)  # type: ignore[misc]  # the constructor refuses other families' options

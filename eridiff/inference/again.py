@@ -22,7 +22,7 @@ from eridiff.onednn import use_onednn
 from eridiff.request import FIELDS, Request
 from eridiff.weights.locate import ModelPath
 
-LOAD = ("vae_rows", "compile", "prediction", "zero_terminal_snr")  # what a model is loaded with, of all families
+LOAD = ("vae_rows", "compile", "prediction", "zero_terminal_snr", "refiner")  # how and with what a model is loaded
 
 
 def _is_lora(value: Any) -> bool:
@@ -113,12 +113,6 @@ def load_again(
     loaded.set_variant(settings["variant"])
     sampling = settings.get("sampling") or {}  # a checkpoint of a training run may not say it again
     loaded.model.sample_as(loaded.variant, sampled_as(loaded.sampling, sampling, "its setting sampling"))
-    if settings.get("refiner"):
-        dtype = getattr(torch, settings["dtype"])
-        refiner = eridiff.load(
-            settings["refiner"], device=loaded.device, dtype=dtype, compile=loaded.compile, progress=loaded.progress
-        )
-        loaded = loaded.with_refiner(refiner)  # type: ignore[attr-defined]  # SDXL's alone record one
     return loaded
 
 

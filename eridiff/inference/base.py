@@ -7,7 +7,7 @@ import inspect
 import logging
 import os
 from abc import abstractmethod
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
@@ -44,7 +44,7 @@ from eridiff.inference.loading import read
 from eridiff.inference.lora import LoraHandle, weighed
 from eridiff.inference.model import Model
 from eridiff.inference.options import Options, check_names
-from eridiff.inference.placing import Placement, Room, plan_parts
+from eridiff.inference.placing import Placement, Plan, Room, plan_parts
 from eridiff.inference.provenance import records
 from eridiff.inference.result import Callback, HandedIn, Prompt, Result, Run, Step
 from eridiff.lora.attach import Scale
@@ -268,10 +268,7 @@ class DiffusionInference(Family):
         device = self.asked_device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
         parts = locate(model, self.allow_unknown)
         if self.vram is not None:
-            planned = partial(
-                plan_parts, type(self), parts, variant=self.asked_variant, dtype=self.dtype, device=device
-            )
-            self._room = Room(self.vram, planned)
+            self._room = Room(self.vram, self._planned(parts, device))
             self._placed(self._room.placement)
         if self.compile:
             cache_folder()  # before the compiler is asked, which takes its own
@@ -283,6 +280,10 @@ class DiffusionInference(Family):
         if self.compile:
             compile_network(self.network)
         return self
+
+    def _planned(self, parts: Parts, device: torch.device) -> Callable[..., Plan]:
+        """The plan of images of a size, for `Room`."""
+        return partial(plan_parts, type(self), parts, variant=self.asked_variant, dtype=self.dtype, device=device)
 
     def _placed(self, placement: Placement) -> None:
         """Take a placement that was chosen for the memory there is. Raises ConfigError for one that cannot be compiled."""

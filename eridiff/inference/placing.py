@@ -4,7 +4,7 @@ import logging
 import math
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -60,7 +60,6 @@ class Plan:
     steps: int
     images: int
     guided: bool
-    dtypes: Mapping[str, torch.dtype]
     stages: tuple[Stage, ...]
     in_strips: Stage  # the autoencoder's, decoding in strips
     device: str  # cuda or cpu
@@ -152,11 +151,13 @@ def plan_parts(
     kind: type[Family], parts: Parts, *, width: int | None = None, height: int | None = None, steps: int | None = None,
     images: int = 1, cfg_scale: float | None = None, t5_length: int | None = None, variant: str | None = None,
     dtype: torch.dtype | Mapping[str, torch.dtype] | None = None, device: torch.device | None = None,
+    refiner: Parts | None = None,
 ) -> Plan:  # fmt: skip
     """The plan of a model whose headers were read; what is None is the variant's.
 
     - images: in one batch.
     - device: where images would be computed, which decides the dtypes and what is counted; None is a GPU.
+    - refiner: of an SDXL base, loaded with it; its text encoder and its network are stages too, and the base decodes.
 
     Raises as `eridiff.load`, and ConfigError for impossible numbers.
     """
@@ -174,7 +175,6 @@ def plan_parts(
     chosen, why = kind.choose_variant(own.config, model_name(own, parts), variant)
     sampling = own_sampling(own, chosen, kind.variants)
     device = device or torch.device("cuda")
-    dtypes = dtypes_of(kind, parts.components, device, dtype)
     size: dict[str, Any] = {
         "width": sampling.width if width is None else width, "height": sampling.height if height is None else height,
         "steps": sampling.steps if steps is None else steps, "images": images,
@@ -184,14 +184,15 @@ def plan_parts(
     told = {
         **size,
         "cpu": where == "cpu",
-        "dtype": dtypes,
         "text_length": t5_length or getattr(sampling, "text_length", 77),
     }
-    components = used(kind, parts.components)
-    (strip,) = stages({"vae": components["vae"]}, **told, vae_rows=STRIPS)
-    return Plan(
-        chosen, why, **size, dtypes=dtypes, stages=tuple(stages(components, **told)), in_strips=strip, device=where
-    )
+    found = stages(used(kind, parts.components), **told, dtype=dtypes_of(kind, parts.components, device, dtype))
+    if refiner is not None:
+        components = {n: c for n, c in used(kind, refiner.components).items() if n != "vae"}
+        its = stages(components, **told, dtype=dtypes_of(kind, refiner.components, device, dtype))
+        found = [*found[:-1], *(replace(stage, name=f"refiner {stage.name}") for stage in its), found[-1]]
+    (strip,) = stages({"vae": parts.components["vae"]}, **told, dtype=found[-1].dtype, vae_rows=STRIPS)
+    return Plan(chosen, why, **size, stages=tuple(found), in_strips=strip, device=where)
 
 
 def bytes_of(size: int | str) -> int:

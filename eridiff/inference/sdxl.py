@@ -5,8 +5,10 @@ Sources: Stability-AI/generative-models; Podell et al. 2023; the schedulers that
 
 import copy
 import logging
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -19,7 +21,9 @@ from eridiff.inference.base import DiffusionInference, of_encoder
 from eridiff.inference.encoding import encoded
 from eridiff.inference.family import Encoder
 from eridiff.inference.latents import beside, dtype_of, finite_features
+from eridiff.inference.loading import check_parts
 from eridiff.inference.options import Options
+from eridiff.inference.placing import Placement, Plan
 from eridiff.inference.result import Callback, Prompt, Result, Run
 from eridiff.inference.settings import Defaults, spoken
 from eridiff.memory.stages import Stages
@@ -116,6 +120,7 @@ class SDXLInference(DiffusionInference):
         self.asked_prediction, self.asked_zero_snr = prediction, zero_terminal_snr
         self.prediction, self.zero_terminal_snr = prediction or "epsilon", bool(zero_terminal_snr)
         self.refiner: SDXLInference | None = None  # which finishes the images of this one
+        self._refiner_parts: Parts | None = None  # of one that is loaded with it
 
     @staticmethod
     def variants_of_inputs(config: UNetConfig) -> list[str]:
@@ -152,9 +157,14 @@ class SDXLInference(DiffusionInference):
         own = int(8 * 2 ** (self.network.config.levels - 1))
         return own if self.refiner is None else max(own, self.refiner.multiple)
 
-    def load_model(self, model: ModelPath | Parts) -> Self:
-        """As DiffusionInference.load_model; what the file says of its prediction wins over the usual and forbids another."""
+    def load_model(self, model: ModelPath | Parts, refiner: ModelPath | Parts | None = None) -> Self:
+        """As DiffusionInference.load_model; what the file says of its prediction wins over the usual and forbids another.
+
+        A `refiner`, which finishes the images, is loaded with the same options; it decodes by this model's autoencoder.
+        """
         parts = locate(model, self.allow_unknown)
+        self.refiner = None
+        self._refiner_parts = None if refiner is None else refiner_parts(parts, refiner, self.allow_unknown)
         if self.family in parts.components:
             told, zero = _told(parts.components[self.family])
             asked = self.asked_prediction
@@ -163,7 +173,33 @@ class SDXLInference(DiffusionInference):
                 raise ConfigError(f"{path} says that it predicts {told}, not {asked}")
             self.prediction = asked or told or "epsilon"
             self.zero_terminal_snr = zero if self.asked_zero_snr is None else self.asked_zero_snr
-        return super().load_model(parts)
+        super().load_model(parts)
+        if self._refiner_parts is not None:
+            own = SDXLInference(
+                device=self.asked_device, dtype=self.dtype, offload=self.offload, vae_rows=self.vae_rows,
+                compile=self.compile, progress=self.progress, allow_unknown=self.allow_unknown,
+            ).load_model(self._refiner_parts)  # fmt: skip
+            own.model.autoencoder, own._room = self.autoencoder, self._room
+            self.refiner = own
+        return self
+
+    def _planned(self, parts: Parts, device: torch.device) -> Callable[..., Plan]:
+        return partial(super()._planned(parts, device), refiner=self._refiner_parts)
+
+    def _placed(self, placement: Placement) -> None:
+        super()._placed(placement)
+        if self.refiner is not None and self.refiner._room is self._room:  # planned together
+            self.refiner._placed(placement)
+
+    @contextmanager
+    def _stage(self, module: nn.Module) -> Iterator[None]:
+        """A refiner's component is the refiner's to bring."""
+        if self.refiner is not None and module in self.refiner.model.modules().values():
+            with self.refiner._stage(module):
+                yield
+        else:
+            with super()._stage(module):
+                yield
 
     def follow(self, config: Mapping[str, Any]) -> None:
         self.prediction = self.asked_prediction or PREDICTION_TYPES.get(str(config.get("prediction_type")), "epsilon")
@@ -210,9 +246,20 @@ class SDXLInference(DiffusionInference):
         return self.with_refiner(refiner).generate(prompt, **given)
 
     def with_refiner(self, refiner: "SDXLInference") -> Self:
-        """The same model, whose images a refiner finishes. Raises ConfigError unless one is a base and one a refiner."""
+        """The same model, whose images a refiner finishes that is loaded already. Raises ConfigError unless they are a base and a refiner.
+
+        It lies where it is; one on the host comes to the device as this model's components do, with its `offload`.
+        """
         if not refiner.refines or self.refines:
             raise ConfigError(f"a base and a refiner work together, not {self.variant} and {refiner.variant}")
+        if refiner._room is not self._room:
+            log.warning(
+                "a refiner that was loaded by itself is not counted by vram; eridiff.load(..., refiner=...) counts both"
+            )
+        if self.offload and not refiner.offload and refiner.device.type == "cpu":
+            refiner = copy.copy(refiner)
+            refiner.offload, refiner.asked_device = self.offload, self.device
+            refiner._check_compile()
         both = copy.copy(self)
         both.refiner = refiner
         return both
@@ -393,6 +440,20 @@ def joined(*features: ClipFeatures) -> Conditioning:
     names = ("CLIP-L", "CLIP-G")[-len(features) :]
     rows = [finite_features(found.hidden[-2], name) for found, name in zip(features, names, strict=True)]
     return Conditioning(beside(rows, dim=-1), features[-1].projected)
+
+
+def refiner_parts(base: Parts, refiner: ModelPath | Parts, allow_unknown: bool = False) -> Parts:
+    """The parts of a refiner for a base. Raises ConfigError unless they are that, CheckpointError as `locate`."""
+    if isinstance(refiner, SDXLInference):
+        raise ConfigError("refiner is a path, a hub id or the parts by name; one that is loaded goes to with_refiner")
+    if SDXLInference.family not in base.components:
+        raise ConfigError("a refiner works with an SDXL base alone")
+    parts = locate(refiner, allow_unknown)
+    check_parts(SDXLInference, parts.components)
+    kinds = [SDXLInference.variants_of_inputs(p.components[SDXLInference.family].config)[0] for p in (base, parts)]
+    if kinds[0] == "refiner" or kinds[1] != "refiner":
+        raise ConfigError(f"a base and a refiner work together, not {' and '.join(kinds)}")
+    return parts
 
 
 def _is_refiner(config: UNetConfig) -> bool:

@@ -249,6 +249,7 @@ class Stage:
 
     name: str
     component: str
+    dtype: torch.dtype
     weights: int
     work: int
     visiting: int = 0  # of the weights, those that `on_device` brings for a call alone, but for the largest
@@ -320,7 +321,8 @@ def stages(
             live = _watched(partial(_run, module, width, height, steps, text_length, rows, own, vae_rows), cpu)
             mapped = min(mapped_bytes(component, own), weights) if cpu else 0
             absent = (visiting, by_layer, passing)
-            found.append(Stage(stage, network, weights, live.peak, *absent, mapped, live.heap, live.large, live.code))
+            counted = (mapped, live.heap, live.large, live.code)
+            found.append(Stage(stage, network, own, weights, live.peak, *absent, *counted))
     return found
 
 
