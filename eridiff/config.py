@@ -290,7 +290,9 @@ def prompts_of(value: Any) -> tuple[str | dict[str, str], ...]:
         elif isinstance(entry, list):
             raise ConfigError(f"sample: prompt {number} begins with '[' and must be quoted")
         elif not isinstance(entry, str):
-            raise ConfigError(f'sample: prompt {number} is read as a {type(entry).__name__}; quote it: - "{entry}"')
+            raise ConfigError(
+                f'sample: prompt {number} is read as {"an" if type(entry) is int else "a"} {type(entry).__name__}; quote it: - "{entry}"'
+            )
     if not entries:
         raise ConfigError("sample: the list of prompts is empty")
     return tuple(entry.strip() if isinstance(entry, str) else entry for entry in entries)

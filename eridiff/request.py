@@ -35,6 +35,7 @@ Picture = (
 Checked = Any  # a `Request` as `checked` gives it: all that the model decides is settled, so that types are narrower
 ENCODERS = ("clip", "clip_g", "t5")
 SEEDS = 2**63
+LARGEST_SIDE = 2**14  # pixels
 GUIDANCE = frozenset({"guidance_scale", "cfg_scale", "true_cfg_scale"})  # words for how strongly a prompt is followed
 NUMBERS = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
 
@@ -183,8 +184,8 @@ class Request:
     negative: Text | Sequence[Text] | None = option(
         None, TEXT, "negative prompt", words=("negative_prompt", "neg"), effect=effects.guided
     )
-    width: int | None = option(None, WHOLE, "in pixels, a multiple of 16", low=8)
-    height: int | None = option(None, WHOLE, "in pixels, a multiple of 16", low=8)
+    width: int | None = option(None, WHOLE, "in pixels, a multiple of 16", low=8, high=LARGEST_SIDE)
+    height: int | None = option(None, WHOLE, "in pixels, a multiple of 16", low=8, high=LARGEST_SIDE)
     steps: int | None = option(
         None,
         WHOLE,
@@ -435,7 +436,9 @@ class Request:
         if self.sampler is not None and self.sampler not in SAMPLERS:
             raise ConfigError(f"'{self.sampler}' is not a sampler; there are {', '.join(SAMPLERS)}")
         if self.hand_over is not None and self.hand_over in (0, 1):
-            raise ConfigError(f"hand_over must be between 0 and 1, not {self.hand_over}: base and refiner both work")
+            raise ConfigError(
+                f"hand_over must be above 0 and below 1, not {self.hand_over}: base and refiner both work"
+            )
         for seed in seeds_of(self):
             if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < SEEDS:
                 raise ConfigError(f"the seed must be a whole number from 0 to 2^63 - 1, not {seed!r}")

@@ -72,7 +72,7 @@ BAD = {
     "a tag": ("sample:\n  prompts:\n    - !swan\n", "line 3: "),
     "an at sign": ("sample:\n  prompts:\n    - @x\n", "line 3: .* must be quoted"),
     "text after quotes": ('sample:\n  prompts:\n    - "a" b\n', "line 3: "),
-    "a number for a prompt": ("sample:\n  prompts: [42]\n", 'prompt 1 is read as a int; quote it: - "42"'),
+    "a number for a prompt": ("sample:\n  prompts: [42]\n", 'prompt 1 is read as an int; quote it: - "42"'),
     "a bool for a prompt": ("sample:\n  prompts: [true]\n", 'quote it: - "True"'),
     "no prompts": ("sample:\n  prompts: []\n", "list of prompts is empty"),
     "a misspelt key": ("sample:\n  sample_step: 3\n", "'sample_step' is not a key of sample; did you mean 'sample_steps'"),

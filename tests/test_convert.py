@@ -185,6 +185,42 @@ def test_shards_are_as_large_as_asked_and_load_here_and_in_diffusers(tmp_path: P
     assert same(load_network(tmp_path / "o" / "flux").state_dict(), tiny.flux().state_dict())
 
 
+def test_the_built_in_flux_comes_back_through_a_pipeline_of_diffusers(tmp_path: Path) -> None:
+    from diffusers import FluxPipeline
+
+    assert main(["convert", "tiny-flux", str(tmp_path / "d"), "--to", "diffusers"]) == 0
+    pipe = FluxPipeline.from_pretrained(tmp_path / "d", torch_dtype=torch.float32)
+    # a pipeline's folder has no place for the last two, which the model's own file says
+    asked: dict[str, Any] = {"seed": 3, "steps": 2, "width": 64, "height": 64, "guidance_scale": 1.5, "t5_length": 12, "schedule": "schnell"}  # fmt: skip
+    models = (
+        eridiff.load("tiny-flux", progress=False, device="cpu", dtype=torch.float32),
+        eridiff.FluxInference.from_diffusers(pipe, progress=False),
+    )
+    found, expected = (model.generate("a swan on mars", **asked, keep=("latents",)).latents for model in models)
+    assert relative_l2(found, expected) < 1e-5
+
+
+def test_another_number_of_files_replaces_what_a_folder_held(tmp_path: Path) -> None:
+    other = tiny.flux()
+    with torch.no_grad():
+        other.image_in.weight.add_(1)
+    paths = [save_network(network, tmp_path / f"{i}.safetensors") for i, network in enumerate((tiny.flux(), other))]
+    folder, kept = tmp_path / "d", tmp_path / "d" / "diffusion_pytorch_model_notes.safetensors"
+    for turn, shard in enumerate(("0.0001", None, "0.0001", "0.00005", None)):
+        flags = [] if shard is None else ["--shard", shard]
+        assert main(["convert", str(paths[turn % 2]), str(folder), "--to", "diffusers", *flags]) == 0
+        kept.touch()
+        expected = other if turn % 2 else tiny.flux()
+        held = {path.name for path in folder.glob("*.safetensors*")} - {kept.name}
+        if shard is None:
+            assert held == {"diffusion_pytorch_model.safetensors"}
+        else:
+            assert len({name.rpartition("-of-")[2] for name in held if "-of-" in name}) == 1
+            assert "diffusion_pytorch_model.safetensors" not in held
+        kept.unlink()
+        assert same(load_network(folder).state_dict(), expected.state_dict())
+
+
 # dtypes ---------------------------------------------------------------------------------------------------------------
 
 

@@ -97,6 +97,14 @@ def test_a_mistake_is_answered_with_what_may_be_meant(
     assert sorted(home.iterdir()) == before
 
 
+def test_a_loras_scale_that_is_no_number_is_said(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("fox.safetensors", "tiny-style"):
+        assert main(["sample", "--prompt", "x", "--lora", f"{name}:strong"]) == 2
+        assert f"the scale of the LoRA '{name}' must be a number, not 'strong'" in capsys.readouterr().err
+    assert main(["lora", "convert", "fox.safetensors:a", "--model", "tiny-flux", "--out", "x.safetensors"]) == 2
+    assert "'fox.safetensors:a' does not exist" in capsys.readouterr().err
+
+
 def test_a_missing_tokenizer_is_answered_with_the_option(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     parts = {name: f"{BUILT_IN}/{file}.safetensors" for name, file in (("vae", "ae"), ("clip", "clip"), ("t5", "t5"))}
     flags = [word for name, file in parts.items() for word in (f"--{name}", file)]

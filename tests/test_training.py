@@ -274,6 +274,11 @@ def test_impossible_settings_are_refused_before_training(model: Any, tmp_path: P
     ):  # fmt: skip
         with pytest.raises(ConfigError, match=says):
             Sampler(model, section(tmp_path, **wrong))
+    with pytest.raises(ConfigError, match="^autocast must be torch.bfloat16 or torch.float16, not 'bf16'"):
+        Sampler(model, {"prompts": ["a cat"]}, autocast="bf16")  # type: ignore[arg-type]
+    for dtype in ("bf16", torch.int8, {"vae": "float32"}):
+        with pytest.raises(ConfigError, match="^dtype must be torch.bfloat16, torch.float16 or torch.float32, not "):
+            eridiff.load("tiny-flux", dtype=dtype)  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="no prompts are given"):
         Sampler(model, RunConfig())
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from eridiff.errors import CheckpointError, ConfigError, EridiffError, quoted
+from eridiff.weights.hub import built_in
 
 DTYPES = {
     "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64,
@@ -80,8 +81,10 @@ def scaled(text: str) -> tuple[str, float | None]:
     file, colon, scale = text.rpartition(":")
     try:
         return (file, float(scale)) if colon and file else (text, None)
-    except ValueError:
-        return text, None  # a colon in the name
+    except ValueError:  # a colon in the name, or no number
+        if not Path(text).exists() and (Path(file).exists() or file in built_in("lora")):
+            raise ConfigError(f"the scale of the LoRA {quoted(file)} must be a number, not '{scale}'") from None
+        return text, None
 
 
 def dtype_of(name: str | None) -> torch.dtype | None:

@@ -262,6 +262,10 @@ def _write_tokenizers(parts: Parts, denoiser: str, target: Path) -> dict[Path, s
         folder = target / f"tokenizer{_number(i)}"
         folder.mkdir(parents=True, exist_ok=True)
         tokenizer.save_pretrained(folder)
+        if kind == "t5":  # whose class adds a hundred to a vocabulary without these, if nothing says how many there are
+            path = folder / "tokenizer_config.json"
+            extra = sum(token.startswith("<extra_id_") for token in tokenizer.get_vocab())
+            write_json(json.loads(path.read_text()) | {"extra_ids": extra}, path)
         written[folder] = "T5TokenizerFast" if kind == "t5" else "CLIPTokenizer"
     return written
 

@@ -20,7 +20,7 @@ from eridiff.lora.merge import merge_file, merge_folder
 from eridiff.lora.save import FORMATS, save_lora
 from eridiff.models import flux, mmdit, unet
 from eridiff.text.encoders import build_encoder, empty, published_encoder
-from eridiff.weights.hub import resolve
+from eridiff.weights.hub import built_in, resolve
 from eridiff.weights.load import NETWORKS, build
 from eridiff.weights.locate import DENOISERS, TEXT_ENCODERS, locate
 
@@ -55,10 +55,10 @@ def add_parser(commands: Any) -> None:
         made.add_argument("--dtype", choices=DTYPES, help="dtype of the matrices (the file's)")
 
     check = command("check", _check, "show what becomes of each module, and how much it changes")
-    check.add_argument("file")
+    check.add_argument("file", metavar="FILE")
     check.add_argument("--wide", action="store_true", help="one line per module, as wide as its names are")
     convert = command("convert", _convert, "write a LoRA in another format")
-    convert.add_argument("file")
+    convert.add_argument("file", metavar="FILE")
     output(convert, "kohya")
     merge = command("merge", _merge, "write the network with LoRAs in its weights")
     merge.add_argument("lora", nargs="+", metavar="FILE[:SCALE]")
@@ -67,14 +67,14 @@ def add_parser(commands: Any) -> None:
     )  # fmt: skip
     merge.add_argument("--dtype", choices=DTYPES, help="dtype of the weights (the file's)")
     extract = command("extract", _extract, "make a LoRA of the difference of two checkpoints", model=False)
-    extract.add_argument("tuned")
-    extract.add_argument("base")
-    extract.add_argument("--rank", type=int, default=32)
+    extract.add_argument("tuned", metavar="TUNED", help="the checkpoint that was trained")
+    extract.add_argument("base", metavar="BASE", help="what it was trained from")
+    extract.add_argument("--rank", type=int, default=32, metavar="N", help="rank of the LoRA (32)")
     extract.add_argument("--targets", nargs="+", default=["*"], metavar="PATTERN", help="of native module names (all)")
     output(extract, "kohya")
     resize = command("resize", _resize, "write a LoRA with a smaller rank")
-    resize.add_argument("file")
-    resize.add_argument("--rank", type=int, required=True)
+    resize.add_argument("file", metavar="FILE")
+    resize.add_argument("--rank", type=int, required=True, metavar="N", help="rank of the new LoRA")
     output(resize, "kohya")
 
 
@@ -211,7 +211,7 @@ def _networks(model: str, weights: bool = True) -> dict[str, nn.Module]:
         with torch.device("meta"):
             module = NETWORKS[network](config)
         return {network: module} | {name: published_encoder(name) for name in encoders}
-    if not Path(model).suffix and "/" not in model and not Path(model).exists():
+    if not Path(model).suffix and "/" not in model and not Path(model).exists() and model not in built_in():
         near = get_close_matches(model, PUBLISHED, 1)
         raise ConfigError(f"'{model}' is not a file and not a published model" + (f"; did you mean '{near[0]}'?" if near else f"; there are {', '.join(PUBLISHED)}"))  # fmt: skip
     check_model(model)

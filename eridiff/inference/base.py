@@ -116,6 +116,9 @@ class DiffusionInference(Family):
         """
         check_names(type(self).__name__, options, [*self.own_options(), *Options.__annotations__])
         variant, device, dtype = options.get("variant"), options.get("device"), options.get("dtype")
+        for one in dtype.values() if isinstance(dtype, Mapping) else [dtype]:
+            if one is not None and not (isinstance(one, torch.dtype) and one.is_floating_point):
+                raise ConfigError(f"dtype must be torch.bfloat16, torch.float16 or torch.float32, not {one!r}")
         offload, vae_rows, progress = options.get("offload"), options.get("vae_rows"), options.get("progress", True)
         if offload not in (None, *OFFLOAD):
             raise ConfigError(f"offload must be {' or '.join(map(repr, OFFLOAD))} or nothing, not {offload!r}")

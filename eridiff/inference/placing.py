@@ -15,6 +15,7 @@ from eridiff.inference.family import Family
 from eridiff.inference.loading import check_parts, dtypes_of, model_name, own_sampling, used
 from eridiff.memory.plan import Stage, stages
 from eridiff.memory.stages import OFFLOAD
+from eridiff.request import LARGEST_SIDE
 from eridiff.weights.locate import Parts
 
 log = logging.getLogger(__name__)
@@ -23,7 +24,12 @@ UNITS = {None: 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "kb": 10**3, "mb": 1
 RUNTIME = {"cuda": 600 * 2**20, "cpu": 2 * 2**20}
 # a variable and its value, with which glibc's malloc returns what is freed, from blocks of 64 KiB on
 MALLOC = ("MALLOC_MMAP_THRESHOLD_", "65536")
-LIMITS = {"width": 2**14, "height": 2**14, "images": 10_000, "steps": 100_000}  # above which nothing is counted
+LIMITS = {
+    "width": LARGEST_SIDE,
+    "height": LARGEST_SIDE,
+    "images": 10_000,
+    "steps": 100_000,
+}  # above which nothing is counted
 STRIPS = 64  # rows of a strip
 
 
@@ -133,7 +139,7 @@ class Room:
                 f"{least.flags}, and there are {gib(room)}: ask for smaller images or fewer at once{other}"
             )
         if (fitting.offload, fitting.vae_rows) != (now.offload, now.vae_rows):
-            log.info("with %s of memory, from now on: %s", gib(room), fitting.flags)
+            log.warning("with %s of memory, from now on: %s", gib(room), fitting.flags)
         self.placement = fitting
         self._count(plan)
         return fitting

@@ -274,5 +274,5 @@ def _on_meta(network: str, config: Mapping[str, Any]) -> Any:
 def _check_size(name: str, tokenizer: Any, rows: int) -> None:
     if len(tokenizer) > rows:
         raise CheckpointError(
-            f"the tokenizer of {name} has {len(tokenizer)} tokens, its encoder only {rows}; they do not belong together"
+            f"the tokenizer of {name} has {len(tokenizer)} tokens, its encoder only {rows}; they do not belong together: give the encoder's own tokenizer"
         )

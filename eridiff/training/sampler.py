@@ -120,6 +120,8 @@ class Sampler:
         check_sharding(inference.network)
         if conditioning is not None and (embeddings is not None or text_in_training):
             raise ConfigError("conditioning replaces the text encoders: leave out embeddings and text_in_training")
+        if autocast is not None and autocast not in (torch.bfloat16, torch.float16):
+            raise ConfigError(f"autocast must be torch.bfloat16 or torch.float16, not {autocast!r}")
         if autocast is None:
             check_dtypes(network=inference.network, autoencoder=inference.autoencoder)
         config = sample if isinstance(sample, RunConfig) else parse_config({"sample": plain(dict(sample))})

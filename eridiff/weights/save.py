@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections import defaultdict
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -219,23 +219,30 @@ def write_file(tensors: Sequence[Stored], path: str | os.PathLike[str], metadata
 
 
 def write_shards(tensors: Sequence[Stored], folder: Path, stem: str, metadata: Mapping[str, str], limit: int) -> Path:
-    """Files of at most `limit` bytes, or of one tensor, and last the index that names them; one file alone has no index."""
+    """Files of at most `limit` bytes, or of one tensor, and last the index that names them; one file alone has no index.
+
+    They replace what the folder held under these names, also in another number of files, which a reader might take instead.
+    """
     shards: list[list[Stored]] = [[]]
     for tensor in tensors:
         if shards[-1] and sum(held.bytes for held in shards[-1]) + tensor.bytes > limit:
             shards.append([])
         shards[-1].append(tensor)
+    names = [f"{stem}-{number:05}-of-{len(shards):05}.safetensors" for number in range(1, len(shards) + 1)]
     if len(shards) == 1:
-        return write_file(tensors, folder / f"{stem}.safetensors", metadata)
-    places: dict[str, str] = defaultdict(str)
-    for number, shard in enumerate(shards, 1):
-        name = f"{stem}-{number:05}-of-{len(shards):05}.safetensors"
-        write_file(shard, folder / name, metadata)
-        places |= {tensor.name: name for tensor in shard}
-    total = sum(tensor.bytes for tensor in tensors)
-    return write_json(
-        {"metadata": {"total_size": total}, "weight_map": places}, folder / f"{stem}.safetensors.index.json"
-    )
+        names = [f"{stem}.safetensors"]
+    for name, shard in zip(names, shards, strict=True):
+        made = write_file(shard, folder / name, metadata)
+    if len(shards) > 1:
+        total = sum(tensor.bytes for tensor in tensors)
+        places = {tensor.name: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
+        made = folder / f"{stem}.safetensors.index.json"
+        write_json({"metadata": {"total_size": total}, "weight_map": places}, made)
+    own = re.compile(rf"{re.escape(stem)}(-\d{{5}}-of-\d{{5}})?\.safetensors(\.index\.json)?")
+    for path in folder.iterdir():
+        if own.fullmatch(path.name) and path != made and path.name not in names:
+            path.unlink()
+    return made
 
 
 def write_json(document: Mapping[str, Any], path: Path) -> Path:
