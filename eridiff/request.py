@@ -184,8 +184,8 @@ class Request:
     negative: Text | Sequence[Text] | None = option(
         None, TEXT, "negative prompt", words=("negative_prompt", "neg"), effect=effects.guided
     )
-    width: int | None = option(None, WHOLE, "in pixels, a multiple of 16", low=8, high=LARGEST_SIDE)
-    height: int | None = option(None, WHOLE, "in pixels, a multiple of 16", low=8, high=LARGEST_SIDE)
+    width: int | None = option(None, WHOLE, "in pixels, a multiple of 16", low=16, high=LARGEST_SIDE)
+    height: int | None = option(None, WHOLE, "in pixels, a multiple of 16", low=16, high=LARGEST_SIDE)
     steps: int | None = option(
         None,
         WHOLE,

@@ -97,7 +97,7 @@ def test_a_mistake_is_answered_with_what_may_be_meant(
     assert sorted(home.iterdir()) == before
 
 
-def test_a_loras_scale_that_is_no_number_is_said(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_loras_scale_must_be_a_number(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name in ("fox.safetensors", "tiny-style"):
         assert main(["sample", "--prompt", "x", "--lora", f"{name}:strong"]) == 2
         assert f"the scale of the LoRA '{name}' must be a number, not 'strong'" in capsys.readouterr().err

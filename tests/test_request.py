@@ -78,7 +78,7 @@ def test_names_of_settings_are_checked_in_python_with_the_nearest() -> None:
         ({"cfg_scale": "high"}, "cfg_scale must be a number, not 'high'"), ({"shift": True}, "shift must be a number, not True"),
         ({"steps": 0}, "a run needs at least one step, not 0"), ({"seed": "x"}, "the seed must be a whole number"),
         ({"strength": -0.1}, "strength must be between 0 and 1, not -0.1"), ({"hand_over": 1.0}, "hand_over must be above 0 and below 1"),
-        ({"height": 16400}, "height must be between 8 and 16384, not 16400"), ({"eta": 1.5}, "eta must be between 0 and 1"), ({"timestep_rounding": "up"}, "timestep_rounding must be none, down or nearest"),
+        ({"height": 16400}, "height must be between 16 and 16384, not 16400"), ({"eta": 1.5}, "eta must be between 0 and 1"), ({"timestep_rounding": "up"}, "timestep_rounding must be none, down or nearest"),
         ({"crop": (1, 2, 3)}, "crop must be two whole numbers"), ({"part": (0.5, 0.5)}, "part must be two rising shares"),
         ({"noise_dtype": "int8"}, "noise_dtype must be float32, float16, bfloat16, weights or float64, not 'int8'"),
         ({"skip_layers": SkipLayers((), 2.5, 0, 1)}, "skip_layers needs blocks"),

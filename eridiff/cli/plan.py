@@ -99,6 +99,7 @@ def lines(plan: Plan) -> list[str]:
         found.append(f"on the device at once, with {runtime} for its runtime:")
         return [*found, *(f"  {gib(p.needed):>10}  {p.flags}" for p in plan.placements)]
     found.append(
-        f"in memory at once, with {runtime} for libraries and their kernels, in brackets with {'='.join(MALLOC)} set; {gib(plan.mapped)} stay in the mapped files:"
+        f"in memory at once, {runtime} of it for kernels, and some 0.3 GiB more for Python and its libraries; in brackets with "
+        f"{'='.join(MALLOC)} set; {gib(plan.mapped)} stay in the mapped files:"
     )
     return [*found, *(f"  {gib(p.needed):>10} ({gib(p.needed - p.kept)})  {p.flags}" for p in plan.placements)]
