@@ -354,6 +354,12 @@ def test_the_transformer_may_be_a_float16_module_with_a_compiled_wrapper() -> No
     assert result.settings[0]["dtype"] == "bfloat16"
 
 
+@pytest.mark.parametrize(("name", "value"), [("vram", "12GiB"), ("compile", True)])
+def test_an_option_of_files_is_refused(name: str, value: Any) -> None:
+    with pytest.raises(ConfigError, match=f"^{name} has no effect on modules that are passed"):
+        FluxInference.from_diffusers(transformer=reference_flux(), **{name: value})
+
+
 def test_from_diffusers_imports_nothing_of_diffusers() -> None:
     sources = [p.read_text() for p in Path(eridiff.__file__).parent.rglob("*.py")]
     assert not any("import diffusers" in text or "from diffusers" in text for text in sources)

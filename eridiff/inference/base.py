@@ -135,15 +135,11 @@ class DiffusionInference(Family):
         self.vram = options.get("vram")
         if self.vram is not None and (offload is not None or vae_rows is not None):
             raise ConfigError("vram chooses offload and vae_rows: leave them out, or it")
-        if self.vram is not None and network is not None:
-            raise ConfigError("vram has no effect on modules that are passed, which lie where they are")
         self.compile = options.get("compile", False)
         if not isinstance(self.compile, bool):
             raise ConfigError(f"compile must be True or False, not {self.compile!r}")
-        if self.compile and network is not None:
-            raise ConfigError(
-                "compile has no effect on modules that are passed: eridiff.blocks.compile_blocks compiles them"
-            )
+        if network is not None:
+            self._check_passed()
         self._check_compile()
         self._room: Room | None = None  # with a vram
         self._staged: nn.Module | None = None  # the component that is in use
@@ -185,6 +181,15 @@ class DiffusionInference(Family):
             raise ConfigError(f"the network is on {own}, not on {asked}: move it there, or give no device")
         return self
 
+    def _check_passed(self) -> None:
+        """Raises ConfigError for an option that has no effect on modules that are passed."""
+        if self.vram is not None:
+            raise ConfigError("vram has no effect on modules that are passed, which lie where they are")
+        if self.compile:
+            raise ConfigError(
+                "compile has no effect on modules that are passed: eridiff.blocks.compile_blocks compiles them"
+            )
+
     def _check_compile(self) -> None:
         """Raises ConfigError for layers that come and go while compiled code runs, which does not see it."""
         if self.compile and self.offload not in (None, "stages"):
@@ -212,6 +217,7 @@ class DiffusionInference(Family):
         known = [*given, *Options.__annotations__, *cls.own_options()]
         check_names(f"{cls.__name__}.from_diffusers", options, known)
         inference = cls(None, None, **options)
+        inference._check_passed()
         inference.model, said = model_of(cls, pipeline, given, inference.asked_variant)
         inference.follow(said)
         return inference._check_device()
