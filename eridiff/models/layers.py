@@ -172,8 +172,8 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         weight = self.weight.to(x.dtype)  # of one dtype it is one kernel on a GPU
-        wide = type(x) is Tensor and x.dtype in (torch.float32, torch.float64)
-        if wide and x.is_cpu and spare():  # the same numbers in fewer passes over memory
+        plain = type(x) is Tensor and x.dtype in (torch.float32, torch.float64)
+        if plain and x.is_cpu and spare():  # the same numbers in fewer passes over memory
             inverse = x.square().mean(-1, keepdim=True).add_(self.eps).rsqrt_()
             return torch.mul(x, inverse, out=x.new_empty(x.shape)).mul_(weight)
         return F.rms_norm(x, (x.shape[-1],), weight, self.eps)
