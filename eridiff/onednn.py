@@ -21,9 +21,7 @@ OPERATOR = "_linear_pointwise"  # of torch.ops.mkldnn; private, so that another 
 ROWS = (1024, 128)  # with which a layer is measured: an image's tokens, and the fewest of which some layer is faster
 MARGIN = 1.05  # how much faster it must be; two measurements of the same differ by up to 0.04
 OWN = F.linear
-OUTPUTS = (
-    1024  # of a wider layer so many are measured; a narrow part tells another ratio, most of all one of an odd width
-)
+OUTPUTS = 1024  # of a wider layer so many are measured: few of them, or an odd number, have another ratio
 
 
 class OneDNNLinear(nn.Linear):

@@ -436,7 +436,7 @@ WRONG_SAMPLING: list[tuple[str, str, str]] = [  # variant, JSON, the message
     ("dev", '{"guidance_scale": -1}', "guidance_scale must be between 0 and 1000, not -1.0"),
     ("dev", '{"text_length": 513}', "text_length must be between 1 and 512, not 513"),
     ("dev", '{"shift": 3.0}', "shift must be true or false, not 3.0"),
-    ("dev", '{"width": 1001}', "the width must be a multiple of 8, not 1001"),
+    ("dev", '{"width": 1001}', "the width must be a multiple of 16, not 1001"),
     ("dev", '{"sampler": "eulr"}', "sampler must be one of euler, "),
     ("dev", '{"sampler": "plms"}', "sampler must be one of euler, "),
     ("sd3.5-medium", '{"script_shift": 0}', "script_shift must be between 0.01 and 100, not 0.0"),

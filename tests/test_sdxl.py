@@ -221,7 +221,7 @@ def test_the_refiner_reads_clip_g_and_scores(tmp_path: Path, whole: SDXLInferenc
         draw(refiner, width=64)
     with pytest.raises(ConfigError, match="a base and a refiner work together, not base and base"):
         draw(whole, refiner=whole)
-    with pytest.raises(ConfigError, match="hand_over must be between 0 and 1"):
+    with pytest.raises(ConfigError, match="hand_over must be above 0 and below 1"):
         draw(whole, refiner=refiner, width=64, hand_over=1.0)
 
 
