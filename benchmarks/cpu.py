@@ -45,16 +45,10 @@ THEIRS = {
     "step, oneDNN": ("diffusers", OWN),
     "step, compiled": ("diffusers", "diffusers, compiled"),
 }  # beside what a way stands
-KERNELS = (
-    "addmm",
-    "mm",
-    "bmm",
-    "mkldnn_convolution",
-    "_slow_conv2d_forward",
-    "_scaled_dot_product_flash_attention_for_cpu",
-    "gelu",
-    "gelu_",
-)
+KERNELS = (  # of products, convolutions, attention and GELU
+    "addmm", "mm", "bmm", "_linear_pointwise", "mkldnn_convolution", "_slow_conv2d_forward",
+    "_scaled_dot_product_flash_attention_for_cpu", "gelu", "gelu_",
+)  # fmt: skip
 Ask = Callable[[], Tensor]
 
 

@@ -6,7 +6,21 @@ from typing import Any
 
 import torch
 
+from eridiff.errors import ConfigError
+
 Precision = Any  # what `matmul_precision` gives and `set_matmul_precision` takes
+
+
+def check_dtype(dtype: torch.dtype | None) -> None:
+    """Raises ConfigError unless it is a floating-point dtype, or None."""
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise ConfigError(f"dtype must be torch.bfloat16, torch.float16 or torch.float32, not {dtype!r}")
+
+
+def check_autocast(dtype: torch.dtype | None) -> None:
+    """Raises ConfigError unless autocast takes it on every device, or it is None."""
+    if dtype not in (None, torch.bfloat16, torch.float16):
+        raise ConfigError(f"autocast must be torch.bfloat16 or torch.float16, not {dtype!r}")
 
 
 @contextmanager

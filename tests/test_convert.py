@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -219,6 +220,28 @@ def test_another_number_of_files_replaces_what_a_folder_held(tmp_path: Path) -> 
             assert "diffusion_pytorch_model.safetensors" not in held
         kept.unlink()
         assert same(load_network(folder).state_dict(), expected.state_dict())
+
+
+def test_a_folder_of_another_model_or_layout_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Where a reader would take what lies there in place of what is written, or with it."""
+
+    def written(model: str, out: str, *flags: str) -> int:
+        code = main(["convert", model, str(tmp_path / out), "--to", *flags])
+        assert code == 0 or re.search(r"'[^']+' holds \S+ of another model or layout", capsys.readouterr().err)
+        return code
+
+    for folder, layout in (("o", "original"), ("d", "diffusers")) * 2:  # the same again replaces it
+        assert written("tiny-flux", folder, layout) == 0
+    files = sorted(tmp_path.rglob("*"))
+    assert written("tiny-flux", "o", "original", "--shard", "0.001") == 2
+    assert written("tiny-flux", "d", "original") == 2
+    assert written("tiny-sdxl", "d", "diffusers") == 2  # the transformer would stay
+    assert sorted(tmp_path.rglob("*")) == files
+    merge = ["lora", "merge", "tiny-style", "--model", "tiny-flux", "--out"]
+    assert main([*merge, str(tmp_path / "m")]) == 0 == main([*merge, str(tmp_path / "m")])
+    assert main([*merge, str(tmp_path / "d")]) == 2
+    assert "of another model or layout; give another folder" in capsys.readouterr().err
+    assert written("tiny-flux", "o", "diffusers") == 0 and written("tiny-flux", "o", "original") == 2
 
 
 # dtypes ---------------------------------------------------------------------------------------------------------------

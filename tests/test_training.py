@@ -15,12 +15,14 @@ from PIL import Image
 from torch import nn
 
 import eridiff
+from eridiff import load_encoder, load_network, save_network
 from eridiff.cli import main
+from eridiff.cli.convert import convert
 from eridiff.config import RunConfig, parse_config
-from eridiff.errors import ConfigError, EridiffError, TrainingError
+from eridiff.errors import ConfigError, EridiffError, LoraError, TrainingError
 from eridiff.inference import FluxInference, SD35Inference, SDXLInference
 from eridiff.inference.again import generate_again, load_again, read_settings
-from eridiff.training import Sampler, Samples
+from eridiff.training import Sampler, Samples, undisturbed
 from tests import tiny
 
 FAMILIES: dict[str, tuple[type, Callable[[Path], Path]]] = {
@@ -279,6 +281,21 @@ def test_impossible_settings_are_refused_before_training(model: Any, tmp_path: P
     for dtype in ("bf16", torch.int8, {"vae": "float32"}):
         with pytest.raises(ConfigError, match="^dtype must be torch.bfloat16, torch.float16 or torch.float32, not "):
             eridiff.load("tiny-flux", dtype=dtype)  # type: ignore[arg-type]
+    network: Any = tiny.flux()
+    path, wrong = save_network(network, tmp_path / "a.safetensors"), {"dtype": "bf16"}
+    calls: tuple[Callable[[], Any], ...] = (
+        lambda: load_network(path, **wrong), lambda: load_encoder("tiny-flux", "clip", **wrong),
+        lambda: save_network(network, tmp_path / "b.safetensors", **wrong), lambda: convert(path, tmp_path / "c", "original", **wrong),
+    )  # fmt: skip
+    for call in calls:
+        with pytest.raises(
+            ConfigError, match="^dtype must be torch.bfloat16, torch.float16 or torch.float32, not 'bf16'"
+        ):
+            call()
+    with pytest.raises(ConfigError, match="^autocast must be"), undisturbed({"": network}, autocast="bf16"):  # type: ignore[arg-type]
+        pass
+    with pytest.raises(LoraError, match="a scale is a finite number, or one for each row of the batch, not '1'"):
+        eridiff.load("tiny-flux", device="cpu", progress=False).apply_lora("tiny-style", "1")  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="no prompts are given"):
         Sampler(model, RunConfig())
 

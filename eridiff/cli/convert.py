@@ -17,13 +17,14 @@ from eridiff.errors import ConfigError, quoted
 from eridiff.inference import FAMILIES
 from eridiff.inference.loading import model_name
 from eridiff.lora.save import DIFFUSERS_ENCODERS
+from eridiff.precision import check_dtype
 from eridiff.text.encoders import empty
 from eridiff.text.tokenizers import clip_tokenizer, t5_tokenizer
 from eridiff.weights.configs import config_json
 from eridiff.weights.detect import Component
 from eridiff.weights.keymap import key_map
 from eridiff.weights.load import MARKERS, NETWORKS, VARIANT, native_reader, prediction_told, said_by_file
-from eridiff.weights.locate import DENOISERS, ModelPath, Parts, locate
+from eridiff.weights.locate import DENOISERS, ModelPath, Parts, locate, subfolders
 from eridiff.weights.save import Stored, copies, marked, stored, write_file, write_json, write_shards
 
 LAYOUTS = ("original", "diffusers")
@@ -98,6 +99,7 @@ def convert(
 
     Returns what was written. Raises CheckpointError for files that cannot be read, ConfigError for what cannot be written so.
     """
+    check_dtype(dtype)
     target = Path(out).expanduser()
     if to not in LAYOUTS:
         raise ConfigError(f"{quoted(to)} is not a layout to write; there are {' and '.join(LAYOUTS)}")
@@ -122,10 +124,19 @@ def convert(
     denoiser = next((name for name in DENOISERS if name in parts.components), "")
     variant = _variant(parts.components[denoiser], parts) if denoiser else ""
     limit = UNSHARDED if shard is None else int(shard * 1e9)
-    if to == "diffusers":
-        return _write_folders(parts, denoiser, variant, target, dtype, limit)
     if alone:
         return [_write_whole(parts, denoiser, variant, target, dtype)]
+    folders = _folders(parts, denoiser, target) if to == "diffusers" else {}
+    others = [folder for folder in subfolders(target) if folder not in folders.values()]
+    if to == "original" and shard is not None:
+        others += [file for name in parts.components if (file := target / f"{FILES[name]}.safetensors").exists()]
+    if others:
+        raise ConfigError(
+            f"{quoted(target)} holds {others[0].name} of another model or layout, which would be read in place of what is written "
+            "or beside it; give another folder"
+        )
+    if to == "diffusers":
+        return _write_folders(parts, denoiser, variant, target, folders, dtype, limit)
     written = []
     for name, component in parts.components.items():
         tensors, metadata = _part(component, "original", dtype, "", variant)
@@ -198,23 +209,28 @@ def _write_whole(parts: Parts, denoiser: str, variant: str, target: Path, dtype:
     return write_file(tensors, target, metadata | {"eridiff.config": json.dumps(configs, sort_keys=True)})
 
 
-def _write_folders(
-    parts: Parts, denoiser: str, variant: str, target: Path, dtype: torch.dtype | None, limit: int
-) -> list[Path]:
-    """A folder for each part as diffusers and transformers read it; of several parts a pipeline's folder around them."""
+def _folders(parts: Parts, denoiser: str, target: Path) -> dict[str, Path]:
+    """Where diffusers has each part: in a folder of its own, a lone one in `target` itself."""
     places = {"flux": "transformer", "mmdit": "transformer", "unet": "unet", "vae": "vae"}
     places |= {name: f"text_encoder{_number(i)}" for i, name in enumerate(DIFFUSERS_ENCODERS[denoiser])}
+    return {name: target / places[name] if len(parts.components) > 1 else target for name in parts.components}
+
+
+def _write_folders(
+    parts: Parts, denoiser: str, variant: str, target: Path, folders: Mapping[str, Path], dtype: torch.dtype | None, limit: int
+) -> list[Path]:  # fmt: skip
+    """A folder for each part as diffusers and transformers read it; of several parts a pipeline's folder around them."""
     several, written, index = len(parts.components) > 1, [], dict[str, Any]()
     for name, component in parts.components.items():
         tensors, metadata = _part(component, "diffusers", dtype, "", variant)
-        folder = target / places[name] if several else target
+        folder = folders[name]
         stem = "diffusion_pytorch_model" if name in NETWORKS else "model"
         if name in NETWORKS:
             config = config_json(name, component.config)
-            index[places[name]] = ["diffusers", config["_class_name"]]
+            index[folder.name] = ["diffusers", config["_class_name"]]
         else:
             config = _transformers_config(component, tensors)
-            index[places[name]] = ["transformers", config["architectures"][0]]
+            index[folder.name] = ["transformers", config["architectures"][0]]
         written.append(write_json(config, folder / "config.json"))
         written.append(write_shards(tensors, folder, stem, metadata, limit))
     if not (several and denoiser):

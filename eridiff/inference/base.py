@@ -51,7 +51,7 @@ from eridiff.lora.attach import Scale
 from eridiff.lora.load import Lora
 from eridiff.memory.stages import OFFLOAD, Stages, on_device, together
 from eridiff.memory.strips import decode_in_strips, encode_in_strips
-from eridiff.precision import outside_autocast
+from eridiff.precision import check_dtype, outside_autocast
 from eridiff.request import ENCODING, FIELDS, Checked, Request, Table, Text, known_names, listed
 from eridiff.schedulers import Schedule, first_step
 from eridiff.schedulers.flow_match import flow_points, flow_schedule
@@ -117,8 +117,7 @@ class DiffusionInference(Family):
         check_names(type(self).__name__, options, [*self.own_options(), *Options.__annotations__])
         variant, device, dtype = options.get("variant"), options.get("device"), options.get("dtype")
         for one in dtype.values() if isinstance(dtype, Mapping) else [dtype]:
-            if one is not None and not (isinstance(one, torch.dtype) and one.is_floating_point):
-                raise ConfigError(f"dtype must be torch.bfloat16, torch.float16 or torch.float32, not {one!r}")
+            check_dtype(one)
         offload, vae_rows, progress = options.get("offload"), options.get("vae_rows"), options.get("progress", True)
         if offload not in (None, *OFFLOAD):
             raise ConfigError(f"offload must be {' or '.join(map(repr, OFFLOAD))} or nothing, not {offload!r}")

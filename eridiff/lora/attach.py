@@ -168,7 +168,10 @@ class LoraSet(nn.Module):
         where there is only one: inside DoRA's norm and for what is changed in place.
         """
         patterns = dict(scale) if isinstance(scale, Mapping) else {"*": scale}
-        values = {pattern: torch.as_tensor(v, dtype=torch.float64, device="cpu") for pattern, v in patterns.items()}
+        try:
+            values = {pattern: torch.as_tensor(v, dtype=torch.float64, device="cpu") for pattern, v in patterns.items()}
+        except (TypeError, ValueError, RuntimeError):
+            raise LoraError(f"a scale is a finite number, or one for each row of the batch, not {scale!r}") from None
         targets = self.targets()
         for pattern, value in values.items():
             if not any(matches(target, pattern) for target in targets):

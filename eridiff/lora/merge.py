@@ -115,6 +115,10 @@ def merge_folder(
         by_place.setdefault(component.checkpoint.path, {})[name] = (component, module)
     new = {place: group for place, group in by_place.items() if changed & group.keys()}
     kept = {file for place, group in by_place.items() if place not in new for file in _files(group)}
+    for path in sorted(out.rglob("*.safetensors*")):
+        inside = path.relative_to(out)
+        if folder / inside.parent not in new and not (folder / inside).is_file():  # a reader might take it in place
+            raise LoraError(f"{quoted(out)} holds {inside} of another model or layout; give another folder")
     count, written = _Count(), []
     for place, group in new.items():
         target = out / place.relative_to(folder)

@@ -15,7 +15,13 @@ from torch import Tensor, nn
 
 from eridiff.blocks import evaluation, members, unwrapped
 from eridiff.errors import ConfigError
-from eridiff.precision import cudnn_precision, matmul_precision, set_cudnn_precision, set_matmul_precision
+from eridiff.precision import (
+    check_autocast,
+    cudnn_precision,
+    matmul_precision,
+    set_cudnn_precision,
+    set_matmul_precision,
+)
 from eridiff.weights.keymap import without_wrappers
 
 CHECKPOINTING = ("forward", "gradient_checkpointing", "_gradient_checkpointing_func")  # set on a module from outside
@@ -34,6 +40,7 @@ def undisturbed(
     and buffers, where they lie, `requires_grad` and `.grad`; gradient checkpointing; grad mode, autocast, default dtype
     and device, and the flags of torch's backends. A graph of autograd that is under construction stays valid.
     """
+    check_autocast(autocast)
     with ExitStack() as stack:
         stack.enter_context(random_states(device))
         stack.enter_context(flags())

@@ -24,6 +24,7 @@ from eridiff.inference import DiffusionInference, Prompt, Result, Step
 from eridiff.inference.encoding import check_words
 from eridiff.inference.handed_in import bare, check_dtypes, check_sharding
 from eridiff.inference.section import requests_of
+from eridiff.precision import check_autocast
 from eridiff.ranks import agreed, collected, everyones, ranks
 from eridiff.request import ENCODING, Request, plain
 from eridiff.text.emphasis import unweighted
@@ -120,8 +121,7 @@ class Sampler:
         check_sharding(inference.network)
         if conditioning is not None and (embeddings is not None or text_in_training):
             raise ConfigError("conditioning replaces the text encoders: leave out embeddings and text_in_training")
-        if autocast is not None and autocast not in (torch.bfloat16, torch.float16):
-            raise ConfigError(f"autocast must be torch.bfloat16 or torch.float16, not {autocast!r}")
+        check_autocast(autocast)
         if autocast is None:
             check_dtypes(network=inference.network, autoencoder=inference.autoencoder)
         config = sample if isinstance(sample, RunConfig) else parse_config({"sample": plain(dict(sample))})

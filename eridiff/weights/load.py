@@ -21,6 +21,7 @@ from eridiff.models.autoencoder import PRESETS, Autoencoder
 from eridiff.models.flux import Flux
 from eridiff.models.mmdit import MMDiT
 from eridiff.models.unet import UNet
+from eridiff.precision import check_dtype
 from eridiff.weights.configs import DESCRIPTIONS
 from eridiff.weights.detect import Component, detect, listing, with_statistics
 from eridiff.weights.format import read_json_file
@@ -165,6 +166,7 @@ def read_state(
     `dtype` None is the file's, and for a file with fp8 weights `default_dtypes`', throughout. Those named in `stay` are neither
     converted nor moved.
     """
+    check_dtype(dtype)
     state = {}
     entries = plan(component, wanted)
     if dtype is None and _is_quantised(component):

@@ -135,12 +135,17 @@ def _is_clips(folder: Path) -> bool:
     return isinstance(model, dict) and "merges" in model
 
 
+def subfolders(path: Path) -> list[Path]:
+    """Of a model's folder those of diffusers that hold weights; they are read before files beside them."""
+    return [path / name for name in SUBFOLDERS if any((path / name).glob("*.safetensors*"))]
+
+
 def _search(path: Path, allow_unknown: bool) -> Parts:
     if not path.is_dir():
         return Parts({c.network: c for c in detect(open_checkpoint(path), allow_unknown)})
     if (path / "model_index.json").exists():
         check_pipeline(path, read_json_file(path / "model_index.json"))
-    places = [path / name for name in SUBFOLDERS if any((path / name).glob("*.safetensors*"))]
+    places = subfolders(path)
     if not places:  # whole files side by side, or the folder of one network
         files = sorted(p for p in path.glob("*.safetensors") if not SHARD_NAME.search(p.name))
         places = files if len(files) > 1 and not (path / "config.json").exists() else [path]

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from eridiff.errors import ConfigError, quoted
 from eridiff.files import replacing
+from eridiff.precision import check_dtype
 from eridiff.weights.detect import DESCRIPTIONS, Component, sizes_of
 from eridiff.weights.format import DTYPES
 from eridiff.weights.keymap import Layout, key_map, unwrapped, without_wrappers
@@ -56,6 +57,7 @@ def save_network(
     The file appears whole or not at all. Raises ConfigError for another module, for an unknown layout and for a weight that
     overflows the dtype, EridiffError when the file cannot be written.
     """
+    check_dtype(dtype)
     inner = unwrapped(module)
     network = next((name for name, kind in NETWORKS.items() if isinstance(inner, kind)), None)
     if network is None:
